@@ -1,0 +1,38 @@
+# make demo | test | bench | lint | clean. Each sets up what it needs in .venv and may be run again and again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint clean
+
+help:
+	@echo "make demo   export, fuse and verify a YOLOv8n with three ACmix blocks, print the table"
+	@echo "make test   run all tests"
+	@echo "make bench  time one block, fused against plain, on ONNX Runtime"
+	@echo "make lint   ruff, mypy --strict and the import linter"
+
+setup: $(READY)
+
+$(READY): pyproject.toml scripts/setup.sh
+	PYTHON="$(PYTHON)" scripts/setup.sh $(VENV)
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python scripts/bench.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

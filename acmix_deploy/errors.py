@@ -1,0 +1,40 @@
+"""What a user is told when something is wrong, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+
+class AcmixDeployError(Exception):
+    """Base of every error that ends a command in one sentence instead of a traceback.
+
+    Args:
+        message: what was found and what was expected.
+        hint: what to do about it; printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class CheckFailed(AcmixDeployError):
+    """A comparison, a count or a limit was not met (exit code 1)."""
+
+    exit_code = 1
+
+
+class UserError(AcmixDeployError):
+    """The command line or an input file cannot be used as it is (exit code 2)."""
+
+    exit_code = 2
+
+
+class MissingComponent(AcmixDeployError):
+    """A package, library or device that the request needs is not there (exit code 3)."""
+
+    exit_code = 3
