@@ -1,0 +1,104 @@
+"""Files appear whole or not at all, and their sidecars say where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from acmix_deploy.artifacts import Artifact, read_artifact, replacing, sidecar, versions, write_artifact
+from acmix_deploy.errors import UserError
+
+
+def test_a_finished_block_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "model.onnx"
+    for text in ("first", "second"):
+        with replacing(target) as temporary:
+            temporary.write_text(text)
+            assert temporary.parent == target.parent
+        assert target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path, fault: type[BaseException]) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half of it")
+            raise fault
+
+    with pytest.raises(fault):
+        interrupted()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_unwritable_place_is_refused_before_the_block_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for target, reason in ((tmp_path, "is a folder"), (tmp_path / "file" / "model.onnx", "file")):
+        with pytest.raises(UserError, match=reason), replacing(target):
+            pytest.fail("the block must not run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"), replacing(tmp_path / "model.onnx"):
+        pytest.fail("the block must not run")
+
+
+def test_a_full_disk_is_a_user_error_and_other_faults_are_not(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No space left"), replacing(tmp_path / "model.onnx"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "model.onnx"):
+        (tmp_path / "absent").read_text()
+
+
+def test_a_sidecar_survives_being_read_and_moved(tmp_path: Path) -> None:
+    source, made = tmp_path / "model.pt", tmp_path / "model.onnx"
+    source.write_bytes(b"weights")
+    made.write_bytes(b"graph")
+    written = write_artifact(made, "plain", parents=[source], settings={"opset": 18, "dynamic": ["batch"]})
+    assert read_artifact(made) == written
+    assert written.sha256 == hashlib.sha256(b"graph").hexdigest()
+    assert [(parent.name, parent.sha256) for parent in written.parents] == [
+        ("model.pt", hashlib.sha256(b"weights").hexdigest())
+    ]
+    document = json.loads(sidecar(made).read_text())
+    assert document["schema"] == 1
+    assert document["path"] == "model.onnx"
+    assert document["versions"]["python"] == versions()["python"]
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in (made, sidecar(made)):
+        path.rename(moved / path.name)
+    assert read_artifact(moved / "model.onnx").path == moved / "model.onnx"
+
+
+def test_a_changed_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    made = tmp_path / "model.onnx"
+    with pytest.raises(UserError, match="cannot read"):
+        write_artifact(made, "plain")
+    made.write_bytes(b"graph")
+    with pytest.raises(UserError, match="no sidecar"):
+        read_artifact(made)
+    write_artifact(made, "plain")
+    made.write_bytes(b"other graph")
+    with pytest.raises(UserError, match="has changed"):
+        read_artifact(made)
+    for text in ("", "[]", '{"schema": 2}'):
+        sidecar(made).write_text(text)
+        with pytest.raises(UserError, match="not the sidecar"):
+            read_artifact(made)
+
+
+def test_versions_name_what_took_part() -> None:
+    assert {"python", "onnx", "onnxruntime"} <= versions().keys()
+    assert "schema" in Artifact.model_json_schema(by_alias=True)["properties"]
