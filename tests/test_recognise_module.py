@@ -137,6 +137,7 @@ def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
     block, reports = canonicalise(original)
     report = only(reports)
     assert type(block) is ACmix, report
+    assert not block.training
     assert (report.status, report.name, report.class_name, report.family) == ("replaced", "", "Port", "acmix")
     assert report.geometry == {
         "in_planes": options.get("in_planes", 4),
@@ -175,6 +176,13 @@ def test_half_precision_weights(position: str) -> None:
     assert block.conv1.weight.dtype == torch.float16
     assert ("does not run in the float16 of its weights" in only(reports).repaired) == (position == "linspace")
     assert (block(x.half()) - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_large_logits_are_compared_in_float64() -> None:
+    original = port()
+    with torch.no_grad():
+        original.conv1.weight *= 1000
+    assert only(canonicalise(original)[1]).status == "replaced"
 
 
 def test_a_block_that_runs_in_half_precision_only_is_compared_there() -> None:
