@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ def canonicalise(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
     """Swap, in place, each ACmix block of ``model`` for an :class:`ACmix` with the same weights, proven equal.
 
     A block is a module with three 1x1 convolutions of one shape, those of the position and of the maps, the grouped
-    3x3 convolution and two rates. It is swapped if it and its replacement agree on random input: in float64 where the
-    original runs in it, and with whatever it sends to CUDA kept on the CPU. The replacement holds the original's
+    3x3 convolution and two rates. It is swapped if it and its replacement agree on random input: in float64 if the
+    original runs in it, else in float32 or in its own type, and with whatever it sends to CUDA kept on the CPU. The replacement holds the original's
     parameters (type, device and ``requires_grad`` included), its mode and what Ultralytics notes on a layer.
 
     Returns:
@@ -206,16 +205,6 @@ def _cpu_for_cuda(value: Any) -> Any:
     return "cpu" if isinstance(value, (str, torch.device)) and str(value).startswith("cuda") else value
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _run(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """What a copy of ``module`` in ``dtype`` on the CPU makes of ``x``."""
     with torch.no_grad():
@@ -230,13 +219,11 @@ def _run_original(module: nn.Module, x: Tensor, own_dtype: torch.dtype) -> tuple
     with _OnCpu() as watch:
         for dtype in dict.fromkeys((torch.float64, torch.float32, own_dtype)):
             try:
-                # A position made without a dtype is then float64 as well; otherwise the block runs as it is.
-                with _default_dtype(torch.float64 if dtype == torch.float64 else torch.get_default_dtype()):
-                    results[dtype] = _run(module, x, dtype)
+                results[dtype] = _run(module, x, dtype)
             except Exception as failure:
                 failures[dtype] = failure
     if not results:
-        raise failures[torch.float64]
+        raise failures[torch.float32]
     faults = list(watch.faults)
     if own_dtype in failures:
         faults.append(f"does not run in the {str(own_dtype).removeprefix('torch.')} of its weights")
