@@ -28,8 +28,9 @@ def canonicalise(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
 
     A block is a module with three 1x1 convolutions of one shape, those of the position and of the maps, the grouped
     3x3 convolution and two rates. It is swapped if it and its replacement agree on random input: in float64 if the
-    original runs in it, else in float32 or in its own type, and with whatever it sends to CUDA kept on the CPU. The replacement holds the original's
-    parameters (type, device and ``requires_grad`` included), its mode and what Ultralytics notes on a layer.
+    original runs in it, else in float32 or in its own type, and with whatever it sends to CUDA kept on the CPU. The
+    replacement holds the original's parameters (type, device and ``requires_grad`` included), its mode and what
+    Ultralytics notes on a layer.
 
     Returns:
         The model (another object where the model itself was a block), and a report for each block and for each module
