@@ -92,9 +92,9 @@ class FunctionBuilder:
         """Reshape to ``sizes``, see :meth:`shape`."""
         return self("Reshape", value, self.shape(*sizes) if any(isinstance(s, Value) for s in sizes) else list(sizes))
 
-    def function(self, name: str, domain: str, opset: int, inputs: list[str], result: Value, attributes: list[str]) -> (
-        onnx.FunctionProto
-    ):
+    def function(
+        self, name: str, domain: str, opset: int, inputs: list[str], result: Value, attributes: list[str]
+    ) -> onnx.FunctionProto:
         """The finished function with one output, ``y``."""
         nodes = [*self.nodes, helper.make_node("Identity", [result.name], ["y"])]
         opsets = [helper.make_opsetid("", opset)]

@@ -1,0 +1,339 @@
+"""ACmix blocks in an ONNX graph: find them, recover their weights, and write them in their reduced form.
+
+A block is looked for from its Softmax outwards. What cannot be read off the graph is measured on it: the logits are
+evaluated for chosen queries and keys, and position_weight, the window and the scale follow from the values. A graph
+that computes anything else leaves a residual and is not taken for a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from acmix_deploy.families.acmix.algebra import (
+    AcmixWeights,
+    ConvBranch,
+    ConvWeights,
+    dense_conv,
+    grouped_conv,
+    grouped_order,
+    qkv_conv,
+)
+from acmix_deploy.graph import (
+    Array,
+    Feeds,
+    NoMatch,
+    Region,
+    constant_value,
+    nearest,
+    region_between,
+    scalar_factor,
+)
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.local_attention.body import function_body
+
+ANCHOR = "Softmax"
+
+FUNCTIONS: dict[str, Callable[[int], onnx.FunctionProto]] = {LOCAL_ATTENTION.op_type: function_body}
+"""Bodies of the operators that :func:`rewrite` uses, by opset."""
+
+_LONGEST_TAIL = 24  # nodes from the Softmax to the block's last Add; exporters need 6 to 12
+
+
+@dataclass(frozen=True)
+class Match:
+    """The parts of one block in a graph; which of ``logit_convs`` is the query is not known from the structure."""
+
+    region: Region
+    softmax: gs.Node
+    logit_convs: list[gs.Node]
+    value_conv: gs.Node
+    fc: gs.Node
+    dep_conv: gs.Node
+    rate1: float
+    rate2: float
+
+
+def match(graph: gs.Graph, softmax: gs.Node) -> Match:
+    """The block around a Softmax node, by structure alone.
+
+    Raises:
+        NoMatch: saying what is missing.
+    """
+    by_input: dict[str, list[gs.Node]] = {}
+    for conv in nearest(softmax.inputs[0], "Conv"):
+        if _is_projection(conv):
+            by_input.setdefault(conv.inputs[0].name, []).append(conv)
+    pairs = [convs for convs in by_input.values() if len(convs) == 2]
+    if len(pairs) != 1:
+        raise NoMatch("its logits do not come from two 1x1 convolutions of one tensor", near=False)
+    (logit_convs,) = pairs
+    x = logit_convs[0].inputs[0]
+
+    last, rate1, rate2, dep_conv = _branches_meet(graph, softmax)
+    weight = _weight(dep_conv)
+    if weight.shape[1:] != (9, 3, 3) or dep_conv.attrs.get("pads") != [1] * 4:
+        raise NoMatch(f"{dep_conv.name} is not a 3x3 convolution of 9 maps per group with padding 1")
+    fcs = nearest(dep_conv.inputs[0], "Conv")
+    if len(fcs) != 1 or len(fcs[0].inputs) > 2 or _weight(fcs[0]).shape[::2] != (9, 1):
+        raise NoMatch(f"{dep_conv.name} does not read one 1x1 convolution to 9 maps without bias")
+    projections = [conv for conv in nearest(fcs[0].inputs[0], "Conv") if conv.inputs[0] is x and _is_projection(conv)]
+    values = [conv for conv in projections if conv not in logit_convs]
+    if len(projections) != 3 or len(values) != 1:
+        raise NoMatch(f"{fcs[0].name} does not read three 1x1 convolutions of {x.name}")
+    region = region_between(graph, x, last.outputs[0])
+    return Match(region, softmax, logit_convs, values[0], fcs[0], dep_conv, rate1, rate2)
+
+
+def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], Feeds], list[Array]]) -> AcmixWeights:
+    """The weights of a matched block, measured where the graph does not state them.
+
+    Args:
+        found: the block.
+        values: of x and of the tensors outside the region, by name, at one image size.
+        compute: tensors of the graph from the values of others, in float32.
+
+    Raises:
+        NoMatch: the attention branch is not the operator's definition for any weights.
+    """
+    reasons = []
+    for query, key in (found.logit_convs, found.logit_convs[::-1]):
+        try:
+            return _recover(found, query, key, values, compute)
+        except NoMatch as error:
+            reasons.append(error)
+    raise max(reasons, key=lambda error: error.near)
+
+
+def rewrite(
+    found: Match,
+    weights: AcmixWeights,
+    conv_branch: ConvBranch,
+    name: str,
+    opset: int,
+    map_size: tuple[int, int] | None,
+) -> gs.Graph:
+    """The block in its reduced form, as a graph of its own from x to one output.
+
+    Args:
+        found: the block, for x and the element type.
+        weights: its weights.
+        conv_branch: "dense", one 3x3 convolution of x, or "grouped", one of qkv.
+        name: prefix of new nodes and tensors.
+        opset: of the graph.
+        map_size: H and W of x where they are fixed.
+    """
+    x = found.region.x
+    dtype = _weight(found.value_conv).dtype
+    graph = gs.Graph(inputs=[x], opset=opset)
+
+    def constant(label: str, array: Array) -> gs.Constant:
+        exact = array if np.issubdtype(array.dtype, np.integer) else array.astype(dtype)
+        return gs.Constant(f"{name}.{label}", np.ascontiguousarray(exact))
+
+    def add(op: str, label: str, *inputs: gs.Tensor, domain: str | None = None, **attrs: object) -> gs.Variable:
+        output = gs.Variable(f"{name}.{label}", dtype=dtype)
+        graph.nodes.append(gs.Node(op, f"{name}.{label}", attrs, list(inputs), [output], domain=domain))
+        return output
+
+    def conv(label: str, source: gs.Tensor, parts: ConvWeights, **attrs: object) -> gs.Variable:
+        operands = [source, constant(f"{label}.weight", parts.weight)]
+        if parts.bias.any():
+            operands.append(constant(f"{label}.bias", parts.bias))
+        return add("Conv", label, *operands, kernel_shape=list(parts.weight.shape[2:]), **attrs)
+
+    strided = {"pads": [1] * 4, "strides": [weights.stride] * 2}
+    qkv = conv("qkv", x, qkv_conv(weights, fold_rate1=conv_branch == "dense"))
+    attended = add(
+        LOCAL_ATTENTION.op_type,
+        "attention",
+        qkv,
+        constant("position_weight", weights.position_weight),
+        domain=LOCAL_ATTENTION.domain,
+        num_heads=weights.num_heads,
+        kernel_size=weights.kernel_size,
+        stride=weights.stride,
+        scale=weights.scale,
+        plugin_version=LOCAL_ATTENTION.attribute("plugin_version").default,
+        plugin_namespace=LOCAL_ATTENTION.attribute("plugin_namespace").default,
+    )
+    if conv_branch == "grouped":
+        if weights.rate1 != 1:
+            attended = add("Mul", "rate1", attended, constant("rate1.value", np.array(weights.rate1)))
+        order = constant("by_head_dim.order", grouped_order(weights))
+        by_head_dim = add("Gather", "by_head_dim", qkv, order, axis=1)
+        convolved = conv("convolution", by_head_dim, grouped_conv(weights), group=weights.head_dim, **strided)
+    else:
+        dense, border = dense_conv(weights)
+        convolved = conv("convolution", x, dense, **strided)
+        if border.any():
+            ones = _map_of_ones(add, constant, x, dtype, map_size)
+            biases = add("Conv", "biases", ones, constant("biases.weight", border), kernel_shape=[3, 3], **strided)
+            convolved = add("Add", "convolution_with_biases", convolved, biases)
+    graph.outputs = [add("Add", "y", attended, convolved)]
+    return graph
+
+
+def _is_projection(conv: gs.Node) -> bool:
+    """Whether a Conv is a 1x1 convolution with constant weights that keeps the map size."""
+    weight = constant_value(conv.inputs[1])
+    one = conv.attrs.get("group", 1) == 1 and all(step == 1 for step in conv.attrs.get("strides", []))
+    return one and weight is not None and weight.shape[2:] == (1, 1) and not any(conv.attrs.get("pads", []))
+
+
+def _weight(conv: gs.Node) -> Array:
+    value = constant_value(conv.inputs[1])
+    if value is None:
+        raise NoMatch(f"the weight of {conv.name} is computed, not stored")
+    return value
+
+
+def _bias(conv: gs.Node) -> Array:
+    value = constant_value(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    return np.zeros(len(_weight(conv))) if value is None else value.astype(np.float64)
+
+
+def _branches_meet(graph: gs.Graph, softmax: gs.Node) -> tuple[gs.Node, float, float, gs.Node]:
+    """The Add downstream of a Softmax whose other operand is a grouped convolution, with the rates of both."""
+    results = {tensor.name for tensor in graph.outputs}
+    tensor = softmax.outputs[0]
+    for _ in range(_LONGEST_TAIL):
+        users = [user for user in tensor.outputs if user.op != "Shape"]
+        if len(users) != 1 or tensor.name in results:
+            break
+        node = users[0]
+        if node.op == "Add" and len(node.inputs) == 2:
+            other = node.inputs[node.inputs[0] is tensor]
+            rate2, conv = scalar_factor(other)
+            if conv is not None and conv.op == "Conv" and conv.attrs.get("group", 1) > 1:
+                return node, scalar_factor(tensor)[0], rate2, conv
+        tensor = node.outputs[0]
+    raise NoMatch("its result is not added to that of a grouped convolution")
+
+
+def _recover(
+    found: Match,
+    query_conv: gs.Node,
+    key_conv: gs.Node,
+    values: Feeds,
+    compute: Callable[[list[gs.Variable], Feeds], list[Array]],
+) -> AcmixWeights:
+    region, softmax = found.region, found.softmax
+    head_dim = int(found.dep_conv.attrs["group"])
+    channels = len(_weight(found.dep_conv))
+    heads = channels // head_dim
+    (stride, other_stride) = found.dep_conv.attrs.get("strides", [1, 1])
+    convs = (query_conv, key_conv, found.value_conv)
+    widths = [len(_weight(conv)) for conv in convs]
+    if widths != [channels] * 3 or _weight(found.fc).shape[1] != 3 * heads or stride != other_stride:
+        raise NoMatch(f"channels {widths} of q, k, v do not fit {heads} heads of {head_dim}")
+
+    batch, _, height, width = values[region.x.name].shape
+    random = np.random.default_rng(0)
+    query, key = (random.standard_normal((batch, channels, height, width)).astype(np.float32) for _ in range(2))
+
+    def logits(key: Array) -> Array:
+        """[B*N, H/s, W/s, K*K]."""
+        feeds = {**values, query_conv.outputs[0].name: query, key_conv.outputs[0].name: key}
+        (raw,) = compute([softmax.inputs[0]], feeds)
+        axis = softmax.attrs.get("axis", -1)
+        if raw.size % (batch * heads * (height // stride) * (width // stride)):
+            raise NoMatch(f"its logits have shape {list(raw.shape)}, which no K x K window over the map has")
+        return np.moveaxis(raw, axis, -1).reshape(batch * heads, height // stride, width // stride, -1).astype(float)
+
+    from_position = logits(np.zeros_like(key))
+    taps = from_position.shape[-1]
+    kernel_size = math.isqrt(taps)
+    if kernel_size**2 != taps or kernel_size % 2 == 0 or kernel_size < 3 or min(height, width) <= kernel_size // 2:
+        raise NoMatch(f"its Softmax runs over {taps} values, which is no odd K*K that fits a {height}x{width} map")
+
+    def split(maps: Array) -> Array:
+        return maps.astype(np.float64).reshape(batch * heads, head_dim, height, width)
+
+    queries = split(query)[:, :, ::stride, ::stride]
+    products = np.stack([(queries * near).sum(1) for near in _neighbours(split(key), kernel_size, stride)], -1)
+    from_keys = logits(key) - from_position
+    scale = float((from_keys * products).sum() / (products * products).sum())
+    _check_residual(from_keys, scale * products, "scale * q.k over a reflected K x K neighbourhood")
+    usual = head_dim**-0.5
+    scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
+
+    position_weight = _solve_position(from_position, scale, queries, kernel_size, stride, (height, width))
+    weights = [_weight(conv).astype(np.float64)[:, :, 0, 0] for conv in convs]
+    return AcmixWeights(
+        qkv_weight=np.concatenate(weights),
+        qkv_bias=np.concatenate([_bias(conv) for conv in convs]),
+        position_weight=position_weight,
+        fc=_weight(found.fc).astype(np.float64)[:, :, 0, 0],
+        dep_conv_weight=_weight(found.dep_conv).astype(np.float64),
+        dep_conv_bias=_bias(found.dep_conv),
+        rate1=found.rate1,
+        rate2=found.rate2,
+        num_heads=heads,
+        kernel_size=kernel_size,
+        stride=stride,
+        scale=scale,
+    )
+
+
+def _neighbours(maps: Array, kernel_size: int, stride: int) -> Iterator[Array]:
+    """The K*K shifted views of maps [M, d, H, W] under reflection padding, each [M, d, H/s, W/s]."""
+    margin = kernel_size // 2
+    height, width = maps.shape[2:]
+    padded = np.pad(maps, [(0, 0), (0, 0), (margin, margin), (margin, margin)], mode="reflect")
+    for y in range(kernel_size):
+        for x in range(kernel_size):
+            yield padded[:, :, y : y + height : stride, x : x + width : stride]
+
+
+def _solve_position(
+    from_position: Array, scale: float, queries: Array, kernel_size: int, stride: int, map_size: tuple[int, int]
+) -> Array:
+    """P [d, 2] from the logits [M, h, w, K*K] that zero keys leave: scale * q.(P l_i - P l_n), by least squares."""
+    height, width = map_size
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    place = np.stack([x, y])[None]
+    own = place[:, :, ::stride, ::stride]
+    moved = np.stack([(own - near)[0] for near in _neighbours(place, kernel_size, stride)], -1)  # [2, h, w, K*K]
+    # Per query the logits are linear in u = scale * P^T q (two unknowns); the queries then give P.
+    gram = np.einsum("ahwn,bhwn->hwab", moved, moved)
+    target = np.einsum("ahwn,mhwn->mhwa", moved, from_position)
+    u = np.linalg.solve(gram[None], target[..., None])[..., 0].reshape(-1, 2)
+    q = scale * np.moveaxis(queries, 1, -1).reshape(len(u), -1)
+    weight, *_ = np.linalg.lstsq(q, u, rcond=None)
+    expected = np.einsum("mdhw,da,ahwn->mhwn", scale * queries, weight, moved, optimize=True)
+    _check_residual(from_position, expected, "q.(P l_i - P l_n), linear in the coordinates", against=queries)
+    return np.asarray(weight)
+
+
+def _check_residual(found: Array, expected: Array, what: str, against: Array | None = None) -> None:
+    """Refuse where ``found`` is not ``expected``, relative to it (or to ``against`` where it may be all zeros)."""
+    size = max(float(np.linalg.norm(expected)), 0.0 if against is None else 1e-3 * float(np.linalg.norm(against)))
+    residual = float(np.linalg.norm(found - expected)) / (size or 1.0)
+    limit = LOCAL_ATTENTION.tolerances["float16"].floor  # a folded half-precision position term is this coarse
+    if not residual < limit:
+        raise NoMatch(f"its logits are not {what}: relative residual {residual:.1e}, limit {limit:.0e}")
+
+
+def _map_of_ones(
+    add: Callable[..., gs.Variable],
+    constant: Callable[[str, Array], gs.Constant],
+    x: gs.Variable,
+    dtype: np.dtype[np.generic],
+    map_size: tuple[int, int] | None,
+) -> gs.Variable:
+    """Ones [1, 1, H, W]; made in the graph, so that the file does not grow with the image."""
+    if map_size is None:
+        size = add("Shape", "map_size", x, start=2, end=4)
+        size.dtype = np.dtype(np.int64)
+        shape: gs.Tensor = add("Concat", "ones_shape", constant("ones_shape.lead", np.array([1, 1])), size, axis=0)
+        shape.dtype = np.dtype(np.int64)
+    else:
+        shape = constant("ones.shape", np.array([1, 1, *map_size]))
+    one = gs.Constant("one", np.ones(1, dtype))
+    return add("ConstantOfShape", "ones", shape, value=one)

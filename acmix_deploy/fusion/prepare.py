@@ -1,0 +1,52 @@
+"""Bring a foreign ONNX file to the form that recognition starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import version_converter
+
+from acmix_deploy.errors import UserError
+from acmix_deploy.operators.local_attention.body import OPSETS
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file at an opset that the operators' bodies are valid in, converting older ones.
+
+    Conversion comes before fusion because onnx's converter drops functions.
+
+    Raises:
+        UserError: there is no such file, it is no ONNX file, or its opset is out of range.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "Give an ONNX file.")
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's DecodeError, or a missing file of external data
+        raise UserError(
+            f"{path} cannot be read as an ONNX file: {str(error).splitlines()[0]}", "Export or copy it again."
+        ) from error
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if not model.graph.node or opset is None:
+        raise UserError(f"{path} holds no ONNX graph", "Give the file that an exporter wrote.")
+    if opset > OPSETS[-1]:
+        raise UserError(
+            f"{path} has opset {opset}; {OPSETS[0]} to {OPSETS[-1]} are supported, and 13 to 16 are converted",
+            f"Export it with --opset {OPSETS[-1]} or below.",
+        )
+    if opset < OPSETS[0]:
+        try:
+            model = version_converter.convert_version(model, OPSETS[0])
+        except Exception as error:  # the converter raises RuntimeError and its own types
+            raise UserError(
+                f"{path} has opset {opset} and cannot be converted to {OPSETS[0]}: {str(error).splitlines()[0]}",
+                f"Export it with --opset {OPSETS[0]}.",
+            ) from error
+    model.ir_version = ir_version(max(opset, OPSETS[0]))
+    return model
+
+
+def ir_version(opset: int) -> int:
+    """The IR version that TensorRT 8 and older releases of ONNX Runtime read with an opset."""
+    return 8 if opset <= 18 else 10

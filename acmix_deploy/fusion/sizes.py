@@ -1,0 +1,55 @@
+"""Choose image sizes to evaluate a graph at, and the values that its blocks see there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from acmix_deploy.errors import UserError
+from acmix_deploy.graph import Feeds, NoMatch, evaluate
+
+_TRIALS = ((2, 24, 32), (1, 40, 24), (2, 160, 192), (1, 192, 128), (1, 320, 416), (1, 640, 640))
+"""Batch, height and width to try for free axes, small ones first: which of them a model accepts is its own affair."""
+
+_ENOUGH = 2
+
+
+def values_at_sizes(graph: gs.Graph, tensors: Iterable[gs.Variable]) -> list[Feeds]:
+    """Values of ``tensors`` for random inputs: at one size where the graph is static, at two where it is not.
+
+    Raises:
+        UserError: the graph runs at none of the sizes tried.
+    """
+    wanted = list({tensor.name: tensor for tensor in tensors}.values())
+    found: list[Feeds] = []
+    reason = NoMatch("no size was tried")
+    for feeds in _trial_inputs(graph):
+        try:
+            found.append(dict(zip((t.name for t in wanted), evaluate(graph, wanted, feeds), strict=True)))
+        except NoMatch as error:
+            reason = error
+        if len(found) == _ENOUGH:
+            break
+    if not found:
+        raise UserError(f"the graph could not be evaluated: {reason.reason}", "Check it with `acmix-deploy profile`.")
+    return found
+
+
+def _trial_inputs(graph: gs.Graph) -> Iterator[Feeds]:
+    """Random inputs at each size to try; only one where no axis is free."""
+    random = np.random.default_rng(0)
+    static = all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape)
+    for batch, height, width in _TRIALS[:1] if static else _TRIALS:
+        free = {0: batch, 2: height, 3: width}
+        shapes = {
+            tensor.name: [
+                size if isinstance(size, int) else free.get(axis, 1) for axis, size in enumerate(tensor.shape)
+            ]
+            for tensor in graph.inputs
+        }
+        yield {
+            tensor.name: random.random(shapes[tensor.name]).astype(tensor.dtype or np.float32)
+            for tensor in graph.inputs
+        }

@@ -1,0 +1,223 @@
+"""Read and evaluate pieces of an ONNX graph: what recognising a block in a graph is made of.
+
+Graphs are onnx-graphsurgeon graphs. Values are found by running pieces of the graph in float32, not by pattern, so it
+does not matter how an exporter spelt them or whether it folded them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper, numpy_helper
+
+from acmix_deploy.errors import UserError
+from acmix_deploy.runtime.onnxruntime import open_session
+
+Array = npt.NDArray[Any]
+Feeds = dict[str, Array]
+
+RESHAPING = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that move values without changing them."""
+
+_FLOATS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+
+
+class NoMatch(Exception):
+    """Part of a graph is not the block that was looked for.
+
+    Args:
+        reason: what was found, in words for the report.
+        near: whether it came close enough that a user would want to know.
+    """
+
+    def __init__(self, reason: str, *, near: bool = True) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.near = near
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes between a tensor x and a tensor y, and what they need besides x."""
+
+    x: gs.Variable
+    y: gs.Variable
+    nodes: list[gs.Node]
+    outside: list[gs.Variable]
+    """Tensors that do not depend on x: sizes, and position terms that an exporter left to be computed."""
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computes ``tensor``; None for constants and graph inputs."""
+    return tensor.inputs[0] if isinstance(tensor, gs.Variable) and tensor.inputs else None
+
+
+def constant_value(tensor: gs.Tensor) -> Array | None:
+    """The value of a constant, through Identity and Constant nodes; None where it is computed."""
+    while (node := producer(tensor)) is not None and node.op == "Identity":
+        tensor = node.inputs[0]
+    if node is not None and node.op == "Constant":
+        value = node.attrs.get("value")
+        return np.asarray(value.values) if value is not None else None
+    return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None
+
+
+def nearest(tensor: gs.Tensor, op: str) -> list[gs.Node]:
+    """The first nodes of type ``op`` met on each way upstream from ``tensor``, not looking behind a Shape."""
+    return [node for node in _upstream([tensor], lambda node: node.op in (op, "Shape")) if node.op == op]
+
+
+def scalar_factor(tensor: gs.Tensor) -> tuple[float, gs.Node | None]:
+    """The product of constant scalars that a tensor was last multiplied by, and the node before them."""
+    factor = 1.0
+    while (node := producer(tensor)) is not None:
+        if node.op in RESHAPING:
+            tensor = node.inputs[0]
+            continue
+        if node.op != "Mul":
+            break
+        values = [constant_value(operand) for operand in node.inputs]
+        scalars = [index for index, value in enumerate(values) if value is not None and value.size == 1]
+        if not scalars:
+            break
+        factor *= float(values[scalars[0]].reshape(-1)[0])  # type: ignore[union-attr]
+        tensor = node.inputs[1 - scalars[0]]
+    return factor, node
+
+
+def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
+    """The nodes on the ways from x to y.
+
+    Raises:
+        NoMatch: something between is read from elsewhere or is an output of the graph.
+    """
+    upstream = list(_upstream([y], lambda node: False, stop_at={x.name}))
+    reached = {x.name}
+    nodes = []
+    for node in reversed(upstream):
+        if any(tensor.name in reached for tensor in node.inputs):
+            reached.update(tensor.name for tensor in node.outputs)
+            nodes.append(node)
+    inside = {id(node) for node in nodes}
+    results = {tensor.name for tensor in graph.outputs}
+    for node in nodes:
+        for tensor in node.outputs:
+            if tensor is y:
+                continue
+            if tensor.name in results:
+                raise NoMatch(f"the intermediate {tensor.name} is also an output of the graph")
+            for user in tensor.outputs:
+                if id(user) not in inside and user.op != "Shape":
+                    raise NoMatch(f"the intermediate {tensor.name} is also read by {user.name or user.op}")
+    outside = {
+        tensor.name: tensor
+        for node in nodes
+        for tensor in node.inputs
+        if isinstance(tensor, gs.Variable) and tensor.name and tensor.name not in reached
+    }
+    return Region(x, y, nodes, list(outside.values()))
+
+
+def _upstream(tensors: Iterable[gs.Tensor], stop_after: Any, stop_at: Iterable[str] = ()) -> Iterator[gs.Node]:
+    """Nodes that ``tensors`` are computed from, each once, every node after the nodes that use it.
+
+    Ways end after a node that ``stop_after`` accepts and at tensors named in ``stop_at``.
+    """
+    stop = set(stop_at)
+    order: list[gs.Node] = []
+    seen: set[int] = set()
+
+    def start(tensor: gs.Tensor) -> list[gs.Node]:
+        node = producer(tensor) if tensor.name not in stop else None
+        return [node] if node is not None and id(node) not in seen else []
+
+    # Depth-first with an explicit stack: deep graphs exceed Python's recursion limit.
+    stack: list[tuple[gs.Node, Iterator[gs.Tensor]]] = []
+    for tensor in tensors:
+        for node in start(tensor):
+            seen.add(id(node))
+            stack.append((node, iter(() if stop_after(node) else node.inputs)))
+            while stack:
+                current, inputs = stack[-1]
+                for operand in inputs:
+                    if found := start(operand):
+                        seen.add(id(found[0]))
+                        stack.append((found[0], iter(() if stop_after(found[0]) else found[0].inputs)))
+                        break
+                else:
+                    order.append(current)
+                    stack.pop()
+    return reversed(order)
+
+
+def as_float32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every floating-point tensor widened, or narrowed, to float32; changes ``model`` in place."""
+
+    def convert(tensor: onnx.TensorProto) -> None:
+        if tensor.data_type in _FLOATS:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+    graph = model.graph
+    for tensor in graph.initializer:
+        convert(tensor)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type in _FLOATS:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                convert(attribute.t)
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in _FLOATS:
+                attribute.i = TensorProto.FLOAT
+    return model
+
+
+def evaluate(
+    graph: gs.Graph, outputs: list[gs.Variable], feeds: Feeds, functions: Iterable[onnx.FunctionProto] = ()
+) -> list[Array]:
+    """Compute tensors of a graph in float32 from the values of others.
+
+    Args:
+        graph: where ``outputs`` live.
+        outputs: what to compute; nodes upstream of a fed tensor are left out.
+        feeds: values by tensor name; those not needed are ignored.
+        functions: bodies of the custom operators used.
+
+    Raises:
+        NoMatch: ONNX Runtime cannot run it, or it depends on something that is not fed.
+    """
+    nodes = list(reversed(list(_upstream(outputs, lambda node: False, stop_at=feeds))))
+    made = {tensor.name for node in nodes for tensor in node.outputs}
+    needed = {
+        tensor.name: tensor
+        for tensor in [*(tensor for node in nodes for tensor in node.inputs), *outputs]
+        if isinstance(tensor, gs.Variable) and tensor.name and tensor.name not in made
+    }
+    if unknown := needed.keys() - feeds.keys():
+        raise NoMatch(f"it depends on {', '.join(sorted(unknown))} from outside")
+    piece = gs.Graph(nodes, opset=graph.opset, import_domains=graph.import_domains)
+    model = as_float32(gs.export_onnx(piece, do_type_check=False))
+    model.ir_version = 8  # else onnx's newest, which ONNX Runtime may refuse
+    used = {name: _float32(feeds[name]) for name in needed}
+    model.graph.input.extend(
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in used.items()
+    )
+    model.graph.output.extend(onnx.ValueInfoProto(name=tensor.name) for tensor in outputs)
+    model.functions.extend(functions)
+    try:
+        return list(open_session(model).run(None, used))
+    except UserError as error:
+        raise NoMatch(f"it cannot be run on its own: {error.message}") from error
+    except Exception as error:  # ONNX Runtime's error types share no base of their own
+        raise NoMatch(f"it cannot be run on its own: {str(error).splitlines()[0]}") from error
+
+
+def _float32(array: Array) -> Array:
+    return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else array
