@@ -1,0 +1,1 @@
+"""Run anything: models of PyTorch and of ONNX Runtime behind polygraphy's runner interface, and what to feed them."""

@@ -1,0 +1,345 @@
+"""Module -> plain ONNX file: made by one of PyTorch's exporters, run against the module, only then called a success."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import onnx
+import onnx.version_converter
+import onnx_ir
+import onnx_ir.passes.common
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from acmix_deploy.artifacts import replacing
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.runtime.inputs import Shape, random_images, trial_shapes
+from acmix_deploy.runtime.metrics import Array, deviation
+from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.runtime.reason import reason
+from acmix_deploy.runtime.torch import tensors_of
+
+Exporter = Literal["dynamo", "torchscript"]
+
+AXES = {"batch": 0, "height": 2, "width": 3}
+OPSETS = range(17, 22)
+INPUT = "images"
+_LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
+
+
+class TensorInfo(BaseModel):
+    """An input or output of an ONNX file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="tensor name")
+    shape: tuple[int | str, ...] = Field(description="sizes; names or expressions of names where dynamic")
+
+
+class ExportResult(BaseModel):
+    """What was exported and how."""
+
+    model_config = ConfigDict(frozen=True)
+
+    exporter: Exporter = Field(description="which of PyTorch's exporters wrote the file")
+    opset: int = Field(description="version of the standard operator set")
+    ir_version: int = Field(description="version of the ONNX file format")
+    inputs: tuple[TensorInfo, ...] = Field(description="inputs of the file")
+    outputs: tuple[TensorInfo, ...] = Field(description="outputs of the file")
+    checked_shapes: tuple[tuple[int, ...], ...] = Field(description="input shapes at which file and module agreed")
+    relative_l2: float = Field(description="largest relative L2 distance of the file from the module over all of them")
+    notes: tuple[str, ...] = Field(default=(), description="what did not go the usual way, and why")
+
+
+def export(
+    module: nn.Module | ExportedProgram,
+    path: Path,
+    *,
+    input_shape: Sequence[int] = (1, 3, 640, 640),
+    opset: int = 18,
+    dynamic: Collection[str] = (),
+    divisor: int = 1,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> ExportResult:
+    """Export a float32 module of one image input to an ONNX file that computes the same.
+
+    Opset 18 and above come from the dynamo exporter, whose operators are written for 18; below, from the TorchScript
+    exporter, since nothing converts a newer Pad down. Where one fails or its file is wrong, the other is tried. A file
+    is right when ONNX Runtime runs it at the example and, for dynamic axes, at two more sizes and another batch, and
+    every output is as close to the module's as :data:`LOCAL_ATTENTION` asks of float32.
+
+    Args:
+        module: put into eval mode here and otherwise left as it is; or a program captured by ``torch.export``: its free
+            axes become free in the file.
+        path: the file to write. Input ``images``, outputs ``output0``, ``output1``, ...; opset 17 and 18 in IR version
+            8, later ones in 10, without the stack traces of the machine it was made on.
+        input_shape: [B, C, H, W] of the example, and of a file with static axes.
+        opset: 17 to 21.
+        dynamic: axes to leave free, out of ``batch``, ``height`` and ``width``.
+        divisor: H and W must be multiples of it, the model's total stride.
+        metadata: goes into the file's ``metadata_props``.
+        progress: told what is about to be done.
+
+    Raises:
+        UserError: the request cannot be met by this model, or the file cannot be written.
+        CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen.
+    """
+    example = _check_request(input_shape, opset, dynamic, divisor)
+    if isinstance(module, ExportedProgram):
+        dynamic = _free_axes(module, dynamic)
+        reference = _callable(module)
+    else:
+        # Detectors keep what depends on the last image's size; a copy is traced, so that runs and traces do not mix.
+        reference, module = module.eval(), copy.deepcopy(module).eval()
+    dims = [None if axis in {AXES[name] for name in dynamic} else size for axis, size in enumerate(example)]
+    shapes = trial_shapes(dims, example, divisor)
+    # Traced at a batch of 2 where it is free: the exporters take an axis of length 1 for one that broadcasts.
+    traced = (max(example[0], 2), *example[1:]) if "batch" in dynamic else example
+    progress("running the model")
+    expected = {shape: _run(reference, shape) for shape in shapes}
+    names = [f"output{index}" for index in range(len(expected[example]))]
+    image = torch.zeros(traced)
+
+    exporters: dict[Exporter, Callable[[], onnx.ModelProto]] = {
+        "dynamo": lambda: _dynamo(module, image, names, opset, dynamic),
+        "torchscript": lambda: _torchscript(module, image, names, opset, dynamic, expected),
+    }
+    order: list[Exporter] = ["dynamo", "torchscript"] if opset >= 18 else ["torchscript", "dynamo"]
+    notes: list[str] = []
+    for exporter in order:
+        progress(f"exporting with the {exporter} exporter")
+        try:
+            with _quiet(), torch.no_grad():
+                model = _finish(exporters[exporter](), opset, metadata or {})
+        except Exception as error:  # whatever an exporter stumbles over
+            notes.append(f"the {exporter} exporter failed: {reason(error)}")
+            continue
+        progress("checking the file")
+        try:
+            with replacing(path) as temporary:
+                onnx.save_model(model, temporary)
+                relative_l2 = _check(temporary, reference, expected, traced, dynamic)
+        except CheckFailed as error:
+            notes.append(f"the {exporter} exporter's file is wrong: {error.message}")
+            continue
+        return ExportResult(
+            exporter=exporter,
+            opset=opset,
+            ir_version=model.ir_version,
+            inputs=_describe(model.graph.input),
+            outputs=_describe(model.graph.output),
+            checked_shapes=tuple(expected),
+            relative_l2=relative_l2,
+            notes=tuple(notes),
+        )
+    ways = [f"without dynamic {', '.join(sorted(dynamic))}"] * bool(dynamic) + ["with opset 18"] * (opset < 18)
+    raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
+
+
+def ir_version(opset: int) -> int:
+    """The file format that goes with an opset: 8 is what TensorRT 8 reads, above 10 ONNX Runtime may refuse."""
+    return 8 if opset <= 18 else 10
+
+
+def _check_request(input_shape: Sequence[int], opset: int, dynamic: Collection[str], divisor: int) -> Shape:
+    if opset not in OPSETS:
+        raise UserError(f"opset {opset} is not supported; it must be {OPSETS[0]} to {OPSETS[-1]}")
+    if unknown := set(dynamic) - AXES.keys():
+        raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
+    shape = tuple(input_shape)
+    if len(shape) != 4 or min(shape) < 1:
+        raise UserError(f"input shape {list(shape)} is not four positive sizes: batch, channels, height, width")
+    if shape[2] % divisor or shape[3] % divisor:
+        near = [max(divisor, round(size / divisor) * divisor) for size in shape[2:]]
+        raise UserError(
+            f"an image of {shape[2]}x{shape[3]} is not divisible by the model's stride {divisor}",
+            f"The nearest size that is: {near[0]}x{near[1]}.",
+        )
+    return shape
+
+
+def _free_axes(program: ExportedProgram, dynamic: Collection[str]) -> set[str]:
+    """The axes that a captured program left free; all that are wanted must be among them."""
+    inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    if len(inputs) != 1 or inputs[0].meta["val"].dim() != 4:
+        raise UserError(f"the program takes {len(inputs)} inputs; one image [B, C, H, W] is expected")
+    free = {name for name, axis in AXES.items() if not isinstance(inputs[0].meta["val"].shape[axis], int)}
+    if fixed := set(dynamic) - free:
+        raise UserError(
+            f"the program was captured with a fixed {' and '.join(sorted(fixed))}",
+            "Capture it again with dynamic_shapes, or export without these dynamic axes.",
+        )
+    return free
+
+
+def _callable(program: ExportedProgram) -> nn.Module:
+    """A captured program as a module that the TorchScript exporter accepts."""
+    module = program.module()
+    for method in ("train", "eval"):  # replaced there by methods that only raise
+        vars(module).pop(method, None)
+    return module
+
+
+def _run(module: nn.Module, shape: Shape) -> list[Array]:
+    """The module's own outputs. What it cannot compute, no file can."""
+    try:
+        with _quiet(), torch.no_grad():
+            outputs = tensors_of(module(torch.from_numpy(random_images(shape))))
+    except AcmixDeployError:
+        raise
+    except Exception as error:  # the model's own code
+        raise UserError(
+            f"the model does not run on an input of {list(shape)}: {reason(error)}",
+            "Check the input shape and the dynamic axes.",
+        ) from error
+    if not outputs:
+        raise UserError("the model returns no tensor")
+    return [output.numpy() for output in outputs]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' prints, warnings and logs from the user; stderr stays open for progress."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _dynamo(
+    module: nn.Module | ExportedProgram, image: torch.Tensor, names: list[str], opset: int, dynamic: Collection[str]
+) -> onnx.ModelProto:
+    axes = {AXES[name]: name for name in dynamic}
+    if isinstance(module, nn.Module):
+        free = (dict.fromkeys(axes, Dim.DYNAMIC),) if axes else None
+        module = torch.export.export(module, (image,), dynamic_shapes=free, strict=False)
+    program = torch.onnx.export(
+        module,
+        dynamo=True,
+        verbose=False,
+        opset_version=opset,
+        input_names=[INPUT],
+        output_names=names,
+        dynamic_shapes=(axes,) if axes else None,
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def _torchscript(
+    module: nn.Module | ExportedProgram,
+    image: torch.Tensor,
+    names: list[str],
+    opset: int,
+    dynamic: Collection[str],
+    expected: Mapping[Shape, list[Array]],
+) -> onnx.ModelProto:
+    free = {INPUT: {AXES[name]: name for name in dynamic}}
+    for index, output in enumerate(names):
+        sizes = zip(*(outputs[index].shape for outputs in expected.values()), strict=True)
+        free[output] = {axis: f"{output}_{axis}" for axis, seen in enumerate(sizes) if len(set(seen)) > 1}
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        torch.onnx.export(
+            _callable(module) if isinstance(module, ExportedProgram) else module,
+            (image,),
+            file,
+            dynamo=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=names,
+            dynamic_axes=free,
+        )
+        return onnx.load_model(file)
+
+
+def _finish(model: onnx.ModelProto, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """The model in the opset asked for, freed of what the exporter noted about the machine it ran on."""
+    if any(entry.domain == "" and entry.version != opset for entry in model.opset_import):
+        model = onnx.version_converter.convert_version(model, opset)
+    graph = onnx_ir.serde.deserialize_model(model)
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
+    model = onnx_ir.serde.serialize_model(graph)
+    model.ir_version = ir_version(opset)
+    onnx.helper.set_model_props(model, dict(metadata))
+    if (size := model.ByteSize()) > _LARGEST_FILE:
+        raise ValueError(f"the model takes {size / 1e9:.1f} GB, an ONNX file holds {_LARGEST_FILE / 1e9:.1f}")
+    return model
+
+
+def _check(
+    file: Path, module: nn.Module, expected: Mapping[Shape, list[Array]], traced: Shape, dynamic: Collection[str]
+) -> float:
+    """Run the file at every shape. The largest relative L2 distance; raises CheckFailed for a wrong file."""
+    try:
+        session = open_session(file)
+    except UserError as error:
+        raise CheckFailed(error.message, error.hint) from error
+    (node,) = session.get_inputs()
+    for name in dynamic:
+        if isinstance(size := node.shape[AXES[name]], int):
+            raise CheckFailed(f"the {name} came out frozen at {size}")
+    declared = [output.shape for output in session.get_outputs()]
+    limit = LOCAL_ATTENTION.tolerances["float32"].limit()
+
+    def distance(shape: Shape, outputs: list[Array]) -> float:
+        try:
+            actual = session.run(None, {INPUT: random_images(shape)})
+        except Exception as error:  # ONNX Runtime's error types share no base of their own
+            raise CheckFailed(f"ONNX Runtime fails on {list(shape)}: {reason(error)}") from error
+        worst = 0.0
+        for output, array, dims, wanted in zip(session.get_outputs(), actual, declared, outputs, strict=True):
+            found = deviation(wanted, array)
+            if found.relative_l2 is None or found.relative_l2 > limit:
+                what = found.problem or f"relative L2 {found.relative_l2:.1e}, at most {limit:.0e} is accepted"
+                raise CheckFailed(f"{output.name} is not the module's on {list(shape)}: {what}")
+            if any(isinstance(dim, int) and dim != size for dim, size in zip(dims, array.shape, strict=True)):
+                raise CheckFailed(f"{output.name} is declared as {dims} and is {list(array.shape)} on {list(shape)}")
+            worst = max(worst, found.relative_l2)
+        return worst
+
+    def right(shape: Shape) -> bool:
+        try:
+            return distance(shape, _run(module, shape)) <= limit
+        except CheckFailed:
+            return False
+
+    worst = 0.0
+    for shape, outputs in expected.items():
+        try:
+            worst = max(worst, distance(shape, outputs))
+        except CheckFailed as error:
+            changed = [name for name in dynamic if shape[AXES[name]] != traced[AXES[name]]]
+            alone = {
+                name: tuple(shape[i] if i == AXES[name] else size for i, size in enumerate(traced)) for name in changed
+            }
+            frozen = [name for name in changed if not right(alone[name])] or changed
+            raise CheckFailed(
+                f"the {' and '.join(frozen)} came out frozen: {error.message}" if frozen else error.message
+            ) from error
+    return worst
+
+
+def _describe(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorInfo, ...]:
+    return tuple(
+        TensorInfo(
+            name=value.name, shape=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        )
+        for value in values
+    )

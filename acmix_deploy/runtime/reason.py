@@ -1,0 +1,18 @@
+"""Other libraries' errors in one line."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+_ORT_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_LONGEST = 300
+
+
+def reason(error: BaseException) -> str:
+    """The first telling line of what went wrong at the root of ``error``'s chain of causes, or the error's type."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = (line.strip(" -\t") for line in str(error).splitlines() if "TORCH_LOGS" not in line)
+    line = next(filter(None, lines), type(error).__name__)
+    return textwrap.shorten(_ORT_PREFIX.sub("", line), _LONGEST, placeholder=" ...")
