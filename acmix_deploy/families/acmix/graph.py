@@ -101,13 +101,35 @@ def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], F
     Raises:
         NoMatch: the attention branch is not the operator's definition for any weights.
     """
-    reasons = []
-    for query, key in (found.logit_convs, found.logit_convs[::-1]):
-        try:
-            return _recover(found, query, key, values, compute)
-        except NoMatch as error:
-            reasons.append(error)
-    raise max(reasons, key=lambda error: error.near)
+    x = found.region.x
+    head_dim = int(found.dep_conv.attrs.get("group", 1))
+    channels = len(_weight(found.dep_conv))
+    heads = channels // head_dim
+    stride, other_stride = found.dep_conv.attrs.get("strides", [1, 1])
+    widths = [len(_weight(conv)) for conv in (*found.logit_convs, found.value_conv)]
+    if widths != [channels] * 3 or _weight(found.fc).shape[1] != 3 * heads or stride != other_stride:
+        raise NoMatch(f"channels {widths} of q, k, v do not fit {heads} heads of {head_dim}")
+
+    orders = [found.logit_convs, found.logit_convs[::-1]]
+    trials = [_measure(found.softmax, order, heads, stride, values, values[x.name].shape, compute) for order in orders]
+    best, (query_conv, key_conv) = min(zip(trials, orders, strict=True), key=lambda trial: trial[0].residual)
+    _limit(best.residual, "scale * q.k over a reflected K x K neighbourhood")
+
+    convs = (query_conv, key_conv, found.value_conv)
+    return AcmixWeights(
+        qkv_weight=np.concatenate([_weight(conv).astype(np.float64)[:, :, 0, 0] for conv in convs]),
+        qkv_bias=np.concatenate([_bias(conv) for conv in convs]),
+        position_weight=_position_weight(best, stride, values[x.name].shape[2:]),
+        fc=_weight(found.fc).astype(np.float64)[:, :, 0, 0],
+        dep_conv_weight=_weight(found.dep_conv).astype(np.float64),
+        dep_conv_bias=_bias(found.dep_conv),
+        rate1=found.rate1,
+        rate2=found.rate2,
+        num_heads=heads,
+        kernel_size=best.kernel_size,
+        stride=stride,
+        scale=best.scale,
+    )
 
 
 def rewrite(
@@ -199,7 +221,7 @@ def _bias(conv: gs.Node) -> Array:
 
 
 def _branches_meet(graph: gs.Graph, softmax: gs.Node) -> tuple[gs.Node, float, float, gs.Node]:
-    """The Add downstream of a Softmax whose other operand is a grouped convolution, with the rates of both."""
+    """The Add downstream of a Softmax whose other operand is a convolution, and the rates of the two."""
     results = {tensor.name for tensor in graph.outputs}
     tensor = softmax.outputs[0]
     for _ in range(_LONGEST_TAIL):
@@ -210,75 +232,67 @@ def _branches_meet(graph: gs.Graph, softmax: gs.Node) -> tuple[gs.Node, float, f
         if node.op == "Add" and len(node.inputs) == 2:
             other = node.inputs[node.inputs[0] is tensor]
             rate2, conv = scalar_factor(other)
-            if conv is not None and conv.op == "Conv" and conv.attrs.get("group", 1) > 1:
+            if conv is not None and conv.op == "Conv":
                 return node, scalar_factor(tensor)[0], rate2, conv
         tensor = node.outputs[0]
-    raise NoMatch("its result is not added to that of a grouped convolution")
+    raise NoMatch("its result is not added to that of a convolution")
 
 
-def _recover(
-    found: Match,
-    query_conv: gs.Node,
-    key_conv: gs.Node,
+@dataclass(frozen=True)
+class _Logits:
+    """The logits of a block, evaluated for random queries; M = B*N, and h, w count the queries."""
+
+    kernel_size: int
+    scale: float
+    residual: float
+    """Of the part that depends on the keys, against scale * q.k, relative."""
+    queries: Array
+    """[M, d, h, w]."""
+    from_position: Array
+    """[M, h, w, K*K]: what is left for keys of zero."""
+
+
+def _measure(
+    softmax: gs.Node,
+    order: list[gs.Node],
+    heads: int,
+    stride: int,
     values: Feeds,
+    shape: tuple[int, ...],
     compute: Callable[[list[gs.Variable], Feeds], list[Array]],
-) -> AcmixWeights:
-    region, softmax = found.region, found.softmax
-    head_dim = int(found.dep_conv.attrs["group"])
-    channels = len(_weight(found.dep_conv))
-    heads = channels // head_dim
-    (stride, other_stride) = found.dep_conv.attrs.get("strides", [1, 1])
-    convs = (query_conv, key_conv, found.value_conv)
-    widths = [len(_weight(conv)) for conv in convs]
-    if widths != [channels] * 3 or _weight(found.fc).shape[1] != 3 * heads or stride != other_stride:
-        raise NoMatch(f"channels {widths} of q, k, v do not fit {heads} heads of {head_dim}")
-
-    batch, _, height, width = values[region.x.name].shape
+) -> _Logits:
+    """Evaluate the logits under the assumption that ``order`` is [query, key], for maps x of ``shape``."""
+    query_conv, key_conv = order
+    batch, _, height, width = shape
+    channels = len(_weight(query_conv))
     random = np.random.default_rng(0)
     query, key = (random.standard_normal((batch, channels, height, width)).astype(np.float32) for _ in range(2))
 
     def logits(key: Array) -> Array:
-        """[B*N, H/s, W/s, K*K]."""
         feeds = {**values, query_conv.outputs[0].name: query, key_conv.outputs[0].name: key}
         (raw,) = compute([softmax.inputs[0]], feeds)
         axis = softmax.attrs.get("axis", -1)
-        if raw.size % (batch * heads * (height // stride) * (width // stride)):
-            raise NoMatch(f"its logits have shape {list(raw.shape)}, which no K x K window over the map has")
-        return np.moveaxis(raw, axis, -1).reshape(batch * heads, height // stride, width // stride, -1).astype(float)
-
-    from_position = logits(np.zeros_like(key))
-    taps = from_position.shape[-1]
-    kernel_size = math.isqrt(taps)
-    if kernel_size**2 != taps or kernel_size % 2 == 0 or kernel_size < 3 or min(height, width) <= kernel_size // 2:
-        raise NoMatch(f"its Softmax runs over {taps} values, which is no odd K*K that fits a {height}x{width} map")
+        taps = raw.shape[axis]
+        kernel_size = math.isqrt(taps)
+        if kernel_size**2 != taps or kernel_size % 2 == 0 or not 3 <= kernel_size < 2 * min(height, width):
+            raise NoMatch(f"its Softmax runs over {taps} values, no odd K*K that fits a {height}x{width} map")
+        if raw.size != batch * heads * (height // stride) * (width // stride) * taps:
+            raise NoMatch(f"its logits have shape {list(raw.shape)}: not one K x K window per pixel and head")
+        return np.moveaxis(raw, axis, -1).reshape(batch * heads, height // stride, width // stride, taps).astype(float)
 
     def split(maps: Array) -> Array:
-        return maps.astype(np.float64).reshape(batch * heads, head_dim, height, width)
+        return maps.astype(np.float64).reshape(batch * heads, -1, height, width)
 
+    from_position = logits(np.zeros_like(key))
+    from_keys = logits(key) - from_position
+    kernel_size = math.isqrt(from_keys.shape[-1])
     queries = split(query)[:, :, ::stride, ::stride]
     products = np.stack([(queries * near).sum(1) for near in _neighbours(split(key), kernel_size, stride)], -1)
-    from_keys = logits(key) - from_position
     scale = float((from_keys * products).sum() / (products * products).sum())
-    _check_residual(from_keys, scale * products, "scale * q.k over a reflected K x K neighbourhood")
-    usual = head_dim**-0.5
+    residual = float(np.linalg.norm(from_keys - scale * products) / (np.linalg.norm(from_keys) or 1.0))
+    usual = queries.shape[1] ** -0.5
     scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
-
-    position_weight = _solve_position(from_position, scale, queries, kernel_size, stride, (height, width))
-    weights = [_weight(conv).astype(np.float64)[:, :, 0, 0] for conv in convs]
-    return AcmixWeights(
-        qkv_weight=np.concatenate(weights),
-        qkv_bias=np.concatenate([_bias(conv) for conv in convs]),
-        position_weight=position_weight,
-        fc=_weight(found.fc).astype(np.float64)[:, :, 0, 0],
-        dep_conv_weight=_weight(found.dep_conv).astype(np.float64),
-        dep_conv_bias=_bias(found.dep_conv),
-        rate1=found.rate1,
-        rate2=found.rate2,
-        num_heads=heads,
-        kernel_size=kernel_size,
-        stride=stride,
-        scale=scale,
-    )
+    return _Logits(kernel_size, scale, residual, queries, from_position)
 
 
 def _neighbours(maps: Array, kernel_size: int, stride: int) -> Iterator[Array]:
@@ -291,31 +305,29 @@ def _neighbours(maps: Array, kernel_size: int, stride: int) -> Iterator[Array]:
             yield padded[:, :, y : y + height : stride, x : x + width : stride]
 
 
-def _solve_position(
-    from_position: Array, scale: float, queries: Array, kernel_size: int, stride: int, map_size: tuple[int, int]
-) -> Array:
-    """P [d, 2] from the logits [M, h, w, K*K] that zero keys leave: scale * q.(P l_i - P l_n), by least squares."""
+def _position_weight(logits: _Logits, stride: int, map_size: tuple[int, ...]) -> Array:
+    """P [d, 2] from the logits that zero keys leave, scale * q.(P l_i - P l_n), by least squares."""
     height, width = map_size
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     place = np.stack([x, y])[None]
     own = place[:, :, ::stride, ::stride]
-    moved = np.stack([(own - near)[0] for near in _neighbours(place, kernel_size, stride)], -1)  # [2, h, w, K*K]
-    # Per query the logits are linear in u = scale * P^T q (two unknowns); the queries then give P.
+    moved = np.stack([(own - near)[0] for near in _neighbours(place, logits.kernel_size, stride)], -1)  # [2, h, w, K*K]
+    # For one query the logits are linear in u = scale * P^T q, two unknowns; all queries together give P.
     gram = np.einsum("ahwn,bhwn->hwab", moved, moved)
-    target = np.einsum("ahwn,mhwn->mhwa", moved, from_position)
+    target = np.einsum("ahwn,mhwn->mhwa", moved, logits.from_position)
     u = np.linalg.solve(gram[None], target[..., None])[..., 0].reshape(-1, 2)
-    q = scale * np.moveaxis(queries, 1, -1).reshape(len(u), -1)
-    weight, *_ = np.linalg.lstsq(q, u, rcond=None)
-    expected = np.einsum("mdhw,da,ahwn->mhwn", scale * queries, weight, moved, optimize=True)
-    _check_residual(from_position, expected, "q.(P l_i - P l_n), linear in the coordinates", against=queries)
+    scaled = logits.scale * logits.queries
+    weight, *_ = np.linalg.lstsq(np.moveaxis(scaled, 1, -1).reshape(len(u), -1), u, rcond=None)
+    expected = np.einsum("mdhw,da,ahwn->mhwn", scaled, weight, moved, optimize=True)
+    size = np.linalg.norm(logits.from_position) + 1e-3 * np.linalg.norm(scaled)  # P may be all zeros
+    residual = float(np.linalg.norm(logits.from_position - expected) / size)
+    _limit(residual, "q.(P l_i - P l_n) beside the keys, linear in the coordinates")
     return np.asarray(weight)
 
 
-def _check_residual(found: Array, expected: Array, what: str, against: Array | None = None) -> None:
-    """Refuse where ``found`` is not ``expected``, relative to it (or to ``against`` where it may be all zeros)."""
-    size = max(float(np.linalg.norm(expected)), 0.0 if against is None else 1e-3 * float(np.linalg.norm(against)))
-    residual = float(np.linalg.norm(found - expected)) / (size or 1.0)
-    limit = LOCAL_ATTENTION.tolerances["float16"].floor  # a folded half-precision position term is this coarse
+def _limit(residual: float, what: str) -> None:
+    """Refuse logits that differ from ``what`` by more than a position term stored in half precision would."""
+    limit = LOCAL_ATTENTION.tolerances["float16"].floor
     if not residual < limit:
         raise NoMatch(f"its logits are not {what}: relative residual {residual:.1e}, limit {limit:.0e}")
 
