@@ -30,14 +30,15 @@ def ultralytics(module: str) -> ModuleType:
         MissingComponent: Ultralytics is not installed.
     """
     try:
-        return import_module(f"ultralytics.{module}")
+        import_module("ultralytics")
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "ultralytics":
+        if error.name != "ultralytics":
             raise
         raise MissingComponent(
             "Ultralytics is needed here and is not installed",
             "Run: pip install 'acmix-deploy[ultralytics]' (the licence of Ultralytics is AGPL-3.0)",
         ) from error
+    return import_module(f"ultralytics.{module}")
 
 
 def register() -> None:

@@ -1,0 +1,190 @@
+"""ACmix in Ultralytics: named by YAML files, inserted into YOLOv8, ready for export."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from acmix_deploy import yolo
+from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.families.acmix.module import ACmix
+
+tasks: Any = pytest.importorskip("ultralytics.nn.tasks", reason="needs ultralytics")
+
+
+def blocks(model: nn.Module) -> dict[str, ACmix]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ACmix)}
+
+
+@pytest.mark.parametrize(
+    ("variant", "scale", "expected"),
+    [
+        ("p3p4p5", "n", {"model.16": 64, "model.20": 128, "model.24": 256}),
+        ("p3p4p5", "s", {"model.16": 128, "model.20": 256, "model.24": 512}),
+        ("p5", "n", {"model.22": 256}),
+        ("p5", "m", {"model.22": 576}),  # 768, this scale's maximum, times its width of 0.75
+    ],
+)
+def test_blocks_sit_on_the_maps_that_are_detected_on(variant: Any, scale: Any, expected: dict[str, int]) -> None:
+    model: Any = yolo.build(variant, scale, num_classes=3)
+    assert {name: block.out_planes for name, block in blocks(model).items()} == expected
+    assert all(
+        (block.in_planes, block.kernel_att, block.head) == (block.out_planes, 7, 4) for block in blocks(model).values()
+    )
+    others = [f"model.{index}" for index in model.model[-1].f if type(model.model[index]).__name__ == "C2f"]
+    assert [f"model.{index}" for index in model.model[-1].f] == others + list(expected)
+    assert model.model[-1].nc == 3
+
+
+@pytest.mark.parametrize("scale", ["n", "s", "m", "l", "x"])
+@pytest.mark.parametrize("variant", ["p3p4p5", "p5"])
+def test_without_its_blocks_the_model_is_the_packages_yolov8(variant: Any, scale: Any) -> None:
+    """Every layer reads what it read before, or the block behind it."""
+    model = yolo.model_yaml(variant, scale)
+    plain = yolo.ultralytics("utils").YAML.load(Path(yolo.ultralytics("utils").ROOT) / "cfg/models/v8/yolov8.yaml")
+    layers, kept = model["backbone"] + model["head"], []
+    plain_layers = plain["backbone"] + plain["head"]
+    origin: dict[int, int] = {}  # index with blocks -> index of the plain layer whose map it carries
+    for index, layer in enumerate(layers):
+        if layer[2] == "ACmix":
+            assert layer[0] == -1
+            origin[index] = origin[index - 1]
+        else:
+            origin[index] = len(kept)
+            kept.append((index, layer))
+    for (index, layer), plain_layer in zip(kept, plain_layers, strict=True):
+        assert layer[1:] == plain_layer[1:]
+
+        def absolute(source: int, at: int) -> int:
+            return at + source if source < 0 else source
+
+        sources, plain_sources = ([s] if isinstance(s, int) else s for s in (layer[0], plain_layer[0]))
+        if index:
+            assert [origin[absolute(source, index)] for source in sources] == [
+                absolute(source, origin[index]) for source in plain_sources
+            ]
+    assert (model["scale"], model["scales"]) == (scale, plain["scales"])
+
+
+def test_register_may_be_repeated_and_respects_an_existing_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    yolo.register()
+    first = tasks.ACmix
+    yolo.register()
+    assert tasks.ACmix is first
+    monkeypatch.setattr(tasks, "ACmix", nn.Identity)
+    yolo.register()
+    assert tasks.ACmix is nn.Identity
+
+
+def test_a_users_yaml_file_names_the_block(tmp_path: Path) -> None:
+    """Channels come from the layer read, wherever it is; the width scales what the file asks for."""
+    yolo.register()
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        """
+nc: 2
+width_multiple: 0.5
+backbone:
+  - [-1, 1, Conv, [32, 3, 2]]
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [0, 1, ACmix, [128, 3, 2]]
+  - [-1, 2, ACmix, [128]]
+  - [-1, 1, Conv, [64, 3, 2]]
+head:
+  - [[1, 4], 1, Detect, [nc]]
+"""
+    )
+    model = tasks.DetectionModel(str(file), verbose=False).eval()
+    geometry = {name: (b.in_planes, b.out_planes, b.kernel_att, b.head) for name, b in blocks(model).items()}
+    assert geometry == {"model.2": (16, 64, 3, 2), "model.3.0": (64, 64, 7, 4), "model.3.1": (64, 64, 7, 4)}
+    assert model.model[2].type == "acmix_deploy.families.acmix.module.ACmix"
+    assert type(model.model[2]) is ACmix
+    model(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(("variant", "scale"), [("p4", "n"), ("p5", "t")])
+def test_unknown_models_are_refused(variant: Any, scale: Any) -> None:
+    with pytest.raises(UserError, match=r"p3p4p5, p5.*n, s, m, l, x"):
+        yolo.model_yaml(variant, scale)
+
+
+def with_statistics(model: Any) -> Any:
+    """Batch normalisation that does something, as after training."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def test_an_exportable_copy_computes_the_same_and_leaves_the_model_alone() -> None:
+    model = with_statistics(yolo.build("p3p4p5", num_classes=5)).eval()
+    prepared = yolo.prepare_for_export(model.train())
+    for shape in ((1, 3, 128, 160), (2, 3, 160, 128)):
+        x = torch.rand(*shape)
+        y = prepared(x)
+        assert y.shape == (shape[0], 4 + 5, 20 * 16 + 10 * 8 + 5 * 4)
+        torch.testing.assert_close(y, model.eval()(x)[0], rtol=1e-4, atol=1e-3)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared.modules())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) > 50
+    assert len(blocks(prepared)) == 3
+    assert isinstance(model(x), tuple)
+
+
+def test_the_output_is_one_tensor_of_all_anchors() -> None:
+    assert yolo.prepare_for_export(yolo.build("p5"))(torch.zeros(1, 3, 640, 640)).shape == (1, 84, 8400)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*anchors")
+def test_captured_with_all_axes_dynamic() -> None:
+    prepared = yolo.prepare_for_export(yolo.build("p5"))
+    height, width = (32 * torch.export.Dim(axis, min=4) for axis in "hw")
+    program = torch.export.export(
+        prepared,
+        (torch.rand(2, 3, 160, 128),),
+        dynamic_shapes=({0: torch.export.Dim("b"), 2: height, 3: width},),
+        strict=False,
+    )
+    x = torch.rand(1, 3, 128, 192)
+    torch.testing.assert_close(program.module()(x), prepared(x))
+
+
+def test_metadata_as_ultralytics_writes_it() -> None:
+    model: Any = yolo.build("p5", num_classes=2)
+    model.names = {0: "cat", 1: "dog"}
+    metadata = yolo.detection_metadata(model)
+    assert metadata is not None
+    assert "imgsz" not in metadata
+    assert (metadata["task"], metadata["stride"], metadata["channels"]) == ("detect", "32", "3")
+    assert ast.literal_eval(metadata["names"]) == {0: "cat", 1: "dog"}
+    assert json.loads(metadata["letterbox"]) == {"center": True, "scaleup": True, "padding_value": 114}
+
+
+@pytest.mark.parametrize(("size", "expected"), [(320, "[320, 320]"), ([480, 640], "[480, 640]")])
+def test_the_image_size_is_that_of_training(size: Any, expected: str) -> None:
+    model: Any = yolo.build("p5")
+    model.args = {"imgsz": size}
+    assert (yolo.detection_metadata(model) or {})["imgsz"] == expected
+
+
+def test_other_modules_have_no_metadata_and_come_back_as_they_are() -> None:
+    module = nn.Conv2d(3, 3, 1)
+    assert yolo.detection_metadata(module) is None
+    assert yolo.prepare_for_export(module) is module
+
+
+def test_without_ultralytics(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "ultralytics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ultralytics", None)
+    with pytest.raises(MissingComponent, match=r"pip install .*ultralytics.*AGPL-3\.0") as caught:
+        yolo.build("p5")
+    assert caught.value.exit_code == 3
+    assert yolo.prepare_for_export(nn.ReLU()) is not None
