@@ -14,6 +14,7 @@ import pickletools
 import re
 import sys
 import textwrap
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -279,7 +280,7 @@ def _empty_instances_of(kind: type) -> type:
             return hash(kind)
 
         def __call__(cls, *args: object) -> object:
-            raise UnpicklingError(f"the file calls {kind.__name__}, which no saved module does")
+            raise UnpicklingError(f"the file calls the constructor of {kind.__name__}")
 
     class Empty(metaclass=EqualToKind):
         def __new__(cls, *args: object) -> Any:
@@ -288,18 +289,24 @@ def _empty_instances_of(kind: type) -> type:
     return Empty
 
 
+# Allowed classes used as no module in today's format uses them: called, or stored with their source code.
+_MISUSE = re.compile("the file calls the constructor|Only persistent_load of storage")
+
+
 def _unpickle_restricted(path: Path) -> object:
     import torch
 
     names = _pickled_names(path)
     stand_ins = {name: stand_in for name in names if (stand_in := _stand_in(name)) is not None}
     refused = [name for name in names if name not in stand_ins]
+    allowed: list[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
     try:
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+            warnings.simplefilter("ignore")  # about other pickle protocols, which end in an error anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        if refused:
-            raise _untrusted(path, refused) from error
+        if refused or _MISUSE.search(str(error)):
+            raise _untrusted(path, refused or names) from error
         raise _unreadable(path, error) from error
     except Exception as error:
         raise _unreadable(path, error) from error

@@ -1,0 +1,468 @@
+"""Every kind of checkpoint loads to the same weights, hostile ones run nothing, broken ones are named."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import copy
+import functools
+import importlib
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from acmix_deploy import yolo
+from acmix_deploy.checkpoint import load
+from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.families.acmix.module import ACmix
+
+ARCH = "arch_of_test:build"
+
+
+class Local(nn.Module):
+    """A module of a user's own code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), ACmix(8, 8, 3, 2))
+
+
+@pytest.fixture
+def arch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A factory in the current directory, which is not on the import path."""
+    (tmp_path / "arch_of_test.py").write_text(
+        "from torch import nn\n"
+        "from acmix_deploy.families.acmix.module import ACmix\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), ACmix(8, 8, 3, 2))\n"
+        "def number():\n"
+        "    return 1\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "arch_of_test", raising=False)
+    importlib.invalidate_caches()
+    return ARCH
+
+
+def saved(path: Path, value: object, **options: Any) -> Path:
+    torch.save(value, path, **options)
+    return path
+
+
+def agree(module: Any, reference: nn.Module) -> bool:
+    x = torch.rand(2, 3, 8, 9)
+    assert not module.training
+    return torch.equal(module(x), reference.eval()(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What loads
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        lambda model: {"model": model, "epoch": 3},
+        lambda model: {"ema": model, "model": nn.ReLU()},
+        lambda model: {"ema": None, "model": model},
+        lambda model: {"state_dict": model},
+        nn.DataParallel,
+    ],
+    ids=["module", "model", "ema first", "no ema", "state_dict", "data parallel"],
+)
+def test_a_pickled_module(tmp_path: Path, wrap: Callable[[nn.Module], object]) -> None:
+    model = network()
+    loaded = load(saved(tmp_path / "a.pt", wrap(model)))
+    assert agree(loaded.module, model)
+    assert loaded.metadata == {}
+
+
+def test_files_of_the_old_format(tmp_path: Path, arch: str) -> None:
+    """Those of whole modules contain source code as well, which no restricted load takes."""
+    model = network()
+    weights = saved(tmp_path / "a.pt", model.state_dict(), _use_new_zipfile_serialization=False)
+    assert agree(load(weights, arch=arch).module, model)
+    whole = saved(tmp_path / "b.pt", model, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="restricted load"):
+        load(whole)
+    assert agree(load(whole, trust=True).module, model)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda s: s, lambda s: {"state_dict": s, "epoch": 1}, lambda s: {"model": s, "optimizer": {"state": {}}}],
+    ids=["bare", "state_dict", "model"],
+)
+def test_a_state_dict(tmp_path: Path, arch: str, prefix: str, wrap: Callable[[object], object]) -> None:
+    model = network()
+    state = OrderedDict((prefix + name, tensor) for name, tensor in model.state_dict().items())
+    assert agree(load(saved(tmp_path / "a.pth", wrap(state)), arch=arch).module, model)
+    assert str(tmp_path) not in sys.path
+
+
+def test_half_precision_is_widened_and_told(tmp_path: Path) -> None:
+    model = network().half()
+    loaded = load(saved(tmp_path / "a.pt", model))
+    assert {tensor.dtype for tensor in loaded.module.parameters()} == {torch.float32}
+    assert agree(loaded.module, model.float())
+    assert loaded.notes == ("weights converted from float16 to float32",)
+
+
+def test_an_ultralytics_checkpoint(tmp_path: Path) -> None:
+    """With what a training run leaves in it beside the weights."""
+    pytest.importorskip("ultralytics", reason="needs ultralytics")
+    model: Any = yolo.build("p5", num_classes=2)
+    model.names = {0: "cat", 1: "dog"}
+    average = copy.deepcopy(model).half()
+    average.args = yolo.ultralytics("utils").DEFAULT_CFG
+    checkpoint = {
+        "epoch": 1,
+        "best_fitness": np.float64(0.5),
+        "model": None,
+        "ema": average,
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1).state_dict(),
+        "train_args": {"imgsz": 160, "save_dir": Path("runs")},
+        "options": argparse.Namespace(lr=0.1),
+    }
+    loaded = load(saved(tmp_path / "a.pt", checkpoint))
+    x = torch.rand(1, 3, 128, 128)
+    module: Any = loaded.module
+    assert torch.equal(module(x)[0], average.float().eval()(x)[0])
+    assert loaded.notes == ("took 'ema' from the checkpoint", "weights converted from float16 to float32")
+    assert loaded.metadata["names"] == "{0: 'cat', 1: 'dog'}"
+    assert loaded.metadata["imgsz"] == "[160, 160]"
+
+
+class CfgNode(dict):  # type: ignore[type-arg]
+    """As yacs has it: a dict with attributes, from a package that need not be installed."""
+
+
+CfgNode.__module__ = "yacs.config"
+
+
+def test_a_configuration_beside_a_state_dict(tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = network(), CfgNode(depth=CfgNode(stages=[2, 2]))
+    config.immutable = True  # type: ignore[attr-defined]
+    yacs = ModuleType("yacs.config")
+    yacs.CfgNode = CfgNode  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", yacs)
+        path = saved(tmp_path / "a.pth", {"model": model.state_dict(), "config": config})
+    assert agree(load(path, arch=arch).module, model)
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    model = network().eval()
+    axes = {0: torch.export.Dim("b"), 2: torch.export.Dim("h", min=6), 3: torch.export.Dim("w", min=6)}
+    program = torch.export.export(model, (torch.rand(2, 3, 8, 9),), dynamic_shapes=({**axes},))
+    torch.export.save(program, tmp_path / "a.pt2")
+    loaded: Any = load(tmp_path / "a.pt2").module
+    x = torch.rand(1, 3, 7, 11)
+    torch.testing.assert_close(loaded.module()(x), model(x))
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_a_class_of_ones_own_needs_trust(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", {"model": nn.Sequential(Local())})
+    with pytest.raises(UserError, match=rf"{__name__}\.Local") as caught:
+        load(path)
+    assert "--trust" in caught.value.hint
+    assert "runs code" in caught.value.hint
+    assert agree(load(path, trust=True).module, Local())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not run
+
+
+class Call:
+    """Pickled as a call of ``function``; may itself be the function of another."""
+
+    def __init__(self, function: Any, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+    def __call__(self) -> None:
+        raise AssertionError("only an unpickler calls")
+
+
+def tasks() -> Any:
+    return yolo.ultralytics("nn.tasks")
+
+
+def touch(canary: Path) -> Call:
+    return Call(os.system, f"touch {canary}")
+
+
+def writing(canary: Path) -> str:
+    return f"open({str(canary)!r}, 'w').close()"
+
+
+def with_child(child: Any) -> nn.Module:
+    module = nn.Sequential(nn.ReLU())
+    module._modules["1"] = child
+    return module
+
+
+def definition(canary: Path) -> dict[str, Any]:
+    """A model whose activation Ultralytics' constructor evaluates."""
+    layers = {"backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": [[[0], 1, "Detect", ["nc"]]], "nc": 1}
+    return layers | {"activation": f"[nn.SiLU(), {writing(canary)}][0]"}
+
+
+ATTACKS: dict[str, Callable[[Path], object]] = {
+    "os.system": touch,
+    "subprocess": lambda canary: Call(subprocess.call, ["touch", str(canary)]),
+    "eval": lambda canary: Call(builtins.eval, writing(canary)),
+    "exec": lambda canary: Call(builtins.exec, writing(canary)),
+    "getattr": lambda canary: Call(Call(getattr, Call(builtins.__import__, "os"), "system"), f"touch {canary}"),
+    "partial": lambda canary: Call(functools.partial(os.system, f"touch {canary}")),
+    "method": lambda canary: Call(Path.touch, canary),
+    "nested pickle": lambda canary: Call(pickle.loads, pickle.dumps(touch(canary))),
+    "nested checkpoint": lambda canary: Call(
+        functools.partial(torch.load, weights_only=False), str(saved(canary.with_name("inner.pt"), touch(canary)))
+    ),
+    "beside a state dict": lambda canary: {"state_dict": {"weight": torch.ones(1)}, "config": touch(canary)},
+    "child of a module": lambda canary: {"model": with_child(touch(canary))},
+    "argument of an allowed class": lambda canary: Call(nn.Identity, touch(canary)),
+    "function of an allowed package": lambda canary: Call(tasks().parse_model, definition(canary), 3, False),
+    "class seen through an allowed package": lambda canary: Call(tasks().Path, Call(str, touch(canary))),
+    "constructor of an allowed class": lambda canary: Call(tasks().DetectionModel, definition(canary)),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_runs_nothing(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("ultralytics", reason="needs ultralytics")
+    canary = tmp_path / "canary"
+    path = saved(tmp_path / "a.pt", ATTACKS[name](canary))
+    with pytest.raises(UserError, match="restricted load"):
+        load(path)
+    assert not canary.exists()
+    with suppress(UserError):
+        load(path, trust=True)
+    assert canary.exists(), "not an attack: an ordinary load does not set it off"
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+def test_an_attack_in_any_format_is_named(tmp_path: Path, form: str, protocol: int) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "a.pt"
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(touch(canary), protocol))
+    else:
+        saved(path, touch(canary), pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(UserError, match=r"(posix|nt)\.system"):
+        load(path)
+    assert not canary.exists()
+
+
+def test_an_allowed_class_in_the_place_of_an_object_cannot_be_called(tmp_path: Path) -> None:
+    """Such a class would run its constructor in the middle of the model, on arguments from the file."""
+    model = nn.Sequential(nn.ReLU())
+    model.__dict__["forward"] = nn.Linear
+    loaded: Any = load(saved(tmp_path / "a.pt", model)).module
+    with pytest.raises(pickle.UnpicklingError, match="constructor of Linear"):
+        loaded(torch.ones(1))
+
+
+def program_with(path: Path, canary: Path, tampering: str) -> Path:
+    """A saved program with one thing in it that PyTorch's loader, or the program's first run, would execute."""
+    axis = torch.export.Dim("n", min=2)
+    program = torch.export.export(nn.AvgPool1d(2), (torch.rand(1, 2, 8),), dynamic_shapes=({2: 2 * axis},))
+    torch.export.save(program, path)
+    command = f"__import__('os').system('touch {canary}')"
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    (model,) = (name for name in files if name.endswith("models/model.json"))
+    (inputs,) = (name for name in files if name.endswith("sample_inputs/model.pt"))
+    content = json.loads(files[model])
+    if tampering == "size":
+        text = json.dumps(content)
+        size = re.search(r'"expr_str": ("(?:[^"\\]|\\.)*")', text)
+        assert size
+        content = json.loads(text.replace(size[1], json.dumps(f"{json.loads(size[1])} + {command}")))
+    elif tampering == "guard":
+        content["guards_code"] = [f"{command} == 0"]
+    elif tampering == "inputs":
+        buffer = io.BytesIO()
+        torch.save(touch(canary), buffer)
+        files[inputs] = buffer.getvalue()
+    elif tampering == "library":
+        files[f"{model.partition('/')[0]}/data/aotinductor/model/a.so"] = b""
+    files[model] = json.dumps(content).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("tampering", ["size", "guard", "inputs"])
+def test_a_program_with_code_in_it_runs_nothing(tmp_path: Path, tampering: str) -> None:
+    canary = tmp_path / "canary"
+    path = program_with(tmp_path / "a.pt2", canary, tampering)
+    with pytest.raises(UserError):
+        load(path)
+    assert not canary.exists()
+    with suppress(Exception):
+        program: Any = load(path, trust=True).module
+        program.module()(torch.rand(1, 2, 8))
+    assert canary.exists(), "not an attack: an ordinary load does not set it off"
+
+
+def test_a_program_with_a_library_is_refused_by_name(tmp_path: Path) -> None:
+    path = program_with(tmp_path / "a.pt2", tmp_path / "canary", "library")
+    with pytest.raises(UserError, match=r"aotinductor/model/a\.so"):
+        load(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What does not load
+
+
+def broken(path: Path) -> dict[str, Callable[[], object]]:
+    def write(content: bytes) -> Callable[[], object]:
+        return lambda: path.write_bytes(content)
+
+    whole = saved(path.with_name("whole.pt"), network()).read_bytes()
+    return {
+        "empty": write(b""),
+        "truncated": write(whole[: len(whole) // 2]),
+        "zeros inside": write(whole[:200] + bytes(500) + whole[700:]),
+        "text": write(b"hello world\n" * 20),
+        "random": write(bytes(range(256)) * 10),
+        "list": lambda: saved(path, [1, 2]),
+        "tensor": lambda: saved(path, torch.ones(2)),
+        "empty dict": lambda: saved(path, {}),
+        "dict of numbers": lambda: saved(path, {"epoch": 1, "loss": torch.ones(1)} | {"x": 2}),
+        "directory": path.mkdir,
+        "missing": lambda: None,
+    }
+
+
+BROKEN = {
+    "empty": "is empty",
+    "truncated": "whose end is missing",
+    "zeros inside": "cannot be read",
+    "text": "cannot be read",
+    "random": "cannot be read",
+    "list": "holds a list and no model",
+    "tensor": "holds a Tensor and no model",
+    "empty dict": "holds a dict and no model",
+    "dict of numbers": "a dict with 'epoch', 'loss', 'x' and no model",
+    "directory": "is not a file",
+    "missing": "does not exist",
+}
+
+
+@pytest.mark.parametrize("trust", [False, True], ids=["restricted", "trusted"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, name: str, trust: bool) -> None:
+    path = tmp_path / "a.pt"
+    broken(path)[name]()
+    with pytest.raises(UserError, match=BROKEN[name]) as caught:
+        load(path, trust=trust)
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and no end"])
+def test_a_file_that_is_no_program(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.pt2"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        load(path)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_torchscript_archive(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.jit.save(torch.jit.trace(nn.ReLU(), torch.ones(1)), path)
+    with pytest.raises(UserError, match="TorchScript"):
+        load(path)
+
+
+def test_weights_alone_need_arch(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", network().state_dict())
+    with pytest.raises(UserError, match=r"weights only: \d+ tensors") as caught:
+        load(path)
+    assert "--arch package.module:factory" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere:build", "No module named 'nowhere'"),
+        ("arch_of_test:absent", "no attribute 'absent'"),
+        ("arch_of_test", "cannot be built"),
+        ("arch_of_test:number", "makes <class 'int'>"),
+    ],
+)
+def test_an_arch_that_is_none(tmp_path: Path, arch: str, name: str, reason: str) -> None:
+    path = saved(tmp_path / "a.pt", network().state_dict())
+    with pytest.raises(UserError, match=reason):
+        load(path, arch=name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"0.weight": torch.zeros(8, 3, 5, 5)}, r"0\.weight.*\[8, 3, 5, 5\]"),
+        ({"9.bias": torch.zeros(1)}, r"Unexpected key.*9\.bias"),
+        ({"0.bias": None}, r"Missing key.*0\.bias"),
+        ({name: None for name in network().state_dict() if name.startswith("3.")}, r"Missing key.*3\.rate1.*\.\.\."),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path: Path, arch: str, changed: dict[str, Tensor | None], reason: str) -> None:
+    state = {name: tensor for name, tensor in (network().state_dict() | changed).items() if tensor is not None}
+    with pytest.raises(UserError, match=reason) as caught:
+        load(saved(tmp_path / "a.pt", state), arch=arch)
+    assert len(caught.value.message) < 1000
+
+
+def test_an_unneeded_arch_is_told(tmp_path: Path) -> None:
+    assert "not needed" in load(saved(tmp_path / "a.pt", network()), arch=ARCH).notes[0]
+
+
+def test_a_class_that_cannot_be_imported_even_with_trust(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gone", ModuleType("gone"))
+        patch.setattr(Local, "__module__", "gone")
+        patch.setattr(sys.modules["gone"], "Local", Local, raising=False)
+        path = saved(tmp_path / "a.pt", Local())
+    with pytest.raises(UserError, match="No module named 'gone'"):
+        load(path, trust=True)
+
+
+@pytest.mark.parametrize("package", ["torch", "ultralytics"])
+def test_without_the_package(tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ultralytics", reason="needs ultralytics")
+    path = saved(tmp_path / "a.pt", yolo.build("p5"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingComponent, match="pip install"):
+        load(path)
