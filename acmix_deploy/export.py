@@ -24,16 +24,16 @@ from torch.export import Dim, ExportedProgram
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.local_attention.body import OPSETS
 from acmix_deploy.runtime.inputs import Shape, random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, deviation
-from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.torch import tensors_of
 
 Exporter = Literal["dynamo", "torchscript"]
 
 AXES = {"batch": 0, "height": 2, "width": 3}
-OPSETS = range(17, 22)
 INPUT = "images"
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 
@@ -118,39 +118,34 @@ def export(
     }
     order: list[Exporter] = ["dynamo", "torchscript"] if opset >= 18 else ["torchscript", "dynamo"]
     notes: list[str] = []
-    for exporter in order:
-        progress(f"exporting with the {exporter} exporter")
-        try:
-            with _quiet(), torch.no_grad():
-                model = _finish(exporters[exporter](), opset, metadata or {})
-        except Exception as error:  # whatever an exporter stumbles over
-            notes.append(f"the {exporter} exporter failed: {reason(error)}")
-            continue
-        progress("checking the file")
-        try:
-            with replacing(path) as temporary:
-                onnx.save_model(model, temporary)
+    with replacing(path) as temporary:
+        for exporter in order:
+            progress(f"exporting with the {exporter} exporter")
+            try:
+                with _quiet(), torch.no_grad():
+                    model = _finish(exporters[exporter](), opset, metadata or {})
+                    onnx.save_model(model, temporary)
+            except Exception as error:  # whatever an exporter stumbles over
+                notes.append(f"the {exporter} exporter failed: {reason(error)}")
+                continue
+            progress("checking the file")
+            try:
                 relative_l2 = _check(temporary, reference, expected, traced, dynamic)
-        except CheckFailed as error:
-            notes.append(f"the {exporter} exporter's file is wrong: {error.message}")
-            continue
-        return ExportResult(
-            exporter=exporter,
-            opset=opset,
-            ir_version=model.ir_version,
-            inputs=_describe(model.graph.input),
-            outputs=_describe(model.graph.output),
-            checked_shapes=tuple(expected),
-            relative_l2=relative_l2,
-            notes=tuple(notes),
-        )
-    ways = [f"without dynamic {', '.join(sorted(dynamic))}"] * bool(dynamic) + ["with opset 18"] * (opset < 18)
-    raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
-
-
-def ir_version(opset: int) -> int:
-    """The file format that goes with an opset: 8 is what TensorRT 8 reads, above 10 ONNX Runtime may refuse."""
-    return 8 if opset <= 18 else 10
+            except CheckFailed as error:
+                notes.append(f"the {exporter} exporter's file is wrong: {error.message}")
+                continue
+            return ExportResult(
+                exporter=exporter,
+                opset=opset,
+                ir_version=model.ir_version,
+                inputs=_describe(model.graph.input),
+                outputs=_describe(model.graph.output),
+                checked_shapes=tuple(expected),
+                relative_l2=relative_l2,
+                notes=tuple(notes),
+            )
+        ways = [f"without dynamic {', '.join(sorted(dynamic))}"] * bool(dynamic) + ["with opset 18"] * (opset < 18)
+        raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
 
 
 def _check_request(input_shape: Sequence[int], opset: int, dynamic: Collection[str], divisor: int) -> Shape:
@@ -251,9 +246,12 @@ def _torchscript(
     expected: Mapping[Shape, list[Array]],
 ) -> onnx.ModelProto:
     free = {INPUT: {AXES[name]: name for name in dynamic}}
+    known = {tuple(shape[AXES[name]] for shape in expected): name for name in dynamic}
     for index, output in enumerate(names):
         sizes = zip(*(outputs[index].shape for outputs in expected.values()), strict=True)
-        free[output] = {axis: f"{output}_{axis}" for axis, seen in enumerate(sizes) if len(set(seen)) > 1}
+        free[output] = {
+            axis: known.get(seen, f"{output}_{axis}") for axis, seen in enumerate(sizes) if len(set(seen)) > 1
+        }
     with TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
         torch.onnx.export(

@@ -67,6 +67,11 @@ def open_session(model: Model, threads: int | None = None) -> onnxruntime.Infere
         raise UserError(f"ONNX Runtime refuses {name}: {text}", hint) from error
 
 
+def ir_version(opset: int) -> int:
+    """The file format to write with an opset: 8 is the newest that TensorRT 8 reads, 10 that ONNX Runtime 1.22 does."""
+    return 8 if opset <= 18 else 10
+
+
 def onnx_runner(model: Model, name: str, threads: int | None = None) -> OnnxrtRunner:
     """Polygraphy's runner of a model; its session lives from activation to deactivation only."""
     return OnnxrtRunner(lambda: open_session(model, threads), name=name)

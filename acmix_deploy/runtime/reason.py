@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import textwrap
 
-_ORT_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+# What ONNX Runtime says of itself: the kind of error, and the place in its own source.
+_ORT_NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |(?<=Status Message: )/\S+:\d+ .*?\) (?=\w)")
 _LONGEST = 300
 
 
@@ -15,4 +16,4 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     lines = (line.strip(" -\t") for line in str(error).splitlines() if "TORCH_LOGS" not in line)
     line = next(filter(None, lines), type(error).__name__)
-    return textwrap.shorten(_ORT_PREFIX.sub("", line), _LONGEST, placeholder=" ...")
+    return textwrap.shorten(_ORT_NOISE.sub("", line), _LONGEST, placeholder=" ...")

@@ -1,0 +1,158 @@
+"""Latencies are all kept, summed up right, and taken with one live session at a time."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+import acmix_deploy.profile.run as profile_run
+from acmix_deploy.errors import UserError
+from acmix_deploy.profile import Machine, Profile, profile, profile_file
+
+MACHINE = Machine(cpu="a CPU", cores=2, system="a system", versions={})
+
+
+def absolute(path: Path, *dims: int | str, elements: int = TensorProto.FLOAT) -> Path:
+    values = [helper.make_tensor_value_info(name, elements, dims) for name in ("images", "output0")]
+    graph = helper.make_graph([helper.make_node("Abs", ["images"], ["output0"])], "graph", values[:1], values[1:])
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@given(st.lists(st.floats(0.01, 1e3), min_size=1, max_size=40))
+@settings(deadline=None, max_examples=40)
+def test_percentiles_are_those_of_all_samples(samples: list[float]) -> None:
+    found = Profile(
+        file="model.onnx",
+        input_shapes={"images": (1, 3, 8, 8)},
+        provider="CPUExecutionProvider",
+        threads=2,
+        rounds=1,
+        warmup_runs=1,
+        stable=True,
+        samples_ms=samples,
+        machine=MACHINE,
+    )
+    in_order = sorted(samples)
+    for q, value in ((50, found.median_ms), (90, found.p90_ms), (99, found.p99_ms)):
+        place = q / 100 * (len(samples) - 1)
+        low = int(place)
+        high = min(low + 1, len(samples) - 1)
+        assert value == pytest.approx(in_order[low] + (place - low) * (in_order[high] - in_order[low]))
+    assert Profile.model_validate_json(found.model_dump_json()) == found
+    assert json.loads(found.model_dump_json())["p99_ms"] == found.p99_ms
+
+
+def test_a_profile_keeps_every_sample_and_names_what_it_depends_on(tmp_path: Path) -> None:
+    found = profile_file(absolute(tmp_path / "m.onnx", "batch", 3, 8, 8), input_shape=(4, 3, 64, 64), samples=7)
+    assert len(found.samples_ms) == 7
+    assert min(found.samples_ms) > 0
+    assert found.input_shapes == {"images": (4, 3, 8, 8)}
+    assert (found.file, found.rounds, found.note) == ("m.onnx", 1, "")
+    assert found.warmup_runs > 6 or not found.stable
+    assert found.provider == "CPUExecutionProvider"
+    assert found.machine == Machine.this()
+    assert found.machine.cpu
+    assert found.machine.versions["onnxruntime"] == onnxruntime.__version__
+
+
+def test_float16_on_a_cpu_is_labelled(tmp_path: Path) -> None:
+    found = profile_file(absolute(tmp_path / "half.onnx", 1, 3, 8, 8, elements=TensorProto.FLOAT16), samples=1)
+    assert "FP16 on a CPU predicts nothing for a GPU" in found.note
+
+
+def test_files_take_turns_with_one_live_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [absolute(tmp_path / f"{name}.onnx", 1, 3, 8, 8) for name in "ab"]
+    opened: list[str] = []
+    alive: weakref.WeakSet[onnxruntime.InferenceSession] = weakref.WeakSet()
+    original = profile_run.open_session
+
+    def watched(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+        assert not alive
+        session = original(path, threads)
+        alive.add(session)
+        opened.append(path.name)
+        return session
+
+    monkeypatch.setattr(profile_run, "open_session", watched)
+    found = profile(files, samples=7, rounds=3, threads=1)
+    assert opened == ["a.onnx", "b.onnx"] * 3
+    assert [(entry.file, len(entry.samples_ms), entry.threads) for entry in found] == [
+        ("a.onnx", 9, 1),
+        ("b.onnx", 9, 1),
+    ]
+
+
+class Clock:
+    """Stands in for the ``time`` module: each run takes as long as the script says."""
+
+    def __init__(self, *durations: float) -> None:
+        self.now = 0.0
+        self.durations = list(durations)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def run(self, *_: object) -> None:
+        self.now += self.durations.pop(0) if len(self.durations) > 1 else self.durations[0]
+
+
+def timed(path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, **options: float) -> Profile:
+    class Session:
+        def get_inputs(self) -> list[object]:
+            return onnxruntime.InferenceSession(path).get_inputs()
+
+        run = staticmethod(clock.run)
+
+    monkeypatch.setattr(profile_run, "time", clock)
+    monkeypatch.setattr(profile_run, "open_session", lambda *_: Session())
+    return profile_file(path, **options)
+
+
+def test_counting_begins_when_latency_has_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = absolute(tmp_path / "m.onnx", 1, 3, 8, 8)
+    found = timed(path, monkeypatch, Clock(9.0, 0.9, 0.6, 0.5, 0.2, *[0.1] * 8, 0.3, 0.1), samples=4, seconds=100.0)
+    # The first run, five slow ones, then the second window of three that agrees with the one before it.
+    assert found.warmup_runs == 10
+    assert found.stable
+    assert found.samples_ms == pytest.approx([100, 100, 100, 300])
+
+
+def test_time_is_bounded_and_one_sample_is_certain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = absolute(tmp_path / "m.onnx", 1, 3, 8, 8)
+    found = timed(path, monkeypatch, Clock(7.0), samples=100, seconds=5.0)
+    assert (found.warmup_runs, found.stable, len(found.samples_ms)) == (2, False, 1)
+    growing = timed(path, monkeypatch, Clock(*(0.01 * 1.2**n for n in range(90))), samples=2, seconds=1e9)
+    assert not growing.stable
+    assert growing.warmup_runs == 31
+    assert np.diff(growing.samples_ms)[0] > 0
+
+
+def test_what_cannot_be_profiled_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        profile_file(tmp_path / "absent.onnx")
+    with pytest.raises(UserError, match="takes images of"):
+        profile_file(absolute(tmp_path / "vector.onnx", 1, 3))
+    path = tmp_path / "add.onnx"
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, "h", "w"]) for name in ("images", "output0")
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["images", "fixed"], ["output0"])],
+        "graph",
+        values[:1],
+        values[1:],
+        [onnx.numpy_helper.from_array(np.ones((1, 3, 8, 8), np.float32), "fixed")],
+    )
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    with pytest.raises(UserError, match="does not run on"):
+        profile_file(path, input_shape=(1, 3, 5, 5))

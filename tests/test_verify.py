@@ -1,0 +1,262 @@
+"""A wrong candidate never passes, limits follow the operator's tolerances, and findings can be judged again later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.spec import Tolerance
+from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.torch import TorchRunner
+from acmix_deploy.verify import Candidate, Verification, compare_files, verify
+
+FLOAT32, FLOAT16 = (LOCAL_ATTENTION.tolerances[name] for name in ("float32", "float16"))
+
+
+class Two(nn.Module):
+    """Two outputs; ``spoil`` changes them on the way out."""
+
+    def __init__(self, spoil=lambda doubled, summed: (doubled, summed)) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+        self.spoil = spoil
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.spoil(x * self.factor, x.sum((2, 3)))
+
+
+def runner(name: str, spoil=None) -> TorchRunner:
+    return TorchRunner(Two(spoil) if spoil else Two(), name)
+
+
+def feeds(*shapes: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
+    return [{"images": random_images(shape, seed)} for seed, shape in enumerate(shapes or [(1, 3, 8, 8), (2, 3, 6, 8)])]
+
+
+def poisoned(value: float):
+    def spoil(doubled: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
+        doubled = doubled.clone()
+        doubled[..., -1, -1] = value
+        return doubled, summed
+
+    return spoil
+
+
+def test_the_same_model_passes_on_every_output_of_every_input() -> None:
+    result = verify(runner("torch"), [Candidate(runner("again"))], feeds())
+    assert result.passed
+    result.check()
+    assert [(found.output, found.input_shapes["images"]) for found in result.comparisons] == [
+        ("output0", (1, 3, 8, 8)),
+        ("output1", (1, 3, 8, 8)),
+        ("output0", (2, 3, 6, 8)),
+        ("output1", (2, 3, 6, 8)),
+    ]
+    assert {found.limit for found in result.comparisons} == {FLOAT32.floor}
+    assert {found.max_abs for found in result.comparisons} == {0}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("spoil", "output", "why"),
+    [
+        (poisoned(float("nan")), "output0", "NaN or infinite"),
+        (poisoned(float("inf")), "output0", "NaN or infinite"),
+        (poisoned(7.0), "output0", "relative L2"),
+        (lambda doubled, summed: (doubled + 1e-3, summed), "output0", "relative L2"),
+        (lambda doubled, summed: (doubled, summed[:, :2]), "output1", "shape"),
+        (lambda doubled, summed: (doubled,), "output1", "missing"),
+        (lambda doubled, summed: (doubled, summed * 0), "output1", "all zeros in the candidate"),
+    ],
+)
+def test_a_wrong_candidate_fails_in_its_wrong_output_alone(
+    spoil, output: str, why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = verify(runner("torch"), [Candidate(runner("right")), Candidate(runner("wrong", spoil))], feeds())
+    assert not result.passed
+    assert {(failure.candidate, failure.output) for failure in result.failures} == {("wrong", output)}
+    assert len(result.failures) == 2
+    with pytest.raises(CheckFailed, match=f"wrong, {output} on images .*{why}"):
+        result.check()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nan_is_right_where_the_reference_has_it() -> None:
+    result = verify(
+        runner("torch", poisoned(float("nan"))), [Candidate(runner("same", poisoned(float("nan"))))], feeds()
+    )
+    assert result.passed
+
+
+def test_a_failing_runner_and_no_input_are_errors() -> None:
+    def fail(doubled: Tensor, summed: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("no kernel for this\nand a page of advice")
+
+    with pytest.raises(CheckFailed, match=r"^broken fails on the inputs: no kernel for this$"):
+        verify(runner("torch"), [Candidate(runner("broken", fail))], feeds())
+    with pytest.raises(UserError, match="no input"):
+        verify(runner("torch"), [Candidate(runner("again"))], [])
+    with pytest.raises(ValueError, match="share a name"):
+        verify(runner("torch"), [Candidate(runner("torch"))], feeds())
+    assert not Verification(reference="torch", comparisons=()).passed
+    with pytest.raises(CheckFailed, match="nothing was compared"):
+        Verification(reference="torch", comparisons=()).check()
+
+
+def test_float16_may_be_twice_as_far_as_the_eager_model() -> None:
+    def rounded(doubled: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
+        return doubled * (1 + 2**-7), summed
+
+    small, large = (1, 3, 4, 4), (1, 3, 8, 8)
+    candidates = [Candidate(runner("typed", rounded), "float16"), Candidate(runner("plain"))]
+    alone = verify(runner("torch"), candidates, feeds(large))
+    assert {found.limit for found in alone.comparisons} == {FLOAT16.floor, FLOAT32.floor}
+    assert [failure.candidate for failure in alone.failures] == ["typed"]
+
+    seen: list[tuple[int, ...]] = []
+
+    def eager(doubled: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(tuple(doubled.shape))
+        return doubled * (1 + 2**-8), summed
+
+    result = verify(runner("torch"), candidates, feeds(large, small), eager={"float16": runner("half", eager)})
+    assert seen == [small]
+    typed = [found for found in result.comparisons if found.candidate == "typed"]
+    errors = {found.output: found.eager_error for found in typed}
+    assert errors["output0"] == pytest.approx(2**-8, rel=1e-3)
+    assert errors["output1"] == 0
+    for found in typed:
+        assert found.limit == pytest.approx(2 * errors[found.output] + FLOAT16.floor)
+    assert all(found.eager_error is None for found in result.comparisons if found.candidate == "plain")
+    assert result.passed
+
+
+def test_a_real_half_precision_module_is_measured() -> None:
+    half = TorchRunner(Two().half(), "half")
+    result = verify(runner("torch"), [Candidate(runner("typed"), "float16")], feeds(), eager={"float16": half})
+    assert 1e-5 < result.comparisons[0].eager_error < 1e-3
+
+
+def test_findings_are_kept_and_judged_again() -> None:
+    def off(doubled: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
+        return doubled * 1.001, summed
+
+    found = verify(runner("torch"), [Candidate(runner("off", off))], feeds())
+    assert not found.passed
+    text = found.model_dump_json()
+    restored = Verification.model_validate_json(text)
+    assert restored == found
+    looser = restored.judged_by({"float32": Tolerance(floor=0.01)})
+    assert looser.passed
+    assert {comparison.limit for comparison in looser.comparisons} == {0.01}
+    assert not looser.judged_by({"float32": FLOAT32}).passed
+    document = json.loads(text)
+    assert document["passed"] is False
+    assert {comparison["passed"] for comparison in document["comparisons"]} == {True, False}
+
+
+def test_the_worst_of_each_output_is_told() -> None:
+    def off_by_batch(doubled: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
+        return doubled * (1 + 0.01 * len(doubled)), summed
+
+    result = verify(
+        runner("torch"), [Candidate(runner("off", off_by_batch))], feeds((1, 3, 4, 4), (3, 3, 4, 4), (2, 3, 4, 4))
+    )
+    worst = result.worst("off")
+    assert [found.output for found in worst] == ["output0", "output1"]
+    assert worst[0].input_shapes == {"images": (3, 3, 4, 4)}
+    assert result.worst("unknown") == []
+
+
+def scaled(path: Path, factor: float, *dims: int | str, name: str = "images", half: bool = False) -> Path:
+    """Write ``output0 = images * factor``, computed in float16 between casts if asked."""
+    kind = np.float16 if half else np.float32
+    image = helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+    cast = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    nodes = [
+        helper.make_node("Cast", [name], ["typed"], to=cast),
+        helper.make_node("Mul", ["typed", "factor"], ["product"]),
+        helper.make_node("Cast", ["product"], ["output0"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "scaled",
+        [image],
+        [helper.make_tensor_value_info("output0", TensorProto.FLOAT, dims)],
+        [onnx.numpy_helper.from_array(np.array(factor, kind), "factor")],
+    )
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+FREE = ("batch", 3, "height", "width")
+
+
+def test_files_are_compared_at_every_size_that_both_leave_free(tmp_path: Path) -> None:
+    one, same = scaled(tmp_path / "one.onnx", 2, *FREE), scaled(tmp_path / "same.onnx", 2, *FREE)
+    result = compare_files(one, same, random=1, input_shape=(1, 3, 64, 64), divisor=32)
+    assert result.passed
+    assert result.reference == "one.onnx"
+    shapes = {found.input_shapes["images"] for found in result.comparisons}
+    assert shapes == {(1, 3, 64, 64), (2, 3, 96, 128), (1, 3, 128, 96)}
+    static = scaled(tmp_path / "static.onnx", 2, 1, 3, 32, 48)
+    result = compare_files(one, static, random=2)
+    assert [found.input_shapes["images"] for found in result.comparisons] == [(1, 3, 32, 48)] * 2
+    assert not compare_files(one, scaled(tmp_path / "off.onnx", 2.001, *FREE), input_shape=(1, 3, 32, 32)).passed
+
+
+def test_a_float16_file_is_held_to_float16(tmp_path: Path) -> None:
+    one = scaled(tmp_path / "one.onnx", 1.7, *FREE)
+    typed = scaled(tmp_path / "typed.onnx", 1.7, *FREE, half=True)
+    result = compare_files(one, typed, input_shape=(1, 3, 32, 32))
+    assert {found.precision for found in result.comparisons} == {"float16"}
+    assert result.passed
+    assert not result.judged_by({"float16": FLOAT32}).passed
+
+
+def test_files_are_compared_on_images(tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        cv2.imwrite(str(folder / f"{index}.png"), np.full((20, 30, 3), 40 * index + 9, np.uint8))
+    (folder / "torn.png").write_bytes(b"")
+    one, other = scaled(tmp_path / "one.onnx", 2, 1, 3, 16, 16), scaled(tmp_path / "other.onnx", 2, 1, 3, 16, 16)
+    result = compare_files(one, other, images=folder)
+    assert result.passed
+    assert len(result.comparisons) == 3
+    assert result.notes == ("torn.png could not be read",)
+
+
+@pytest.mark.parametrize(
+    ("dims", "name", "why"),
+    [
+        ((1, 3, 32, 64), "images", r"one.onnx images \[1, 3, 32, 32\], two.onnx images \[1, 3, 32, 64\]"),
+        ((1, 3, 32, 32), "x", r"one.onnx images \[1, 3, 32, 32\], two.onnx x"),
+        ((1, 3, 32), "images", "take different inputs"),
+    ],
+)
+def test_files_with_different_inputs_are_refused(tmp_path: Path, dims: tuple[int, ...], name: str, why: str) -> None:
+    one, two = scaled(tmp_path / "one.onnx", 2, 1, 3, 32, 32), scaled(tmp_path / "two.onnx", 2, *dims, name=name)
+    with pytest.raises(UserError, match=why):
+        compare_files(one, two)
+
+
+def test_files_of_one_name_are_told_apart_and_vectors_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    one, other = scaled(tmp_path / "m.onnx", 2, 1, 3, 8, 8), scaled(tmp_path / "a" / "m.onnx", 2, 1, 3, 8, 8)
+    assert compare_files(one, other).comparisons[0].candidate == str(other)
+    vector = scaled(tmp_path / "vector.onnx", 2, 1, 3)
+    with pytest.raises(UserError, match=r"one image input .* is expected"):
+        compare_files(vector, vector)
+    with pytest.raises(UserError, match="does not exist"):
+        compare_files(one, tmp_path / "absent.onnx")
