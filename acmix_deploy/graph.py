@@ -153,7 +153,7 @@ def _upstream(tensors: Iterable[gs.Tensor], stop_after: Any, stop_at: Iterable[s
                 else:
                     order.append(current)
                     stack.pop()
-    return reversed(order)
+    yield from reversed(order)
 
 
 def as_float32(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -217,6 +217,11 @@ def evaluate(
         raise NoMatch(f"it cannot be run on its own: {error.message}") from error
     except Exception as error:  # ONNX Runtime's error types share no base of their own
         raise NoMatch(f"it cannot be run on its own: {str(error).splitlines()[0]}") from error
+
+
+def count_nodes(model: onnx.ModelProto) -> int:
+    """Nodes of a graph, without the Constant nodes that some exporters write for what others store."""
+    return sum(node.op_type != "Constant" for node in model.graph.node)
 
 
 def _float32(array: Array) -> Array:

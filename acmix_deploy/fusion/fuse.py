@@ -16,7 +16,7 @@ from acmix_deploy.errors import CheckFailed
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.fusion.prepare import load
 from acmix_deploy.fusion.sizes import values_at_sizes
-from acmix_deploy.graph import Array, Feeds, NoMatch, evaluate
+from acmix_deploy.graph import Array, Feeds, NoMatch, count_nodes, evaluate
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.runtime.metrics import deviation
 
@@ -84,7 +84,7 @@ def fuse(
     model = load(source)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     graph = gs.import_onnx(model)
-    nodes_before = _count(model)
+    nodes_before = count_nodes(model)
     branch = AUTO_BRANCH if conv_branch == "auto" else conv_branch
 
     blocks: list[FusedBlock] = []
@@ -129,7 +129,7 @@ def fuse(
             )
 
     fused = _export(graph, model, functions)
-    report = FusionReport(blocks=blocks, nodes_before=nodes_before, nodes_after=_count(fused), opset=opset)
+    report = FusionReport(blocks=blocks, nodes_before=nodes_before, nodes_after=count_nodes(fused), opset=opset)
     if expect is not None and report.fused != expect:
         found_text = "; ".join(f"{block.name}: {block.reason}" for block in blocks if not block.fused)
         raise CheckFailed(
@@ -192,7 +192,7 @@ def _splice(graph: gs.Graph, replacement: gs.Graph, y: gs.Variable) -> None:
 def _export(graph: gs.Graph, original: onnx.ModelProto, functions: dict[str, onnx.FunctionProto]) -> onnx.ModelProto:
     """The graph as a model, with what graphsurgeon does not carry: functions, metadata, the IR version."""
     graph.cleanup().toposort()
-    model = gs.export_onnx(graph, do_type_check=False)
+    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = original.ir_version
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     del model.metadata_props[:]
@@ -203,8 +203,3 @@ def _export(graph: gs.Graph, original: onnx.ModelProto, functions: dict[str, onn
             model.opset_import.append(onnx.helper.make_opsetid(body.domain, LOCAL_ATTENTION.version))
     onnx.checker.check_model(model)
     return model
-
-
-def _count(model: onnx.ModelProto) -> int:
-    """Nodes of a graph, without the Constant nodes that some exporters write for what others store."""
-    return sum(node.op_type != "Constant" for node in model.graph.node)

@@ -10,8 +10,6 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-Operand = "Value | int | list[int] | npt.NDArray[Any]"
-
 
 @dataclass(frozen=True, eq=False)
 class Value:
@@ -90,7 +88,8 @@ class FunctionBuilder:
 
     def reshape(self, value: Value, *sizes: Value | int) -> Value:
         """Reshape to ``sizes``, see :meth:`shape`."""
-        return self("Reshape", value, self.shape(*sizes) if any(isinstance(s, Value) for s in sizes) else list(sizes))
+        fixed = [size for size in sizes if isinstance(size, int)]
+        return self("Reshape", value, fixed if len(fixed) == len(sizes) else self.shape(*sizes))
 
     def function(
         self, name: str, domain: str, opset: int, inputs: list[str], result: Value, attributes: list[str]

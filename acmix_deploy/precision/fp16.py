@@ -46,7 +46,6 @@ def to_fp16(source: Path, target: Path, *, fp16_io: bool = False) -> Fp16Report:
         model,
         keep_io_types=not fp16_io,
         node_block_list=kept,
-        force_fp16_initializers=True,
     )
     editor = OnnxModel(converted)  # the converter appends casts at the end, and casts there and back
     editor.remove_cascaded_cast_nodes()

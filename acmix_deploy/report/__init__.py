@@ -1,0 +1,1 @@
+"""What the stages found, for people (tables, show) and for programs (model)."""

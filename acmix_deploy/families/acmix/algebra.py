@@ -57,7 +57,8 @@ class ConvWeights:
 
 def grouped_kernel(weights: AcmixWeights) -> Array:
     """fc followed by dep_conv as one kernel: [N*d, 3N, 3, 3] with d groups, rate2 included."""
-    return weights.rate2 * np.einsum("otyx,tm->omyx", weights.dep_conv_weight, weights.fc)
+    kernel: Array = np.einsum("otyx,tm->omyx", weights.dep_conv_weight, weights.fc)
+    return weights.rate2 * kernel
 
 
 def grouped_conv(weights: AcmixWeights) -> ConvWeights:

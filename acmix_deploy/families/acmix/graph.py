@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -158,18 +159,18 @@ def rewrite(
         exact = array if np.issubdtype(array.dtype, np.integer) else array.astype(dtype)
         return gs.Constant(f"{name}.{label}", np.ascontiguousarray(exact))
 
-    def add(op: str, label: str, *inputs: gs.Tensor, domain: str | None = None, **attrs: object) -> gs.Variable:
+    def add(op: str, label: str, *inputs: gs.Tensor, domain: str | None = None, **attrs: Any) -> gs.Variable:
         output = gs.Variable(f"{name}.{label}", dtype=dtype)
         graph.nodes.append(gs.Node(op, f"{name}.{label}", attrs, list(inputs), [output], domain=domain))
         return output
 
-    def conv(label: str, source: gs.Tensor, parts: ConvWeights, **attrs: object) -> gs.Variable:
+    def conv(label: str, source: gs.Tensor, parts: ConvWeights, **attrs: Any) -> gs.Variable:
         operands = [source, constant(f"{label}.weight", parts.weight)]
         if parts.bias.any():
             operands.append(constant(f"{label}.bias", parts.bias))
         return add("Conv", label, *operands, kernel_shape=list(parts.weight.shape[2:]), **attrs)
 
-    strided = {"pads": [1] * 4, "strides": [weights.stride] * 2}
+    strided: dict[str, Any] = {"pads": [1] * 4, "strides": [weights.stride] * 2}
     qkv = conv("qkv", x, qkv_conv(weights, fold_rate1=conv_branch == "dense"))
     attended = add(
         LOCAL_ATTENTION.op_type,

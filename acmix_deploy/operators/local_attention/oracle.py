@@ -53,7 +53,10 @@ def local_attention(
     position = torch.einsum("da,ahw->dhw", position_weight.double(), pixel_coordinates(height, width))
     key = key - position.repeat(num_heads, 1, 1)
 
-    query = query[:, :, ::stride, ::stride].unflatten(1, (num_heads, head_dim))
-    key, value = (neighbours(maps, kernel_size, stride).unflatten(1, (num_heads, head_dim)) for maps in (key, value))
+    def by_head(maps: Tensor) -> Tensor:
+        return maps.reshape(batch, num_heads, head_dim, *maps.shape[2:])
+
+    query = by_head(query[:, :, ::stride, ::stride])
+    key, value = (by_head(neighbours(maps, kernel_size, stride)) for maps in (key, value))
     logits = scale * torch.einsum("bndhw,bndkhw->bnkhw", query, key)
     return torch.einsum("bnkhw,bndkhw->bndhw", logits.softmax(2), value).flatten(1, 2)

@@ -1,0 +1,72 @@
+"""The command line: parse, call, print. One file a verb; what a verb needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from acmix_deploy import __version__
+from acmix_deploy.cli import export, fuse, profile, verify
+from acmix_deploy.cli.common import add_common
+from acmix_deploy.errors import AcmixDeployError
+
+VERBS = (export, fuse, verify, profile)
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  a check failed: too large an error, another number of blocks than expected
+  2  the command line or an input file cannot be used
+  3  a package, library or device is missing
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``acmix-deploy``."""
+    top = argparse.ArgumentParser(
+        prog="acmix-deploy",
+        description="Takes detectors with ACmix blocks from a checkpoint to verified, fused ONNX files.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"acmix-deploy {__version__}")
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        name = verb.__name__.rsplit(".", 1)[-1]
+        summary, _, example = (verb.__doc__ or "").partition("\n\n")
+        command = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.add_arguments(command)
+        add_common(command)
+        command.set_defaults(run=verb.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code; see EXIT_CODES."""
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except AcmixDeployError as error:
+        if options.debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print("This is a fault of acmix-deploy; run again with --debug and report what it prints.", file=sys.stderr)
+        return 1

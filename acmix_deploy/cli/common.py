@@ -1,0 +1,67 @@
+"""What the verbs share: options, progress on stderr, types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from rich.console import Console
+
+from acmix_deploy.errors import MissingComponent
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every verb."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout instead of tables")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+
+def input_shape(text: str) -> tuple[int, int, int, int]:
+    """``1,3,640,640`` as [B, C, H, W]."""
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise ValueError(text)
+    return sizes
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def console() -> Console:
+    """Standard output, for text in which brackets mean nothing; wide where nobody sees its edge."""
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Show what is being done on stderr: a spinner in a terminal, a line for each step elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda step: print(f"{step} ...", file=sys.stderr)
+        return
+    with Console(stderr=True).status("starting") as status:
+        yield status.update
+
+
+def needs_torch(module: str) -> ModuleType:
+    """Import a module that needs PyTorch.
+
+    Raises:
+        MissingComponent: PyTorch is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "onnxscript"):
+            raise
+        raise MissingComponent(
+            f"{error.name} is needed here and is not installed", "Run: pip install 'acmix-deploy[export]'"
+        ) from error

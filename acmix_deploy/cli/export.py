@@ -1,0 +1,67 @@
+"""Take a checkpoint to plain, fused and half-precision ONNX files, verified against PyTorch and timed.
+
+example:
+  acmix-deploy export model.pt --fp16 --image-size 640 --out deploy
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acmix_deploy.cli.common import console, input_shape, needs_torch, positive, progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="checkpoint of PyTorch or Ultralytics (.pt, .pth) or program (.pt2)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: MODEL-deploy)")
+    parser.add_argument("--fp16", action="store_true", help="also write a file that computes in half precision")
+    parser.add_argument("--fp16-io", action="store_true", help="make its inputs and outputs half precision too")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--image-size", type=positive, metavar="N", help="side of the image (default: the model's own)")
+    size.add_argument("--input-shape", type=input_shape, metavar="B,C,H,W", help="e.g. 1,3,384,640")
+    parser.add_argument(
+        "--dynamic",
+        type=lambda text: [axis for axis in text.split(",") if axis],
+        default=[],
+        metavar="AXES",
+        help="axes to leave free: batch, height, width, separated by commas",
+    )
+    parser.add_argument("--opset", type=int, default=18, help="17 to 21; TensorRT 8 needs 17 (default: 18)")
+    parser.add_argument(
+        "--conv-branch",
+        choices=["auto", "dense", "grouped"],
+        default="auto",
+        help="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
+    )
+    parser.add_argument("--expect", type=int, metavar="N", help="fail unless exactly N blocks fuse")
+    parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")
+    parser.add_argument("--trust", action="store_true", help="let the checkpoint run code; only for files you trust")
+
+
+def run(options: argparse.Namespace) -> int:
+    with progress() as report_progress:
+        pipeline = needs_torch("acmix_deploy.pipeline")
+        report = pipeline.deploy(
+            options.model,
+            options.out or Path(f"{options.model.stem}-deploy"),
+            fp16=options.fp16 or options.fp16_io,
+            fp16_io=options.fp16_io,
+            image_size=options.image_size,
+            input_shape=options.input_shape,
+            dynamic=options.dynamic,
+            opset=options.opset,
+            conv_branch=options.conv_branch,
+            expect=options.expect,
+            arch=options.arch,
+            trust=options.trust,
+            progress=report_progress,
+        )
+    if options.json:
+        print(report.model_dump_json(by_alias=True, indent=2))
+    else:
+        from acmix_deploy.report.show import show_export
+
+        show_export(report, console())
+    report.verification.check()
+    return 0

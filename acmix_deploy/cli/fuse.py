@@ -1,0 +1,48 @@
+"""Fuse the ACmix blocks of an ONNX file that any exporter wrote.
+
+example:
+  acmix-deploy fuse model.onnx -o model.fused.onnx --expect 3
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acmix_deploy.cli.common import console, progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="ONNX file, opset 13 to 21")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the fused file goes")
+    parser.add_argument(
+        "--conv-branch",
+        choices=["auto", "dense", "grouped"],
+        default="auto",
+        help="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
+    )
+    parser.add_argument("--expect", type=int, metavar="N", help="fail unless exactly N blocks fuse")
+
+
+def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.artifacts import write_artifact
+    from acmix_deploy.fusion import fuse
+
+    with progress() as report_progress:
+        report = fuse(
+            options.model,
+            options.output,
+            conv_branch=options.conv_branch,
+            expect=options.expect,
+            progress=report_progress,
+        )
+    write_artifact(options.output, "fused", parents=[options.model], settings={"conv_branch": options.conv_branch})
+    if options.json:
+        print(report.model_dump_json(indent=2))
+    else:
+        from acmix_deploy.report.tables import graph_blocks
+
+        out = console()
+        out.print(graph_blocks(report) if report.blocks else "No ACmix block in the graph, nothing was fused.")
+        out.print(f"{report.nodes_before} nodes became {report.nodes_after}: {options.output}")
+    return 0

@@ -1,0 +1,177 @@
+"""The whole way, top to bottom: model.pt -> module -> plain ONNX -> fused ONNX -> typed ONNX -> verify -> profile.
+
+Each step reads what the one before it wrote and writes one file with a sidecar that says where it came from.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from acmix_deploy import families, yolo
+from acmix_deploy.artifacts import Artifact, replacing, write_artifact
+from acmix_deploy.checkpoint import LoadedModel, load
+from acmix_deploy.export import INPUT, export
+from acmix_deploy.fusion import ConvBranchChoice, fuse
+from acmix_deploy.precision import to_fp16
+from acmix_deploy.profile import profile
+from acmix_deploy.report.model import ExportReport, describe_file, next_steps
+from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.onnxruntime import onnx_runner
+from acmix_deploy.runtime.torch import TorchRunner
+from acmix_deploy.verify import Candidate, Verification, verify
+
+Progress = Callable[[str], None]
+
+
+def deploy(
+    checkpoint: Path,
+    out: Path,
+    *,
+    fp16: bool = False,
+    fp16_io: bool = False,
+    image_size: int | None = None,
+    input_shape: tuple[int, int, int, int] | None = None,
+    dynamic: Collection[str] = (),
+    opset: int = 18,
+    conv_branch: ConvBranchChoice = "auto",
+    expect: int | None = None,
+    arch: str | None = None,
+    trust: bool = False,
+    progress: Progress = lambda step: None,
+) -> ExportReport:
+    """Take a checkpoint to verified ONNX files.
+
+    Args:
+        checkpoint: what PyTorch or Ultralytics saved, see :func:`acmix_deploy.checkpoint.load`.
+        out: folder for the files and ``report.json``.
+        fp16: also write a file that computes in half precision.
+        fp16_io: make its inputs and outputs half precision too.
+        image_size: side of a square image in pixels; by default the model's own, else 640.
+        input_shape: [B, C, H, W], instead of ``image_size``.
+        dynamic: axes to leave free, out of "batch", "height" and "width".
+        opset: 17 to 21.
+        conv_branch: form of the convolution branch, see :func:`acmix_deploy.fusion.fuse`.
+        expect: number of blocks that must fuse.
+        arch: "package.module:factory" for a checkpoint that holds a state dict alone.
+        trust: let the checkpoint run code.
+        progress: told what is being done.
+
+    Returns:
+        The report, which is also in ``report.json``. Whether the files are exact enough is in its ``passed``.
+
+    Raises:
+        UserError: the checkpoint or the request cannot be used.
+        CheckFailed: a file that computes something else, or another number of blocks than ``expect``.
+        MissingComponent: a package that the checkpoint needs is not installed.
+    """
+    seconds: dict[str, float] = {}
+    paths = {role: out / f"{checkpoint.stem}{suffix}.onnx" for role, suffix in _SUFFIXES.items()}
+
+    with _stage("load", seconds, progress, f"loading {checkpoint}"):
+        model = load(checkpoint, arch=arch, trust=trust)
+        shape = input_shape or _default_shape(model, image_size)
+        module, blocks = _recognise(model)
+
+    with _stage("export", seconds, progress, "exporting"):
+        exported = export(
+            module,
+            paths["plain"],
+            input_shape=shape,
+            opset=opset,
+            dynamic=dynamic,
+            divisor=int(model.metadata.get("stride", 1)),
+            metadata=model.metadata,
+            progress=progress,
+        )
+        asked = {"input_shape": list(shape), "dynamic": sorted(dynamic), "opset": opset}
+        artifacts = {"plain": write_artifact(paths["plain"], "plain", parents=[checkpoint], settings=asked)}
+
+    with _stage("fuse", seconds, progress, "fusing"):
+        fusion = fuse(paths["plain"], paths["fused"], conv_branch=conv_branch, expect=expect, progress=progress)
+        artifacts["fused"] = _derived(paths["fused"], "fused", paths["plain"], {"conv_branch": conv_branch})
+
+    if fp16:
+        with _stage("fp16", seconds, progress, "converting to half precision"):
+            to_fp16(paths["fused"], paths["fp16"], fp16_io=fp16_io)
+            artifacts["fp16"] = _derived(paths["fp16"], "fp16", paths["fused"], {"fp16_io": fp16_io})
+
+    with _stage("verify", seconds, progress, "comparing every file with the PyTorch model"):
+        verification = _verify(module, artifacts, exported.checked_shapes)
+
+    with _stage("profile", seconds, progress, "timing every file on ONNX Runtime"):
+        files = [artifact.path for artifact in artifacts.values()]
+        profiles = profile(files, input_shape=shape, samples=_SAMPLES, rounds=_ROUNDS, seconds=_SECONDS)
+
+    report = ExportReport(
+        model=str(checkpoint),
+        notes=model.notes,
+        blocks=tuple(blocks),
+        export=exported,
+        fusion=fusion,
+        files={
+            role: describe_file(artifact, timing)
+            for (role, artifact), timing in zip(artifacts.items(), profiles, strict=True)
+        },
+        verification=verification,
+        seconds=seconds,
+        next_steps=next_steps(paths["fp16"] if fp16 else None, paths["fused"], opset),
+    )
+    with replacing(out / "report.json") as temporary:
+        temporary.write_text(report.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+_SUFFIXES = {"plain": "", "fused": ".fused", "fp16": ".fp16"}
+_SAMPLES, _ROUNDS, _SECONDS = 30, 3, 4.0  # of latency, for each file
+
+
+def _default_shape(model: LoadedModel, image_size: int | None) -> tuple[int, int, int, int]:
+    """[1, C, H, W] from ``image_size``, else from the size that the model was trained at, else 640."""
+    channels = int(model.metadata.get("channels", 3))
+    if image_size is not None:
+        return 1, channels, image_size, image_size
+    height, width = ast.literal_eval(model.metadata.get("imgsz", "[640, 640]"))
+    return 1, channels, height, width
+
+
+def _recognise(model: LoadedModel) -> tuple[nn.Module | ExportedProgram, list[families.BlockReport]]:
+    """The module ready for export, with every known block replaced by its family's own."""
+    if isinstance(model.module, ExportedProgram):
+        return model.module, []
+    module, blocks = families.canonicalise(model.module)
+    return yolo.prepare_for_export(module), blocks
+
+
+def _derived(path: Path, role: str, parent: Path, settings: dict[str, object]) -> Artifact:
+    return write_artifact(path, role, parents=[parent], settings=settings)
+
+
+def _verify(
+    module: nn.Module | ExportedProgram, artifacts: dict[str, Artifact], shapes: Collection[tuple[int, ...]]
+) -> Verification:
+    """Every file against the PyTorch model, at every shape that the export was checked at."""
+    reference = module.module() if isinstance(module, ExportedProgram) else module
+    candidates = [
+        Candidate(onnx_runner(artifact.path, artifact.path.name), "float16" if role == "fp16" else "float32")
+        for role, artifact in artifacts.items()
+    ]
+    half = {"float16": TorchRunner(copy.deepcopy(reference).half(), "torch float16")} if "fp16" in artifacts else {}
+    feeds = [{INPUT: random_images(tuple(shape), seed)} for seed, shape in enumerate(shapes)]
+    return verify(TorchRunner(reference, "PyTorch"), candidates, feeds, eager=half)
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float], progress: Progress, message: str) -> Iterator[None]:
+    """Tell that a stage begins and keep how long it took."""
+    progress(message)
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)

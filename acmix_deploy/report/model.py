@@ -1,0 +1,73 @@
+"""What ``acmix-deploy export`` found, as one JSON document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import onnx
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from acmix_deploy.artifacts import Artifact
+from acmix_deploy.export import ExportResult
+from acmix_deploy.families import BlockReport
+from acmix_deploy.fusion import FusionReport
+from acmix_deploy.graph import count_nodes
+from acmix_deploy.profile import Profile
+from acmix_deploy.verify import Verification
+
+
+class FileReport(BaseModel):
+    """One file that a stage wrote."""
+
+    model_config = ConfigDict(frozen=True)
+
+    artifact: Artifact
+    size_bytes: int = Field(description="size of the file")
+    nodes: int = Field(description="nodes of the graph, Constant nodes not counted; a function call is one")
+    profile: Profile | None = Field(default=None, description="latency on ONNX Runtime, where it was measured")
+
+
+class ExportReport(BaseModel):
+    """Everything that one run of the pipeline found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Literal[1] = Field(
+        default=1, alias="schema", description="version of this form; grows when a field is renamed or changes meaning"
+    )
+    model: str = Field(description="the checkpoint, as it was named")
+    notes: tuple[str, ...] = Field(description="what was done to the checkpoint on loading")
+    blocks: tuple[BlockReport, ...] = Field(description="blocks found in the module, and modules that resemble one")
+    export: ExportResult
+    fusion: FusionReport
+    files: dict[str, FileReport] = Field(description="by role: plain, fused, fp16")
+    verification: Verification
+    seconds: dict[str, float] = Field(description="time that each stage took")
+    next_steps: tuple[str, ...] = Field(description="what to run on the target")
+
+    @computed_field(description="whether every file is as exact as the operator's definition asks")  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        return self.verification.passed
+
+
+def describe_file(artifact: Artifact, profile: Profile | None = None) -> FileReport:
+    """Size and node count of a written ONNX file."""
+    model = onnx.load(artifact.path, load_external_data=False)
+    return FileReport(
+        artifact=artifact, size_bytes=artifact.path.stat().st_size, nodes=count_nodes(model), profile=profile
+    )
+
+
+def next_steps(fp16: Path | None, fused: Path, opset: int) -> tuple[str, ...]:
+    """Commands for the target, by the TensorRT that is on it."""
+    best = fp16 or fused
+    typed = " --stronglyTyped" if fp16 else ""
+    steps = [
+        f"TensorRT 10 and later: trtexec --onnx={best.name}{typed} --saveEngine={best.stem}.engine",
+        f"ONNX Runtime: the file runs as it is, e.g. acmix-deploy profile {fused.name}",
+    ]
+    if opset > 17:
+        steps.append("TensorRT 8.5 and 8.6 read opset 17 at most: export again with --opset 17")
+    return tuple(steps)
