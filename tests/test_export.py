@@ -1,0 +1,324 @@
+"""An exported file computes what the module does, at every size it claims to take, or it is not written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import acmix_deploy.export as export_module
+from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.export import export
+from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+
+LIMIT = LOCAL_ATTENTION.tolerances["float32"].limit()
+AXES = ("batch", "height", "width")
+SHAPE = (1, 3, 64, 64)
+
+
+class Net(nn.Module):
+    """Both kinds of ACmix block, and outputs in a dict of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.keep = ACmix(8, 8, head=2)
+        self.halve = ACmix(8, 8, kernel_att=5, head=4, stride=2)
+        self.enlarge = nn.Upsample(scale_factor=2)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        x = self.stem(x)
+        maps = torch.cat([self.keep(x), self.enlarge(self.halve(x))], 1)
+        return {"maps": maps, "more": [maps.softmax(1), maps.mean((2, 3))]}
+
+
+class Scale(nn.Module):
+    """The least that can be exported."""
+
+    def __init__(self, factor: float = 2.0) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def assert_same(path: Path, module: nn.Module, *shapes: tuple[int, ...]) -> None:
+    """File and module agree on inputs that the exporter has not seen."""
+    session = onnxruntime.InferenceSession(path)
+    for shape in shapes:
+        image = torch.randn(shape)
+        with torch.no_grad():
+            outputs = module(image)
+        if isinstance(outputs, dict):
+            outputs = [outputs["maps"], *outputs["more"]]
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        actual = session.run([f"output{index}" for index in range(len(outputs))], {"images": image.numpy()})
+        assert len(session.get_outputs()) == len(outputs)
+        for wanted, found in zip(outputs, actual, strict=True):
+            error = np.linalg.norm(wanted.numpy().astype(np.float64) - found)
+            assert error <= LIMIT * np.linalg.norm(wanted.numpy())
+
+
+@pytest.mark.parametrize(
+    ("opset", "dynamic", "exporter", "ir_version"),
+    [
+        (17, (), "torchscript", 8),
+        (17, AXES, "torchscript", 8),
+        (18, AXES, "dynamo", 8),
+        (21, (), "dynamo", 10),
+    ],
+)
+def test_the_file_is_the_module(
+    tmp_path: Path, opset: int, dynamic: tuple[str, ...], exporter: str, ir_version: int
+) -> None:
+    module, path = Net(), tmp_path / "new" / "model.onnx"
+    result = export(
+        module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic, divisor=4, metadata={"names": "{0: 'cat'}"}
+    )
+    batch, height, width = (name if name in dynamic else size for name, size in zip(AXES, (1, 64, 64), strict=True))
+    assert result.inputs[0].model_dump() == {"name": "images", "shape": (batch, 3, height, width)}
+    assert [output.name for output in result.outputs] == ["output0", "output1", "output2"]
+    assert {output.shape[0] for output in result.outputs} == {batch}
+    assert (result.exporter, result.opset, result.ir_version) == (exporter, opset, ir_version)
+    assert result.notes == ()
+    assert 0 <= result.relative_l2 <= LIMIT
+    free = {"batch": (3, 3, 64, 64), "height": (1, 3, 48, 64), "width": (1, 3, 64, 80)}
+    shapes = [SHAPE, *(free[name] for name in dynamic), *([(4, 3, 72, 40)] if set(dynamic) == set(AXES) else [])]
+    assert not module.training
+    assert_same(path, module, *shapes)
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain == ""] == [("", opset)]
+    assert model.ir_version == ir_version
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"names": "{0: 'cat'}"}
+    assert list(path.parent.iterdir()) == [path]
+    content = path.read_bytes()
+    assert b".py" not in content
+    assert str(Path(__file__).parent).encode() not in content
+
+
+def test_nothing_is_printed_and_progress_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    steps: list[str] = []
+    export(Scale(), tmp_path / "model.onnx", input_shape=SHAPE, dynamic=["batch"], progress=steps.append)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+    assert steps == ["running the model", "exporting with the dynamo exporter", "checking the file"]
+
+
+class Ramp(nn.Module):
+    """Adds a ramp by torch.linspace, whose length the dynamo exporter freezes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.linspace(-1, 1, x.shape[3])
+
+
+def test_where_dynamo_freezes_an_axis_the_other_exporter_is_taken(tmp_path: Path) -> None:
+    module = Ramp()
+    result = export(module, tmp_path / "model.onnx", input_shape=SHAPE, dynamic=["width"])
+    assert result.exporter == "torchscript"
+    assert len(result.notes) == 1
+    assert result.notes[0].startswith("the dynamo exporter failed: ")
+    assert_same(tmp_path / "model.onnx", module, (1, 3, 64, 64), (1, 3, 64, 80))
+
+
+class Windows(nn.Module):
+    """Counts images as Swin's window_reverse does: both exporters take the batch for a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(int(x.shape[0] / 1.0), *x.shape[1:]) * 2
+
+
+class HeightOnly(nn.Module):
+    """The TorchScript exporter writes down the height that it saw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2)[:, :, : x.shape[3]] * int(x.shape[2])
+
+
+@pytest.mark.parametrize(("module", "axis"), [(Windows(), "batch"), (HeightOnly(), "height")])
+def test_a_frozen_axis_is_named_and_nothing_is_written(tmp_path: Path, module: nn.Module, axis: str) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    with pytest.raises(CheckFailed, match=f"the torchscript exporter's file is wrong: the {axis} came out frozen") as e:
+        export(module, path, input_shape=SHAPE, dynamic=AXES)
+    assert "\n" not in e.value.message
+    assert "dynamic" in e.value.hint
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    if axis == "batch":
+        assert export(module, path, input_shape=SHAPE).exporter == "dynamo"
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, exporter: str, change) -> None:
+    """Let an exporter's file be changed before it is checked."""
+    original = getattr(export_module, exporter)
+
+    def poisoned(*arguments: object) -> onnx.ModelProto:
+        model = original(*arguments)
+        change(model)
+        return model
+
+    monkeypatch.setattr(export_module, exporter, poisoned)
+
+
+def freeze_signature(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 64
+
+
+def freeze_output(model: onnx.ModelProto) -> None:
+    model.graph.output[0].type.tensor_type.shape.dim[3].dim_value = 64
+
+
+def change_weight(model: onnx.ModelProto) -> None:
+    factor = next(tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    factor.CopyFrom(onnx.numpy_helper.from_array(np.array(2.001, np.float32), factor.name))
+
+
+def not_a_number(model: onnx.ModelProto) -> None:
+    factor = next(tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    factor.CopyFrom(onnx.numpy_helper.from_array(np.array(np.nan, np.float32), factor.name))
+
+
+def unknown_operator(model: onnx.ModelProto) -> None:
+    model.graph.node[0].op_type = "Unheard"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (freeze_signature, "the height came out frozen at 64"),
+        (freeze_output, "the width came out frozen: output0 is declared as"),
+        (change_weight, "output0 is not the module's on .* relative L2 5.0e-04"),
+        (not_a_number, "output0 is not the module's on .* NaN"),
+        (unknown_operator, "ONNX Runtime refuses .* Unheard"),
+    ],
+)
+def test_a_wrong_file_is_found_out_by_running_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change, why: str
+) -> None:
+    poison(monkeypatch, "_dynamo", change)
+    path = tmp_path / "model.onnx"
+    result = export(Scale(), path, input_shape=SHAPE, dynamic=AXES)
+    assert result.exporter == "torchscript"
+    assert any(note.startswith("the dynamo exporter's file is wrong: ") for note in result.notes)
+    assert_same(path, Scale(), SHAPE)
+    path.unlink()
+    poison(monkeypatch, "_torchscript", change)
+    with pytest.raises(
+        CheckFailed, match=f"dynamo exporter's file is wrong: .*{why}.*torchscript exporter's file.*{why}"
+    ):
+        export(Scale(), path, input_shape=SHAPE, dynamic=AXES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        ({"opset": 16}, "opset 16 is not supported; it must be 17 to 21"),
+        ({"opset": 22}, "opset 22 is not supported"),
+        ({"dynamic": ["depth"]}, "unknown dynamic axis depth"),
+        ({"input_shape": (1, 3, 640)}, "not four positive sizes"),
+        ({"input_shape": (0, 3, 64, 64)}, "not four positive sizes"),
+        ({"input_shape": (1, 3, 90, 64), "divisor": 32}, "an image of 90x64 is not divisible by the model's stride 32"),
+        ({"input_shape": (1, 4, 64, 64)}, r"does not run on an input of \[1, 4, 64, 64\]: .*3 channels"),
+        ({"input_shape": (1, 3, 4, 4)}, "a 2x2 map is too small for a 7x7 window"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_a_user_error(tmp_path: Path, request_: dict[str, object], why: str) -> None:
+    with pytest.raises(UserError, match=why) as caught:
+        export(Net(), tmp_path / "model.onnx", **{"input_shape": SHAPE, **request_})
+    assert "\n" not in caught.value.message
+    assert not list(tmp_path.iterdir())
+    if "divisor" in request_:
+        assert "96x64" in caught.value.hint
+
+
+def test_an_unwritable_place_is_found_before_the_work(tmp_path: Path) -> None:
+    steps: list[str] = []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        export(Scale(), tmp_path / "file" / "model.onnx", input_shape=SHAPE, progress=steps.append)
+    assert steps == ["running the model"]
+
+
+def test_a_file_larger_than_protobuf_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "_LARGEST_FILE", 100)
+    with pytest.raises(CheckFailed, match="an ONNX file holds"):
+        export(Scale(), tmp_path / "model.onnx", input_shape=SHAPE)
+
+
+class Caching(nn.Module):
+    """Keeps what depends on the last image's size, as detection heads keep their anchors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape: object = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shape != x.shape:
+            self.shape, self.rows = x.shape, torch.arange(x.shape[2]).to(x.dtype)
+        return x + self.rows.unsqueeze(1)
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+def test_runs_and_traces_do_not_disturb_each_other(tmp_path: Path, opset: int) -> None:
+    module, path = Caching(), tmp_path / "model.onnx"
+    module(torch.zeros(2, 3, 64, 64))
+    for dynamic in (("batch",), ()):
+        module(torch.zeros(2, 3, 32, 32))
+        export(module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic)
+        assert_same(path, module, SHAPE, *([(3, 3, 64, 64)] if dynamic else []))
+
+
+def capture(module: nn.Module, *free: int, batch: int = 2) -> torch.export.ExportedProgram:
+    dims = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
+    return torch.export.export(module.eval(), (torch.zeros(batch, 3, 64, 64),), dynamic_shapes=(dims,))
+
+
+def test_a_captured_program_keeps_the_axes_it_was_captured_with(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    free = export(capture(Scale(), 0, 3), path, input_shape=SHAPE, divisor=4)
+    assert free.inputs[0].shape == ("batch", 3, 64, "width")
+    assert_same(path, Scale(), SHAPE, (3, 3, 64, 80))
+    module = nn.Sequential(nn.Conv2d(3, 4, 8, 8), ACmix(4, 4, kernel_att=3, head=2))
+    fixed = capture(module, batch=1)
+    for opset, exporter in ((17, "torchscript"), (18, "dynamo")):
+        assert export(fixed, path, input_shape=SHAPE, opset=opset).exporter == exporter
+        assert_same(path, module, SHAPE)
+    with pytest.raises(UserError, match="captured with a fixed batch and height"):
+        export(fixed, path, input_shape=SHAPE, dynamic=["height", "batch"])
+    with pytest.raises(UserError, match=r"does not run on an input of \[1, 3, 32, 32\]"):
+        export(fixed, path, input_shape=(1, 3, 32, 32))
+
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    image = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(UserError, match="takes 2 inputs"):
+        export(torch.export.export(Sum(), (image, image)), path, input_shape=SHAPE)
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+def test_a_detector_takes_every_size(tmp_path: Path, opset: int) -> None:
+    pytest.importorskip("ultralytics", reason="Ultralytics is not installed")
+    from ultralytics.nn.tasks import DetectionModel
+
+    from acmix_deploy.yolo import prepare_for_export, register
+
+    register()
+    backbone = [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "ACmix", [8, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]]
+    layers = {"nc": 2, "backbone": backbone, "head": [[[1, 2], 1, "Detect", ["nc"]]]}
+    module, path = prepare_for_export(DetectionModel(layers, verbose=False)), tmp_path / "model.onnx"
+    result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=AXES, divisor=4)
+    assert result.notes == ()
+    assert_same(path, module, SHAPE, (3, 3, 40, 72), (2, 3, 96, 48))
