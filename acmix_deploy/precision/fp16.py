@@ -47,6 +47,7 @@ def to_fp16(source: Path, target: Path, *, fp16_io: bool = False) -> Fp16Report:
         keep_io_types=not fp16_io,
         node_block_list=kept,
     )
+    _drop_repeated_casts(converted)
     editor = OnnxModel(converted)  # the converter appends casts at the end, and casts there and back
     editor.remove_cascaded_cast_nodes()
     editor.remove_useless_cast_nodes()
@@ -79,7 +80,16 @@ def tail(model: onnx.ModelProto) -> list[str]:
         if id(node) not in ahead:
             ahead.add(id(node))
             queue.extend(producers[name] for name in node.input if name in producers)
-    return [node.name for node in model.graph.node if id(node) not in ahead]
+    return [node.name for node in model.graph.node if id(node) not in ahead and node.op_type != "Shape"]
+
+
+def _drop_repeated_casts(model: onnx.ModelProto) -> None:
+    """Keep one of the equal casts that the converter adds for each float32 node that reads a tensor."""
+    seen: set[str] = set()
+    for node in list(model.graph.node):
+        if node.output[0] in seen:
+            model.graph.node.remove(node)
+        seen.add(node.output[0])
 
 
 def _size(tensor: TensorProto) -> int:

@@ -48,8 +48,8 @@ def verify(
         reference: what is right; outputs are matched by name.
         candidates: what is compared with it; all names differ.
         inputs: arrays by input name, float32; converted where a runner wants another type.
-        eager: PyTorch's own model in a reduced type, by the name of the type. Its error, measured on the smallest
-            input alone since a CPU is slow in float16, widens the limit of the candidates of that type.
+        eager: PyTorch's own model in a reduced type, by the name of the type. Its error on an input widens the limit
+            of the candidates of that type on the same input.
         tolerances: by precision; the limit is ``tolerance.limit(eager error)``.
 
     Raises:
@@ -65,23 +65,20 @@ def verify(
 
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
         expected = _run(reference, feeds)
-        smallest = min(range(len(feeds)), key=lambda index: sum(array.size for array in feeds[index].values()))
-        only = RunResults([(reference.name, [expected[0][1][smallest]])])
         eager_errors = {
-            precision: _distances(only, _run(runner, [feeds[smallest]]))[0]
-            for precision, runner in (eager or {}).items()
+            precision: _distances(expected, _run(runner, feeds)) for precision, runner in (eager or {}).items()
         }
         found = {candidate: _distances(expected, _run(candidate.runner, feeds)) for candidate in candidates}
 
-    def comparison(candidate: Candidate, feed: Feed, output: str, distance: Deviation) -> Comparison:
-        own = eager_errors.get(candidate.precision, {}).get(output)
+    def comparison(candidate: Candidate, index: int, output: str, distance: Deviation) -> Comparison:
+        own = eager_errors[candidate.precision][index].get(output) if candidate.precision in eager_errors else None
         eager_error = own.relative_l2 if own else None
         return Comparison(
             **distance.model_dump(),
             candidate=candidate.runner.name,
             precision=candidate.precision,
             output=output,
-            input_shapes={name: array.shape for name, array in feed.items()},
+            input_shapes={name: array.shape for name, array in feeds[index].items()},
             eager_error=eager_error,
             limit=tolerances[candidate.precision].limit(eager_error or 0.0),
         )
@@ -89,9 +86,9 @@ def verify(
     return Verification(
         reference=reference.name,
         comparisons=tuple(
-            comparison(candidate, feed, output, distance)
+            comparison(candidate, index, output, distance)
             for candidate, iterations in found.items()
-            for feed, distances in zip(feeds, iterations, strict=True)
+            for index, distances in enumerate(iterations)
             for output, distance in distances.items()
         ),
     )
