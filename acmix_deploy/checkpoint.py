@@ -65,8 +65,10 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
         MissingComponent: PyTorch, or Ultralytics for a file that needs it, is not installed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}", "Name a checkpoint file.")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}", "Name a checkpoint file.") from error
     try:
         from torch import nn
     except ModuleNotFoundError as error:

@@ -224,9 +224,8 @@ def test_a_map_that_does_not_fit_is_refused_with_its_size(size: tuple[int, int],
         ACmix(4, 8, stride=stride)(torch.zeros(1, 4, *size))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_torch_compile_makes_one_graph_of_any_size(stride: int) -> None:
-    block = randomised(ACmix(4, 8, 5, 2, stride=stride)).eval()
+def test_torch_compile_makes_one_graph_of_any_size() -> None:
+    block = randomised(ACmix(4, 8, 5, 2, stride=2)).eval()
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in ((2, 4, 6, 8), (1, 4, 10, 4)):
         x = torch.randn(*shape)

@@ -374,8 +374,8 @@ BROKEN = {
     "tensor": "holds a Tensor and no model",
     "empty dict": "holds a dict and no model",
     "dict of numbers": "a dict with 'epoch', 'loss', 'x' and no model",
-    "directory": "is not a file",
-    "missing": "does not exist",
+    "directory": "cannot be opened: Is a directory",
+    "missing": "cannot be opened: No such file",
 }
 
 

@@ -94,18 +94,18 @@ width_multiple: 0.5
 backbone:
   - [-1, 1, Conv, [32, 3, 2]]
   - [-1, 1, Conv, [64, 3, 2]]
-  - [0, 1, ACmix, [128, 3, 2]]
-  - [-1, 2, ACmix, [128]]
-  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, Conv, [128, 3, 2]]
+  - [1, 1, ACmix, [128, 3, 2]]
+  - [-1, 2, ACmix, [128, 5]]
 head:
-  - [[1, 4], 1, Detect, [nc]]
+  - [[4, 2], 1, Detect, [nc]]
 """
     )
     model = tasks.DetectionModel(str(file), verbose=False).eval()
     geometry = {name: (b.in_planes, b.out_planes, b.kernel_att, b.head) for name, b in blocks(model).items()}
-    assert geometry == {"model.2": (16, 64, 3, 2), "model.3.0": (64, 64, 7, 4), "model.3.1": (64, 64, 7, 4)}
-    assert model.model[2].type == "acmix_deploy.families.acmix.module.ACmix"
-    assert type(model.model[2]) is ACmix
+    assert geometry == {"model.3": (32, 64, 3, 2), "model.4.0": (64, 64, 5, 4), "model.4.1": (64, 64, 5, 4)}
+    assert model.model[3].type == "acmix_deploy.families.acmix.module.ACmix"
+    assert type(model.model[3]) is ACmix
     model(torch.zeros(1, 3, 64, 64))
 
 
