@@ -17,10 +17,10 @@ FOLDER = Path("out/demo")
 IMAGE_SIZE = 640
 
 
-def make_checkpoint(path: Path, image_size: int = IMAGE_SIZE) -> None:
+def make_checkpoint(path: Path, variant: yolo.Variant = "p3p4p5") -> None:
     """Save an untrained detector as Ultralytics saves a trained one: pickled, in half precision."""
     torch.manual_seed(0)
-    model = yolo.build("p3p4p5", "n")
+    model = yolo.build(variant, "n")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("rate1", "rate2")):
@@ -31,7 +31,7 @@ def make_checkpoint(path: Path, image_size: int = IMAGE_SIZE) -> None:
         for _ in range(4):
             model.train()(torch.rand(2, 3, 256, 256))
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.eval().half(), "ema": None, "train_args": {"imgsz": image_size}}, path)
+    torch.save({"model": model.eval().half(), "ema": None, "train_args": {"imgsz": IMAGE_SIZE}}, path)
 
 
 if __name__ == "__main__":

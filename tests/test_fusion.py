@@ -398,7 +398,7 @@ def test_graph_without_attention(tmp_path):
     module, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
     source = export(module, x, tmp_path / "plain.onnx")
     assert fuse(source, tmp_path / "fused.onnx").blocks == []
-    with pytest.raises(CheckFailed, match="0 blocks fused.*expected 3"):
+    with pytest.raises(CheckFailed, match=r"0 blocks fused.*expected 3"):
         fuse(source, tmp_path / "fused.onnx", expect=3)
 
 
