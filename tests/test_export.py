@@ -104,14 +104,53 @@ def test_the_file_is_the_module(
     assert str(Path(__file__).parent).encode() not in content
 
 
+class Caching(nn.Module):
+    """Keeps what depends on the last image's size, as detection heads keep their anchors, and talks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape: object = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("running")
+        if self.shape != x.shape:
+            self.shape, self.rows = x.shape, torch.arange(x.shape[2]).to(x.dtype)
+        return x + self.rows.unsqueeze(1)
+
+
+@pytest.mark.parametrize(("opset", "exporter"), [(17, "torchscript"), (18, "dynamo")])
+def test_runs_and_traces_do_not_disturb_each_other(tmp_path: Path, opset: int, exporter: str) -> None:
+    module, path = Caching(), tmp_path / "model.onnx"
+    for dynamic in (("batch",), ()):
+        result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic)
+        assert (result.exporter, result.notes) == (exporter, ())
+        assert_same(path, module, SHAPE, *([(3, 3, 64, 64)] if dynamic else []))
+
+
+@pytest.mark.parametrize(("opset", "exporter"), [(17, "torchscript"), (18, "dynamo")])
 def test_nothing_is_printed_and_progress_is_told(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+    tmp_path: Path, opset: int, exporter: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     steps: list[str] = []
-    export(Scale(), tmp_path / "model.onnx", input_shape=SHAPE, dynamic=["batch"], progress=steps.append)
+    export(Caching(), tmp_path / "model.onnx", input_shape=SHAPE, opset=opset, progress=steps.append)
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
-    assert steps == ["running the model", "exporting with the dynamo exporter", "checking the file"]
+    assert steps == ["running the model", f"exporting with the {exporter} exporter", "checking the file"]
+
+
+def test_where_torchscript_fails_dynamo_is_converted_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> onnx.ModelProto:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(export_module, "_torchscript", fail)
+    result = export(Scale(), tmp_path / "model.onnx", input_shape=SHAPE, opset=17)
+    assert (result.exporter, result.opset, result.ir_version) == ("dynamo", 17, 8)
+    assert result.notes == ("the torchscript exporter failed: broken",)
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == 17
+    assert_same(tmp_path / "model.onnx", Scale(), SHAPE)
+    assert capfd.readouterr() == ("", "")
 
 
 class Ramp(nn.Module):
@@ -254,29 +293,6 @@ def test_a_file_larger_than_protobuf_holds_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(export_module, "_LARGEST_FILE", 100)
     with pytest.raises(CheckFailed, match="an ONNX file holds"):
         export(Scale(), tmp_path / "model.onnx", input_shape=SHAPE)
-
-
-class Caching(nn.Module):
-    """Keeps what depends on the last image's size, as detection heads keep their anchors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shape: object = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.shape != x.shape:
-            self.shape, self.rows = x.shape, torch.arange(x.shape[2]).to(x.dtype)
-        return x + self.rows.unsqueeze(1)
-
-
-@pytest.mark.parametrize("opset", [17, 18])
-def test_runs_and_traces_do_not_disturb_each_other(tmp_path: Path, opset: int) -> None:
-    module, path = Caching(), tmp_path / "model.onnx"
-    module(torch.zeros(2, 3, 64, 64))
-    for dynamic in (("batch",), ()):
-        module(torch.zeros(2, 3, 32, 32))
-        export(module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic)
-        assert_same(path, module, SHAPE, *([(3, 3, 64, 64)] if dynamic else []))
 
 
 def capture(module: nn.Module, *free: int, batch: int = 2) -> torch.export.ExportedProgram:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +53,6 @@ def profile(
     for _ in range(rounds):
         for file, taken in zip(files, turns, strict=True):
             taken.append(_take_turn(file, input_shape, -(-samples // rounds), seconds / rounds, threads))
-            gc.collect()  # the session has to be gone before the next one is timed
     machine = Machine.this()
     return [
         Profile(
