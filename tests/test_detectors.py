@@ -16,7 +16,7 @@ from acmix_deploy.runtime.onnxruntime import open_session
 pytest.importorskip("ultralytics", reason="ultralytics is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from demo import make_checkpoint  # noqa: E402
+from demo import make_checkpoint
 
 
 @pytest.mark.parametrize(
