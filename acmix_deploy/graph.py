@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -203,7 +203,7 @@ def evaluate(
         raise NoMatch(f"it depends on {', '.join(sorted(unknown))} from outside")
     piece = gs.Graph(nodes, opset=graph.opset, import_domains=graph.import_domains)
     model = as_float32(gs.export_onnx(piece, do_type_check=False))
-    model.ir_version = 8  # else onnx's newest, which ONNX Runtime may refuse
+    model.ir_version = ir_version(graph.opset)
     used = {name: _float32(feeds[name]) for name in needed}
     model.graph.input.extend(
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)

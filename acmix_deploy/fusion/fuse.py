@@ -15,8 +15,8 @@ from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import CheckFailed
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.fusion.prepare import load
-from acmix_deploy.fusion.sizes import values_at_sizes
-from acmix_deploy.graph import Array, Feeds, NoMatch, count_nodes, evaluate
+from acmix_deploy.fusion.sizes import is_static, values_at_sizes
+from acmix_deploy.graph import Feeds, NoMatch, count_nodes, evaluate
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.runtime.metrics import deviation
 
@@ -82,102 +82,110 @@ def fuse(
         CheckFailed: another number of blocks than ``expect`` fused; nothing is written then.
     """
     model = load(source)
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     graph = gs.import_onnx(model)
-    nodes_before = count_nodes(model)
     branch = AUTO_BRANCH if conv_branch == "auto" else conv_branch
 
     blocks: list[FusedBlock] = []
-    functions: dict[str, onnx.FunctionProto] = {}
+    functions: list[onnx.FunctionProto] = []
     for family in FAMILIES:
-        kit = part(family, "graph")
-        bodies = {name: body(opset) for name, body in kit.FUNCTIONS.items()}
-        matches = []
-        for anchor in [node for node in graph.nodes if node.op == kit.ANCHOR]:
-            try:
-                matches.append((anchor, kit.match(graph, anchor)))
-            except NoMatch as error:
-                if error.near:
-                    blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
-        if not matches:
-            continue
-        progress(f"evaluating the graph around {len(matches)} candidate blocks")
-        regions = [found.region for _, found in matches]
-        values = values_at_sizes(graph, [tensor for region in regions for tensor in (region.x, *region.outside)])
-        for index, (anchor, found) in enumerate(matches):
-            name = f"{family}_{index}"
-            progress(f"fusing {name}")
-            try:
-                replacement, settings, error_found = _replace(
-                    graph, kit, found, values, branch, name, opset, list(bodies.values())
-                )
-            except NoMatch as error:
-                blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
-                continue
-            _splice(graph, replacement, found.region.y)
-            used = {node.op for node in replacement.nodes}
-            functions.update({op: body for op, body in bodies.items() if op in used})
-            blocks.append(
-                FusedBlock(
-                    name=name,
-                    family=family,
-                    fused=True,
-                    operator=next(op for op in bodies if op in used),
-                    settings={**settings, "conv_branch": branch},
-                    relative_l2=error_found,
-                )
-            )
+        found, used = _fuse_family(graph, family, branch, progress)
+        blocks += found
+        functions += used
 
     fused = _export(graph, model, functions)
-    report = FusionReport(blocks=blocks, nodes_before=nodes_before, nodes_after=count_nodes(fused), opset=opset)
+    report = FusionReport(
+        blocks=blocks, nodes_before=count_nodes(model), nodes_after=count_nodes(fused), opset=graph.opset
+    )
     if expect is not None and report.fused != expect:
-        found_text = "; ".join(f"{block.name}: {block.reason}" for block in blocks if not block.fused)
+        left_alone = "; ".join(f"{block.name}: {block.reason}" for block in blocks if not block.fused)
         raise CheckFailed(
             f"{report.fused} blocks fused in {source}, expected {expect}",
-            f"Left alone: {found_text}" if found_text else "Nothing else in the graph resembles a block.",
+            f"Left alone: {left_alone}" if left_alone else "Nothing else in the graph resembles a block.",
         )
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
     return report
 
 
-def _replace(
+def _fuse_family(
+    graph: gs.Graph, family: str, branch: str, progress: Callable[[str], None]
+) -> tuple[list[FusedBlock], list[onnx.FunctionProto]]:
+    """Fuse the blocks of one family in ``graph``, in place; also the bodies of the operators that came in."""
+    kit: Any = part(family, "graph")
+    blocks: list[FusedBlock] = []
+    matches = []
+    for anchor in [node for node in graph.nodes if node.op == kit.ANCHOR]:
+        try:
+            matches.append((anchor, kit.match(graph, anchor)))
+        except NoMatch as error:
+            if error.near:
+                blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
+    if not matches:
+        return blocks, []
+
+    progress(f"evaluating the graph around {len(matches)} candidate blocks")
+    regions = [found.region for _, found in matches]
+    values = values_at_sizes(graph, [tensor for region in regions for tensor in (region.x, *region.outside)])
+    bodies = {op: body(graph.opset) for op, body in kit.FUNCTIONS.items()}
+    used: set[str] = set()
+    for index, (anchor, found) in enumerate(matches):
+        name = f"{family}_{index}"
+        progress(f"fusing {name}")
+        try:
+            replacement, relative_l2 = _replacement(graph, kit, found, values, branch, name, bodies)
+        except NoMatch as error:
+            blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
+            continue
+        operator = next(node for node in replacement.nodes if node.op in bodies)
+        _splice(graph, replacement, found.region.y)
+        used.add(operator.op)
+        settings = {**operator.attrs, "conv_branch": branch}
+        blocks.append(
+            FusedBlock(
+                name=name,
+                family=family,
+                fused=True,
+                operator=operator.op,
+                settings=settings,
+                relative_l2=relative_l2,
+            )
+        )
+    return blocks, [bodies[op] for op in sorted(used)]
+
+
+def _replacement(
     graph: gs.Graph,
     kit: Any,
     found: Any,
     values: list[Feeds],
     branch: str,
     name: str,
-    opset: int,
-    bodies: list[onnx.FunctionProto],
-) -> tuple[gs.Graph, dict[str, Any], float]:
-    """The replacement of one matched block, its attributes, and its relative L2 error, which is within tolerance."""
+    bodies: dict[str, onnx.FunctionProto],
+) -> tuple[gs.Graph, float]:
+    """The reduced form of one matched block, and its largest relative L2 error on random input.
+
+    Raises:
+        NoMatch: it cannot be reduced, or the error is beyond the operator's tolerance.
+    """
     region = found.region
     seen = [{tensor.name: at[tensor.name] for tensor in (region.x, *region.outside)} for at in values]
+    weights = kit.recover(found, seen[0], lambda outputs, feeds: evaluate(graph, outputs, feeds))
+    map_size = seen[0][region.x.name].shape[2:] if is_static(graph) else None
+    replacement = kit.rewrite(found, weights, branch, name, graph.opset, map_size)
 
-    def compute(outputs: list[gs.Variable], feeds: Feeds) -> list[Array]:
-        return evaluate(graph, outputs, feeds)
-
-    weights = kit.recover(found, seen[0], compute)
-    sizes = {at[region.x.name].shape[2:] for at in seen}
-    static = len(values) == 1
-    replacement = kit.rewrite(found, weights, branch, name, opset, next(iter(sizes)) if static else None)
-
-    dtype = str(replacement.outputs[0].dtype)
-    limit = LOCAL_ATTENTION.tolerances[dtype].floor
+    limit = LOCAL_ATTENTION.tolerances[str(replacement.outputs[0].dtype)].floor
     random = np.random.default_rng(1)
     worst = 0.0
     for at in seen:
         feeds = {**at, region.x.name: random.standard_normal(at[region.x.name].shape).astype(np.float32)}
-        (original,) = compute([region.y], feeds)
-        (candidate,) = evaluate(replacement, replacement.outputs, feeds, bodies)
+        (original,) = evaluate(graph, [region.y], feeds)
+        (candidate,) = evaluate(replacement, replacement.outputs, feeds, bodies.values())
         difference = deviation(original, candidate)
-        if difference.problem or difference.relative_l2 is None or not difference.relative_l2 <= limit:
-            found_text = difference.problem or f"relative L2 {difference.relative_l2:.1e}, limit {limit:.0e}"
-            raise NoMatch(f"the block computes something else than its fused form ({found_text})")
+        if difference.relative_l2 is None or difference.relative_l2 > limit:
+            distance = difference.problem or f"relative L2 {difference.relative_l2:.1e}, limit {limit:.0e}"
+            raise NoMatch(f"the block computes something else than its fused form ({distance})")
         worst = max(worst, difference.relative_l2)
-    settings = next(dict(node.attrs) for node in replacement.nodes if node.domain == LOCAL_ATTENTION.domain)
-    return replacement, settings, worst
+    return replacement, worst
 
 
 def _splice(graph: gs.Graph, replacement: gs.Graph, y: gs.Variable) -> None:
@@ -189,7 +197,7 @@ def _splice(graph: gs.Graph, replacement: gs.Graph, y: gs.Variable) -> None:
     graph.nodes.extend(replacement.nodes)
 
 
-def _export(graph: gs.Graph, original: onnx.ModelProto, functions: dict[str, onnx.FunctionProto]) -> onnx.ModelProto:
+def _export(graph: gs.Graph, original: onnx.ModelProto, functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
     """The graph as a model, with what graphsurgeon does not carry: functions, metadata, the IR version."""
     graph.cleanup().toposort()
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
@@ -197,7 +205,7 @@ def _export(graph: gs.Graph, original: onnx.ModelProto, functions: dict[str, onn
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     del model.metadata_props[:]
     model.metadata_props.extend(original.metadata_props)
-    for body in functions.values():
+    for body in functions:
         model.functions.append(body)
         if all(entry.domain != body.domain for entry in model.opset_import):
             model.opset_import.append(onnx.helper.make_opsetid(body.domain, LOCAL_ATTENTION.version))

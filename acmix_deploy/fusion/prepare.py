@@ -9,6 +9,7 @@ from onnx import version_converter
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.operators.local_attention.body import OPSETS
+from acmix_deploy.runtime.onnxruntime import ir_version
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -45,8 +46,3 @@ def load(path: Path) -> onnx.ModelProto:
             ) from error
     model.ir_version = ir_version(max(opset, OPSETS[0]))
     return model
-
-
-def ir_version(opset: int) -> int:
-    """The IR version that TensorRT 8 and older releases of ONNX Runtime read with an opset."""
-    return 8 if opset <= 18 else 10

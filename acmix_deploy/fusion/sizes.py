@@ -37,11 +37,15 @@ def values_at_sizes(graph: gs.Graph, tensors: Iterable[gs.Variable]) -> list[Fee
     return found
 
 
+def is_static(graph: gs.Graph) -> bool:
+    """Whether every axis of every input is fixed."""
+    return all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape)
+
+
 def _trial_inputs(graph: gs.Graph) -> Iterator[Feeds]:
     """Random inputs at each size to try; only one where no axis is free."""
     random = np.random.default_rng(0)
-    static = all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape)
-    for batch, height, width in _TRIALS[:1] if static else _TRIALS:
+    for batch, height, width in _TRIALS[:1] if is_static(graph) else _TRIALS:
         free = {0: batch, 2: height, 3: width}
         shapes = {
             tensor.name: [
