@@ -1,0 +1,159 @@
+"""Write the parts of the documentation that state what the code knows; with ``--check`` only compare them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from acmix_deploy.artifacts import Artifact
+from acmix_deploy.cli import EXIT_CODES, parser
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.spec import Operator
+from acmix_deploy.report.model import ExportReport
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def generated() -> dict[Path, str]:
+    """What every file with generated parts has to hold.
+
+    A part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+    """
+    schema = ExportReport.model_json_schema(mode="serialization", by_alias=True)
+    parts = {
+        "README.md": {"bench": _around(_read("docs/benchmarks.md"), "bench")[1]},
+        "docs/cli.md": {"cli": _command_line()},
+        "docs/operator.md": {"operator": _operator(LOCAL_ATTENTION)},
+        "docs/pipeline.md": {
+            "report": _fields(schema),
+            "sidecar": _fields(Artifact.model_json_schema(mode="serialization", by_alias=True)),
+        },
+    }
+    files = {"docs/export-report.schema.json": json.dumps(schema, indent=2) + "\n"}
+    for page, contents in parts.items():
+        files[page] = _read(page)
+        for name, content in contents.items():
+            before, _, after = _around(files[page], name)
+            files[page] = f"{before}\n\n{content.strip()}\n\n{after}"
+    return {ROOT / name: text for name, text in files.items()}
+
+
+def _read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def _around(text: str, name: str) -> tuple[str, str, str]:
+    """A text up to a part, the part, and the rest. Raises ValueError where the markers are missing."""
+    begin_marker = f"<!-- {name}:begin -->"
+    begin, end = text.index(begin_marker) + len(begin_marker), text.index(f"<!-- {name}:end -->")
+    return text[:begin], text[begin:end], text[end:]
+
+
+def _table(*rows: Iterable[object]) -> str:
+    """A Markdown table; the first row is its head."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines) + "\n"
+
+
+def _fields(schema: dict[str, Any]) -> str:
+    """The fields of an object. One without a description is an object of its own, whose summary describes it."""
+
+    def meaning(field: dict[str, Any]) -> str:
+        of_type = schema.get("$defs", {}).get(field.get("$ref", "").rpartition("/")[2], {})
+        summary = str(field.get("description") or of_type["description"].partition(".")[0])
+        return re.sub(r":func:", "", summary)
+
+    rows = [(f"`{name}`", meaning(field)) for name, field in schema["properties"].items()]
+    return _table(("field", "meaning"), *rows)
+
+
+def _operator(operator: Operator) -> str:
+    tensors = [
+        (kind, f"`{tensor.name}`", f"`[{', '.join(tensor.axes)}]`", tensor.meaning)
+        for kind, group in (("input", operator.inputs), ("output", operator.outputs))
+        for tensor in group
+    ]
+    attributes = [
+        (f"`{a.name}`", a.kind, f"`{json.dumps(a.default)}`", _limits(a.minimum, a.maximum), a.meaning)
+        for a in operator.attributes
+    ]
+    tolerances = [(name, f"{t.floor:.0e}", f"{t.factor:g}") for name, t in operator.tolerances.items()]
+    return "\n".join(
+        [
+            f"Domain `{operator.domain}`, type `{operator.op_type}`, version {operator.version}.\n",
+            f"```text\n{operator.formula.replace('; ', chr(10))}\n```\n",
+            _table(("", "name", "axes", "meaning"), *tensors),
+            _table(("attribute", "type", "default", "limits", "meaning"), *attributes),
+            _table(("element type", "floor", "factor"), *tolerances),
+        ]
+    )
+
+
+def _limits(minimum: int | None, maximum: int | None) -> str:
+    bounds = (("at least", minimum), ("at most", maximum))
+    return ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+
+
+def _command_line() -> str:
+    verbs = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    pages = [_verb(name, command) for name, command in verbs.choices.items()]
+    head, _, codes = EXIT_CODES.partition("\n")
+    rows = [line.split(maxsplit=1) for line in codes.strip().splitlines()]
+    return "\n".join([*pages, f"## {head.rstrip(':').capitalize()}\n", _table(("code", "meaning"), *rows)])
+
+
+def _verb(name: str, command: argparse.ArgumentParser) -> str:
+    shown = [action for action in command._actions if action.dest != "help"]
+    rows = [(f"`{_spelling(action)}`", action.help) for action in shown]
+    examples = [line.strip() for line in (command.epilog or "").splitlines()[1:]]
+    return "\n".join(
+        [
+            f"## {name}\n",
+            f"{command.description}\n",
+            "```console",
+            *(f"$ {example}" for example in examples if example),
+            "```\n",
+            _table(("argument", "meaning"), *rows),
+        ]
+    )
+
+
+def _spelling(action: argparse.Action) -> str:
+    """How an argument is written: ``--out DIR``, ``--fp16``, ``MODEL``."""
+    takes_value = action.nargs != 0
+    value = action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper()
+    repeated = " ..." if action.nargs == "+" else ""
+    if not action.option_strings:
+        return f"{value}{repeated}"
+    return ", ".join(action.option_strings) + (f" {value}" if takes_value else "")
+
+
+def differing() -> dict[Path, str]:
+    """The files that do not hold what they have to, with what they have to hold."""
+    return {
+        path: text
+        for path, text in generated().items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    }
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
+    check = arguments.parse_args().check
+    stale = differing()
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)} {'is out of date, run: make docs' if check else 'written'}")
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
