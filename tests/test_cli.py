@@ -85,11 +85,19 @@ def test_json_is_one_document(checkpoint, capsys):
 def test_fuse_verify_profile(plain, folder, capsys):
     assert main(["fuse", "plain.onnx", "-o", "fused.onnx", "--expect", "1"]) == 0
     assert "nodes became" in capsys.readouterr().out
+    assert main(["fuse", "plain.onnx", "-o", "again.onnx", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema"], document["blocks"][0]["fused"]) == (1, True)
     assert main(["verify", "plain.onnx", "fused.onnx", "--random", "2", "--input-shape", "1,3,12,16"]) == 0
     assert "ok" in capsys.readouterr().out
+    assert main(["verify", "plain.onnx", "fused.onnx", "--input-shape", "1,3,12,16", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema"], document["passed"]) == (1, True)
     files = ["plain.onnx", "fused.onnx"]
     assert main(["profile", *files, "--samples", "5", "--input-shape", "1,3,12,16", "--json"]) == 0
-    profiles = json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    profiles = document["profiles"]
+    assert document["schema"] == 1
     assert [found["file"] for found in profiles] == files
     assert all(found["median_ms"] <= found["p90_ms"] <= found["p99_ms"] for found in profiles)
 

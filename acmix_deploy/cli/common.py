@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from pydantic import BaseModel
 from rich.console import Console
 
 from acmix_deploy.errors import MissingComponent
@@ -39,6 +40,11 @@ def positive(text: str) -> int:
 def console() -> Console:
     """Standard output, for text in which brackets mean nothing; wide where nobody sees its edge."""
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_json(document: BaseModel) -> None:
+    """Print a document of :mod:`acmix_deploy.report` on stdout."""
+    print(document.model_dump_json(by_alias=True, indent=2))
 
 
 @contextmanager

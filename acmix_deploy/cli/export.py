@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, input_shape, needs_torch, positive, progress
+from acmix_deploy.cli.common import console, input_shape, needs_torch, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             progress=report_progress,
         )
     if options.json:
-        print(report.model_dump_json(by_alias=True, indent=2))
+        print_json(report)
     else:
         from acmix_deploy.report.show import show_export
 

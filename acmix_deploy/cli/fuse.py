@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, progress
+from acmix_deploy.cli.common import console, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,9 @@ def run(options: argparse.Namespace) -> int:
         )
     write_artifact(options.output, "fused", parents=[options.model], settings={"conv_branch": options.conv_branch})
     if options.json:
-        print(report.model_dump_json(indent=2))
+        from acmix_deploy.report.documents import FuseDocument
+
+        print_json(FuseDocument(**report.model_dump()))
     else:
         from acmix_deploy.report.tables import graph_blocks
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, input_shape, positive, progress
+from acmix_deploy.cli.common import console, input_shape, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from pydantic import TypeAdapter
-
-    from acmix_deploy.profile import Profile, profile
+    from acmix_deploy.profile import profile
 
     with progress() as report_progress:
         report_progress("measuring")
@@ -42,7 +40,9 @@ def run(options: argparse.Namespace) -> int:
             threads=options.threads,
         )
     if options.json:
-        print(TypeAdapter(list[Profile]).dump_json(profiles, indent=2).decode())
+        from acmix_deploy.report.documents import ProfileDocument
+
+        print_json(ProfileDocument(profiles=profiles))
     else:
         from acmix_deploy.report.tables import latencies
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, input_shape, positive, progress
+from acmix_deploy.cli.common import console, input_shape, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> int:
             input_shape=options.input_shape,
         )
     if options.json:
-        print(verification.model_dump_json(indent=2))
+        from acmix_deploy.report.documents import VerifyDocument
+
+        print_json(VerifyDocument(**verification.model_dump()))
     else:
         from acmix_deploy.report.tables import errors
 

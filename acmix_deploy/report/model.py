@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import onnx
 from pydantic import BaseModel, ConfigDict, Field, computed_field
@@ -14,6 +13,7 @@ from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.graph import count_nodes
 from acmix_deploy.profile import Profile
+from acmix_deploy.report.documents import Document
 from acmix_deploy.verify import Verification
 
 
@@ -28,14 +28,11 @@ class FileReport(BaseModel):
     profile: Profile | None = Field(default=None, description="latency on ONNX Runtime, where it was measured")
 
 
-class ExportReport(BaseModel):
+class ExportReport(Document):
     """Everything that one run of the pipeline found."""
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: Literal[1] = Field(
-        default=1, alias="schema", description="version of this form; grows when a field is renamed or changes meaning"
-    )
     model: str = Field(description="the checkpoint, as it was named")
     notes: tuple[str, ...] = Field(description="what was done to the checkpoint on loading")
     blocks: tuple[BlockReport, ...] = Field(description="blocks found in the module, and modules that resemble one")
