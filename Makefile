@@ -1,16 +1,17 @@
-# make demo | test | bench | lint | clean. Each sets up what it needs in .venv and may be run again and again.
+# make demo | test | bench | docs | lint | clean. Each sets up what it needs in .venv and may be run again and again.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench docs lint clean
 
 help:
 	@echo "make demo   export, fuse and verify a YOLOv8n with three ACmix blocks, print the table"
 	@echo "make test   run all tests"
 	@echo "make bench  time one block, fused against plain, on ONNX Runtime"
+	@echo "make docs   write the generated parts of the documentation"
 	@echo "make lint   ruff, mypy --strict and the import linter"
 
 setup: $(READY)
@@ -27,6 +28,9 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py
+
+docs: $(READY)
+	$(BIN)/python scripts/docs.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

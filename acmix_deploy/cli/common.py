@@ -21,6 +21,28 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
 
+def add_fusion(parser: argparse.ArgumentParser) -> None:
+    """Options of the verbs that fuse."""
+    parser.add_argument(
+        "--conv-branch",
+        choices=["auto", "dense", "grouped"],
+        default="auto",
+        help="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
+    )
+    parser.add_argument("--expect", type=int, metavar="N", help="fail unless exactly N blocks fuse")
+
+
+def add_input_shape(parser: argparse.ArgumentParser) -> None:
+    """The option of the verbs that run files whose axes may be free."""
+    parser.add_argument(
+        "--input-shape",
+        type=input_shape,
+        default=(1, 3, 640, 640),
+        metavar="B,C,H,W",
+        help="sizes for axes that are free (default: 1,3,640,640)",
+    )
+
+
 def input_shape(text: str) -> tuple[int, int, int, int]:
     """``1,3,640,640`` as [B, C, H, W]."""
     sizes = tuple(int(size) for size in text.split(","))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, input_shape, needs_torch, positive, print_json, progress
+from acmix_deploy.cli.common import add_fusion, console, input_shape, needs_torch, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="axes to leave free: batch, height, width, separated by commas",
     )
     parser.add_argument("--opset", type=int, default=18, help="17 to 21; TensorRT 8 needs 17 (default: 18)")
-    parser.add_argument(
-        "--conv-branch",
-        choices=["auto", "dense", "grouped"],
-        default="auto",
-        help="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
-    )
-    parser.add_argument("--expect", type=int, metavar="N", help="fail unless exactly N blocks fuse")
+    add_fusion(parser)
     parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")
     parser.add_argument("--trust", action="store_true", help="let the checkpoint run code; only for files you trust")
 

@@ -9,19 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, print_json, progress
+from acmix_deploy.cli.common import add_fusion, console, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="ONNX file, opset 13 to 21")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the fused file goes")
-    parser.add_argument(
-        "--conv-branch",
-        choices=["auto", "dense", "grouped"],
-        default="auto",
-        help="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
-    )
-    parser.add_argument("--expect", type=int, metavar="N", help="fail unless exactly N blocks fuse")
+    add_fusion(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, input_shape, positive, print_json, progress
+from acmix_deploy.cli.common import add_input_shape, console, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=positive, default=50, metavar="N", help="runs to count (default: 50)")
     parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="time for each file (default: 30)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads within an operator (default: all cores)")
-    parser.add_argument(
-        "--input-shape",
-        type=input_shape,
-        default=(1, 3, 640, 640),
-        metavar="B,C,H,W",
-        help="sizes for axes that are free (default: 1,3,640,640)",
-    )
+    add_input_shape(parser)
 
 
 def run(options: argparse.Namespace) -> int:

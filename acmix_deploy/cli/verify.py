@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, input_shape, positive, print_json, progress
+from acmix_deploy.cli.common import add_input_shape, console, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, metavar="DIR", help="take inputs from the images in a folder")
     source.add_argument("--random", type=positive, default=3, metavar="N", help="take N random inputs (default: 3)")
-    parser.add_argument(
-        "--input-shape",
-        type=input_shape,
-        default=(1, 3, 640, 640),
-        metavar="B,C,H,W",
-        help="sizes for axes that are free in both files (default: 1,3,640,640)",
-    )
+    add_input_shape(parser)
 
 
 def run(options: argparse.Namespace) -> int:
