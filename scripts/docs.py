@@ -10,13 +10,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, parser
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import Operator
+from acmix_deploy.report.documents import FuseDocument, ProfileDocument, VerifyDocument
 from acmix_deploy.report.model import ExportReport
 
 ROOT = Path(__file__).resolve().parents[1]
+
+DOCUMENTS: dict[str, type[BaseModel]] = {
+    "export-report": ExportReport,
+    "fuse": FuseDocument,
+    "verify": VerifyDocument,
+    "profile": ProfileDocument,
+}
+"""What the verbs print with ``--json``, by the name of its schema."""
 
 
 def generated() -> dict[Path, str]:
@@ -24,17 +35,17 @@ def generated() -> dict[Path, str]:
 
     A part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
     """
-    schema = ExportReport.model_json_schema(mode="serialization", by_alias=True)
+    schemas = {name: document.model_json_schema(mode="serialization") for name, document in DOCUMENTS.items()}
     parts = {
         "README.md": {"bench": _around(_read("docs/benchmarks.md"), "bench")[1]},
         "docs/cli.md": {"cli": _command_line()},
         "docs/operator.md": {"operator": _operator(LOCAL_ATTENTION)},
         "docs/pipeline.md": {
-            "report": _fields(schema),
-            "sidecar": _fields(Artifact.model_json_schema(mode="serialization", by_alias=True)),
+            "report": _fields(schemas["export-report"]),
+            "sidecar": _fields(Artifact.model_json_schema(mode="serialization")),
         },
     }
-    files = {"docs/export-report.schema.json": json.dumps(schema, indent=2) + "\n"}
+    files = {f"docs/{name}.schema.json": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
     for page, contents in parts.items():
         files[page] = _read(page)
         for name, content in contents.items():
