@@ -37,7 +37,7 @@ def generated() -> dict[Path, str]:
     """
     schemas = {name: document.model_json_schema(mode="serialization") for name, document in DOCUMENTS.items()}
     parts = {
-        "README.md": {"bench": _around(_read("docs/benchmarks.md"), "bench")[1]},
+        "README.md": {"bench": _rows(_around(_read("docs/benchmarks.md"), "bench")[1])},
         "docs/cli.md": {"cli": _command_line()},
         "docs/operator.md": {"operator": _operator(LOCAL_ATTENTION)},
         "docs/pipeline.md": {
@@ -63,6 +63,11 @@ def _around(text: str, name: str) -> tuple[str, str, str]:
     begin_marker = f"<!-- {name}:begin -->"
     begin, end = text.index(begin_marker) + len(begin_marker), text.index(f"<!-- {name}:end -->")
     return text[:begin], text[begin:end], text[end:]
+
+
+def _rows(text: str) -> str:
+    """The lines of a text that belong to a table."""
+    return "\n".join(line for line in text.splitlines() if line.startswith("|"))
 
 
 def _table(*rows: Iterable[object]) -> str:
