@@ -23,7 +23,7 @@ DISTRIBUTIONS = (
     "onnx",
     "onnxscript",
     "onnx-graphsurgeon",
-    "onnxconverter-common",
+    "onnx-ir",
     "onnxruntime",
     "onnxruntime-gpu",
 )
@@ -45,7 +45,7 @@ class Artifact(BaseModel):
 
     schema_version: Literal[1] = Field(default=1, alias="schema", description="version of this JSON form")
     path: Path = Field(description="the file; in the sidecar its name alone, so that a folder can be moved")
-    kind: str = Field(description="what the stage made, such as 'plain', 'fused' or 'float16'")
+    kind: str = Field(description="what the stage made, such as 'plain', 'fused' or 'fp16'")
     sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal")
     parents: tuple[Parent, ...] = Field(default=(), description="the files that it was made from")
     versions: dict[str, str] = Field(description="versions of Python and of the packages that took part")

@@ -6,8 +6,9 @@ does not matter how an exporter spelt them or whether it folded them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ Feeds = dict[str, Array]
 RESHAPING = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that move values without changing them."""
 
-_FLOATS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+DOUBLE = frozenset({TensorProto.DOUBLE})
+FLOATS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 
 
 class NoMatch(Exception):
@@ -59,8 +61,8 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def constant_value(tensor: gs.Tensor) -> Array | None:
-    """The value of a constant, through Identity and Constant nodes; None where it is computed."""
-    while (node := producer(tensor)) is not None and node.op == "Identity":
+    """The value of a constant, through Identity, Cast and Constant nodes; None where it is computed."""
+    while (node := producer(tensor)) is not None and node.op in ("Identity", "Cast"):
         tensor = node.inputs[0]
     if node is not None and node.op == "Constant":
         value = node.attrs.get("value")
@@ -124,7 +126,9 @@ def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
     return Region(x, y, nodes, list(outside.values()))
 
 
-def _upstream(tensors: Iterable[gs.Tensor], stop_after: Any, stop_at: Iterable[str] = ()) -> Iterator[gs.Node]:
+def _upstream(
+    tensors: Iterable[gs.Tensor], stop_after: Callable[[gs.Node], bool], stop_at: Iterable[str] = ()
+) -> Iterator[gs.Node]:
     """Nodes that ``tensors`` are computed from, each once, every node after the nodes that use it.
 
     Ways end after a node that ``stop_after`` accepts and at tensors named in ``stop_at``.
@@ -156,24 +160,24 @@ def _upstream(tensors: Iterable[gs.Tensor], stop_after: Any, stop_at: Iterable[s
     yield from reversed(order)
 
 
-def as_float32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with every floating-point tensor widened, or narrowed, to float32; changes ``model`` in place."""
+def as_float32(model: onnx.ModelProto, types: Collection[int] = FLOATS) -> onnx.ModelProto:
+    """The model with every tensor of ``types`` widened, or narrowed, to float32; changes ``model`` in place."""
 
     def convert(tensor: onnx.TensorProto) -> None:
-        if tensor.data_type in _FLOATS:
+        if tensor.data_type in types:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
 
     graph = model.graph
     for tensor in graph.initializer:
         convert(tensor)
     for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type in _FLOATS:
+        if value.type.tensor_type.elem_type in types:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
                 convert(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in _FLOATS:
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in types:
                 attribute.i = TensorProto.FLOAT
     return model
 
@@ -218,6 +222,15 @@ def evaluate(
         raise NoMatch(f"it cannot be run on its own: {error.message}") from error
     except Exception as error:  # ONNX Runtime's error types share no base of their own
         raise NoMatch(f"it cannot be run on its own: {str(error).splitlines()[0]}") from error
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Give every node without a name one of its own, in place."""
+    taken = {node.name for node in model.graph.node}
+    for index, node in enumerate(model.graph.node):
+        if not node.name:
+            node.name = next(name for n in count() if (name := f"{node.op_type}_{index + n}") not in taken)
+            taken.add(node.name)
 
 
 def count_nodes(model: onnx.ModelProto) -> int:

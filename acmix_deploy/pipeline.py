@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from acmix_deploy import families, yolo
-from acmix_deploy.artifacts import Artifact, replacing, write_artifact
+from acmix_deploy.artifacts import Artifact, replacing, sidecar, write_artifact
 from acmix_deploy.checkpoint import LoadedModel, load
 from acmix_deploy.export import INPUT, export
 from acmix_deploy.fusion import ConvBranchChoice, fuse
@@ -53,7 +53,7 @@ def deploy(
         checkpoint: what PyTorch or Ultralytics saved, see :func:`acmix_deploy.checkpoint.load`.
         out: folder for the files and ``report.json``.
         fp16: also write a file that computes in half precision.
-        fp16_io: make its inputs and outputs half precision too.
+        fp16_io: the same, with inputs and outputs in half precision too.
         image_size: side of a square image in pixels; by default the model's own, else 640.
         input_shape: [B, C, H, W], instead of ``image_size``.
         dynamic: axes to leave free, out of "batch", "height" and "width".
@@ -72,6 +72,7 @@ def deploy(
         CheckFailed: a file that computes something else, or another number of blocks than ``expect``.
         MissingComponent: a package that the checkpoint needs is not installed.
     """
+    fp16 = fp16 or fp16_io
     seconds: dict[str, float] = {}
     paths = {role: out / f"{checkpoint.stem}{suffix}.onnx" for role, suffix in _SUFFIXES.items()}
 
@@ -79,6 +80,9 @@ def deploy(
         model = load(checkpoint, arch=arch, trust=trust)
         shape = input_shape or _default_shape(model, image_size)
         module, blocks = _recognise(model)
+        for stale in (*paths.values(), *map(sidecar, paths.values()), out / "report.json"):
+            if stale.is_file():
+                stale.unlink()
 
     with _stage("export", seconds, progress, "exporting"):
         exported = export(
@@ -96,12 +100,14 @@ def deploy(
 
     with _stage("fuse", seconds, progress, "fusing"):
         fusion = fuse(paths["plain"], paths["fused"], conv_branch=conv_branch, expect=expect, progress=progress)
-        artifacts["fused"] = _derived(paths["fused"], "fused", paths["plain"], {"conv_branch": conv_branch})
+        made = {"conv_branch": conv_branch}
+        artifacts["fused"] = write_artifact(paths["fused"], "fused", parents=[paths["plain"]], settings=made)
 
     if fp16:
         with _stage("fp16", seconds, progress, "converting to half precision"):
             to_fp16(paths["fused"], paths["fp16"], fp16_io=fp16_io)
-            artifacts["fp16"] = _derived(paths["fp16"], "fp16", paths["fused"], {"fp16_io": fp16_io})
+            made_fp16 = {"fp16_io": fp16_io}
+            artifacts["fp16"] = write_artifact(paths["fp16"], "fp16", parents=[paths["fused"]], settings=made_fp16)
 
     with _stage("verify", seconds, progress, "comparing every file with the PyTorch model"):
         verification = _verify(module, artifacts, exported.checked_shapes)
@@ -122,7 +128,7 @@ def deploy(
         },
         verification=verification,
         seconds=seconds,
-        next_steps=next_steps(paths["fp16"] if fp16 else None, paths["fused"], opset),
+        next_steps=next_steps({role: artifact.path.name for role, artifact in artifacts.items()}, exported),
     )
     with replacing(out / "report.json") as temporary:
         temporary.write_text(report.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
@@ -148,10 +154,6 @@ def _recognise(model: LoadedModel) -> tuple[nn.Module | ExportedProgram, list[fa
         return model.module, []
     module, blocks = families.canonicalise(model.module)
     return yolo.prepare_for_export(module), blocks
-
-
-def _derived(path: Path, role: str, parent: Path, settings: dict[str, object]) -> Artifact:
-    return write_artifact(path, role, parents=[parent], settings=settings)
 
 
 def _verify(

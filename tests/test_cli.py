@@ -71,6 +71,21 @@ def test_export(checkpoint, folder, capsys):
         ExportReport.model_validate({**json.loads(report.model_dump_json(by_alias=True)), "schema": 2})
 
 
+def test_model_that_cannot_run_in_half_precision(folder, capsys):
+    """A captured program keeps its types; without PyTorch's own error the limit is the operator's floor."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), randomised(ACmix(8, 8, head=2))).eval()
+    torch.export.save(torch.export.export(model, (torch.randn(1, 3, 10, 12),)), folder / "model.pt2")
+    assert main(["export", "model.pt2", "--fp16", "--input-shape", "1,3,10,12", "--expect", "1"]) == 0
+    assert "the limit for float16 is the smallest" in capsys.readouterr().out
+
+
+def test_stale_results_are_removed(checkpoint, folder, capsys):
+    command = ["export", "model.pt", "--image-size", "16", "--out", "deploy"]
+    assert main([*command, "--fp16"]) == 0
+    fails(capsys, 1, *command, "--expect", "2")
+    assert {path.name for path in (folder / "deploy").iterdir()} == {"model.onnx", "model.onnx.json"}
+
+
 def test_json_is_one_document(checkpoint, capsys):
     axes = ["--dynamic", "batch,height,width", "--image-size", "16"]
     assert main(["export", "model.pt", "--json", *axes]) == 0
@@ -148,7 +163,12 @@ BAD_INPUT = {
     "output is a folder": (["fuse", "plain.onnx", "-o", "folder"], "folder"),
     "profile of nothing": (["profile", "nowhere.onnx"], "does not exist"),
     "verify against text": (["verify", "plain.onnx", "text.pt"], "text.pt"),
-    "no image in the folder": (["verify", "plain.onnx", "plain.onnx", "--images", "folder"], "folder"),
+    "verify against itself": (["verify", "plain.onnx", "plain.onnx"], "compared with itself"),
+    "fuse in place": (["fuse", "plain.onnx", "-o", "plain.onnx"], "is the file to be fused"),
+    "truncated ONNX file": (["fuse", "half.onnx", "-o", "x.onnx"], "cannot be read"),
+    "weights of another model": (["export", "state.pt", "--arch", "other:make"], "state.pt"),
+    "weights without --arch": (["export", "state.pt"], "--arch"),
+    "no image in the folder": (["verify", "plain.onnx", "copy.onnx", "--images", "folder"], "folder"),
 }
 
 
@@ -157,11 +177,16 @@ def test_bad_input(name, checkpoint, plain, folder, capsys):
     (folder / "text.pt").write_text("no checkpoint")
     (folder / "half.pt").write_bytes(checkpoint.read_bytes()[:3000])
     torch.save(torch.zeros(3), folder / "tensor.pt")
+    torch.save(ACmix(4, 8, head=2).state_dict(), folder / "state.pt")
+    (folder / "other.py").write_text("from torch import nn\n\ndef make():\n    return nn.Conv2d(3, 4, 1)\n")
+    (folder / "half.onnx").write_bytes(plain.read_bytes()[:3000])
+    (folder / "copy.onnx").write_bytes(plain.read_bytes())
     (folder / "folder").mkdir()
-    before = sorted(path for path in folder.rglob("*") if path.is_file())
+    before = sorted(path for path in folder.rglob("*.*") if path.is_file() and path.suffix != ".pyc")
     command, words = BAD_INPUT[name]
     assert words in fails(capsys, 2, *command)
-    assert sorted(path for path in folder.rglob("*") if path.is_file()) == before, "nothing may be left behind"
+    after = sorted(path for path in folder.rglob("*.*") if path.is_file() and path.suffix != ".pyc")
+    assert after == before, "nothing may be left behind"
 
 
 def test_debug_shows_the_traceback(folder, capsys):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from onnx import helper
+from onnx import TensorProto, helper
 from torch import nn
 
 from acmix_deploy.errors import CheckFailed, UserError
@@ -187,26 +187,96 @@ def test_stored_position_map(tmp_path):
     assert_fused(block, x, export(block, x, tmp_path / "plain.onnx"))
 
 
-class Float64(nn.Module):
-    """Stands for conv_p where an exporter computes the position term in float64, as it does for torch.linspace."""
+class Published(ACmix):
+    """The block with coordinates made as the authors' code makes them: by linspace, for the size at hand."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.conv_p = OnLinspace(self.conv_p)
+
+
+class OnLinspace(nn.Module):
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
-        self.conv = conv.double()
+        self.conv = conv
 
     def forward(self, coordinates: torch.Tensor) -> torch.Tensor:
-        return self.conv(coordinates.double()).float()
+        height, width = coordinates.shape[2:]
+        x = torch.linspace(-1.0, 1.0, width).unsqueeze(0).repeat(height, 1)
+        y = torch.linspace(-1.0, 1.0, height).unsqueeze(1).repeat(1, width)
+        return self.conv(torch.cat([x.unsqueeze(0), y.unsqueeze(0)], 0).unsqueeze(0))
 
 
-def test_float64_position_chain(tmp_path):
-    """ONNX Runtime has no float64 Conv and refuses the file as exported; fusing repairs it."""
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("fold", [False, True], ids=["unfolded", "folded"])
+@pytest.mark.parametrize("opset", [13, 17])
+def test_published_code_as_it_is(tmp_path, dynamic, fold, opset):
+    """In front of a convolution: what the exporter makes float64 spreads to all that follows, weights and output too.
+
+    ONNX Runtime refuses such a file; fusing repairs it.
+    """
+    model = nn.Sequential(randomised(Published(4, 8, head=2, stride=2)), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()
+    x = torch.randn(1, 4, 10, 8)
+    source = export(model, x, tmp_path / "plain.onnx", dynamic=dynamic, fold=fold, opset=opset)
+    if TensorProto.DOUBLE in {tensor.data_type for tensor in onnx.load(source).graph.initializer}:
+        with pytest.raises(UserError, match="ONNX Runtime refuses") as refusal:
+            open_session(source)
+        assert "acmix-deploy fuse" in refusal.value.hint
+    else:
+        assert dynamic or not fold, "this exporter folded the position term in float32"
+    assert_fused(model, x, source)
+
+
+def test_size_frozen_by_the_exporter(tmp_path):
+    """The signature is dynamic and the graph holds for one size alone; the fused block takes any."""
+    block, x = randomised(ACmix(4, 8, head=2)), torch.randn(1, 4, 320, 320)
+    block.conv_p = Frozen(position_map(block, 320, 320))
+    source = export(block, x, tmp_path / "plain.onnx", dynamic=True)
+    assert_fused(block, x, source)
+    block.conv_p = Frozen(position_map(randomised(ACmix(4, 8, head=2)), 7, 9))
+    assert outputs(tmp_path / "fused.onnx", torch.randn(1, 4, 7, 9)).shape == (1, 8, 7, 9)
+
+
+@pytest.mark.parametrize("side", [20, 40])
+def test_half_precision_with_a_stored_position_map(tmp_path, side):
+    """The map is rounded to half precision, by more than neighbours differ where the map is large."""
+    torch.manual_seed(0)
+    block, x = ACmix(16, 32, head=4).eval(), torch.randn(1, 16, side, side)
+    exact = block(x).detach().numpy()
+    block.conv_p = Frozen(position_map(block, side, side))
+    source = export(block.half(), x.half(), tmp_path / "plain.onnx")
+    fuse(source, tmp_path / "fused.onnx", expect=1)
+    with torch.no_grad():
+        eager = block(x.half()).float().numpy()
+    limit = LOCAL_ATTENTION.tolerances["float16"].limit(deviation(exact, eager).relative_l2)
+    assert deviation(exact, outputs(tmp_path / "fused.onnx", x.half())).relative_l2 < limit
+
+
+def test_file_that_is_fused_in_part(tmp_path):
+    """Fusing again leaves what is fused and adds no second body."""
+    model, x = Detector().eval(), torch.randn(1, 3, 16, 12)
+    source = export(model, x, tmp_path / "plain.onnx")
+    plain = onnx.load(source)
+    leaked = next(node.output[0] for node in plain.graph.node if node.op_type == "Softmax")
+    plain.graph.output.append(helper.make_tensor_value_info(leaked, 1, [None] * 4))
+    onnx.save(plain, source)
+    assert fuse(source, tmp_path / "once.onnx").fused == 1
+    once = onnx.load(tmp_path / "once.onnx")
+    once.graph.output.pop()
+    onnx.save(once, tmp_path / "once.onnx")
+    again = fuse(tmp_path / "once.onnx", tmp_path / "twice.onnx", expect=1)
+    twice = onnx.load(tmp_path / "twice.onnx")
+    assert [block.name for block in again.blocks] == ["acmix_1"]
+    assert len(twice.functions) == 1
+    assert len({node.name for node in twice.graph.node}) == len(twice.graph.node)
+    assert deviation(model(x).detach().numpy(), outputs(tmp_path / "twice.onnx", x)).relative_l2 < FLOAT32
+
+
+def test_source_is_not_overwritten(tmp_path):
     block, x = randomised(ACmix(4, 8, head=2)), torch.randn(1, 4, 9, 8)
-    block.conv_p = Float64(block.conv_p)
-    source = export(block, x, tmp_path / "plain.onnx", dynamic=True, fold=False)
-    with pytest.raises(UserError, match="ONNX Runtime refuses") as refusal:
-        open_session(source)
-    assert "acmix-deploy fuse" in refusal.value.hint
-    assert_fused(block, x, source, torch.randn(2, 4, 6, 11))
+    source = export(block, x, tmp_path / "plain.onnx")
+    with pytest.raises(UserError, match="is the file to be fused"):
+        fuse(source, tmp_path / "." / "plain.onnx")
 
 
 class Detector(nn.Module):

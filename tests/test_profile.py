@@ -16,9 +16,14 @@ from onnx import TensorProto, helper
 
 import acmix_deploy.profile.run as profile_run
 from acmix_deploy.errors import UserError
-from acmix_deploy.profile import Machine, Profile, profile, profile_file
+from acmix_deploy.profile import Machine, Profile, profile
 
 MACHINE = Machine(cpu="a CPU", cores=2, system="a system", versions={})
+
+
+def profile_file(file, **options):
+    """The profile of one file in one round."""
+    return profile([file], **{"rounds": 1, **options})[0]
 
 
 def absolute(path: Path, *dims: int | str, elements: int = TensorProto.FLOAT) -> Path:

@@ -29,7 +29,7 @@ def add_fusion(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
     )
-    parser.add_argument("--expect", type=int, metavar="N", help="fail unless exactly N blocks fuse")
+    parser.add_argument("--expect", type=count, metavar="N", help="fail unless exactly N blocks fuse")
 
 
 def add_input_shape(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,14 @@ def input_shape(text: str) -> tuple[int, int, int, int]:
     if len(sizes) != 4 or min(sizes) < 1:
         raise ValueError(text)
     return sizes
+
+
+def count(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
 
 
 def positive(text: str) -> int:

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="checkpoint of PyTorch or Ultralytics (.pt, .pth) or program (.pt2)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: MODEL-deploy)")
     parser.add_argument("--fp16", action="store_true", help="also write a file that computes in half precision")
-    parser.add_argument("--fp16-io", action="store_true", help="make its inputs and outputs half precision too")
+    parser.add_argument(
+        "--fp16-io", action="store_true", help="the same, with inputs and outputs in half precision too"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--image-size", type=positive, metavar="N", help="side of the image (default: the model's own)")
     size.add_argument("--input-shape", type=input_shape, metavar="B,C,H,W", help="e.g. 1,3,384,640")
@@ -39,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         report = pipeline.deploy(
             options.model,
             options.out or Path(f"{options.model.stem}-deploy"),
-            fp16=options.fp16 or options.fp16_io,
+            fp16=options.fp16,
             fp16_io=options.fp16_io,
             image_size=options.image_size,
             input_shape=options.input_shape,

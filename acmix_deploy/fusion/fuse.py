@@ -12,13 +12,14 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import replacing
-from acmix_deploy.errors import CheckFailed
+from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.fusion.prepare import load
 from acmix_deploy.fusion.sizes import is_static, values_at_sizes
-from acmix_deploy.graph import Feeds, NoMatch, count_nodes, evaluate
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.graph import Feeds, NoMatch, Region, count_nodes, evaluate
+from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.metrics import deviation
+from acmix_deploy.runtime.onnxruntime import open_session
 
 ConvBranchChoice = Literal["auto", "dense", "grouped"]
 
@@ -71,16 +72,19 @@ def fuse(
     dynamic. A file with nothing to fuse is written too, unchanged in meaning.
 
     Args:
-        source: ONNX file of opset 13 to 21, float32 or float16, from any exporter.
-        target: where the fused file goes.
+        source: ONNX file of opset 13 to 21, float32 or float16, from any exporter; float64 becomes float32.
+        target: where the fused file goes, another path than ``source``.
         conv_branch: form of the convolution branch.
         expect: the number of blocks that must fuse.
         progress: told what is being done.
 
     Raises:
         UserError: the file cannot be used.
-        CheckFailed: another number of blocks than ``expect`` fused; nothing is written then.
+        CheckFailed: another number of blocks than ``expect`` fused, or ONNX Runtime refuses the result; nothing is
+            written then.
     """
+    if target.resolve() == source.resolve():
+        raise UserError(f"{target} is the file to be fused", "Give another name with -o.")
     model = load(source)
     graph = gs.import_onnx(model)
     branch = AUTO_BRANCH if conv_branch == "auto" else conv_branch
@@ -88,7 +92,7 @@ def fuse(
     blocks: list[FusedBlock] = []
     functions: list[onnx.FunctionProto] = []
     for family in FAMILIES:
-        found, used = _fuse_family(graph, family, branch, progress)
+        found, used = _fuse_family(graph, family, branch, list(model.functions), progress)
         blocks += found
         functions += used
 
@@ -104,13 +108,26 @@ def fuse(
         )
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
+        if report.fused:
+            progress("loading the fused file")
+            try:
+                open_session(temporary)
+            except UserError as error:
+                raise CheckFailed(f"the fused file cannot be used: {error.message}") from error
     return report
 
 
 def _fuse_family(
-    graph: gs.Graph, family: str, branch: str, progress: Callable[[str], None]
+    graph: gs.Graph,
+    family: str,
+    branch: str,
+    functions: list[onnx.FunctionProto],
+    progress: Callable[[str], None],
 ) -> tuple[list[FusedBlock], list[onnx.FunctionProto]]:
-    """Fuse the blocks of one family in ``graph``, in place; also the bodies of the operators that came in."""
+    """Fuse the blocks of one family in ``graph``, in place; also the bodies of the operators that came in.
+
+    ``functions`` are those that the graph came with.
+    """
     kit: Any = part(family, "graph")
     blocks: list[FusedBlock] = []
     matches = []
@@ -125,18 +142,25 @@ def _fuse_family(
 
     progress(f"evaluating the graph around {len(matches)} candidate blocks")
     regions = [found.region for _, found in matches]
-    values = values_at_sizes(graph, [tensor for region in regions for tensor in (region.x, *region.outside)])
-    bodies = {op: body(graph.opset) for op, body in kit.FUNCTIONS.items()}
+    ends = [tensor for region in regions for tensor in (region.x, region.y, *region.outside)]
+    values = values_at_sizes(graph, ends, functions)
+    operators = {operator.op_type: operator for operator, _ in kit.OPERATORS}
+    bodies = {operator.op_type: body(graph.opset) for operator, body in kit.OPERATORS}
+    present = {(body.domain, body.name) for body in functions}
+    available = [*functions, *(body for body in bodies.values() if (body.domain, body.name) not in present)]
     used: set[str] = set()
-    for index, (anchor, found) in enumerate(matches):
+    before = sum(node.op in operators for node in graph.nodes)
+    for index, (anchor, found) in enumerate(matches, before):
         name = f"{family}_{index}"
         progress(f"fusing {name}")
         try:
-            replacement, relative_l2 = _replacement(graph, kit, found, values, branch, name, bodies)
+            replacement = _replacement(graph, kit, found, values, branch, name)
+            operator = next(node for node in replacement.nodes if node.op in operators)
+            tolerances = operators[operator.op].tolerances
+            relative_l2 = _compare(graph, found.region, replacement, values, tolerances, available)
         except NoMatch as error:
             blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
             continue
-        operator = next(node for node in replacement.nodes if node.op in bodies)
         _splice(graph, replacement, found.region.y)
         used.add(operator.op)
         settings = {**operator.attrs, "conv_branch": branch}
@@ -153,39 +177,39 @@ def _fuse_family(
     return blocks, [bodies[op] for op in sorted(used)]
 
 
-def _replacement(
+def _replacement(graph: gs.Graph, kit: Any, found: Any, values: list[Feeds], branch: str, name: str) -> gs.Graph:
+    """The reduced form of one matched block. Raises NoMatch where there is none."""
+    region: Region = found.region
+    at = {tensor.name: values[0][tensor.name] for tensor in (region.x, *region.outside)}
+    weights = kit.recover(found, at, lambda outputs, feeds: evaluate(graph, outputs, feeds))
+    map_size = at[region.x.name].shape[2:] if is_static(graph) else None
+    replacement: gs.Graph = kit.rewrite(found, weights, branch, name, graph.opset, map_size)
+    return replacement
+
+
+def _compare(
     graph: gs.Graph,
-    kit: Any,
-    found: Any,
+    region: Region,
+    replacement: gs.Graph,
     values: list[Feeds],
-    branch: str,
-    name: str,
-    bodies: dict[str, onnx.FunctionProto],
-) -> tuple[gs.Graph, float]:
-    """The reduced form of one matched block, and its largest relative L2 error on random input.
-
-    Raises:
-        NoMatch: it cannot be reduced, or the error is beyond the operator's tolerance.
-    """
-    region = found.region
-    seen = [{tensor.name: at[tensor.name] for tensor in (region.x, *region.outside)} for at in values]
-    weights = kit.recover(found, seen[0], lambda outputs, feeds: evaluate(graph, outputs, feeds))
-    map_size = seen[0][region.x.name].shape[2:] if is_static(graph) else None
-    replacement = kit.rewrite(found, weights, branch, name, graph.opset, map_size)
-
-    limit = LOCAL_ATTENTION.tolerances[str(replacement.outputs[0].dtype)].floor
+    tolerances: dict[str, Tolerance],
+    functions: list[onnx.FunctionProto],
+) -> float:
+    """The largest relative L2 error on random input. Raises NoMatch where it is beyond the operator's tolerance."""
+    limit = tolerances[str(replacement.outputs[0].dtype)].floor
     random = np.random.default_rng(1)
     worst = 0.0
-    for at in seen:
-        feeds = {**at, region.x.name: random.standard_normal(at[region.x.name].shape).astype(np.float32)}
+    for at in values:
+        feeds = {tensor.name: at[tensor.name] for tensor in region.outside}
+        feeds[region.x.name] = random.standard_normal(at[region.x.name].shape).astype(np.float32)
         (original,) = evaluate(graph, [region.y], feeds)
-        (candidate,) = evaluate(replacement, replacement.outputs, feeds, bodies.values())
+        (candidate,) = evaluate(replacement, replacement.outputs, feeds, functions)
         difference = deviation(original, candidate)
         if difference.relative_l2 is None or difference.relative_l2 > limit:
             distance = difference.problem or f"relative L2 {difference.relative_l2:.1e}, limit {limit:.0e}"
             raise NoMatch(f"the block computes something else than its fused form ({distance})")
         worst = max(worst, difference.relative_l2)
-    return replacement, worst
+    return worst
 
 
 def _splice(graph: gs.Graph, replacement: gs.Graph, y: gs.Variable) -> None:
@@ -203,11 +227,14 @@ def _export(graph: gs.Graph, original: onnx.ModelProto, functions: list[onnx.Fun
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = original.ir_version
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
+    del model.functions[:]
+    model.functions.extend(original.functions)
+    present = {(body.domain, body.name) for body in original.functions}
+    model.functions.extend(body for body in functions if (body.domain, body.name) not in present)
     del model.metadata_props[:]
     model.metadata_props.extend(original.metadata_props)
     for body in functions:
-        model.functions.append(body)
         if all(entry.domain != body.domain for entry in model.opset_import):
-            model.opset_import.append(onnx.helper.make_opsetid(body.domain, LOCAL_ATTENTION.version))
+            model.opset_import.append(onnx.helper.make_opsetid(body.domain, 1))
     onnx.checker.check_model(model)
     return model

@@ -8,6 +8,7 @@ import onnx
 from onnx import version_converter
 
 from acmix_deploy.errors import UserError
+from acmix_deploy.graph import DOUBLE, as_float32, name_nodes
 from acmix_deploy.operators.local_attention.body import OPSETS
 from acmix_deploy.runtime.onnxruntime import ir_version
 
@@ -15,7 +16,9 @@ from acmix_deploy.runtime.onnxruntime import ir_version
 def load(path: Path) -> onnx.ModelProto:
     """Read an ONNX file at an opset that the operators' bodies are valid in, converting older ones.
 
-    Conversion comes before fusion because onnx's converter drops functions.
+    Conversion comes before fusion because onnx's converter drops functions. float64 becomes float32 throughout: it is
+    an accident of exporters (``torch.linspace``), which spreads from the position term to everything behind it, and
+    neither ONNX Runtime nor TensorRT can convolve in it.
 
     Raises:
         UserError: there is no such file, it is no ONNX file, or its opset is out of range.
@@ -44,5 +47,7 @@ def load(path: Path) -> onnx.ModelProto:
                 f"{path} has opset {opset} and cannot be converted to {OPSETS[0]}: {str(error).splitlines()[0]}",
                 f"Export it with --opset {OPSETS[0]}.",
             ) from error
+    as_float32(model, DOUBLE)
+    name_nodes(model)
     model.ir_version = ir_version(max(opset, OPSETS[0]))
     return model

@@ -45,7 +45,7 @@ class FunctionBuilder:
     """Collects nodes; calling it appends one: ``f("MatMul", a, b)``.
 
     Plain integers and lists of integers become int64 constants, arrays constants of their own type. Constants are
-    ``value`` tensors throughout: TensorRT 8 misreads ``value_int``.
+    ``value`` tensors, since TensorRT 8 misreads ``value_int``; only :meth:`attribute` has no other way.
     """
 
     def __init__(self) -> None:

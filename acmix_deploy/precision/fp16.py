@@ -12,6 +12,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import replacing
+from acmix_deploy.graph import name_nodes
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _DECODE_WEIGHTS = 32  # at most; the fixed kernel in a YOLOv8 head's decode has 16, the bins of its integral
@@ -41,6 +42,7 @@ def to_fp16(source: Path, target: Path, *, fp16_io: bool = False) -> Fp16Report:
         UserError: the target cannot be written.
     """
     model = onnx.load(source)
+    name_nodes(model)  # the converter leaves nodes in float32 by name
     kept = tail(model)
     converted = convert_float_to_float16(
         model,
@@ -64,13 +66,14 @@ def tail(model: onnx.ModelProto) -> list[str]:
     weighted sums of these."""
     sizes = {tensor.name: _size(tensor) for tensor in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
-    custom = {function.name for function in model.functions}
+    custom = {(function.domain, function.name) for function in model.functions}
 
     learnt: dict[str, onnx.NodeProto] = {}
     for node in model.graph.node:
         weights = sum(sizes.get(name, 0) for name in node.input)
-        sums = node.op_type in ("Add", "Mul") and all(name in learnt for name in node.input if name in producers)
-        if node.op_type in custom or (node.op_type in _COMPUTE and weights > _DECODE_WEIGHTS) or sums:
+        operands = [name for name in node.input if name in producers]
+        sums = node.op_type in ("Add", "Mul") and operands and all(name in learnt for name in operands)
+        if (node.domain, node.op_type) in custom or (node.op_type in _COMPUTE and weights > _DECODE_WEIGHTS) or sums:
             learnt.update(dict.fromkeys(node.output, node))
 
     ahead: set[int] = set()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnxruntime
 
@@ -69,11 +69,6 @@ def profile(
         )
         for file, taken in zip(files, turns, strict=True)
     ]
-
-
-def profile_file(file: Path, **options: Any) -> Profile:
-    """The profile of one file in one round; options as for :func:`profile`."""
-    return profile([file], **{"rounds": 1, **options})[0]
 
 
 class _Turn(NamedTuple):

@@ -57,14 +57,31 @@ def describe_file(artifact: Artifact, profile: Profile | None = None) -> FileRep
     )
 
 
-def next_steps(fp16: Path | None, fused: Path, opset: int) -> tuple[str, ...]:
-    """Commands for the target, by the TensorRT that is on it."""
-    best = fp16 or fused
-    typed = " --stronglyTyped" if fp16 else ""
+def next_steps(files: dict[str, str], exported: ExportResult) -> tuple[str, ...]:
+    """What to run on the target, by the runtime that is on it; ``files`` are names by role."""
+    best = files.get("fp16", files["fused"])
+    typed = " --stronglyTyped" if "fp16" in files else ""
+    shapes = _trtexec_shapes(exported)
     steps = [
-        f"TensorRT 10 and later: trtexec --onnx={best.name}{typed} --saveEngine={best.stem}.engine",
-        f"ONNX Runtime: the file runs as it is, e.g. acmix-deploy profile {fused.name}",
+        f"TensorRT 10 and later: trtexec --onnx={best}{typed}{shapes} --saveEngine={Path(best).stem}.engine",
+        f"ONNX Runtime: acmix-deploy profile {files['fused']}",
     ]
-    if opset > 17:
+    if exported.opset > 17:
         steps.append("TensorRT 8.5 and 8.6 read opset 17 at most: export again with --opset 17")
+    else:
+        plain = files["plain"]
+        steps.append(
+            f"TensorRT 8.5 and 8.6 know no functions, so they take the plain file: "
+            f"trtexec --onnx={plain} --fp16{shapes} --saveEngine={Path(plain).stem}.engine"
+        )
     return tuple(steps)
+
+
+def _trtexec_shapes(exported: ExportResult) -> str:
+    """The options that trtexec needs for free axes: the range of the shapes that the export was checked at."""
+    image = exported.inputs[0]
+    if all(isinstance(size, int) for size in image.shape):
+        return ""
+    sizes = list(zip(*exported.checked_shapes, strict=True))
+    ranges = {"min": map(min, sizes), "opt": exported.checked_shapes[0], "max": map(max, sizes)}
+    return "".join(f" --{name}Shapes={image.name}:{'x'.join(map(str, shape))}" for name, shape in ranges.items())

@@ -20,7 +20,7 @@ def show_export(report: ExportReport, console: Console) -> None:
             *_titled("Error against the PyTorch model, worst over all inputs", errors(report.verification)),
         )
     )
-    for note in (*report.notes, *report.export.notes, *_latency_notes(report)):
+    for note in (*report.notes, *report.export.notes, *report.verification.notes, *_latency_notes(report)):
         console.print(f"Note: {note}", style="yellow")
     console.print(f"\nFiles and report.json are in {_folder(report)}")
     console.print("Next, on the target:")
