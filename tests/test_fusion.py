@@ -348,6 +348,21 @@ class Dilated(ACmix):
         return nn.functional.unfold(padded, self.kernel_att, dilation=2, stride=self.stride)
 
 
+class EvenWindow(ACmix):
+    """A 4 x 4 window, which has no middle."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kernel_att = 4
+
+    def forward(self, x):
+        q, k, v = self.conv1(x), self.conv2(x), self.conv3(x)
+        return self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v)
+
+    def _neighbours(self, x):
+        return nn.functional.unfold(nn.functional.pad(x, (1, 2, 1, 2), mode="reflect"), 4, stride=self.stride)
+
+
 class UnevenScale(ACmix):
     def _attend(self, q, k, v):
         return super()._attend(q * torch.linspace(0.9, 1.1, q.shape[1]).view(1, -1, 1, 1), k, v)
@@ -401,6 +416,7 @@ NEAR_MISSES = {
     ZeroPadded: "relative residual",
     ReplicatePadded: "relative residual",
     Dilated: "relative residual",
+    EvenWindow: "Softmax runs over 16 values",
     UnevenScale: "relative residual",
     OtherAxis: "Softmax runs over 11 values",
     CurvedPosition: "linear in the coordinates",

@@ -101,7 +101,8 @@ def images_from(folder: Path, shapes: Sequence[Shape], limit: int = 32) -> tuple
         canvas = np.full((height, width, 3), PADDING, np.uint8)
         top, left = (height - new_height) // 2, (width - new_width) // 2
         canvas[top : top + new_height, left : left + new_width] = cv2.resize(image, (new_width, new_height))
-        return canvas[:, :, ::-1].transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+        fitted: Images = canvas[:, :, ::-1].transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+        return fitted
 
     batches: list[Images] = []
     taken = 0

@@ -68,7 +68,9 @@ def grouped_conv(weights: AcmixWeights) -> ConvWeights:
 
 def grouped_order(weights: AcmixWeights) -> npt.NDArray[np.int64]:
     """Channels of qkv in the order that :func:`grouped_conv` reads them: from [3N, d] to [d, 3N]."""
-    return np.arange(3 * weights.num_heads * weights.head_dim).reshape(-1, weights.head_dim).T.reshape(-1)
+    channels = np.arange(3 * weights.num_heads * weights.head_dim, dtype=np.int64)
+    order: npt.NDArray[np.int64] = channels.reshape(-1, weights.head_dim).T.reshape(-1)
+    return order
 
 
 def dense_conv(weights: AcmixWeights) -> tuple[ConvWeights, Array]:
