@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import nn
@@ -119,6 +119,10 @@ def test_both_exporters(tmp_path, exporter, dynamic, conv_branch):
     conv_bias=st.booleans(),
     conv_branch=st.sampled_from(["dense", "grouped"]),
 )
+@example(  # four pixels: fewer queries than position_weight has rows
+    heads=1, head_dim=8, in_planes=1, kernel=3, stride=1, batch=1, more=(0, 0), dynamic=False, fold=False, opset=17,
+    conv_bias=False, conv_branch="dense",
+)  # fmt: skip
 def test_any_geometry(
     tmp_path, heads, head_dim, in_planes, kernel, stride, batch, more, dynamic, fold, opset, conv_bias, conv_branch
 ):

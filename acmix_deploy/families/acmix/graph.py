@@ -244,7 +244,7 @@ def _branches_meet(graph: gs.Graph, softmax: gs.Node) -> tuple[gs.Node, float, f
 
 @dataclass(frozen=True)
 class _Logits:
-    """The logits of a block, evaluated for random queries; M = B*N, and h, w count the queries."""
+    """The logits of a block, evaluated for random queries; M = rounds*B*N, and h, w count the queries of a map."""
 
     kernel_size: int
     scale: float
@@ -269,10 +269,14 @@ def _measure(
     query_conv, key_conv = order
     batch, _, height, width = shape
     channels = len(_weight(query_conv))
+    out = (height // stride, width // stride)
     random = np.random.default_rng(0)
-    query, key = (random.standard_normal((batch, channels, height, width)).astype(np.float32) for _ in range(2))
+    # As many queries as P has rows, at least, so that they determine it: a tiny map needs several rounds.
+    rounds = math.ceil(2 * (channels // heads) / (batch * heads * out[0] * out[1]))
+    maps = random.standard_normal((rounds + 1, batch, channels, height, width)).astype(np.float32)
+    key, query_rounds = maps[0], maps[1:]
 
-    def logits(key: Array) -> Array:
+    def logits(query: Array, key: Array) -> Array:
         feeds = {**values, query_conv.outputs[0].name: query, key_conv.outputs[0].name: key}
         (raw,) = compute([softmax.inputs[0]], feeds)
         axis = softmax.attrs.get("axis", -1)
@@ -280,18 +284,19 @@ def _measure(
         kernel_size = math.isqrt(taps)
         if kernel_size**2 != taps or kernel_size % 2 == 0 or not 3 <= kernel_size < 2 * min(height, width):
             raise NoMatch(f"its Softmax runs over {taps} values, no odd K*K that fits a {height}x{width} map")
-        if raw.size != batch * heads * (height // stride) * (width // stride) * taps:
+        if raw.size != batch * heads * out[0] * out[1] * taps:
             raise NoMatch(f"its logits have shape {list(raw.shape)}: not one K x K window per pixel and head")
-        return np.moveaxis(raw, axis, -1).reshape(batch * heads, height // stride, width // stride, taps).astype(float)
+        return np.moveaxis(raw, axis, -1).reshape(batch * heads, *out, taps).astype(float)
 
-    def split(maps: Array) -> Array:
-        return maps.astype(np.float64).reshape(batch * heads, -1, height, width)
+    def by_head(maps: Array) -> Array:
+        return maps.astype(np.float64).reshape(-1, channels // heads, height, width)
 
-    from_position = logits(np.zeros_like(key))
-    from_keys = logits(key) - from_position
+    from_position = np.concatenate([logits(query, np.zeros_like(key)) for query in query_rounds])
+    queries = by_head(query_rounds)[:, :, ::stride, ::stride]
+    from_keys = logits(query_rounds[0], key) - from_position[: batch * heads]
     kernel_size = math.isqrt(from_keys.shape[-1])
-    queries = split(query)[:, :, ::stride, ::stride]
-    products = np.stack([(queries * near).sum(1) for near in _neighbours(split(key), kernel_size, stride)], -1)
+    first = queries[: batch * heads]
+    products = np.stack([(first * near).sum(1) for near in _neighbours(by_head(key), kernel_size, stride)], -1)
     scale = float((from_keys * products).sum() / (products * products).sum())
     residual = float(np.linalg.norm(from_keys - scale * products) / (np.linalg.norm(from_keys) or 1.0))
     usual = queries.shape[1] ** -0.5
