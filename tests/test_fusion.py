@@ -407,6 +407,14 @@ class TwoOutputs(ACmix):
         return super().forward(x), self.conv1(x)
 
 
+class SharedQueries(ACmix):
+    """Adds the queries to the result: fusing would compute them twice."""
+
+    def forward(self, x):
+        q, k, v = self.conv1(x), self.conv2(x), self.conv3(x)
+        return self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v) + q
+
+
 class LeakedAttention(ACmix):
     """Also returns the attended values before they are weighted."""
 
@@ -425,6 +433,7 @@ NEAR_MISSES = {
     OtherAxis: "Softmax runs over 11 values",
     CurvedPosition: "linear in the coordinates",
     ValuesOfAnother: "something else",
+    SharedQueries: "also read by",
     LeakedAttention: "also an output|not added",
 }
 
