@@ -46,11 +46,10 @@ class NoMatch(Exception):
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes between a tensor x and a tensor y, and what they need besides x."""
+    """What lies between a tensor x and a tensor y, and what it needs besides x."""
 
     x: gs.Variable
     y: gs.Variable
-    nodes: list[gs.Node]
     outside: list[gs.Variable]
     """Tensors that do not depend on x: sizes, and position terms that an exporter left to be computed."""
 
@@ -94,7 +93,7 @@ def scalar_factor(tensor: gs.Tensor) -> tuple[float, gs.Node | None]:
 
 
 def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
-    """The nodes on the ways from x to y.
+    """The region of the nodes on the ways from x to y.
 
     Raises:
         NoMatch: something between is read from elsewhere or is an output of the graph.
@@ -123,7 +122,7 @@ def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
         for tensor in node.inputs
         if isinstance(tensor, gs.Variable) and tensor.name and tensor.name not in reached
     }
-    return Region(x, y, nodes, list(outside.values()))
+    return Region(x, y, list(outside.values()))
 
 
 def _upstream(

@@ -17,14 +17,14 @@ from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.fusion.prepare import load
 from acmix_deploy.fusion.sizes import is_static, values_at_sizes
 from acmix_deploy.graph import Feeds, NoMatch, Region, count_nodes, evaluate
-from acmix_deploy.operators.spec import Tolerance
+from acmix_deploy.operators.spec import Operator, Tolerance
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 
 ConvBranchChoice = Literal["auto", "dense", "grouped"]
 
 AUTO_BRANCH: Literal["dense", "grouped"] = "dense"
-"""What "auto" means. On a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); ONNX Runtime's CPU
+"""What "auto" means. In a prototype on a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); the CPU
 prefers the grouped one from about 128 channels, but the file is made for the target."""
 
 
@@ -90,7 +90,7 @@ def fuse(
     branch = AUTO_BRANCH if conv_branch == "auto" else conv_branch
 
     blocks: list[FusedBlock] = []
-    functions: list[onnx.FunctionProto] = []
+    functions: list[tuple[Operator, onnx.FunctionProto]] = []
     for family in FAMILIES:
         found, used = _fuse_family(graph, family, branch, list(model.functions), progress)
         blocks += found
@@ -123,8 +123,8 @@ def _fuse_family(
     branch: str,
     functions: list[onnx.FunctionProto],
     progress: Callable[[str], None],
-) -> tuple[list[FusedBlock], list[onnx.FunctionProto]]:
-    """Fuse the blocks of one family in ``graph``, in place; also the bodies of the operators that came in.
+) -> tuple[list[FusedBlock], list[tuple[Operator, onnx.FunctionProto]]]:
+    """Fuse the blocks of one family in ``graph``, in place; also the operators that came in, with their bodies.
 
     ``functions`` are those that the graph came with.
     """
@@ -174,7 +174,7 @@ def _fuse_family(
                 relative_l2=relative_l2,
             )
         )
-    return blocks, [bodies[op] for op in sorted(used)]
+    return blocks, [(operators[op], bodies[op]) for op in sorted(used)]
 
 
 def _replacement(graph: gs.Graph, kit: Any, found: Any, values: list[Feeds], branch: str, name: str) -> gs.Graph:
@@ -221,7 +221,9 @@ def _splice(graph: gs.Graph, replacement: gs.Graph, y: gs.Variable) -> None:
     graph.nodes.extend(replacement.nodes)
 
 
-def _export(graph: gs.Graph, original: onnx.ModelProto, functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
+def _export(
+    graph: gs.Graph, original: onnx.ModelProto, functions: list[tuple[Operator, onnx.FunctionProto]]
+) -> onnx.ModelProto:
     """The graph as a model, with what graphsurgeon does not carry: functions, metadata, the IR version."""
     graph.cleanup().toposort()
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
@@ -230,11 +232,11 @@ def _export(graph: gs.Graph, original: onnx.ModelProto, functions: list[onnx.Fun
     del model.functions[:]
     model.functions.extend(original.functions)
     present = {(body.domain, body.name) for body in original.functions}
-    model.functions.extend(body for body in functions if (body.domain, body.name) not in present)
+    model.functions.extend(body for _, body in functions if (body.domain, body.name) not in present)
     del model.metadata_props[:]
     model.metadata_props.extend(original.metadata_props)
-    for body in functions:
-        if all(entry.domain != body.domain for entry in model.opset_import):
-            model.opset_import.append(onnx.helper.make_opsetid(body.domain, 1))
+    for operator, _ in functions:
+        if all(entry.domain != operator.domain for entry in model.opset_import):
+            model.opset_import.append(onnx.helper.make_opsetid(operator.domain, operator.version))
     onnx.checker.check_model(model)
     return model
