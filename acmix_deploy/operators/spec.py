@@ -1,4 +1,4 @@
-"""The vocabulary in which an operator is defined: tensors with named axes, attributes with limits, tolerances.
+"""The vocabulary in which an operator is defined: tensors with named axes, attributes, tolerances, native limits.
 
 Pure data. Whatever else needs these facts (the ONNX body, the tests, the docs table, native code) reads
 them from an :class:`Operator` and does not repeat them.
@@ -59,6 +59,8 @@ class Operator:
     outputs: tuple[Tensor, ...]
     attributes: tuple[Attribute, ...]
     tolerances: dict[str, Tolerance]
+    kernel_limits: dict[str, tuple[int, ...]]
+    """What the native kernels take: values by name of the quantity. The definition itself is wider."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ LOCAL_ATTENTION = Operator(
         Attribute("plugin_namespace", "string", "", "read by TensorRT's parser"),
     ),
     tolerances={"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)},
+    kernel_limits={"kernel_size": (3, 5, 7, 9), "stride": (1, 2), "head_dim": tuple(range(8, 129, 8))},
 )
 
 
