@@ -1,4 +1,4 @@
-"""Write the parts of the documentation that state what the code knows; with ``--check`` only compare them."""
+"""Write the files, or parts of them, that repeat what the code knows; with ``--check`` only compare them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pydantic import BaseModel
 
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, parser
+from acmix_deploy.operators.header import cpp_header
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.report.documents import FuseDocument, ProfileDocument, VerifyDocument
 from acmix_deploy.report.model import ExportReport
@@ -39,13 +41,17 @@ def generated() -> dict[Path, str]:
     parts = {
         "README.md": {"bench": _rows(_around(_read("docs/benchmarks.md"), "bench")[1])},
         "docs/cli.md": {"cli": _command_line()},
-        "docs/operator.md": {"operator": _operator(LOCAL_ATTENTION)},
+        "docs/operator.md": {
+            "operator": _operator(LOCAL_ATTENTION),
+            "outlook": _operator(OUTLOOK_ATTENTION),
+        },
         "docs/pipeline.md": {
             "report": _fields(schemas["export-report"]),
             "sidecar": _fields(Artifact.model_json_schema(mode="serialization")),
         },
     }
     files = {f"docs/{name}.schema.json": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
+    files["plugins/include/acmix/operators.h"] = cpp_header()
     for page, contents in parts.items():
         files[page] = _read(page)
         for name, content in contents.items():
@@ -99,6 +105,7 @@ def _operator(operator: Operator) -> str:
         (f"`{a.name}`", a.kind, f"`{json.dumps(a.default)}`", _limits(a.minimum, a.maximum), a.meaning)
         for a in operator.attributes
     ]
+    limits = [(f"`{name}`", ", ".join(map(str, values))) for name, values in operator.kernel_limits.items()]
     tolerances = [(name, f"{t.floor:.0e}", f"{t.factor:g}") for name, t in operator.tolerances.items()]
     return "\n".join(
         [
@@ -106,6 +113,7 @@ def _operator(operator: Operator) -> str:
             f"```text\n{operator.formula.replace('; ', chr(10))}\n```\n",
             _table(("", "name", "axes", "meaning"), *tensors),
             _table(("attribute", "type", "default", "limits", "meaning"), *attributes),
+            _table(("the native kernels take", ""), *limits),
             _table(("element type", "floor", "factor"), *tolerances),
         ]
     )
