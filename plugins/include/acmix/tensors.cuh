@@ -1,0 +1,128 @@
+// How tensors are addressed: layouts, element types, reflected borders.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "acmix/launch.h"
+
+namespace acmix {
+
+template <Dtype>
+struct ElementOf {
+    using Type = float;
+};
+template <>
+struct ElementOf<Dtype::kFloat16> {
+    using Type = __half;
+};
+template <Dtype kDtype>
+using Element = typename ElementOf<kDtype>::Type;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The pixel that reflection padding shows at position i of an axis, for -size < i < 2 * size - 1. Positions further
+// out, which no query that is stored ever sees, stay inside the axis.
+__device__ __forceinline__ int reflect(int i, int size) {
+    const int last = size - 1;
+    return max(last - abs(last - abs(i)), 0);
+}
+
+// From -1 at the first pixel of an axis to 1 at the last.
+struct Coordinate {
+    float step;
+    __device__ __forceinline__ explicit Coordinate(int size) : step(2.0f / static_cast<float>(size - 1)) {}
+    __device__ __forceinline__ float operator()(int pixel) const { return static_cast<float>(pixel) * step - 1.0f; }
+};
+
+inline constexpr int kVector = 8;  // channels that one lane holds in the scalar kernels, one 16-byte word of halves
+
+// One image of a tensor [channels, pixels].
+template <class T, Layout kLayout>
+struct Image {
+    T* data;
+    std::int64_t channels;
+    std::int64_t pixels;
+
+    __device__ __forceinline__ T* at(std::int64_t channel, std::int64_t pixel) const {
+        return kLayout == Layout::kNhwc ? data + pixel * channels + channel : data + channel * pixels + pixel;
+    }
+
+    // kVector channels of a pixel from `channel` on; NHWC wants `channel` divisible by 8 and data aligned to 16 bytes.
+    __device__ __forceinline__ void load(float (&values)[kVector], std::int64_t channel, std::int64_t pixel) const {
+        const T* from = at(channel, pixel);
+        if constexpr (kLayout == Layout::kNhwc) {
+            alignas(16) std::remove_const_t<T> word[kVector];
+#pragma unroll
+            for (std::size_t i = 0; i < sizeof(word) / sizeof(uint4); ++i) {
+                reinterpret_cast<uint4*>(word)[i] = reinterpret_cast<const uint4*>(from)[i];
+            }
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) values[i] = to_float(word[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) values[i] = to_float(from[i * pixels]);
+        }
+    }
+
+    // The reverse, under the same conditions.
+    __device__ __forceinline__ void save(const float (&values)[kVector], std::int64_t channel,
+                                         std::int64_t pixel) const {
+        T* to = at(channel, pixel);
+        if constexpr (kLayout == Layout::kNhwc) {
+            alignas(16) T word[kVector];
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) store(&word[i], values[i]);
+#pragma unroll
+            for (std::size_t i = 0; i < sizeof(word) / sizeof(uint4); ++i) {
+                reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(word)[i];
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) store(to + i * pixels, values[i]);
+        }
+    }
+};
+
+inline bool aligned(const void* pointer, std::size_t bytes) {
+    return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
+
+// The scalar kernels: kHeadDim / kVector lanes of a warp share one output pixel of one head.
+template <Layout kLayout, int kHeadDim>
+struct LaneGroup {
+    static constexpr int kLanes = kHeadDim / kVector;
+    static constexpr int kPixels = 32 / kLanes;
+    static constexpr int kThreads = 128;
+    static constexpr int kPixelsPerBlock = kThreads / kLanes;
+
+    // Neighbouring lanes take neighbouring addresses: channels in NHWC, pixels in NCHW.
+    static constexpr int kLaneStep = kLayout == Layout::kNhwc ? 1 : kPixels;
+    static constexpr int kPixelStep = kLayout == Layout::kNhwc ? kLanes : 1;
+
+    int channel;  // first of this lane's channels within the head
+    int pixel;    // place of the pixel among the block's
+
+    __device__ __forceinline__ LaneGroup() {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        channel = lane / kLaneStep % kLanes * kVector;
+        pixel = static_cast<int>(threadIdx.x) / 32 * kPixels + lane / kPixelStep % kPixels;
+    }
+
+    // The sum over the lanes of a pixel, in every one of them. The whole warp takes part.
+    __device__ __forceinline__ static float sum(float x) {
+#pragma unroll
+        for (int offset = kLaneStep; offset < kLaneStep * kLanes; offset *= 2) x += __shfl_xor_sync(~0u, x, offset);
+        return x;
+    }
+};
+
+}  // namespace acmix

@@ -1,0 +1,151 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <iterator>
+#include <string>
+
+#include "acmix/operators.h"
+#include "launchers.h"
+
+namespace acmix {
+namespace {
+
+#define LOCAL_MMA(kHeadDim, kDtype, kLayout) \
+    {Dtype::kDtype,                          \
+     Layout::kLayout,                        \
+     kHeadDim,                               \
+     Kernel::kMma,                           \
+     75,                                     \
+     local_attention_mma<Dtype::kDtype, Layout::kLayout, kHeadDim>},
+#define LOCAL_SIMT(kHeadDim, kDtype, kLayout) \
+    {Dtype::kDtype,                           \
+     Layout::kLayout,                         \
+     kHeadDim,                                \
+     Kernel::kSimt,                           \
+     0,                                       \
+     local_attention_simt<Dtype::kDtype, Layout::kLayout, kHeadDim>},
+#define OUTLOOK_SIMT(kHeadDim, kDtype, kLayout) \
+    {Dtype::kDtype,                             \
+     Layout::kLayout,                           \
+     kHeadDim,                                  \
+     Kernel::kSimt,                             \
+     0,                                         \
+     outlook_attention_simt<Dtype::kDtype, Layout::kLayout, kHeadDim>},
+
+constexpr Entry<LocalAttention> kLocalAttention[] = {
+    ACMIX_FOR_HEAD_DIMS(LOCAL_MMA, kFloat16, kNchw) ACMIX_FOR_HEAD_DIMS(LOCAL_MMA, kFloat16, kNhwc)
+        ACMIX_FOR_HEAD_DIMS(LOCAL_SIMT, kFloat32, kNchw) ACMIX_FOR_HEAD_DIMS(LOCAL_SIMT, kFloat16, kNchw)
+            ACMIX_FOR_HEAD_DIMS(LOCAL_SIMT, kFloat16, kNhwc)};
+
+constexpr Entry<OutlookAttention> kOutlookAttention[] = {ACMIX_FOR_HEAD_DIMS(OUTLOOK_SIMT, kFloat32, kNchw)
+                                                             ACMIX_FOR_HEAD_DIMS(OUTLOOK_SIMT, kFloat16, kNchw)
+                                                                 ACMIX_FOR_HEAD_DIMS(OUTLOOK_SIMT, kFloat16, kNhwc)};
+
+std::string unsupported(const std::string& got, const std::string& supported) {
+    return "unsupported: got " + got + ", supported " + supported;
+}
+
+// Empty if `value` is in the list or not known yet.
+template <std::size_t kCount>
+std::string outside(const char* what, std::int32_t value, const std::int32_t (&supported)[kCount]) {
+    if (value < 1 || std::find(std::begin(supported), std::end(supported), value) != std::end(supported)) return "";
+    std::string list;
+    for (const std::int32_t one : supported) list += (list.empty() ? "" : ", ") + std::to_string(one);
+    return unsupported(std::string(what) + " " + std::to_string(value), list);
+}
+
+std::string outside_lists(const LocalAttention& problem) {
+    using namespace local_attention;
+    std::string reason = outside(kKernelSize.name, problem.kernel_size, kKernelSizes);
+    if (reason.empty()) reason = outside(kStride.name, problem.stride, kStrides);
+    if (reason.empty()) reason = outside("head_dim", problem.head_dim, kHeadDims);
+    return reason;
+}
+
+std::string outside_lists(const OutlookAttention& problem) {
+    using namespace outlook_attention;
+    std::string reason = outside(kKernelSize.name, problem.kernel_size, kKernelSizes);
+    if (reason.empty()) reason = outside(kStride.name, problem.stride, kStrides);
+    if (reason.empty()) reason = outside("head_dim", problem.head_dim, kHeadDims);
+    return reason;
+}
+
+// What the map's size must be beside positive; empty if it fits.
+std::string outside_geometry(const LocalAttention& problem) {
+    const std::string got = "a " + std::to_string(problem.height) + "x" + std::to_string(problem.width) + " map";
+    if (problem.stride > 0 && (problem.height % problem.stride != 0 || problem.width % problem.stride != 0)) {
+        return unsupported(got, "multiples of stride " + std::to_string(problem.stride));
+    }
+    const std::int32_t margin = problem.kernel_size / 2;
+    if (problem.kernel_size > 0 && (problem.height <= margin || problem.width <= margin)) {
+        return unsupported(got, "more than " + std::to_string(margin) + " pixels each way for kernel_size " +
+                                    std::to_string(problem.kernel_size));
+    }
+    return "";
+}
+
+std::string outside_geometry(const OutlookAttention&) { return ""; }
+
+// Kernels count the pixels of a map and the blocks of a launch in int32; a block is 8 pixels or more of one head.
+template <class Problem>
+std::string too_large(const Problem& problem) {
+    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+    const std::int64_t pixels = static_cast<std::int64_t>(problem.height) * problem.width;
+    if (pixels > kMost) return unsupported(std::to_string(pixels) + " pixels", "at most " + std::to_string(kMost));
+    const double blocks = (static_cast<double>(pixels) / 8 + 1) * problem.num_heads * problem.batch;
+    if (blocks <= static_cast<double>(kMost)) return "";
+    return unsupported(std::to_string(pixels) + " pixels x " + std::to_string(problem.num_heads) + " heads x batch " +
+                           std::to_string(problem.batch),
+                       "at most " + std::to_string(kMost) + " launch blocks of 8 pixels");
+}
+
+template <class Problem>
+Found<Problem> lookup(const Problem& problem, const Kernel* wanted, std::int32_t sm) {
+    std::string reason = outside_lists(problem);
+    if (reason.empty() && problem.height > 0 && problem.width > 0) {
+        reason = outside_geometry(problem);
+        if (reason.empty() && problem.num_heads > 0 && problem.batch > 0) reason = too_large(problem);
+    }
+    if (!reason.empty()) return {nullptr, reason};
+
+    std::string supported;
+    for (const Entry<Problem>& entry : table<Problem>()) {
+        const bool fits = entry.dtype == problem.dtype && entry.layout == problem.layout &&
+                          (wanted == nullptr || entry.kernel == *wanted) && entry.min_sm <= sm;
+        if (fits && entry.head_dim >= problem.head_dim) return {&entry, ""};
+        const std::string row = std::string(name(entry.dtype)) + " " + name(entry.layout) + " " + name(entry.kernel) +
+                                (entry.min_sm > 0 ? " from sm_" + std::to_string(entry.min_sm) : "");
+        if (supported.find(row) == std::string::npos) supported += (supported.empty() ? "" : ", ") + row;
+    }
+    return {nullptr, unsupported(std::string(name(problem.dtype)) + " " + name(problem.layout) +
+                                     (wanted == nullptr ? "" : std::string(" ") + name(*wanted)) +
+                                     (sm == kAnySm ? "" : " on sm_" + std::to_string(sm)),
+                                 supported)};
+}
+
+}  // namespace
+
+template <>
+Table<LocalAttention> table() {
+    return {kLocalAttention, std::size(kLocalAttention)};
+}
+
+template <>
+Table<OutlookAttention> table() {
+    return {kOutlookAttention, std::size(kOutlookAttention)};
+}
+
+const char* name(Dtype dtype) { return dtype == Dtype::kFloat32 ? "float32" : "float16"; }
+const char* name(Layout layout) { return layout == Layout::kNchw ? "NCHW" : "NHWC"; }
+const char* name(Kernel kernel) { return kernel == Kernel::kSimt ? "simt" : "mma"; }
+
+Found<LocalAttention> find(const LocalAttention& problem, std::int32_t sm) { return lookup(problem, nullptr, sm); }
+Found<OutlookAttention> find(const OutlookAttention& problem, std::int32_t sm) { return lookup(problem, nullptr, sm); }
+Found<LocalAttention> find(const LocalAttention& problem, Kernel kernel, std::int32_t sm) {
+    return lookup(problem, &kernel, sm);
+}
+Found<OutlookAttention> find(const OutlookAttention& problem, Kernel kernel, std::int32_t sm) {
+    return lookup(problem, &kernel, sm);
+}
+
+}  // namespace acmix
