@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from acmix_deploy.artifacts import Artifact
-from acmix_deploy.cli import EXIT_CODES, parser
+from acmix_deploy.cli import EXIT_CODES, commands
 from acmix_deploy.operators.header import cpp_header
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
-from acmix_deploy.report.documents import FuseDocument, ProfileDocument, VerifyDocument
+from acmix_deploy.report.documents import FuseDocument, PluginDocument, ProfileDocument, VerifyDocument
 from acmix_deploy.report.model import ExportReport
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +28,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "fuse": FuseDocument,
     "verify": VerifyDocument,
     "profile": ProfileDocument,
+    "plugin": PluginDocument,
 }
 """What the verbs print with ``--json``, by the name of its schema."""
 
@@ -125,8 +126,7 @@ def _limits(minimum: int | None, maximum: int | None) -> str:
 
 
 def _command_line() -> str:
-    verbs = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    pages = [_verb(name, command) for name, command in verbs.choices.items()]
+    pages = [_verb(name, command) for name, command in commands().items()]
     head, _, codes = EXIT_CODES.partition("\n")
     rows = [line.split(maxsplit=1) for line in codes.strip().splitlines()]
     return "\n".join([*pages, f"## {head.rstrip(':').capitalize()}\n", _table(("code", "meaning"), *rows)])

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. One file a verb; what a verb needs is imported when it runs."""
+"""The command line: parse, call, print. One file a verb; what a verb needs is imported when it runs.
+
+A verb in two words is a file in the package of its first word, whose VERBS it is among.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,21 @@ import argparse
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 from acmix_deploy import __version__
-from acmix_deploy.cli import export, fuse, profile, verify
+from acmix_deploy.cli import export, fuse, plugin, profile, verify
 from acmix_deploy.cli.common import add_common
 from acmix_deploy.errors import AcmixDeployError
 
-VERBS = (export, fuse, verify, profile)
+VERBS = (export, fuse, verify, profile, plugin)
 
 EXIT_CODES = """exit codes:
   0  done
   1  a check failed: too large an error, another number of blocks than expected
   2  the command line or an input file cannot be used
-  3  a package, library or device is missing
+  3  a package, library, compiler or device is missing
 """
 
 
@@ -32,21 +36,38 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"acmix-deploy {__version__}")
-    verbs = top.add_subparsers(metavar="VERB", required=True)
-    for verb in VERBS:
-        name = verb.__name__.rsplit(".", 1)[-1]
+    _add_verbs(top, VERBS)
+    return top
+
+
+def commands(top: argparse.ArgumentParser | None = None) -> dict[str, argparse.ArgumentParser]:
+    """The parser of every verb by its name: ``export``, ``plugin build``."""
+    found = {}
+    for action in (top or parser())._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                inner = commands(command)
+                found.update({f"{name} {word}": leaf for word, leaf in inner.items()} or {name: command})
+    return found
+
+
+def _add_verbs(parent: argparse.ArgumentParser, modules: Iterable[ModuleType]) -> None:
+    verbs = parent.add_subparsers(metavar="VERB", required=True, help="one of those below, with its own --help")
+    for verb in modules:
         summary, _, example = (verb.__doc__ or "").partition("\n\n")
         command = verbs.add_parser(
-            name,
+            verb.__name__.rsplit(".", 1)[-1],
             help=summary,
             description=summary,
             epilog=example,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if hasattr(verb, "VERBS"):
+            _add_verbs(command, verb.VERBS)
+            continue
         verb.add_arguments(command)
         add_common(command)
         command.set_defaults(run=verb.run)
-    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

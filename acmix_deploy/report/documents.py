@@ -1,4 +1,4 @@
-"""What ``fuse``, ``verify`` and ``profile`` print with --json; ``export`` prints its :class:`ExportReport`."""
+"""What the verbs print with --json; ``export`` prints its :class:`ExportReport`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from acmix_deploy.fusion import FusionReport
+from acmix_deploy.plugin import Library
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 
@@ -31,3 +32,7 @@ class ProfileDocument(Document):
     """Result of ``acmix-deploy profile``."""
 
     profiles: list[Profile] = Field(description="one for each file, in the order given")
+
+
+class PluginDocument(Library, Document):
+    """Result of ``acmix-deploy plugin build`` and ``acmix-deploy plugin check``."""

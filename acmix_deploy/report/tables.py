@@ -9,6 +9,7 @@ from rich.text import Text
 
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
+from acmix_deploy.plugin import Library
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 
@@ -55,6 +56,26 @@ def latencies(profiles: Iterable[Profile]) -> Table:
         ratio = f"{found[0].median_ms / profile.median_ms:.1f}" if profile is not found[0] else ""
         figures = [f"{value:.2f}" for value in (profile.median_ms, profile.p90_ms, profile.p99_ms)]
         rows.add_row(profile.file, *figures, str(len(profile.samples_ms)), ratio)
+    return rows
+
+
+def creators(library: Library) -> Table:
+    """What a plugin brings to TensorRT."""
+    rows = table("operator", "version", "namespace", "interface")
+    for creator in library.creators:
+        rows.add_row(creator.name, creator.version, creator.namespace or "(empty)", creator.interface)
+    return rows
+
+
+def kernels(library: Library) -> Table:
+    """The kernels of a plugin, those that differ in head_dim alone in one row."""
+    rows = table("operator", "kernel", "type", "layout", "head_dim up to", "runs from")
+    sizes: dict[tuple[str, ...], list[int]] = {}
+    for entry in library.entries:
+        key = (entry.operator, entry.kernel, entry.dtype, entry.layout, f"sm_{entry.min_sm}" if entry.min_sm else "any")
+        sizes.setdefault(key, []).append(entry.head_dim)
+    for (operator, kernel, dtype, layout, oldest), found in sizes.items():
+        rows.add_row(operator, kernel, dtype, layout, ", ".join(map(str, sorted(found))), oldest)
     return rows
 
 
