@@ -278,6 +278,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 
 const char* cudaGetErrorString(cudaError_t error) {
+    if (error == cudaErrorMisalignedAddress) return "misaligned address";
     return error == cudaSuccess ? "no error" : emulator::message.c_str();
 }
 

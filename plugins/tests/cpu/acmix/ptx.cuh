@@ -28,11 +28,12 @@ inline float exp2(float x) { return std::exp2(x); }
 // Lane l = 4g + t holds, each register two neighbours: of a (row by row) rows g and g + 8, columns 2t and 2t + 1, from
 // the third register on 8 columns further; of b (column by column) column g and the same in rows; of d like a.
 template <int kDepth>
-void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, const char* name) {
+void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, const float* c, const char* name) {
     struct Operand {
         float* d;
         const std::uint32_t *a, *b;
-    } mine{d, a, b};
+        const float* c;
+    } mine{d, a, b, c};
     emulator::collective(emulator::kFullMask, name, &mine, [](emulator::Lanes lanes) {
         float left[16][kDepth], right[kDepth][8];
         const auto element = [](const std::uint32_t* registers, int i) {
@@ -50,21 +51,23 @@ void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, const char* n
         for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i) {
                 const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                const auto& operand = *static_cast<const Operand*>(lanes[lane]);
                 float sum = 0;
                 for (int k = 0; k < kDepth; ++k) sum += left[row][k] * right[k][column];
-                static_cast<const Operand*>(lanes[lane])->d[i] += sum;
+                operand.d[i] = operand.c[i] + sum;
             }
     });
 }
 
-inline void mma_k8(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b) {
+inline void mma_k8(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b, const float (&c)[4]) {
     emulator::require_sm(75, "mma.m16n8k8");
-    mma<8>(d, a, &b, "mma.m16n8k8");
+    mma<8>(d, a, &b, c, "mma.m16n8k8");
 }
 
-inline void mma_k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+inline void mma_k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                    const float (&c)[4]) {
     emulator::require_sm(75, "mma.m16n8k16");
-    mma<16>(d, a, b, "mma.m16n8k16");
+    mma<16>(d, a, b, c, "mma.m16n8k16");
 }
 
 template <bool kTranspose, int kCount>
