@@ -86,17 +86,23 @@ std::string outside_geometry(const LocalAttention& problem) {
 
 std::string outside_geometry(const OutlookAttention&) { return ""; }
 
-// Kernels count the pixels of a map and the blocks of a launch in int32; a block is 8 pixels or more of one head.
+// Kernels count the pixels of a map and the elements of an NHWC row in int32, and rows, heads and images along axes of
+// the launch grid.
 template <class Problem>
 std::string too_large(const Problem& problem) {
-    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-    const std::int64_t pixels = static_cast<std::int64_t>(problem.height) * problem.width;
-    if (pixels > kMost) return unsupported(std::to_string(pixels) + " pixels", "at most " + std::to_string(kMost));
-    const double blocks = (static_cast<double>(pixels) / 8 + 1) * problem.num_heads * problem.batch;
-    if (blocks <= static_cast<double>(kMost)) return "";
-    return unsupported(std::to_string(pixels) + " pixels x " + std::to_string(problem.num_heads) + " heads x batch " +
-                           std::to_string(problem.batch),
-                       "at most " + std::to_string(kMost) + " launch blocks of 8 pixels");
+    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max(), kMostBlocks = 65535;
+    const auto beyond = [](const char* what, std::int64_t value, std::int64_t most) {
+        return value <= most ? ""
+                             : unsupported(what + (" " + std::to_string(value)), "at most " + std::to_string(most));
+    };
+    std::string reason = beyond("batch", problem.batch, kMostBlocks);
+    if (reason.empty()) reason = beyond("height", problem.height, kMostBlocks);
+    if (reason.empty()) reason = beyond("num_heads", problem.num_heads, kMostBlocks);
+    const auto width = static_cast<std::int64_t>(problem.width);
+    if (reason.empty()) reason = beyond("height * width", width * problem.height, kMost);
+    const std::int64_t row = 3 * width * problem.num_heads * std::max(problem.head_dim, 1);
+    if (reason.empty()) reason = beyond("3 * num_heads * head_dim * width", row, kMost);
+    return reason;
 }
 
 template <class Problem>

@@ -21,13 +21,17 @@ inline constexpr int kWarpRows = 2;   // queries of a warp along y: the two halv
 inline constexpr int kMaxWarps = 4;   // warps of a block, one below the other
 inline constexpr int kMargin = 4;     // columns left of the first query, the largest kernel_size / 2
 
-// How a block's window of keys and values goes through shared memory.
-struct Stages {
-    int warps;
-    int count;    // stages
-    int rows;     // of keys in a stage
-    int columns;  // of keys
-    int buffers;
+// What the host works out once for all blocks.
+struct MmaPlan {
+    int warps;           // of a block, a power of two
+    int stages;          // through which the window passes shared memory
+    int rows;            // of keys in a stage
+    int columns;         // of keys
+    int buffers;         // of one stage each
+    float scale;         // |scale| * log2(e): logits are compared in units of 1 / scale
+    float slack;         // kSlack in these units
+    std::uint32_t sign;  // flips the queries where the scale is negative
+    Coordinate x, y;
 };
 
 // One buffer of shared memory: keys, then values, of `rows` x `columns` pixels. NHWC: [row, column, channel],
@@ -60,52 +64,51 @@ struct Window {
     int head_dim, height, width;
     int x, y;                       // of the first column and row, before reflection
     int first_column, last_column;  // that some query sees
-    bool words;                     // NCHW: groups of four pixels are aligned to 8 bytes
+    bool words_aligned;             // NCHW: groups of four pixels to 8 bytes
 
     // Begin to load window rows [first, first + rows) into `buffer`. `fresh` clears what is never loaded: a weight of 0
     // hides every finite value, but no stray NaN.
     __device__ __forceinline__ void load(__half* buffer, const Buffer<kLayout, kHeadDim>& shape, int first, int rows,
                                          bool fresh) const {
-        const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
-        for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += warps) {
-            const std::int64_t from_row = static_cast<std::int64_t>(reflect(y + first + row, height)) * width;
-            if constexpr (kLayout == Layout::kNhwc) {
-                constexpr int kWords = kHeadDim / 8;
-                for (int i = lane; i < shape.columns * 2 * kWords; i += 32) {
-                    const int channel = i % kWords * 8, part = i / kWords % 2, column = i / kWords / 2;
-                    __half* to = buffer + part * shape.part + shape.at(row, column, channel);
-                    if (channel < head_dim && column >= first_column && column <= last_column) {
-                        const std::int64_t pixel = from_row + reflect(x + column, width);
-                        ptx::copy_async<16>(to, input.at((part == 0 ? key_channel : value_channel) + channel, pixel));
-                    } else if (fresh) {
-                        *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
-                    }
+        constexpr bool kNhwc = kLayout == Layout::kNhwc;
+        constexpr int kChannels = kNhwc ? 8 : 1, kPixels = kNhwc ? 1 : 4;  // in a word
+        constexpr int kPlanes = kHeadDim / kChannels;
+        // Up to kSpan threads side by side take the words of a row, groups of them take turns with the rows.
+        constexpr int kSpan = kNhwc && kHeadDim < 32 ? 4 * kHeadDim : 128;
+        const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+        const int words = shape.columns / kPixels;
+        const int row_pitch = kNhwc ? width * static_cast<int>(input.channels) : width;
+        for (int word = thread % kSpan; word < words * 2 * kPlanes; word += min(threads, kSpan)) {
+            const int plane = kNhwc ? word % (2 * kPlanes) : word / words;
+            const int column = (kNhwc ? word / (2 * kPlanes) : word % words) * kPixels;
+            const int part = plane / kPlanes, channel = plane % kPlanes * kChannels;
+            const bool seen = channel < head_dim && column + kPixels > first_column && column <= last_column;
+            const int left = x + column;
+            const bool whole = kNhwc || (words_aligned && left >= 0 && left + kPixels <= width);
+            const __half* from =
+                input.at((part == 0 ? key_channel : value_channel) + channel, kNhwc ? reflect(left, width) : 0);
+            __half* to = buffer + part * shape.part + shape.at(0, column, channel);
+            const auto each_row = [&](auto&& bring) {
+                for (int row = thread / kSpan; row < rows; row += max(threads / kSpan, 1)) {
+                    const auto from_y = static_cast<std::int64_t>(reflect(y + first + row, height));
+                    bring(to + shape.at(row, 0, 0), from + from_y * row_pitch);
                 }
+            };
+            if (!seen) {
+                using Word = std::conditional_t<kNhwc, uint4, uint2>;
+                if (fresh) each_row([](__half* word, const __half*) { *reinterpret_cast<Word*>(word) = Word{}; });
+            } else if constexpr (kNhwc) {
+                each_row([](__half* word, const __half* from_row) { ptx::copy_async<16>(word, from_row); });
+            } else if (whole) {
+                each_row([&](__half* word, const __half* from_row) { ptx::copy_async<8>(word, from_row + left); });
             } else {
-                const int words = shape.columns / 4;
-                for (int i = lane; i < words * 2 * kHeadDim; i += 32) {
-                    const int plane = words == 4 ? i / 4 : i / 6, column = (words == 4 ? i % 4 : i % 6) * 4;
-                    const int channel = plane % kHeadDim, part = plane / kHeadDim;
-                    __half* to = buffer + part * shape.part + shape.at(row, column, channel);
-                    if (channel < head_dim) {
-                        const __half* from = input.at((part == 0 ? key_channel : value_channel) + channel, from_row);
-                        const int left = x + column;
-                        if (words_at(left)) {
-                            ptx::copy_async<8>(to, from + left);
-                        } else {
+                each_row([&](__half* word, const __half* from_row) {
 #pragma unroll
-                            for (int j = 0; j < 4; ++j) to[j] = from[reflect(left + j, width)];
-                        }
-                    } else if (fresh) {
-                        *reinterpret_cast<uint2*>(to) = uint2{0, 0};
-                    }
-                }
+                    for (int i = 0; i < kPixels; ++i) word[i] = from_row[reflect(left + i, width)];
+                });
             }
         }
     }
-
- private:
-    __device__ __forceinline__ bool words_at(int left) const { return words && left >= 0 && left + 4 <= width; }
 };
 
 // Two neighbouring channels of a pixel as one register, `channel` even; 0 beyond the head.
@@ -127,7 +130,7 @@ __device__ __forceinline__ std::uint32_t load_pair(const Image<const __half, kLa
 // Registers follow the fragments of mma.m16n8k16: of a 16x8 result a lane holds columns 2 * (lane % 4) and the next, of
 // rows lane / 4 (elements 0, 1) and lane / 4 + 8 (elements 2, 3). Row r is query (r % 8, r / 8) of the warp's 8 x 2.
 template <Layout kLayout, int kHeadDim, int kStride>
-__global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages, const __half* __restrict__ qkv,
+__global__ void local_attention_mma_kernel(LocalAttention problem, MmaPlan plan, const __half* __restrict__ qkv,
                                            const __half* __restrict__ position_weight, __half* __restrict__ y) {
     constexpr bool kNhwc = kLayout == Layout::kNhwc;
     constexpr int kSteps = kHeadDim / 16;
@@ -135,14 +138,10 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages
     const int height = problem.height, width = problem.width, head_dim = problem.head_dim;
     const int kernel_size = problem.kernel_size, margin = kernel_size / 2;
     const int out_height = height / kStride, out_width = width / kStride;
-    const int tiles_x = ceil_div(out_width, kTileWidth), tiles_y = ceil_div(out_height, kWarpRows * stages.warps);
-    int block = static_cast<int>(blockIdx.x);
-    const int head = block % problem.num_heads;
-    block /= problem.num_heads;
-    const int tile_x = block % tiles_x * kTileWidth;
-    block /= tiles_x;
-    const int tile_y = block % tiles_y * kWarpRows * stages.warps;
-    const int image = block / tiles_y;
+    const int head = static_cast<int>(blockIdx.x) % problem.num_heads;
+    const int tile_x = static_cast<int>(blockIdx.x) / problem.num_heads * kTileWidth;
+    const int tile_y = static_cast<int>(blockIdx.y) * kWarpRows * plan.warps;
+    const auto image = static_cast<std::int64_t>(blockIdx.z);
 
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int quad = lane / 4, pair = lane % 4 * 2;
@@ -161,20 +160,19 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages
                                            kMargin - margin,
                                            kMargin + (kTileWidth - 1) * kStride + margin,
                                            width % 4 == 0 && reinterpret_cast<std::uintptr_t>(qkv) % 8 == 0};
-    const Buffer<kLayout, kHeadDim> shape(stages.rows, stages.columns);
+    const Buffer<kLayout, kHeadDim> shape(plan.rows, plan.columns);
     auto* const shared = reinterpret_cast<__half*>(ptx::dynamic_shared());
-    const int window_rows = (kWarpRows * stages.warps - 1) * kStride + kernel_size;
+    const int window_rows = (kWarpRows * plan.warps - 1) * kStride + kernel_size;
     const auto load_stage = [&](int stage) {
-        const int first = stage * stages.rows;
-        window.load(shared + stage % stages.buffers * shape.halves(), shape, first,
-                    min(stages.rows, window_rows - first), stage < stages.buffers);
+        const int first = stage * plan.rows;
+        window.load(shared + stage % plan.buffers * shape.halves(), shape, first, min(plan.rows, window_rows - first),
+                    stage < plan.buffers);
         ptx::commit_copies();
     };
     load_stage(0);
 
     // Queries, and q.P beside them, as an mma with P for its first two columns. The sign of the scale goes into q.
     const int out_x = tile_x + quad, out_y = tile_y + warp * kWarpRows;
-    const std::uint32_t sign = problem.scale < 0 ? 0x80008000u : 0u;
     std::uint32_t query[kSteps][4];
     float position[4] = {};
 #pragma unroll
@@ -188,14 +186,14 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages
             for (int row = 0; row < kWarpRows; ++row) {
                 const std::int64_t from_y = static_cast<std::int64_t>(min(out_y + row, out_height - 1)) * kStride;
                 const std::int64_t pixel = from_y * width + min(out_x, out_width - 1) * kStride;
-                query[step][half * 2 + row] = inside ? load_pair(input, query_channel + channel, pixel) ^ sign : 0;
+                query[step][half * 2 + row] = inside ? load_pair(input, query_channel + channel, pixel) ^ plan.sign : 0;
             }
             if (position_weight != nullptr && inside && quad < 2) {
                 const auto* from = reinterpret_cast<const std::uint16_t*>(position_weight) + channel * 2 + quad;
                 weight[half] = from[0] | static_cast<std::uint32_t>(from[2]) << 16;
             }
         }
-        ptx::mma_k16(position, query[step], weight);
+        ptx::mma_k16(position, query[step], weight, position);
     }
     float along_x[kWarpRows], along_y[kWarpRows];
 #pragma unroll
@@ -204,8 +202,7 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages
         along_y[row] = __shfl_sync(~0u, position[row * 2 + 1], quad * 4);
     }
 
-    // What every row of keys adds to the logits: the position along x, and -inf outside the window.
-    const Coordinate coordinate_x(width), coordinate_y(height);
+    // What every row of keys adds to its logits: the position along x, and -inf outside the window.
     float column_term[kColumnTiles][4];
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
@@ -213,7 +210,7 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages
         for (int i = 0; i < 4; ++i) {
             const int column = tile * 8 + pair + i % 2;
             const bool seen = abs(column - kMargin - quad * kStride) <= margin;
-            const float x = coordinate_x(reflect(window.x + column, width));
+            const float x = plan.x(reflect(window.x + column, width));
             column_term[tile][i] = seen ? -along_x[i / 2] * x : -INFINITY;
         }
     }
@@ -229,71 +226,62 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages
     const int to_third_value = shape.part + to_third_key;
     const int next_step = shape.at(0, 0, 16);
 
-    // Logits are compared in units of 1 / (scale * log2(e)); FLT_MIN keeps a scale of 0 away from 0 * inf.
-    const float scale = fmaxf(fabsf(problem.scale) * kLog2E, FLT_MIN);
-    const float slack = kSlack / scale;
-    float maximum[kWarpRows] = {kNoMaximum, kNoMaximum}, sum[kWarpRows] = {};
-    float attended[kSteps * 2][4] = {};
+    float maximum[kWarpRows] = {kNoMaximum, kNoMaximum};
+    float sum[4] = {}, attended[kSteps * 2][4] = {};
+    const std::uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
 
-    for (int stage = 0; stage < stages.count; ++stage) {
-        if (stage + 1 < stages.count) {
+    for (int stage = 0; stage < plan.stages; ++stage) {
+        if (stage + 1 < plan.stages) {
             load_stage(stage + 1);
             ptx::wait_for_copies<1>();
         } else {
             ptx::wait_for_copies<0>();
         }
         __syncthreads();
-        const __half* buffer = shared + stage % stages.buffers * shape.halves();
         // Window row r is row r - above of this warp's own window of kStride + kernel_size rows.
-        const int above = warp * kWarpRows * kStride;
-        const int first = max(above - stage * stages.rows, 0);
-        const int last = min(above + kStride + kernel_size - stage * stages.rows, stages.rows);
-        for (int row = first; row < last && out_y < out_height; ++row) {
-            const int own_row = stage * stages.rows + row - above;
-            const float key_y = coordinate_y(reflect(window.y + stage * stages.rows + row, height));
+        const int above = warp * kWarpRows * kStride - stage * plan.rows;
+        const int first = max(above, 0), last = min(above + kStride + kernel_size, plan.rows);
+        const __half* keys = shared + stage % plan.buffers * shape.halves() + shape.at(first, 0, 0);
+        for (int row = first; row < last && out_y < out_height; ++row, keys += shape.at(1, 0, 0)) {
             float logits[kColumnTiles][4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int offset = own_row - i / 2 * kStride;
-                const float row_term = offset >= 0 && offset < kernel_size ? -along_y[i / 2] * key_y : -INFINITY;
-#pragma unroll
-                for (int tile = 0; tile < kColumnTiles; ++tile) logits[tile][i] = column_term[tile][i] + row_term;
-            }
-
-            const __half* keys = buffer + shape.at(row, 0, 0);
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
                 std::uint32_t key[4];
                 ptx::load_matrices<!kNhwc>(key, keys + to_key + step * next_step);
-                ptx::mma_k16(logits[0], query[step], {key[0], key[1]});
-                ptx::mma_k16(logits[1], query[step], {key[2], key[3]});
+                ptx::mma_k16(logits[0], query[step], {key[0], key[1]}, step == 0 ? column_term[0] : logits[0]);
+                ptx::mma_k16(logits[1], query[step], {key[2], key[3]}, step == 0 ? column_term[1] : logits[1]);
                 if constexpr (kColumnTiles == 3) {
                     std::uint32_t third[2];
                     ptx::load_matrices<!kNhwc>(third, keys + to_third_key + step * next_step);
-                    ptx::mma_k16(logits[2], query[step], third);
+                    ptx::mma_k16(logits[2], query[step], third, step == 0 ? column_term[2] : logits[2]);
                 }
             }
 
-            // The sums are rescaled only when a logit outgrows the maximum in use by more than kSlack: weights up to
-            // 2^kSlack are as exact in half as weights up to 1, and most rows need no exchange between lanes.
-            float portion[kWarpRows];
+            // The position along y is the same for all of a query's logits here: it joins them in the exponent.
+            const float key_y = plan.y(reflect(window.y + stage * plan.rows + row, height));
+            float row_term[kWarpRows], portion[kWarpRows];
 #pragma unroll
             for (int i = 0; i < kWarpRows; ++i) {
-                portion[i] =
-                    fmaxf(fmaxf(logits[0][i * 2], logits[0][i * 2 + 1]), fmaxf(logits[1][i * 2], logits[1][i * 2 + 1]));
-                if constexpr (kColumnTiles == 3) {
-                    portion[i] = fmaxf(portion[i], fmaxf(logits[2][i * 2], logits[2][i * 2 + 1]));
+                const auto own_row = static_cast<unsigned>(row - above - i * kStride);
+                row_term[i] = own_row < static_cast<unsigned>(kernel_size) ? -along_y[i] * key_y : -INFINITY;
+                portion[i] = logits[0][i * 2];
+#pragma unroll
+                for (int tile = 0; tile < kColumnTiles; ++tile) {
+                    portion[i] = fmaxf(portion[i], fmaxf(logits[tile][i * 2], logits[tile][i * 2 + 1]));
                 }
+                portion[i] += row_term[i];
             }
-            if (__any_sync(~0u, portion[0] > maximum[0] + slack || portion[1] > maximum[1] + slack)) {
+            // The sums are rescaled only when a logit outgrows the maximum in use by more than kSlack: weights up to
+            // 2^kSlack are as exact in half as weights up to 1, and most rows need no exchange between lanes.
+            if (__any_sync(~0u, portion[0] > maximum[0] + plan.slack || portion[1] > maximum[1] + plan.slack)) {
 #pragma unroll
                 for (int i = 0; i < kWarpRows; ++i) {
                     portion[i] = fmaxf(portion[i], __shfl_xor_sync(~0u, portion[i], 1));
                     portion[i] = fmaxf(portion[i], __shfl_xor_sync(~0u, portion[i], 2));
                     const float raised = fmaxf(maximum[i], portion[i]);
-                    const float rescale = ptx::exp2((maximum[i] - raised) * scale);
+                    const float rescale = ptx::exp2((maximum[i] - raised) * plan.scale);
                     maximum[i] = raised;
-                    sum[i] *= rescale;
+                    sum[i * 2] *= rescale;
 #pragma unroll
                     for (int tile = 0; tile < kSteps * 2; ++tile) {
                         attended[tile][i * 2] *= rescale;
@@ -304,53 +292,51 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages
 
             std::uint32_t weight[kColumnTiles][kWarpRows];
 #pragma unroll
-            for (int tile = 0; tile < kColumnTiles; ++tile) {
+            for (int i = 0; i < kWarpRows; ++i) {
+                const float shift = (row_term[i] - maximum[i]) * plan.scale;
 #pragma unroll
-                for (int i = 0; i < kWarpRows; ++i) {
-                    const float low = ptx::exp2((logits[tile][i * 2] - maximum[i]) * scale);
-                    const float high = ptx::exp2((logits[tile][i * 2 + 1] - maximum[i]) * scale);
-                    sum[i] += low + high;
-                    weight[tile][i] = ptx::pack_half2(low, high);
+                for (int tile = 0; tile < kColumnTiles; ++tile) {
+                    weight[tile][i] = ptx::pack_half2(ptx::exp2(fmaf(logits[tile][i * 2], plan.scale, shift)),
+                                                      ptx::exp2(fmaf(logits[tile][i * 2 + 1], plan.scale, shift)));
                 }
             }
             const std::uint32_t weights[4] = {weight[0][0], weight[0][1], weight[1][0], weight[1][1]};
+            ptx::mma_k16(sum, weights, ones, sum);
+            if constexpr (kColumnTiles == 3) ptx::mma_k8(sum, weight[2], ones[0], sum);
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
+                float (&low)[4] = attended[step * 2], (&high)[4] = attended[step * 2 + 1];
                 std::uint32_t value[4];
                 ptx::load_matrices<kNhwc>(value, keys + to_value + step * next_step);
-                ptx::mma_k16(attended[step * 2], weights, {value[0], value[1]});
-                ptx::mma_k16(attended[step * 2 + 1], weights, {value[2], value[3]});
+                ptx::mma_k16(low, weights, {value[0], value[1]}, low);
+                ptx::mma_k16(high, weights, {value[2], value[3]}, high);
                 if constexpr (kColumnTiles == 3) {
                     std::uint32_t third[2];
                     ptx::load_matrices<kNhwc>(third, keys + to_third_value + step * next_step);
-                    ptx::mma_k8(attended[step * 2], weight[2], third[0]);
-                    ptx::mma_k8(attended[step * 2 + 1], weight[2], third[1]);
+                    ptx::mma_k8(low, weight[2], third[0], low);
+                    ptx::mma_k8(high, weight[2], third[1], high);
                 }
             }
         }
-        if (stage + 2 < stages.count) __syncthreads();  // the next round loads into this buffer
+        if (stage + 2 < plan.stages) __syncthreads();  // the next round loads into this buffer
     }
 
+    const std::int64_t out_pixels = static_cast<std::int64_t>(out_height) * out_width;
+    const Image<__half, kLayout> output{y + image * channels * out_pixels, channels, out_pixels};
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
-        sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
-        sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
         if (out_x >= out_width || out_y + i >= out_height) continue;
-        const float factor = 1.0f / sum[i];
-        const std::int64_t out_pixels = static_cast<std::int64_t>(out_height) * out_width;
-        const Image<__half, kLayout> output{y + image * channels * out_pixels, channels, out_pixels};
-        const std::int64_t pixel = static_cast<std::int64_t>(out_y + i) * out_width + out_x;
+        const float factor = 1.0f / sum[i * 2];
+        __half* to = output.at(query_channel + pair, static_cast<std::int64_t>(out_y + i) * out_width + out_x);
 #pragma unroll
         for (int tile = 0; tile < kSteps * 2; ++tile) {
-            const int channel = tile * 8 + pair;
-            if (channel >= head_dim) break;
+            if (tile * 8 >= head_dim) break;
             const float low = attended[tile][i * 2] * factor, high = attended[tile][i * 2 + 1] * factor;
-            __half* to = output.at(query_channel + channel, pixel);
             if constexpr (kNhwc) {
-                *reinterpret_cast<std::uint32_t*>(to) = ptx::pack_half2(low, high);
+                *reinterpret_cast<std::uint32_t*>(to + tile * 8) = ptx::pack_half2(low, high);
             } else {
-                store(to, low);
-                store(to + out_pixels, high);
+                store(to + tile * 8 * out_pixels, low);
+                store(to + (tile * 8 + 1) * out_pixels, high);
             }
         }
     }
@@ -358,20 +344,33 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, Stages stages
 
 // A block's warps, and stages that fit shared memory without asking for more than every device gives.
 template <Layout kLayout, int kHeadDim>
-Stages plan_stages(const LocalAttention& problem) {
+MmaPlan make_plan(const LocalAttention& problem) {
     constexpr int kSharedBytes = 48 * 1024;
-    const int columns = kTileWidth * (problem.stride + 1);
-    const int warps = std::min(kMaxWarps, ceil_div(problem.height / problem.stride, kWarpRows));
+    const int out_height = problem.height / problem.stride, columns = kTileWidth * (problem.stride + 1);
+    const int warps = out_height > 2 * kWarpRows ? 4 : out_height > kWarpRows ? 2 : 1;
     const int window_rows = (kWarpRows * warps - 1) * problem.stride + problem.kernel_size;
     const auto fits = [&](int rows, int buffers) {
-        const auto bytes = Buffer<kLayout, kHeadDim>(rows, columns).halves() * sizeof(__half);
-        return bytes * buffers <= kSharedBytes;
+        return Buffer<kLayout, kHeadDim>(rows, columns).halves() * buffers * sizeof(__half) <= kSharedBytes;
     };
-    if (fits(window_rows, 1)) return {warps, 1, window_rows, columns, 1};
-    int rows = window_rows;
-    while (!fits(rows, 2)) --rows;
-    const int count = ceil_div(window_rows, rows);
-    return {warps, count, ceil_div(window_rows, count), columns, 2};
+    int rows = window_rows, stages = 1;
+    if (!fits(rows, 1)) {
+        while (!fits(rows, 2)) --rows;
+        stages = ceil_div(window_rows, rows);
+        rows = ceil_div(window_rows, stages);
+    }
+    // FLT_MIN keeps a scale of 0 away from 0 * inf.
+    const float scale = std::max(std::fabs(problem.scale) * kLog2E, FLT_MIN);
+    const std::uint32_t sign = problem.scale < 0 ? 0x80008000u : 0u;
+    return {warps,
+            stages,
+            rows,
+            columns,
+            std::min(stages, 2),
+            scale,
+            kSlack / scale,
+            sign,
+            Coordinate(problem.width),
+            Coordinate(problem.height)};
 }
 
 // Launches the kernel on `stream`. cudaErrorMisalignedAddress where NHWC tensors are not aligned to 16 bytes.
@@ -380,16 +379,15 @@ cudaError_t local_attention_mma(const LocalAttention& problem, const void* qkv, 
                                 cudaStream_t stream) {
     static_assert(kDtype == Dtype::kFloat16, "tensor cores take halves here");
     if (kLayout == Layout::kNhwc && !(aligned(qkv, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;
-    const Stages stages = plan_stages<kLayout, kHeadDim>(problem);
+    const MmaPlan plan = make_plan<kLayout, kHeadDim>(problem);
     const int tiles_x = ceil_div(problem.width / problem.stride, kTileWidth);
-    const int tiles_y = ceil_div(problem.height / problem.stride, kWarpRows * stages.warps);
-    const int blocks = tiles_x * tiles_y * problem.num_heads * problem.batch;
-    const auto shared = Buffer<kLayout, kHeadDim>(stages.rows, stages.columns).halves() * sizeof(__half);
+    const int tiles_y = ceil_div(problem.height / problem.stride, kWarpRows * plan.warps);
     const auto kernel = problem.stride == 1 ? local_attention_mma_kernel<kLayout, kHeadDim, 1>
                                             : local_attention_mma_kernel<kLayout, kHeadDim, 2>;
-    return ptx::launch(kernel, dim3(blocks), dim3(stages.warps * 32), shared * stages.buffers, stream, problem, stages,
-                       static_cast<const __half*>(qkv), static_cast<const __half*>(position_weight),
-                       static_cast<__half*>(y));
+    return ptx::launch(kernel, dim3(problem.num_heads * tiles_x, tiles_y, problem.batch), dim3(plan.warps * 32),
+                       Buffer<kLayout, kHeadDim>(plan.rows, plan.columns).halves() * plan.buffers * sizeof(__half),
+                       stream, problem, plan, static_cast<const __half*>(qkv),
+                       static_cast<const __half*>(position_weight), static_cast<__half*>(y));
 }
 
 }  // namespace acmix

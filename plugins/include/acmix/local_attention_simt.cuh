@@ -20,10 +20,8 @@ __global__ void local_attention_simt_kernel(LocalAttention problem, const Elemen
     using Group = LaneGroup<kLayout, kHeadDim>;
     const int height = problem.height, width = problem.width, stride = problem.stride;
     const int out_height = height / stride, out_width = width / stride;
-    const int runs = ceil_div(out_height * out_width, Group::kPixelsPerBlock);
-    const int run = static_cast<int>(blockIdx.x) % runs;
-    const int head = static_cast<int>(blockIdx.x) / runs % problem.num_heads;
-    const int image = static_cast<int>(blockIdx.x) / runs / problem.num_heads;
+    const int run = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
+    const auto image = static_cast<std::int64_t>(blockIdx.z);
 
     const Group group;
     const int out_pixel = run * Group::kPixelsPerBlock + group.pixel;
@@ -114,10 +112,10 @@ cudaError_t local_attention_simt(const LocalAttention& problem, const void* qkv,
     using Group = LaneGroup<kLayout, kHeadDim>;
     if (kLayout == Layout::kNhwc && !(aligned(qkv, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;
     const int out_pixels = problem.height / problem.stride * (problem.width / problem.stride);
-    const int blocks = ceil_div(out_pixels, Group::kPixelsPerBlock) * problem.num_heads * problem.batch;
-    return ptx::launch(local_attention_simt_kernel<kDtype, kLayout, kHeadDim>, dim3(blocks), dim3(Group::kThreads), 0,
-                       stream, problem, static_cast<const T*>(qkv), static_cast<const T*>(position_weight),
-                       static_cast<T*>(y));
+    const int runs = ceil_div(out_pixels, Group::kPixelsPerBlock);
+    return ptx::launch(local_attention_simt_kernel<kDtype, kLayout, kHeadDim>,
+                       dim3(runs, problem.num_heads, problem.batch), dim3(Group::kThreads), 0, stream, problem,
+                       static_cast<const T*>(qkv), static_cast<const T*>(position_weight), static_cast<T*>(y));
 }
 
 }  // namespace acmix

@@ -20,10 +20,8 @@ __global__ void outlook_attention_kernel(OutlookAttention problem, const Element
     const int height = problem.height, width = problem.width, stride = problem.stride;
     const int kernel_size = problem.kernel_size, margin = kernel_size / 2, places = kernel_size * kernel_size;
     const int rows = ceil_div(height, stride), columns = ceil_div(width, stride);  // of windows
-    const int runs = ceil_div(height * width, Group::kPixelsPerBlock);
-    const int run = static_cast<int>(blockIdx.x) % runs;
-    const int head = static_cast<int>(blockIdx.x) / runs % problem.num_heads;
-    const int image = static_cast<int>(blockIdx.x) / runs / problem.num_heads;
+    const int run = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
+    const auto image = static_cast<std::int64_t>(blockIdx.z);
 
     const Group group;
     const int pixel = run * Group::kPixelsPerBlock + group.pixel;
@@ -78,11 +76,10 @@ cudaError_t outlook_attention_simt(const OutlookAttention& problem, const void* 
     using T = Element<kDtype>;
     using Group = LaneGroup<kLayout, kHeadDim>;
     if (kLayout == Layout::kNhwc && !(aligned(values, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;
-    const int blocks =
-        ceil_div(problem.height * problem.width, Group::kPixelsPerBlock) * problem.num_heads * problem.batch;
-    return ptx::launch(outlook_attention_kernel<kDtype, kLayout, kHeadDim>, dim3(blocks), dim3(Group::kThreads), 0,
-                       stream, problem, static_cast<const T*>(logits), static_cast<const T*>(values),
-                       static_cast<T*>(y));
+    const int runs = ceil_div(problem.height * problem.width, Group::kPixelsPerBlock);
+    return ptx::launch(outlook_attention_kernel<kDtype, kLayout, kHeadDim>,
+                       dim3(runs, problem.num_heads, problem.batch), dim3(Group::kThreads), 0, stream, problem,
+                       static_cast<const T*>(logits), static_cast<const T*>(values), static_cast<T*>(y));
 }
 
 }  // namespace acmix

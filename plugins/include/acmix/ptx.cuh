@@ -30,24 +30,26 @@ __device__ __forceinline__ float exp2(float x) {
     return y;
 }
 
-// d += a b for a 16x8 of halves, b 8x8, d 16x8 of floats, in the register layout of mma.m16n8k8 (sm_75).
-__device__ __forceinline__ void mma_k8(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b) {
+// d = a b + c for a 16x8 of halves, b 8x8, c and d 16x8 of floats, in the register layout of mma.m16n8k8 (sm_75).
+__device__ __forceinline__ void mma_k8(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b,
+                                       const float (&c)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #endif
 }
 
-// d += a b for a 16x16 of halves, b 16x8, d 16x8 of floats, in the register layout of mma.m16n8k16.
-__device__ __forceinline__ void mma_k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+// d = a b + c for a 16x16 of halves, b 16x8, c and d 16x8 of floats, in the register layout of mma.m16n8k16.
+__device__ __forceinline__ void mma_k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                                        const float (&c)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
-    mma_k8(d, {a[0], a[1]}, b[0]);
-    mma_k8(d, {a[2], a[3]}, b[1]);
+    mma_k8(d, {a[0], a[1]}, b[0], c);
+    mma_k8(d, {a[2], a[3]}, b[1], d);
 #endif
 }
 

@@ -39,7 +39,7 @@ __device__ __forceinline__ int reflect(int i, int size) {
 // From -1 at the first pixel of an axis to 1 at the last.
 struct Coordinate {
     float step;
-    __device__ __forceinline__ explicit Coordinate(int size) : step(2.0f / static_cast<float>(size - 1)) {}
+    __host__ __device__ explicit Coordinate(int size) : step(2.0f / static_cast<float>(size - 1)) {}
     __device__ __forceinline__ float operator()(int pixel) const { return static_cast<float>(pixel) * step - 1.0f; }
 };
 

@@ -90,12 +90,12 @@ __global__ void multiply(const __half* a, const __half* b, float* d) {
         std::uint32_t rows[4], columns[2];
         load_matrices<false>(rows, left + lane % 16 * 16 + lane / 16 * 8);
         load_matrices<true>(columns, right + lane % 16 * 8);
-        mma_k16(sums, rows, columns);
+        mma_k16(sums, rows, columns, sums);
     } else {
         std::uint32_t rows[2], columns[2];
         load_matrices<false>(rows, left + lane % 16 * 8);
         load_matrices<true>(columns, right + lane % 8 * 8);
-        mma_k8(sums, rows, columns[0]);
+        mma_k8(sums, rows, columns[0], sums);
     }
     for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
@@ -129,7 +129,7 @@ __global__ void faulty(Fault fault, std::uint32_t* out) {
             if (threadIdx.x != 5) __syncwarp();
             break;
         case Fault::kTwoInstructions:
-            threadIdx.x % 2 ? mma_k8(d, {0, 0}, 0) : __syncwarp();
+            threadIdx.x % 2 ? mma_k8(d, {0, 0}, 0, d) : __syncwarp();
             break;
         case Fault::kOutside: bytes[1024] = 0; break;
         case Fault::kCopyOutside: copy_async<16>(bytes + 1024, bytes); break;
