@@ -1,18 +1,20 @@
-# make demo | test | bench | docs | lint | clean. Each sets up what it needs in .venv and may be run again and again.
+# `make help` lists the targets. Each sets up what it needs in .venv and may be run again and again.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench docs lint clean
+.PHONY: help setup demo test bench docs lint resources release-check clean
 
 help:
-	@echo "make demo   export, fuse and verify a YOLOv8n with three ACmix blocks, print the table"
-	@echo "make test   run all tests"
-	@echo "make bench  time one block, fused against plain, on ONNX Runtime"
-	@echo "make docs   write the generated parts of the documentation"
-	@echo "make lint   ruff, mypy --strict and the import linter"
+	@echo "make demo           export, fuse and verify a YOLOv8n with three ACmix blocks, print the table"
+	@echo "make test           run all tests"
+	@echo "make bench          time one block, fused against plain, on ONNX Runtime"
+	@echo "make docs           write the generated parts of the documentation"
+	@echo "make lint           ruff, mypy --strict and the import linter"
+	@echo "make resources      compile the kernels and write down what each one needs"
+	@echo "make release-check  run all tests with nothing skipped, and compile the kernels for all architectures"
 
 setup: $(READY)
 
@@ -37,6 +39,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+resources: $(READY)
+	$(BIN)/python scripts/resources.py
+
+release-check: $(READY)
+	scripts/release_check.sh $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -126,8 +126,8 @@ def anchors(page: Path) -> set[str]:
 
 def test_named_targets_and_extras_exist() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES.values())
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = re.findall(r"(?:^\$ |`)make ([a-z]+)", text, re.M)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = re.findall(r"(?:^\$ |`)make ([a-z-]+)", text, re.M)
     assert named
     assert set(named) <= targets
     extras = re.findall(r"pip install '\.\[(\w+)\]'", text)

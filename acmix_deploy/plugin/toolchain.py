@@ -20,6 +20,7 @@ OLDEST_CMAKE = (3, 18)
 PYPI_CUDA = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 """The packages that together hold a compiler for CUDA 13 and later; all of one release."""
 
+_CUDA = Path("/usr/local/cuda")
 _HEADER_FOLDERS = (".", "include", "include/aarch64-linux-gnu", "include/x86_64-linux-gnu")
 _TENSORRT_PLACES = tuple(map(Path, ("/usr", "/usr/local/tensorrt", "/usr/local/TensorRT", "/opt/tensorrt")))
 
@@ -150,7 +151,7 @@ def _nvcc_candidates() -> list[Path]:
     return [
         *(home / "bin/nvcc" for home in homes),
         *([Path(on_path)] if on_path else []),
-        Path("/usr/local/cuda/bin/nvcc"),
+        _CUDA / "bin/nvcc",
         *(path for folder in folders for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)),
     ]
 

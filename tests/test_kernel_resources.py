@@ -1,0 +1,120 @@
+"""Every kernel compiles without spilling, and needs no more than the committed table says."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from acmix_deploy.errors import CheckFailed, MissingComponent
+from acmix_deploy.plugin.toolchain import find_cuda
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "scripts/resources.py"))
+ARCHITECTURES = "all" if os.environ.get("ACMIX_ALL_ARCHITECTURES") else "87"
+SLACK = 4
+"""Registers that a kernel may need beyond the table: what another version of a compiler's release may cost."""
+
+STATIC_SHARED = 48 << 10
+"""Bytes of static shared memory that a block may have, on every architecture."""
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    try:
+        return find_cuda()
+    except MissingComponent as missing:
+        pytest.skip(missing.message)
+
+
+@pytest.fixture(scope="module")
+def measured(cuda):
+    try:
+        return SCRIPT["measure"](cuda, ARCHITECTURES)
+    except MissingComponent as missing:
+        pytest.skip(missing.message)
+
+
+def regressions(found, table):
+    """What differs from the table, in words."""
+    known = {(row.architecture, row.kernel): row for row in table}
+    present = {(row.architecture, row.kernel) for row in found}
+    architectures = {row.architecture for row in found}
+    lines = [f"{key} is not in the table" for key in present - set(known)]
+    lines += [f"{key} is gone" for key in set(known) - present if key[0] in architectures]
+    for row in found:
+        old = known.get((row.architecture, row.kernel), row)
+        if row.registers > old.registers + SLACK:
+            lines.append(f"{row.architecture} {row.kernel}: {row.registers} registers, {old.registers} before")
+        if row.shared_bytes > old.shared_bytes:
+            lines.append(f"{row.architecture} {row.kernel}: {row.shared_bytes} bytes shared, {old.shared_bytes} before")
+    return sorted(lines)
+
+
+def test_no_kernel_spills(measured):
+    assert measured
+    assert not [row for row in measured if row.spill_bytes or row.stack_bytes]
+
+
+def test_shared_memory_is_within_the_limit(measured):
+    assert max(row.shared_bytes for row in measured) <= STATIC_SHARED
+
+
+def test_nothing_is_worse_than_the_table(measured, cuda):
+    release, table = SCRIPT["read_table"]()
+    if release != cuda.version:
+        pytest.skip(f"the table is of CUDA {release}, this is {cuda.version}: registers cannot be compared")
+    assert not regressions(measured, table), "if it is meant, run `make resources`"
+
+
+def test_regressions_are_seen():
+    row = SCRIPT["Resources"]("sm_87", "kernel", registers=64, shared_bytes=128, stack_bytes=0, spill_bytes=0)
+    assert regressions([row], [row]) == []
+    assert regressions([replace(row, registers=64 + SLACK)], [row]) == []
+    assert regressions([replace(row, registers=65 + SLACK)], [row]) == ["sm_87 kernel: 69 registers, 64 before"]
+    assert regressions([replace(row, shared_bytes=129)], [row]) == ["sm_87 kernel: 129 bytes shared, 128 before"]
+    other = replace(row, kernel="other")
+    assert regressions([row, other], [row]) == ["('sm_87', 'other') is not in the table"]
+    assert regressions([row], [row, other]) == ["('sm_87', 'other') is gone"]
+    assert regressions([row], [row, replace(other, architecture="sm_90")]) == []
+
+
+REPORT = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN5acmix4testILi3EEEvNS_1PEPKf' for 'sm_90'
+ptxas info    : Function properties for _ZN5acmix4testILi3EEEvNS_1PEPKf
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size, 4096 bytes smem, 412 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN5acmix4testILi3EEEvNS_1PEPKf' for 'sm_87'
+ptxas info    : Function properties for _ZN5acmix4testILi3EEEvNS_1PEPKf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers, 412 bytes cmem[0]
+"""
+
+
+def test_the_report_is_read(monkeypatch):
+    try:
+        old, new = SCRIPT["parse"](REPORT)
+    except MissingComponent as missing:
+        pytest.skip(missing.message)
+    assert (old.architecture, old.kernel, old.registers, old.shared_bytes) == ("sm_87", "test<3>", 32, 0)
+    assert (new.registers, new.shared_bytes, new.stack_bytes, new.spill_bytes) == (168, 4096, 16, 20)
+    with pytest.raises(CheckFailed, match="another form"):
+        SCRIPT["parse"](REPORT.replace("Used", "uses"))
+
+
+def test_the_compiler_spills_where_it_must(cuda, tmp_path, monkeypatch):
+    """The report of a kernel that is held to few registers shows a spill: what the tests above look for exists."""
+    cells = "; ".join(f"float v{i} = x[{i} * n]" for i in range(96))
+    total = " + ".join(f"v{i} * v{(7 * i + 1) % 96}" for i in range(96))
+    (tmp_path / "src").mkdir()
+    (tmp_path / "CMakeLists.txt").write_text((ROOT / "plugins/CMakeLists.txt").read_text())
+    (tmp_path / "src/spill.cu").write_text(
+        "#include <cuda_runtime.h>\n__global__ void __launch_bounds__(1024, 2) spill(const float* x, float* y, int n) "
+        f"{{ {cells}; __syncthreads(); y[0] = {total}; }}\n"
+    )
+    monkeypatch.setitem(SCRIPT["measure"].__globals__, "SOURCES", tmp_path)
+    (row,) = SCRIPT["measure"](cuda, "87")
+    assert row.spill_bytes > 0
