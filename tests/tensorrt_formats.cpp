@@ -1,0 +1,139 @@
+// Asks a plugin library, in a process without TensorRT: which tensor formats does a node accept, and does what an
+// engine file keeps of it come back the same?
+//
+//   formats LIBRARY OP_TYPE NUM_HEADS KERNEL_SIZE STRIDE SHAPE SHAPE SHAPE    one line for each accepted combination
+//   plan LIBRARY OP_TYPE                                                      one line for each question
+//
+// A SHAPE is 1,192,8,8 with -1 for what is dynamic.
+#include <NvInfer.h>
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <vector>
+
+using namespace nvinfer1;
+
+#if NV_TENSORRT_MAJOR >= 10
+using CreatorBase = IPluginCreatorInterface;
+using Creator = IPluginCreatorV3One;
+constexpr const char* kEntryPoint = "getCreators";
+#else
+using CreatorBase = IPluginCreator;
+using Creator = IPluginCreator;
+constexpr const char* kEntryPoint = "getPluginCreators";
+#endif
+
+Creator& find_creator(const char* library, const char* op_type) {
+    void* const handle = dlopen(library, RTLD_NOW);
+    if (handle == nullptr) std::printf("%s\n", dlerror()), std::exit(1);
+    const auto creators = reinterpret_cast<CreatorBase* const* (*)(int32_t&)>(dlsym(handle, kEntryPoint));
+    int32_t count = 0;
+    for (CreatorBase* const* one = creators(count); count > 0; ++one, --count) {
+        if (Creator& creator = static_cast<Creator&>(**one); std::strcmp(creator.getPluginName(), op_type) == 0) {
+            return creator;
+        }
+    }
+    std::printf("no %s in %s\n", op_type, library), std::exit(1);
+}
+
+PluginTensorDesc tensor(const std::string& shape) {
+    PluginTensorDesc description{};
+    std::istringstream sizes(shape);
+    for (std::string size; std::getline(sizes, size, ',');) {
+        description.dims.d[description.dims.nbDims++] = std::stoi(size);
+    }
+    return description;
+}
+
+#if NV_TENSORRT_MAJOR >= 10
+bool supports(IPluginV3& plugin, const std::vector<PluginTensorDesc>& tensors, int32_t position) {
+    std::vector<DynamicPluginTensorDesc> dynamic(tensors.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i) dynamic[i].desc = tensors[i];
+    auto* const build = static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
+    return build->supportsFormatCombination(position, dynamic.data(), 2, 1);
+}
+#else
+bool supports(IPluginV2& plugin, const std::vector<PluginTensorDesc>& tensors, int32_t position) {
+    return static_cast<IPluginV2DynamicExt&>(plugin).supportsFormatCombination(position, tensors.data(), 2, 1);
+}
+#endif
+
+// Prints every accepted combination of "type:format", asking as TensorRT does: tensors after `position` are garbage.
+template <class Plugin>
+void print_accepted(Plugin& plugin, std::vector<PluginTensorDesc> tensors, std::size_t position, std::string line) {
+    if (position == tensors.size()) return void(std::puts(line.c_str()));
+    for (int32_t type = 0; type < EnumMax<DataType>(); ++type) {
+        for (int32_t format = 0; format < EnumMax<TensorFormat>(); ++format) {
+            tensors[position].type = static_cast<DataType>(type);
+            tensors[position].format = static_cast<TensorFormat>(format);
+            std::vector<PluginTensorDesc> known = tensors;
+            for (std::size_t i = position + 1; i < known.size(); ++i) std::memset(&known[i], 0x5a, sizeof known[i]);
+            if (!supports(plugin, known, static_cast<int32_t>(position))) continue;
+            print_accepted(plugin, tensors, position + 1,
+                           line + (line.empty() ? "" : " ") + std::to_string(type) + ":" + std::to_string(format));
+        }
+    }
+}
+
+int main(int argc, char** argv) {
+    Creator& creator = find_creator(argv[2], argv[3]);
+    int32_t num_heads = argc > 4 ? std::atoi(argv[4]) : 4, kernel_size = argc > 5 ? std::atoi(argv[5]) : 5;
+    int32_t stride = argc > 6 ? std::atoi(argv[6]) : 2;
+    float scale = 0.3f;
+    const PluginField attributes[] = {{"num_heads", &num_heads, PluginFieldType::kINT32, 1},
+                                      {"kernel_size", &kernel_size, PluginFieldType::kINT32, 1},
+                                      {"stride", &stride, PluginFieldType::kINT32, 1},
+                                      {"scale", &scale, PluginFieldType::kFLOAT32, 1}};
+    PluginFieldCollection fields{4, attributes};
+#if NV_TENSORRT_MAJOR >= 10
+    const auto create = [&](TensorRTPhase phase, const PluginFieldCollection* from) {
+        return creator.createPlugin("", from, phase);
+    };
+    IPluginV3* const plugin = create(TensorRTPhase::kBUILD, &fields);
+#else
+    IPluginV2* const plugin = creator.createPlugin("", &fields);
+#endif
+    if (plugin == nullptr) return std::puts("not created"), 1;
+    if (std::strcmp(argv[1], "formats") == 0) {
+        print_accepted(*plugin, {tensor(argv[7]), tensor(argv[8]), tensor(argv[9])}, 0, "");
+        return 0;
+    }
+#if NV_TENSORRT_MAJOR >= 10
+    const auto plan_of = [](IPluginV3& node) {
+        return *static_cast<IPluginV3OneRuntime*>(node.getCapabilityInterface(PluginCapabilityType::kRUNTIME))
+                    ->getFieldsToSerialize();
+    };
+    const auto text = [&](IPluginV3* node) {
+        if (node == nullptr) return std::string("refused");
+        const PluginFieldCollection plan = plan_of(*node);
+        std::ostringstream out;
+        for (const PluginField* f = plan.fields; f != plan.fields + plan.nbFields; ++f) {
+            out << f->name << '=';
+            f->type == PluginFieldType::kFLOAT32 ? out << *static_cast<const float*>(f->data)
+                                                 : out << *static_cast<const int32_t*>(f->data);
+            out << ' ';
+        }
+        return out.str();
+    };
+    const PluginFieldCollection plan = plan_of(*plugin);
+    std::printf("plan: %s\n", text(plugin).c_str());
+    std::printf("clone: %s\n", text(plugin->clone()).c_str());
+    std::printf("read: %s\n", text(create(TensorRTPhase::kRUNTIME, &plan)).c_str());
+    for (int32_t i = 0; i < plan.nbFields; ++i) {
+        std::vector<PluginField> changed(plan.fields, plan.fields + plan.nbFields);
+        changed.erase(changed.begin() + i);
+        const PluginFieldCollection without{plan.nbFields - 1, changed.data()};
+        std::printf("without %s: %s\n", plan.fields[i].name, text(create(TensorRTPhase::kRUNTIME, &without)).c_str());
+    }
+    std::vector<PluginField> changed(plan.fields, plan.fields + plan.nbFields);
+    const int32_t other = 2;
+    for (PluginField& field : changed) field.data = std::strcmp(field.name, "acmix_plan") ? field.data : &other;
+    const PluginFieldCollection newer{plan.nbFields, changed.data()};
+    std::printf("another version: %s\n", text(create(TensorRTPhase::kRUNTIME, &newer)).c_str());
+#endif
+    return 0;
+}

@@ -1,0 +1,328 @@
+"""The plugin as TensorRT meets it, without a GPU: headers of six releases, TensorRT-RTX's builder, 8.6's registry.
+
+What is not at hand is skipped and named. To have all of it:
+
+    ACMIX_TENSORRT_HEADERS    folder with one folder of headers a release, e.g. 8.5.2, v8.6.1, v10.13.0, v11.1
+    ACMIX_TENSORRT_RTX        folder of `pip install --target FOLDER tensorrt-rtx-cu13`, where it is not installed
+    ACMIX_TENSORRT86_PYTHON   a Python 3.10 with `pip install tensorrt==8.6.0 'nvidia-cudnn-cu12<9'`
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from acmix_deploy.errors import MissingComponent
+from acmix_deploy.operators import LOCAL_ATTENTION, OUTLOOK_ATTENTION
+from acmix_deploy.plugin import build
+from acmix_deploy.plugin.toolchain import find_cuda, find_tensorrt
+
+TESTS = Path(__file__).parent
+PLUGINS = TESTS.parent / "plugins"
+WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
+FLOAT, HALF = 0, 1  # DataType
+LINEAR, HWC8 = 0, 2  # TensorFormat
+
+
+def header_sets() -> list[Path]:
+    folder = os.environ.get("ACMIX_TENSORRT_HEADERS")
+    return sorted(path.parent for path in Path(folder).glob("*/NvInfer.h")) if folder else []
+
+
+def newest_headers(major: int) -> Path:
+    of_major = {t.version: t.include for t in map(find_tensorrt, header_sets()) if t.version[0] == major}
+    if not of_major:
+        pytest.skip(f"no headers of TensorRT {major}: name a folder of header sets in ACMIX_TENSORRT_HEADERS")
+    return of_major[max(of_major)]
+
+
+def run(command: list[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def cuda():
+    try:
+        return find_cuda()
+    except MissingComponent as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def libraries(cuda, tmp_path_factory):
+    """Built on demand: the plugin for the newest headers of a major version."""
+    built: dict[int, Path] = {}
+
+    def library(major: int) -> Path:
+        if major not in built:
+            headers = newest_headers(major)
+            folder = tmp_path_factory.mktemp(f"tensorrt{major}")
+            try:
+                built[major] = build(folder, tensorrt=headers, architectures=[cuda.architectures[-1]]).path
+            except MissingComponent as error:
+                pytest.skip(str(error))
+        return built[major]
+
+    return library
+
+
+@pytest.mark.parametrize("headers", header_sets() or [None], ids=lambda path: path.name if path else "none")
+def test_wrappers_compile_without_warnings(cuda, headers):
+    if headers is None:
+        pytest.skip("no headers of TensorRT: name a folder of header sets in ACMIX_TENSORRT_HEADERS")
+    system = [flag for folder in (headers, *cuda.includes) for flag in ("-isystem", folder)]
+    include = ["-I", PLUGINS / "include"]
+    sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
+    assert len(sources) > 4
+    run(["g++", "-std=c++17", "-fsyntax-only", "-fvisibility=hidden", *WARNINGS, *system, *include, *sources])
+
+
+@pytest.fixture(scope="session")
+def ask(cuda, libraries, tmp_path_factory):
+    """Run tensorrt_formats.cpp, compiled for a major version, on that version's library: the lines that it prints."""
+    programs: dict[int, Path] = {}
+
+    def lines(major: int, verb: str, operator: str, *arguments: object) -> list[str]:
+        if major not in programs:
+            programs[major] = tmp_path_factory.mktemp("formats") / f"formats{major}"
+            system = [flag for folder in (newest_headers(major), *cuda.includes) for flag in ("-isystem", folder)]
+            source = TESTS / "tensorrt_formats.cpp"
+            run(["g++", "-std=c++17", "-Wall", "-Wextra", *system, source, "-ldl", "-o", programs[major]])
+        return run([programs[major], verb, libraries(major), operator, *map(str, arguments)]).stdout.splitlines()
+
+    return lines
+
+
+@pytest.mark.parametrize("major", [8, 11])
+@pytest.mark.parametrize(
+    ("operator", "attributes", "shapes", "accepted"),
+    [
+        pytest.param("local", (2, 7, 1), ("1,96,8,8", "16,2", "1,32,8,8"), "float half hwc8", id="local"),
+        pytest.param("local", (2, 7, 2), ("-1,96,-1,-1", "16,2", "-1,32,-1,-1"), "float half hwc8", id="local-dynamic"),
+        pytest.param("local", (2, 7, 1), ("1,120,8,8", "20,2", "1,40,8,8"), "", id="local-head_dim-20"),
+        pytest.param("local", (2, 7, 1), ("1,96,8,8", "8,2", "1,32,8,8"), "", id="local-weight-of-another-head_dim"),
+        pytest.param("local", (2, 7, 1), ("1,97,8,8", "16,2", "1,32,8,8"), "", id="local-channels"),
+        pytest.param("local", (2, 7, 2), ("1,96,9,8", "16,2", "1,32,4,4"), "", id="local-odd-with-stride"),
+        pytest.param("local", (2, 9, 1), ("1,96,4,8", "16,2", "1,32,4,8"), "", id="local-smaller-than-window"),
+        pytest.param(
+            "outlook", (8, 3, 2), ("1,648,4,3", "1,64,8,5", "1,64,8,5"), "float half hwc8", id="outlook-8-heads"
+        ),
+        # HWC8 pads the 81 channels, and NHWC kernels read what is dense.
+        pytest.param("outlook", (1, 3, 1), ("1,81,8,5", "1,16,8,5", "1,16,8,5"), "float half", id="outlook-1-head"),
+        pytest.param("outlook", (1, 3, 1), ("1,81,8,6", "1,16,8,5", "1,16,8,5"), "", id="outlook-other-windows"),
+    ],
+)
+def test_formats(ask, major, operator, attributes, shapes, accepted):
+    """The accepted combinations, and no others, out of all types and formats of all three tensors."""
+    definition = {"local": LOCAL_ATTENTION, "outlook": OUTLOOK_ATTENTION}[operator]
+    second = LINEAR if operator == "local" else HWC8  # position_weight has no channels
+    wanted = {
+        "float": f"{FLOAT}:{LINEAR} {FLOAT}:{LINEAR} {FLOAT}:{LINEAR}",
+        "half": f"{HALF}:{LINEAR} {HALF}:{LINEAR} {HALF}:{LINEAR}",
+        "hwc8": f"{HALF}:{HWC8} {HALF}:{second} {HALF}:{HWC8}",
+    }
+    got = ask(major, "formats", definition.op_type, *attributes, *shapes)
+    assert got == [wanted[name] for name in accepted.split()]
+
+
+@pytest.mark.parametrize("operator", [LOCAL_ATTENTION, OUTLOOK_ATTENTION], ids=lambda operator: operator.op_type)
+def test_plan(ask, operator):
+    """What an engine of TensorRT 10 or 11 keeps is read as it was written, and never where a part is another."""
+    answers = dict(line.split(": ") for line in ask(11, "plan", operator.op_type))
+    written = "acmix_plan=1 num_heads=4 kernel_size=5 stride=2 scale=0.3 "
+    fields = [field.partition("=")[0] for field in written.split()]
+    assert answers == {
+        **dict.fromkeys(("plan", "clone", "read"), written),
+        **{f"without {name}": "refused" for name in fields},
+        "another version": "refused",
+    }
+
+
+@pytest.fixture(scope="session")
+def rtx(tmp_path_factory):
+    """Run tensorrt_rtx_plugin.py: what it answers, and what was printed on stderr."""
+    folder = os.environ.get("ACMIX_TENSORRT_RTX")
+    path = [folder] if folder else sys.path
+    spec = importlib.machinery.PathFinder.find_spec("tensorrt_rtx_libs", path)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no TensorRT-RTX: pip install tensorrt-rtx-cu13, or name its folder in ACMIX_TENSORRT_RTX")
+    libraries = Path(spec.submodule_search_locations[0])
+    links = tmp_path_factory.mktemp("rtx")
+    # The ONNX parser asks for the library by this name, which the package does not have.
+    (links / "libtensorrt_rtx.so").symlink_to(libraries / "libtensorrt_rtx.so.1")
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{libraries}", "PYTHONPATH": folder or ""}
+
+    def answer(*arguments: object) -> tuple[Any, str]:
+        done = run([sys.executable, TESTS / "tensorrt_rtx_plugin.py", *map(str, arguments)], env=environment)
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def detectors(tmp_path_factory):
+    """Fused YOLOv8n-ACmix, by name: (file, blocks, Datatype of their tensors)."""
+    pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    sys.path.insert(0, str(TESTS.parent / "scripts"))
+    from demo import make_checkpoint
+
+    from acmix_deploy import families, yolo
+    from acmix_deploy.checkpoint import load
+    from acmix_deploy.export import export
+    from acmix_deploy.fusion import fuse
+    from acmix_deploy.precision import to_fp16
+
+    folder = tmp_path_factory.mktemp("detectors")
+    found = {}
+    for name, variant, blocks, dynamic in (
+        ("static", "p3p4p5", 3, ()),
+        ("dynamic", "p5", 1, ("batch", "height", "width")),
+    ):
+        plain, fused, half = (folder / f"{name}{suffix}.onnx" for suffix in ("", ".fused", ".fp16"))
+        make_checkpoint(folder / f"{name}.pt", variant)
+        model = load(folder / f"{name}.pt")
+        module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
+        export(module, plain, input_shape=(1, 3, 128, 128), dynamic=dynamic, divisor=32, metadata=model.metadata)
+        fuse(plain, fused, expect=blocks)
+        to_fp16(fused, half)
+        found[f"{name} float32"] = (fused, blocks, "Float")
+        found[f"{name} float16"] = (half, blocks, "Half")
+    return found
+
+
+def test_rtx_builds_detectors_with_the_plugin(rtx, libraries, detectors):
+    answers, _ = rtx("build", libraries(11), *(path for path, _, _ in detectors.values()))
+    for (name, (_, blocks, dtype)), answer in zip(detectors.items(), answers, strict=True):
+        assert answer["parsed"], (name, answer)
+        assert answer["built"], (name, answer)
+        assert answer["errors"] == [], name
+        assert sorted(answer["plugins"]) == [f"acmix_{block}.attention" for block in range(blocks)], name
+        assert answer["types"] == [dtype], name
+        assert answer["plans"] >= blocks, name
+
+
+def test_rtx_without_the_library_builds_the_body(rtx, detectors):
+    """So the layers of the test above are there because of the library."""
+    answers, _ = rtx("build", "-", detectors["static float32"][0])
+    assert answers[0]["built"], answers
+    assert answers[0]["layers"] > 50
+    assert answers[0]["plugins"] == []
+
+
+def node_file(path: Path, operator: Any, inputs: list[tuple[object, ...]], **attributes: Any) -> Path:
+    """One node without a body, so that only the plugin can take it."""
+    names = [tensor.name for tensor in operator.inputs][: len(inputs)]
+    node = helper.make_node(
+        operator.op_type, names, ["y"], domain=operator.domain, plugin_version="1", plugin_namespace="", **attributes
+    )
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in zip(names, inputs, strict=True)
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(operator.domain, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def test_rtx_infers_shapes(rtx, libraries, tmp_path):
+    good = [
+        (LOCAL_ATTENTION, [("B", 48, 160, "W"), (8, 2)], {"num_heads": 2, "stride": 2}, [-1, 16, 80, -1]),
+        (LOCAL_ATTENTION, [(3, 96, 7, 6), (32, 2)], {"kernel_size": 3}, [3, 32, 7, 6]),
+        (OUTLOOK_ATTENTION, [(2, 162, 4, 3), (2, 16, 7, 5)], {"num_heads": 2, "stride": 2}, [2, 16, 7, 5]),
+    ]
+    bad = [
+        (LOCAL_ATTENTION, [(1, 60, 8, 8), (20, 2)], {}, "head_dim 20"),
+        (LOCAL_ATTENTION, [(1, 50, 8, 8), (16, 2)], {}, "qkv has 50 channels, not a multiple of 3"),
+        (LOCAL_ATTENTION, [(1, 48, 8, 8), (2, 16)], {}, "position_weight has size 2 at axis 0, not 16"),
+        (LOCAL_ATTENTION, [(1, 48, 8, 8), (1, 1, 16, 2)], {}, "position_weight has 4 dimensions, not 2"),
+        (LOCAL_ATTENTION, [(1, 48, 8, 8)], {}, "got 1 inputs, not 2"),
+        (LOCAL_ATTENTION, [(1, 48, 9, 8), (16, 2)], {"stride": 2}, "a 9x8 map"),
+        (OUTLOOK_ATTENTION, [(1, 81, 4, 4), (1, 16, 7, 5)], {"stride": 2}, "logits has size 4 at axis 3, not 3"),
+        (LOCAL_ATTENTION, [(1, 48, 8, 8), (16, 2)], {"kernel_size": 4}, "kernel_size = 4"),
+    ]
+    files = [
+        node_file(tmp_path / f"{index}.onnx", operator, inputs, **attributes)
+        for index, (operator, inputs, attributes, _) in enumerate([*good, *bad])
+    ]
+    answers, _ = rtx("build", libraries(11), *files)
+    for case, answer in zip(good, answers, strict=False):
+        assert (answer["built"], answer["errors"], len(answer["plugins"])) == (True, [], 1), (case, answer)
+        assert answer["output"] == case[-1], case
+    for case, answer in zip(bad, answers[len(good) :], strict=True):
+        assert not answer.get("built"), case
+        assert any(case[-1] in error for error in answer["errors"]), (case, answer["errors"])
+
+
+def test_rtx_creator_refuses_nonsense(rtx, libraries):
+    plan = {"acmix_plan": [1], "num_heads": [4], "kernel_size": [7], "stride": [1], "scale": [0.25]}
+    good = [("BUILD", {}), ("BUILD", {"num_heads": [8], "scale": [-0.5]}), ("RUNTIME", plan)]
+    bad = [
+        ("BUILD", {"num_heads": [0]}, "num_heads = 0 is below 1"),
+        ("BUILD", {"num_heads": [1.0]}, "num_heads must be one INT32"),
+        ("BUILD", {"num_heads": [1, 2]}, "num_heads must be one INT32, got 2"),
+        ("BUILD", {"kernel_size": [4]}, "kernel_size = 4 is not supported; supported: 3, 5, 7"),
+        ("BUILD", {"stride": [3]}, "stride = 3 is not supported; supported: 1, 2"),
+        ("BUILD", {"scale": [float("inf")]}, "scale = inf is not a finite number"),
+        ("BUILD", {"scale": [1]}, "scale must be one FLOAT32"),
+        ("RUNTIME", {}, "acmix_plan is missing"),
+        ("RUNTIME", {**plan, "acmix_plan": [2]}, "acmix_plan = 2, this library reads 1"),
+    ]
+    for op_type in (LOCAL_ATTENTION.op_type, OUTLOOK_ATTENTION.op_type):
+        cases = [(op_type, phase, fields) for phase, fields, *_ in [*good, *bad]]
+        answers, _ = rtx("create", libraries(11), json.dumps(cases))
+        assert answers[: len(good)] == [[]] * len(good)
+        for case, errors in zip(bad, answers[len(good) :], strict=True):
+            assert len(errors) == 1, case
+            assert errors[0].startswith(f"{op_type}: {case[-1]}"), case
+
+
+def test_rtx_loads_the_library_in_both_ways(rtx, libraries):
+    both = sorted((LOCAL_ATTENTION.op_type, OUTLOOK_ATTENTION.op_type))
+    answer, stderr = rtx("load", libraries(11))
+    assert answer == {"steps": [[], both, both, [], both, []], "errors": []}
+    assert "acmix" not in stderr.lower()
+
+
+def test_library_for_another_tensorrt_registers_nothing(rtx, libraries, tmp_path):
+    file = node_file(tmp_path / "node.onnx", LOCAL_ATTENTION, [(1, 48, 8, 8), (16, 2)])
+    answers, stderr = rtx("build", libraries(8), file)
+    assert not answers[0]["parsed"]
+    assert "acmix: not registered: built for TensorRT 8, but this process has TensorRT 11" in stderr
+
+
+@pytest.mark.parametrize("operator", [LOCAL_ATTENTION, OUTLOOK_ATTENTION], ids=lambda operator: operator.op_type)
+def test_tensorrt_86(libraries, operator):
+    python = os.environ.get("ACMIX_TENSORRT86_PYTHON")
+    if not python:
+        pytest.skip("no TensorRT 8.6: name a Python 3.10 that has it in ACMIX_TENSORRT86_PYTHON")
+    script = TESTS / "tensorrt_86_plugin.py"
+    answer = json.loads(run([python, script, libraries(8), operator.op_type]).stdout.splitlines()[-1])
+    defaults = {attribute.name: attribute.default for attribute in operator.attributes if attribute.kind != "string"}
+    assert answer.pop("version").startswith("8.6.")
+    assert answer == {
+        "registered before": False,
+        "fields": list(defaults),
+        "type": [operator.op_type, "1", "", 1],
+        "plan": [1, 4, 5, 2, 0.25],
+        "clone equal": True,
+        "read equal": True,
+        "defaults": list(defaults.values()),
+        "bad plans accepted": [],
+        "bad attributes accepted": [],
+    }
