@@ -33,7 +33,7 @@ class Resources:
 
 
 def measure(cuda: Cuda, architectures: str) -> list[Resources]:
-    """Compile all kernels as the build does and read the compiler's report.
+    """Compile all kernels as the build does, warnings being errors, and read the compiler's report.
 
     Args:
         cuda: the compiler.
@@ -47,7 +47,8 @@ def measure(cuda: Cuda, architectures: str) -> list[Resources]:
         settings = {
             "CMAKE_CUDA_COMPILER": cuda.nvcc,
             "CMAKE_CUDA_ARCHITECTURES": architectures,
-            "CMAKE_CUDA_FLAGS": "-Xptxas=-v",
+            "CMAKE_CUDA_FLAGS": "-Xptxas=-v -Werror=all-warnings",
+            "CMAKE_CXX_FLAGS": "-Werror",
             "ACMIX_TENSORRT": "OFF",
         }
         cmake = find_cmake()

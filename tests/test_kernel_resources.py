@@ -112,7 +112,7 @@ def test_the_compiler_spills_where_it_must(cuda, tmp_path, monkeypatch):
     (tmp_path / "src").mkdir()
     (tmp_path / "CMakeLists.txt").write_text((ROOT / "plugins/CMakeLists.txt").read_text())
     (tmp_path / "src/spill.cu").write_text(
-        "#include <cuda_runtime.h>\n__global__ void __launch_bounds__(1024, 2) spill(const float* x, float* y, int n) "
+        "#include <cuda_runtime.h>\n__global__ void __launch_bounds__(1024) spill(const float* x, float* y, int n) "
         f"{{ {cells}; __syncthreads(); y[0] = {total}; }}\n"
     )
     monkeypatch.setitem(SCRIPT["measure"].__globals__, "SOURCES", tmp_path)

@@ -250,6 +250,8 @@ def test_headers_are_found(folder, text, version, tmp_path, monkeypatch):
     assert (found.include, found.version) == (tmp_path / folder, version)
     monkeypatch.setattr(toolchain, "_TENSORRT_PLACES", (tmp_path / "nothing here", tmp_path))
     assert find_tensorrt() == found
+    monkeypatch.chdir(tmp_path)
+    assert find_tensorrt(Path()) == found
 
 
 @pytest.mark.parametrize(

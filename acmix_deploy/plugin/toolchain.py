@@ -105,7 +105,7 @@ def find_tensorrt(folder: Path | None = None) -> TensorRT:
     found = dict(re.findall(r"define\s+(?:NV_TENSORRT|TRT)_(MAJOR|MINOR|PATCH)(?:_ENTERPRISE)?\s+(\d+)", text))
     if len(found) != 3:
         raise MissingComponent(f"{include / 'NvInferVersion.h'} does not say which TensorRT it belongs to")
-    tensorrt = TensorRT(include, (int(found["MAJOR"]), int(found["MINOR"]), int(found["PATCH"])))
+    tensorrt = TensorRT(include.absolute(), (int(found["MAJOR"]), int(found["MINOR"]), int(found["PATCH"])))
     if tensorrt.version < OLDEST_TENSORRT:
         raise MissingComponent(f"the headers in {include} are of TensorRT {tensorrt}; 8.5 or newer is needed")
     return tensorrt
