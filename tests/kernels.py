@@ -156,14 +156,20 @@ class Kernels:
         if reason is not None:
             raise Refused(reason.decode())
         y.check_guards()
-        return to_memory(y.array, layout, back=True)
+        return from_memory(y.array, layout, shape)
 
 
-def to_memory(array: Array, layout: str, back: bool = False) -> Array:
-    """An NCHW array as it lies in memory, or the other way round. Others stay."""
+def to_memory(array: Array, layout: str) -> Array:
+    """An NCHW array as it lies in memory; NHWC pads channels to a multiple of 8, with NaN. Others stay."""
     if layout == "NCHW" or array.ndim != 4:
         return array
-    return array.transpose(0, 3, 1, 2) if back else array.transpose(0, 2, 3, 1)
+    padding = ((0, 0), (0, 0), (0, 0), (0, -array.shape[1] % 8))
+    return np.pad(array.transpose(0, 2, 3, 1), padding, constant_values=np.nan)
+
+
+def from_memory(array: Array, layout: str, shape: tuple[int, ...]) -> Array:
+    """The reverse: an NCHW array of the given shape."""
+    return array if layout == "NCHW" else array.transpose(0, 3, 1, 2)[:, : shape[1]]
 
 
 class Placed:

@@ -72,14 +72,17 @@ std::string outside_lists(const OutlookAttention& problem) {
 
 // What the map's size must be beside positive; empty if it fits.
 std::string outside_geometry(const LocalAttention& problem) {
-    const std::string got = "a " + std::to_string(problem.height) + "x" + std::to_string(problem.width) + " map";
+    const auto refused = [&](const std::string& supported) {
+        return unsupported("a " + std::to_string(problem.height) + "x" + std::to_string(problem.width) + " map",
+                           supported);
+    };
     if (problem.stride > 0 && (problem.height % problem.stride != 0 || problem.width % problem.stride != 0)) {
-        return unsupported(got, "multiples of stride " + std::to_string(problem.stride));
+        return refused("multiples of stride " + std::to_string(problem.stride));
     }
     const std::int32_t margin = problem.kernel_size / 2;
     if (problem.kernel_size > 0 && (problem.height <= margin || problem.width <= margin)) {
-        return unsupported(got, "more than " + std::to_string(margin) + " pixels each way for kernel_size " +
-                                    std::to_string(problem.kernel_size));
+        return refused("more than " + std::to_string(margin) + " pixels each way for kernel_size " +
+                       std::to_string(problem.kernel_size));
     }
     return "";
 }
@@ -105,6 +108,7 @@ std::string too_large(const Problem& problem) {
     return reason;
 }
 
+// Allocates nothing where it finds an entry, as it is asked before every launch.
 template <class Problem>
 Found<Problem> lookup(const Problem& problem, const Kernel* wanted, std::int32_t sm) {
     std::string reason = outside_lists(problem);
@@ -114,19 +118,22 @@ Found<Problem> lookup(const Problem& problem, const Kernel* wanted, std::int32_t
     }
     if (!reason.empty()) return {nullptr, reason};
 
-    std::string supported;
     for (const Entry<Problem>& entry : table<Problem>()) {
-        const bool fits = entry.dtype == problem.dtype && entry.layout == problem.layout &&
-                          (wanted == nullptr || entry.kernel == *wanted) && entry.min_sm <= sm;
-        if (fits && entry.head_dim >= problem.head_dim) return {&entry, ""};
+        if (entry.dtype == problem.dtype && entry.layout == problem.layout && entry.head_dim >= problem.head_dim &&
+            (wanted == nullptr || entry.kernel == *wanted) && entry.min_sm <= sm) {
+            return {&entry, ""};
+        }
+    }
+    std::string rows;
+    for (const Entry<Problem>& entry : table<Problem>()) {
         const std::string row = std::string(name(entry.dtype)) + " " + name(entry.layout) + " " + name(entry.kernel) +
                                 (entry.min_sm > 0 ? " from sm_" + std::to_string(entry.min_sm) : "");
-        if (supported.find(row) == std::string::npos) supported += (supported.empty() ? "" : ", ") + row;
+        if (rows.find(row) == std::string::npos) rows += (rows.empty() ? "" : ", ") + row;
     }
     return {nullptr, unsupported(std::string(name(problem.dtype)) + " " + name(problem.layout) +
                                      (wanted == nullptr ? "" : std::string(" ") + name(*wanted)) +
                                      (sm == kAnySm ? "" : " on sm_" + std::to_string(sm)),
-                                 supported)};
+                                 rows)};
 }
 
 }  // namespace

@@ -91,10 +91,6 @@ bool supports(const Attributes& attributes, const nvinfer1::PluginTensorDesc* te
     if (!dtype || !layout || tensor.type != tensors[0].type) return false;
     const bool image = tensor.dims.nbDims == 4;
     if (tensor.format != (image ? tensors[0].format : nvinfer1::TensorFormat::kLINEAR)) return false;
-    // HWC8 pads the channels to a multiple of 8, the kernels' NHWC does not.
-    const bool dense =
-        tensor.format != nvinfer1::TensorFormat::kHWC8 || (tensor.dims.d[1] > 0 && tensor.dims.d[1] % 8 == 0);
-    if (!dense) return false;
     const InputDims known{tensors[0].dims, position > 0 ? tensors[1].dims : nvinfer1::Dims{}};
     return find(Operator::problem(attributes, *dtype, *layout, known)).entry != nullptr;
 }

@@ -10,8 +10,9 @@
 namespace acmix {
 
 enum class Dtype : std::int32_t { kFloat32 = 0, kFloat16 = 1 };
-enum class Layout : std::int32_t { kNchw = 0, kNhwc = 1 };  // TensorRT's LINEAR and HWC8
-enum class Kernel : std::int32_t { kSimt = 0, kMma = 1 };   // scalar arithmetic, tensor cores
+// TensorRT's LINEAR and HWC8: in NHWC a pixel's channels are padded to a multiple of 8.
+enum class Layout : std::int32_t { kNchw = 0, kNhwc = 1 };
+enum class Kernel : std::int32_t { kSimt = 0, kMma = 1 };  // scalar arithmetic, tensor cores
 
 // y = softmax(scale * q.(k - P l)) v over the reflected kernel_size x kernel_size neighbourhood, qkv = [q | k | v].
 // Tensors, all of `dtype` and, where four-dimensional, in `layout`:

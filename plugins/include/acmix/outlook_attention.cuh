@@ -31,7 +31,8 @@ __global__ void outlook_attention_kernel(OutlookAttention problem, const Element
     const std::int64_t pixels = static_cast<std::int64_t>(height) * width;
     const std::int64_t windows = static_cast<std::int64_t>(rows) * columns;
     const std::int64_t channels = static_cast<std::int64_t>(problem.num_heads) * problem.head_dim;
-    const std::int64_t logit_channels = static_cast<std::int64_t>(problem.num_heads) * places * places;
+    const std::int64_t weights = static_cast<std::int64_t>(problem.num_heads) * places * places;
+    const std::int64_t logit_channels = kLayout == Layout::kNhwc ? (weights + 7) / 8 * 8 : weights;
     const Image<const T, kLayout> input{values + image * channels * pixels, channels, pixels};
     const Image<const T, kLayout> scores{logits + image * logit_channels * windows, logit_channels, windows};
     const Image<T, kLayout> output{y + image * channels * pixels, channels, pixels};

@@ -46,9 +46,7 @@ T shuffle(std::uint32_t mask, const char* name, T value, unsigned source) {
     return mine.out;
 }
 
-inline unsigned lane_index() {
-    return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
-}
+inline unsigned lane_index() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 
 template <class T>
 T __shfl_sync(std::uint32_t mask, T value, int source) {

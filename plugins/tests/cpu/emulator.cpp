@@ -128,7 +128,8 @@ void run_block() {
     message = stuck();
     const auto poisoned = [](unsigned char byte) { return byte == kPoison; };
     const auto end = shared.begin() + kGuardBytes + shared_size;
-    if (!std::all_of(shared.begin(), shared.begin() + kGuardBytes, poisoned) || !std::all_of(end, shared.end(), poisoned))
+    if (!std::all_of(shared.begin(), shared.begin() + kGuardBytes, poisoned) ||
+        !std::all_of(end, shared.end(), poisoned))
         message = "write outside of the " + std::to_string(shared_size) + " bytes of shared memory";
 }
 
@@ -267,10 +268,18 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = 2; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = emulator::sm / 10; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = emulator::sm % 10; break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::max_shared_bytes(); break;
+        case cudaDevAttrMultiProcessorCount:
+            *value = 2;
+            break;
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = emulator::sm / 10;
+            break;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = emulator::sm % 10;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = emulator::max_shared_bytes();
+            break;
     }
     return cudaSuccess;
 }

@@ -1,7 +1,7 @@
-// A tiny CUDA for tests. The threads of a block are fibers on one CPU thread, and a seeded random order decides which of
-// them goes on after every barrier and warp-wide instruction, so that a forgotten one shows as a wrong result. Shared
-// memory starts as NaN between guards. Whatever a GPU would hang or fault on ends the launch with a sentence, which
-// cudaGetErrorString then returns.
+// A tiny CUDA for tests. The threads of a block are fibers on one CPU thread, and a seeded random order decides which
+// of them goes on after every barrier and warp-wide instruction, so that a forgotten one shows as a wrong result.
+// Shared memory starts as NaN between guards. Whatever a GPU would hang or fault on ends the launch with a sentence,
+// which cudaGetErrorString then returns.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -131,10 +131,18 @@ __global__ void faulty(Fault fault, std::uint32_t* out) {
         case Fault::kTwoInstructions:
             threadIdx.x % 2 ? mma_k8(d, {0, 0}, 0, d) : __syncwarp();
             break;
-        case Fault::kOutside: bytes[1024] = 0; break;
-        case Fault::kCopyOutside: copy_async<16>(bytes + 1024, bytes); break;
-        case Fault::kMisaligned: *reinterpret_cast<uint2*>(out + 1) = *reinterpret_cast<const uint2*>(out); break;
-        case Fault::kRow: load_matrices<false>(r, bytes + 8); break;
+        case Fault::kOutside:
+            bytes[1024] = 0;
+            break;
+        case Fault::kCopyOutside:
+            copy_async<16>(bytes + 1024, bytes);
+            break;
+        case Fault::kMisaligned:
+            *reinterpret_cast<uint2*>(out + 1) = *reinterpret_cast<const uint2*>(out);
+            break;
+        case Fault::kRow:
+            load_matrices<false>(r, bytes + 8);
+            break;
     }
 }
 

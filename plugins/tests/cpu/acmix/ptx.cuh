@@ -64,8 +64,7 @@ inline void mma_k8(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b, 
     mma<8>(d, a, &b, c, "mma.m16n8k8");
 }
 
-inline void mma_k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
-                    const float (&c)[4]) {
+inline void mma_k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], const float (&c)[4]) {
     emulator::require_sm(75, "mma.m16n8k16");
     mma<16>(d, a, b, c, "mma.m16n8k16");
 }
@@ -79,18 +78,19 @@ void load_matrices(std::uint32_t (&r)[kCount], const void* row) {
     } mine{r, row};
     emulator::require_sm(75, "ldmatrix");
     emulator::require_shared(row, 16, "ldmatrix");  // sm_75 wants it of the lanes that are not used, too
-    emulator::collective(emulator::kFullMask, kTranspose ? "ldmatrix.trans" : "ldmatrix", &mine, [](emulator::Lanes lanes) {
-        std::uint16_t rows[8 * kCount][8];
-        for (int i = 0; i < 8 * kCount; ++i) std::memcpy(rows[i], static_cast<const Operand*>(lanes[i])->row, 16);
-        for (int lane = 0; lane < 32; ++lane)
-            for (int i = 0; i < kCount; ++i) {
-                const int g = lane / 4, t = lane % 4;
-                const auto* matrix = &rows[8 * i];
-                const std::uint16_t low = kTranspose ? matrix[2 * t][g] : matrix[g][2 * t];
-                const std::uint16_t high = kTranspose ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
-                static_cast<const Operand*>(lanes[lane])->r[i] = low | static_cast<std::uint32_t>(high) << 16;
-            }
-    });
+    emulator::collective(
+        emulator::kFullMask, kTranspose ? "ldmatrix.trans" : "ldmatrix", &mine, [](emulator::Lanes lanes) {
+            std::uint16_t rows[8 * kCount][8];
+            for (int i = 0; i < 8 * kCount; ++i) std::memcpy(rows[i], static_cast<const Operand*>(lanes[i])->row, 16);
+            for (int lane = 0; lane < 32; ++lane)
+                for (int i = 0; i < kCount; ++i) {
+                    const int g = lane / 4, t = lane % 4;
+                    const auto* matrix = &rows[8 * i];
+                    const std::uint16_t low = kTranspose ? matrix[2 * t][g] : matrix[g][2 * t];
+                    const std::uint16_t high = kTranspose ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
+                    static_cast<const Operand*>(lanes[lane])->r[i] = low | static_cast<std::uint32_t>(high) << 16;
+                }
+        });
 }
 
 template <int kBytes>
