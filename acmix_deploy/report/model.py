@@ -62,8 +62,10 @@ def next_steps(files: dict[str, str], exported: ExportResult) -> tuple[str, ...]
     best = files.get("fp16", files["fused"])
     typed = " --stronglyTyped" if "fp16" in files else ""
     shapes = _trtexec_shapes(exported)
+    build = f"trtexec --onnx={best}{typed}{shapes} --saveEngine={Path(best).stem}.engine"
     steps = [
-        f"TensorRT 10 and later: trtexec --onnx={best}{typed}{shapes} --saveEngine={Path(best).stem}.engine",
+        f"TensorRT 10 and later: {build}",
+        "  with the fused kernels, from 10.7 on: acmix-deploy plugin build, and add --staticPlugins=libacmix_plugin.so",
         f"ONNX Runtime: acmix-deploy profile {files['fused']}",
     ]
     if exported.opset > 17:
