@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench docs lint resources release-check clean
+.PHONY: help setup demo test bench docs lint resources release-check test-gpu bench-gpu clean
 
 help:
 	@echo "make demo           export, fuse and verify a YOLOv8n with three ACmix blocks, print the table"
@@ -14,6 +14,8 @@ help:
 	@echo "make docs           write the generated parts of the documentation"
 	@echo "make lint           ruff, mypy --strict and the import linter"
 	@echo "make resources      compile the kernels and write down what each one needs"
+	@echo "make test-gpu       the tests that need a GPU"
+	@echo "make bench-gpu      time the kernels on a GPU"
 	@echo "make release-check  run all tests with nothing skipped, and compile the kernels for all architectures"
 
 setup: $(READY)
@@ -42,6 +44,12 @@ lint: $(READY)
 
 resources: $(READY)
 	$(BIN)/python scripts/resources.py
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu
+
+bench-gpu: $(READY)
+	$(BIN)/python scripts/bench_gpu.py
 
 release-check: $(READY)
 	scripts/release_check.sh $(BIN)/python
