@@ -1,0 +1,296 @@
+"""Local attention on a GPU: the kernels beside FlexAttention, PyTorch's unfold and the time of moving the bytes once.
+
+Everything is timed in one run, in two ways. Cold: each launch stands between two events, behind a write that displaces
+the L2 cache and keeps the GPU busy while the launch is queued. Warm: a CUDA graph of many launches, replayed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+import device  # noqa: E402
+import kernels  # noqa: E402
+
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION  # noqa: E402
+
+SHAPES = ((64, 80), (128, 40), (256, 20))
+"""Channels and side of the map: what P3, P4 and P5 of a YOLOv8n see at 640 pixels."""
+HEADS, KERNEL_SIZE, STRIDE = 4, 7, 1
+WAYS = (
+    ("float16", "NHWC", "mma"),
+    ("float16", "NCHW", "mma"),
+    ("float16", "NHWC", "simt"),
+    ("float16", "NCHW", "simt"),
+    ("float32", "NCHW", "simt"),
+)
+GRAPH_LAUNCHES = 20
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All samples, in microseconds for one call. ``error`` says why there are none."""
+
+    name: str
+    channels: int
+    side: int
+    batch: int
+    dtype: str
+    floor_us: float
+    cold_us: list[float]
+    warm_us: list[float]
+    starved: int = 0
+    """Cold samples for which the GPU had to wait, so that they hold the latency of the launch."""
+    error: str = ""
+
+
+class Bench:
+    """The clock: what it needs to displace the cache, and the bandwidth of a copy."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.properties = torch.cuda.get_device_properties(0)
+        self.displace = torch.empty(16 * self.properties.L2_cache_size, dtype=torch.uint8, device=device.DEVICE)
+        source = torch.ones_like(self.displace)
+        copies, _ = self.cold(lambda: self.displace.copy_(source))
+        self.bytes_per_us = 2 * source.numel() / float(np.median(copies))
+
+    def cold(self, call: Call) -> tuple[list[float], int]:
+        """Microseconds of each call, and how many of them the GPU waited for."""
+        for _ in range(3):
+            call()
+        starved = 0
+        events = []
+        for _ in range(self.samples):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.displace.zero_()
+            start.record()
+            call()
+            starved += start.query()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in events], starved
+
+    def warm(self, call: Call) -> list[float]:
+        """Microseconds of a call, the mean over each replay of the graph."""
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_LAUNCHES):
+                call()
+        graph.replay()
+        samples = []
+        for _ in range(self.samples):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples.append(1e3 * start.elapsed_time(end) / GRAPH_LAUNCHES)
+        return samples
+
+    def measure(
+        self, name: str, channels: int, side: int, batch: int, dtype: str, prepare: Callable[[], Call]
+    ) -> Measurement:
+        """Time what ``prepare`` returns. What cannot run here, a competitor of another PyTorch say, is a noted gap."""
+        elements = batch * 4 * channels * side**2 + 2 * channels // HEADS
+        floor = elements * getattr(torch, dtype).itemsize / self.bytes_per_us
+        shape = (channels, side, batch, dtype, floor)
+        try:
+            call = prepare()
+            warm = self.warm(call)
+            cold, starved = self.cold(call)
+            return Measurement(name, *shape, cold, warm, starved)
+        except Exception as error:
+            return Measurement(name, *shape, [], [], error=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def candidates(
+    library: device.DeviceKernels, channels: int, side: int, batch: int
+) -> Iterator[tuple[str, str, Callable[[], Call]]]:
+    """Name, dtype and preparation of all that compute on one shape."""
+    head_dim = channels // HEADS
+    sizes = {"batch": batch, "num_heads": HEADS, "head_dim": head_dim, "height": side, "width": side}
+    for dtype, layout, kernel in WAYS:
+
+        def ours(dtype: str = dtype, layout: str = layout, kernel: str = kernel) -> Call:
+            problem = device.problem_for(
+                {"dtype": dtype, "layout": layout},
+                kernel_size=KERNEL_SIZE,
+                stride=STRIDE,
+                scale=head_dim**-0.5,
+                **sizes,
+            )
+            op_type = LOCAL_ATTENTION.op_type
+            qkv, weight, y = (
+                device.Placed.empty(shape, dtype, layout).tensor for shape in device.shapes(op_type, problem)
+            )
+            qkv.normal_()
+            weight.normal_()
+            library.launch(op_type, problem, qkv, weight, y, kernel)
+            expected = library.reference(op_type, problem, qkv, weight)
+            error = float((y - expected).norm() / expected.norm())
+            if not error <= device.limit(LOCAL_ATTENTION, dtype):
+                raise ValueError(f"wrong result: relative L2 {error:.1e}")
+            return lambda: library.launch(op_type, problem, qkv, weight, y, kernel)
+
+        yield f"acmix {layout} {kernel}", dtype, ours
+    yield "FlexAttention, compiled", "float16", lambda: flex(batch, head_dim, side)
+    yield "unfold, eager", "float16", lambda: unfold(batch, head_dim, side)
+
+
+def flex(batch: int, head_dim: int, side: int) -> Call:
+    """FlexAttention over the window clipped at the border: neither reflection nor position."""
+    q, k, v = torch.randn(3, batch, HEADS, side**2, head_dim, dtype=torch.float16, device=device.DEVICE)
+
+    def neighbours(b: Any, h: Any, query: Any, key: Any) -> Any:
+        vertical = (query // side - key // side).abs() <= KERNEL_SIZE // 2
+        return vertical & ((query % side - key % side).abs() <= KERNEL_SIZE // 2)
+
+    torch._dynamo.reset()  # past a number of compilations of one function it would run uncompiled
+    mask = create_block_mask(neighbours, None, None, side**2, side**2, device=device.DEVICE)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def unfold(batch: int, head_dim: int, side: int) -> Call:
+    """The attention as the paper's authors compute it, without the position term."""
+    q, k, v = torch.randn(3, batch * HEADS, head_dim, side, side, dtype=torch.float16, device=device.DEVICE)
+
+    def windows(x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(x, [KERNEL_SIZE // 2] * 4, mode="reflect")
+        return F.unfold(padded, KERNEL_SIZE).view(*x.shape[:2], KERNEL_SIZE**2, side, side)
+
+    def call() -> torch.Tensor:
+        weights = (q.unsqueeze(2) * head_dim**-0.5 * windows(k)).sum(1, keepdim=True).softmax(2)
+        return (weights * windows(v)).sum(2)
+
+    return call
+
+
+def roofline(bench: Bench, channels: int, side: int, batch: int) -> str:
+    """A row: what one query of one head costs the mma kernel, and what two of the units need for all, at full rate."""
+    head_dim = channels // HEADS
+    logits = (STRIDE + KERNEL_SIZE) * 8 * (STRIDE + 1)
+    exponentials_per_us = 16 * bench.properties.multi_processor_count * max_clock_mhz()
+    queries = batch * HEADS * side**2
+    bytes_us = (batch * 4 * channels * side**2) * 2 / bench.bytes_per_us
+    cells = [
+        f"{channels} ch, {side}x{side}",
+        batch,
+        4 * head_dim * 2,
+        logits * (2 * head_dim + 8),
+        2 * KERNEL_SIZE**2 * head_dim,
+        logits,
+        KERNEL_SIZE**2,
+        f"{bytes_us:.1f}",
+        f"{queries * logits / exponentials_per_us:.1f}",
+    ]
+    return markdown_row(cells)
+
+
+def max_clock_mhz() -> float:
+    """The highest clock of the multiprocessors."""
+    return float(nvidia_smi("clocks.max.sm").split()[0])
+
+
+def nvidia_smi(*fields: str) -> str:
+    query = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def spread(samples: list[float]) -> str:
+    """Median, in brackets the 10th and the 90th percentile."""
+    low, median, high = np.percentile(samples, [10, 50, 90])
+    return f"{median:.1f} [{low:.1f} to {high:.1f}]"
+
+
+def markdown_row(cells: list[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def show(found: list[Measurement]) -> None:
+    """One table a shape and batch."""
+    first = found[0]
+    flex_cold = next((np.median(m.cold_us) for m in found if m.name.startswith("Flex") and m.cold_us), None)
+    print(f"\n{first.channels} ch, {first.side}x{first.side}, batch {first.batch}\n")
+    print("| | dtype | cold us | of the floor | warm us | FlexAttention / this, cold |")
+    print("|---|---|---|---|---|---|")
+    for m in found:
+        if m.error:
+            print(markdown_row([m.name, m.dtype, m.error, "", "", ""]))
+            continue
+        cold = float(np.median(m.cold_us))
+        ratio = "" if flex_cold is None else f"{flex_cold / cold:.1f}"
+        late = f", {m.starved} late" if m.starved else ""
+        share = f"{m.floor_us:.1f} us, {m.floor_us / cold:.0%}"
+        print(markdown_row([m.name, m.dtype, spread(m.cold_us) + late, share, spread(m.warm_us), ratio]), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=100, help="samples of each measurement (default: 100)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="batch sizes (default: 1 32)")
+    parser.add_argument("--json", type=Path, help="write all samples to this file")
+    options = parser.parse_args()
+    if device.missing():
+        sys.exit(f"make bench-gpu: {device.missing()}")
+    library = device.DeviceKernels(device.build("libacmix_test.so", [*kernels.SOURCES, device.REFERENCE]))
+    bench = Bench(options.samples)
+    machine = {
+        "gpu, driver": nvidia_smi("name", "driver_version"),
+        "torch": torch.__version__,
+        "nvcc": json.loads(library.library.acmix_describe())["cuda"],
+        "copy GB/s": round(bench.bytes_per_us / 1e3),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(sys.argv),
+    }
+
+    found: list[Measurement] = []
+    for batch in options.batch:
+        for channels, side in SHAPES:
+            print(f"measuring {channels} channels, {side}x{side}, batch {batch} ...", file=sys.stderr)
+            rows = [
+                bench.measure(name, channels, side, batch, dtype, prepare)
+                for name, dtype, prepare in candidates(library, channels, side, batch)
+            ]
+            show(rows)
+            found += rows
+            if options.json:
+                options.json.write_text(json.dumps({"machine": machine, "found": [asdict(m) for m in found]}))
+
+    nothing = torch.zeros(1, device=device.DEVICE)
+    empty, _ = bench.cold(nothing.zero_)
+    print(
+        f"\nMedian [10th to 90th percentile] of {options.samples}; filling one element takes {spread(empty)} us, cold."
+    )
+    print("\nThe mma kernel, for a query of a head; last, all queries at copy speed, and at 16 exps a clock and SM.\n")
+    print("| | batch | bytes | MACs | needed | exps | needed | bytes, us | exps, us |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for batch in options.batch:
+        for channels, side in SHAPES:
+            print(roofline(bench, channels, side, batch))
+    print("\n" + "; ".join(f"{name} {value}" for name, value in machine.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Build the kernels for this machine's GPU, and call them with tensors of PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kernels
+from kernels import DTYPES, GUARD, LAYOUTS, PLUGINS, Problem, Refused
+
+from acmix_deploy.errors import MissingComponent
+from acmix_deploy.operators import OPERATORS
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.spec import Operator
+from acmix_deploy.plugin.toolchain import find_cuda
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEVICE = "cuda"
+BUILD = PLUGINS.parent / "build" / "gpu"
+REFERENCE = PLUGINS / "tests" / "gpu" / "reference.cu"
+FUNCTIONS = dict(zip((op.op_type for op in OPERATORS), ("local_attention", "outlook_attention"), strict=True))
+
+
+def compute_capability() -> int | None:
+    """That of the first GPU, 90 for sm_90; None where there is no GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for number, attribute in ((major, 75), (minor, 76)):
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+    return major.value * 10 + minor.value
+
+
+def missing() -> str:
+    """Why nothing can be built and run here, or an empty string."""
+    if compute_capability() is None:
+        return "no NVIDIA GPU"
+    try:
+        find_cuda()
+    except MissingComponent as error:
+        return error.message
+    return ""
+
+
+def build(name: str, sources: Sequence[Path], headers: Path | None = None) -> Path:
+    """Compile ``sources`` for this machine's GPU and link them, doing again only what has changed: the file's path.
+
+    ``headers`` is TensorRT's folder of them, for the sources that need it.
+    """
+    changed = max(path.stat().st_mtime for path in PLUGINS.rglob("*") if path.is_file())
+    nvcc = [str(find_cuda().nvcc), f"-arch=sm_{compute_capability()}"]
+    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
+    includes = ["-I", str(PLUGINS / "include"), "-I", str(PLUGINS / "src")]
+    output = BUILD / name
+    BUILD.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> str:
+        needs_headers = headers is not None and source.parent.name == "tensorrt"
+        command = [*nvcc, *flags, *includes, *(["-isystem", str(headers)] if needs_headers else []), "-c", str(source)]
+        result = BUILD / f"{source.name}-{zlib.crc32(' '.join(command).encode()):08x}.o"
+        if not result.is_file() or result.stat().st_mtime < changed:
+            kernels.run([*command, "-o", result])
+        return str(result)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    shared = ["-shared", "-Xlinker=--exclude-libs,ALL"] if output.suffix == ".so" else []
+    kernels.run([*nvcc, *shared, *objects, "-ldl", "-o", output])
+    return output
+
+
+def shapes(op_type: str, p: Problem) -> tuple[tuple[int, ...], ...]:
+    """Of both inputs and the output, NCHW."""
+    channels = p.num_heads * p.head_dim
+    values = (p.batch, channels, p.height, p.width)
+    if op_type == LOCAL_ATTENTION.op_type:
+        y = (p.batch, channels, p.height // p.stride, p.width // p.stride)
+        return (p.batch, 3 * channels, p.height, p.width), (p.head_dim, 2), y
+    windows = (-(-p.height // p.stride), -(-p.width // p.stride))
+    return (p.batch, p.num_heads * p.kernel_size**4, *windows), values, values
+
+
+def limit(operator: Operator, dtype: str) -> float:
+    """The operator's tolerance, where rounding the result is the error that eager code has at least."""
+    return operator.tolerances[dtype].limit(2**-11 if dtype == "float16" else 0)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor amid guards: every byte of ``memory`` is 0xFF, a NaN in both types, until something writes it."""
+
+    memory: Tensor
+    tensor: Tensor
+    start: int
+    end: int
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: str, layout: str, offset: int = 0) -> Placed:
+        """All NaN. ``shape`` is NCHW; ``offset`` elements behind an address aligned to 256 bytes."""
+        import torch
+
+        kind = getattr(torch, dtype)
+        if layout == "NHWC" and len(shape) == 4:
+            batch, channels, height, width = shape
+            stored = (batch, height, width, -(-channels // 8) * 8)
+        else:
+            stored = shape
+        start, size = GUARD + offset * kind.itemsize, math.prod(stored) * kind.itemsize
+        memory = torch.full((start + size + GUARD,), 0xFF, dtype=torch.uint8, device=DEVICE)
+        tensor = memory[start : start + size].view(kind).view(stored)
+        if stored is not shape:
+            tensor = tensor.permute(0, 3, 1, 2)[:, : shape[1]]
+        return Placed(memory, tensor, start, start + size)
+
+    def guards_hold(self) -> bool:
+        """Whether the memory around the tensor is as it was."""
+        return bool((self.memory[: self.start] == 0xFF).all() and (self.memory[self.end :] == 0xFF).all())
+
+
+class DeviceKernels:
+    """The kernels and their reference, for tensors as they lie in the GPU's memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.acmix_describe.restype = ctypes.c_char_p
+        self.entries: list[dict[str, Any]] = json.loads(self.library.acmix_describe())["entries"]
+
+    def launch(
+        self, op_type: str, problem: Problem, first: Tensor, second: Tensor | None, y: Tensor, kernel: str | None = None
+    ) -> None:
+        """Launch on the current stream the kernel of that name, the fastest for None.
+
+        Raises:
+            Refused: with the library's reason.
+        """
+        number = -1 if kernel is None else kernels.KERNELS.index(kernel)
+        self._call(f"acmix_{FUNCTIONS[op_type]}", problem, number, first, second, y)
+
+    def reference(self, op_type: str, problem: Problem, first: Tensor, second: Tensor | None) -> Tensor:
+        """What the kernels should compute, float64 and NCHW."""
+        import torch
+
+        y = torch.full(shapes(op_type, problem)[2], math.nan, dtype=torch.float64, device=DEVICE)
+        self._call(f"reference_{FUNCTIONS[op_type]}", problem, first, second, y)
+        return y
+
+    def _call(self, name: str, problem: Problem, *arguments: Tensor | int | None) -> None:
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_char_p
+        values = [ctypes.c_void_p(a.data_ptr()) if hasattr(a, "data_ptr") else a for a in arguments]
+        reason = function(ctypes.byref(problem), *values, ctypes.c_void_p(current_stream()))
+        if reason is not None:
+            raise Refused(reason.decode())
+
+
+def current_stream() -> int:
+    """PyTorch's, as CUDA knows it."""
+    import torch
+
+    return torch.cuda.current_stream().cuda_stream
+
+
+def problem_for(entry: dict[str, Any], **fields: int | float) -> Problem:
+    """One that asks for this row of the dispatch table, when ``fields`` has its head_dim."""
+    return Problem(dtype=DTYPES.index(entry["dtype"]), layout=LAYOUTS.index(entry["layout"]), **fields)
