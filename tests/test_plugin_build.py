@@ -19,8 +19,9 @@ from acmix_deploy import __version__
 from acmix_deploy.cli import main
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.operators import OPERATORS
-from acmix_deploy.plugin import build, check, describe, toolchain
-from acmix_deploy.plugin.library import installed_tensorrt
+from acmix_deploy.plugin import toolchain
+from acmix_deploy.plugin.build import build
+from acmix_deploy.plugin.library import check, describe, installed_tensorrt
 from acmix_deploy.plugin.toolchain import check_architectures, find_cmake, find_cuda, find_tensorrt
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.operators import LOCAL_ATTENTION, OUTLOOK_ATTENTION
-from acmix_deploy.plugin import build
+from acmix_deploy.plugin.build import build
 from acmix_deploy.plugin.toolchain import find_cuda, find_tensorrt
 
 TESTS = Path(__file__).parent

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from acmix_deploy.fusion import FusionReport
-from acmix_deploy.plugin import Library
+from acmix_deploy.plugin.library import Library
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 

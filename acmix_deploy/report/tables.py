@@ -9,7 +9,7 @@ from rich.text import Text
 
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
-from acmix_deploy.plugin import Library
+from acmix_deploy.plugin.library import Library
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 

@@ -37,7 +37,8 @@ def architectures(text: str) -> list[int]:
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.cli.plugin.check import show
-    from acmix_deploy.plugin import build, check
+    from acmix_deploy.plugin.build import build
+    from acmix_deploy.plugin.library import check
 
     with progress() as report_progress:
         library = build(options.out, tensorrt=options.tensorrt, architectures=options.arch, progress=report_progress)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from acmix_deploy.cli.common import console, print_json
 
 if TYPE_CHECKING:
-    from acmix_deploy.plugin import Library
+    from acmix_deploy.plugin.library import Library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from acmix_deploy.plugin import check
+    from acmix_deploy.plugin.library import check
 
     library = check(options.library)
     if options.json:
