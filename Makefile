@@ -12,7 +12,7 @@ help:
 	@echo "make test           run all tests"
 	@echo "make bench          time one block, fused against plain, on ONNX Runtime"
 	@echo "make docs           write the generated parts of the documentation"
-	@echo "make lint           ruff, mypy --strict and the import linter"
+	@echo "make lint           ruff, mypy --strict, the import linter and clang-format"
 	@echo "make resources      compile the kernels and write down what each one needs"
 	@echo "make test-gpu       the tests that need a GPU"
 	@echo "make bench-gpu      time the kernels on a GPU"
@@ -41,6 +41,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	git ls-files plugins | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
 
 resources: $(READY)
 	$(BIN)/python scripts/resources.py

@@ -97,7 +97,7 @@ def ask(cuda, libraries, tmp_path_factory):
         if major not in programs:
             programs[major] = tmp_path_factory.mktemp("formats") / f"formats{major}"
             system = [flag for folder in (newest_headers(major), *cuda.includes) for flag in ("-isystem", folder)]
-            source = TESTS / "tensorrt_formats.cpp"
+            source = PLUGINS / "tests" / "tensorrt_formats.cpp"
             run(["g++", "-std=c++17", "-Wall", "-Wextra", *system, source, "-ldl", "-o", programs[major]])
         return run([programs[major], verb, libraries(major), operator, *map(str, arguments)]).stdout.splitlines()
 

@@ -21,8 +21,9 @@ struct Tensor {
     Index channels, height, width;
 
     __device__ double operator()(Index image, Index channel, Index y, Index x) const {
-        const Index at = layout == Layout::kNchw ? ((image * channels + channel) * height + y) * width + x
-                                                 : ((image * height + y) * width + x) * ((channels + 7) / 8 * 8) + channel;
+        const Index at = layout == Layout::kNchw
+                             ? ((image * channels + channel) * height + y) * width + x
+                             : ((image * height + y) * width + x) * ((channels + 7) / 8 * 8) + channel;
         if (dtype == Dtype::kFloat32) return static_cast<const float*>(data)[at];
         return __half2float(static_cast<const __half*>(data)[at]);
     }

@@ -22,7 +22,7 @@ void require(cudaError_t error, const char* what) {
 
 // `count` elements, none of them special in either dtype.
 class Tensor {
-public:
+ public:
     Tensor(Dtype dtype, std::size_t count) {
         const std::size_t bytes = count * (dtype == Dtype::kFloat16 ? 2 : 4);
         std::vector<unsigned char> pattern(bytes);
@@ -34,7 +34,7 @@ public:
     ~Tensor() { cudaFree(data_); }
     void* data() const { return data_; }
 
-private:
+ private:
     void* data_ = nullptr;
 };
 
