@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 from torch import nn
 
-from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.runtime.inputs import images_from, random_images, trial_shapes
+from acmix_deploy.errors import UserError
+from acmix_deploy.runtime.inputs import random_images, trial_shapes
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import element_type, inputs_of, ir_version, onnx_runner, open_session
 from acmix_deploy.runtime.reason import reason
@@ -68,44 +67,6 @@ def test_random_images_repeat_with_the_seed() -> None:
     assert 0 <= first.min() < first.max() < 1
     np.testing.assert_array_equal(first, random_images((1, 3, 4, 4), 5))
     assert not np.array_equal(first, random_images((1, 3, 4, 4), 6))
-
-
-def test_images_are_fitted_padded_and_turned_to_rgb(tmp_path: Path) -> None:
-    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
-    blue_wide = np.zeros((10, 40, 3), np.uint8)
-    blue_wide[..., 0] = 255  # OpenCV's order is BGR
-    cv2.imwrite(str(tmp_path / "a.png"), blue_wide)
-    cv2.imwrite(str(tmp_path / "c.PNG"), np.full((32, 32, 3), 51, np.uint8))
-    (tmp_path / "b.jpg").write_bytes(b"not an image")
-    (tmp_path / "d.jpg").touch()
-    (tmp_path / "readme.txt").write_text("left alone")
-    batches, skipped = images_from(tmp_path, [(1, 3, 16, 16), (2, 3, 32, 64)])
-    assert skipped == ["b.jpg", "d.jpg"]
-    assert [batch.shape for batch in batches] == [(1, 3, 16, 16), (2, 3, 32, 64)]
-    wide = batches[0][0]
-    assert wide.dtype == np.float32
-    np.testing.assert_allclose(wide[:, 6:10], np.array([0, 0, 1]).reshape(3, 1, 1) * np.ones((3, 4, 16)))
-    np.testing.assert_allclose(wide[:, [5, 10]], 114 / 255, rtol=1e-6)
-    square, wide_again = batches[1]
-    np.testing.assert_allclose(square[:, :, 16:48], 51 / 255, rtol=1e-6)
-    np.testing.assert_allclose(square[:, :, [15, 48]], 114 / 255, rtol=1e-6)
-    np.testing.assert_allclose(wide_again[2, 8:24], 1)
-
-
-def test_images_that_cannot_be_had_are_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("cv2", reason="OpenCV is not installed")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    for folder, shape, reason_ in (
-        (tmp_path / "absent", (1, 3, 8, 8), "not a folder"),
-        (tmp_path, (1, 3, 8, 8), "no readable image .tried broken.png"),
-        (tmp_path, (1, 4, 8, 8), "not colour images"),
-        (tmp_path, (1, 3), "not colour images"),
-    ):
-        with pytest.raises(UserError, match=reason_):
-            images_from(folder, [shape])
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(MissingComponent, match="OpenCV"):
-        images_from(tmp_path, [(1, 3, 8, 8)])
 
 
 numbers = hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.floats(-1e3, 1e3, width=32))

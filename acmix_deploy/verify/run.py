@@ -11,10 +11,11 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
+from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import Tolerance
-from acmix_deploy.runtime.inputs import images_from, random_images, trial_shapes
+from acmix_deploy.runtime.inputs import random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import element_type, inputs_of, onnx_runner, open_session
 from acmix_deploy.runtime.reason import reason
@@ -23,6 +24,7 @@ from acmix_deploy.verify.verification import Comparison, Verification
 Feed = Mapping[str, Array]
 
 _SILENT = G_LOGGER.CRITICAL + 1
+_IMAGES = 32  # of a folder, at most: their outputs are all held until they are compared
 
 
 class Candidate(NamedTuple):
@@ -132,7 +134,8 @@ def compare_files(
         count = max(random, len(shapes))
         arrays = [random_images(shapes[index % len(shapes)], seed + index) for index in range(count)]
     else:
-        arrays, skipped = images_from(images, shapes)
+        photos = find(images, limit=_IMAGES)
+        arrays, skipped = list(batches(photos.paths, shapes)), photos.skipped
     labels = [path.name if reference.name != candidate.name else str(path) for path in (reference, candidate)]
     if labels[0] == labels[1]:
         raise UserError(f"{reference} is compared with itself", "Name two files.")
