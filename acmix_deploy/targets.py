@@ -1,0 +1,105 @@
+"""What a file is made for: the versions of TensorRT, what each takes, and the JetPack releases that carry them.
+
+Pure data, the one place for it. A workstation cannot know what a Jetson runs, so a target is named (``--for``) or taken
+from the TensorRT that was found (:func:`target_of`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from acmix_deploy.errors import UserError
+
+Form = Literal["any", "plugin", "plain"]
+"""How a file carries the custom operators: "any" as nodes with their definitions, "plugin" as nodes alone, "plain" not
+at all, their definitions in their place."""
+
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a file has to be like for a release of TensorRT, and the machines that it comes with."""
+
+    name: str
+    tensorrt: Version
+    """Major and minor version."""
+    form: Form
+    """The form in which this release takes the plugin once it is loaded."""
+    opset: int
+    """The newest that its parser reads."""
+    strongly_typed: bool
+    """Whether types come from the file. Else they are permitted by flags of the builder, and the file is float32."""
+    cuda: str = ""
+    """Version that comes with JetPack; empty where the user chooses."""
+    sm: tuple[int, ...] = ()
+    """Architectures of the machines that JetPack runs on."""
+
+    @property
+    def version(self) -> str:
+        """The version of TensorRT as it is written: "10.3"."""
+        return ".".join(map(str, self.tensorrt))
+
+
+# Releases from ``tensorrt`` up to the next entry. Opsets: docs/operators.md of onnx-tensorrt at 8.5, 8.6, 10.0, 10.1
+# and 10.15, which reads up to 24; 21 is the newest that is exported here.
+_RELEASES = (
+    # IPluginV2DynamicExt. Functions in a file are passed over.
+    Target("", (8, 5), "plugin", 17, strongly_typed=False),
+    # IPluginV3. A function in the file wins over a loaded plugin.
+    Target("", (10, 0), "plugin", 20, strongly_typed=True),
+    # A loaded plugin wins.
+    Target("", (10, 7), "any", 20, strongly_typed=True),
+    # The function wins again, unless the node has the attribute plugin_namespace, which ours have.
+    Target("", (10, 15), "any", 21, strongly_typed=True),
+)
+_NAMES: dict[str, tuple[Version, str, tuple[int, ...]]] = {
+    "jetpack-5.1": ((8, 5), "11.4", (72, 87)),
+    "jetpack-6.0": ((8, 6), "12.2", (87,)),
+    "jetpack-6.1": ((10, 3), "12.6", (87,)),
+    "jetpack-6.2": ((10, 3), "12.6", (87,)),
+    "jetpack-7.0": ((10, 13), "13", (110,)),
+    "jetpack-7.1": ((10, 13), "13", (110,)),
+    "jetpack-7.2": ((10, 16), "13", (87, 110)),
+    "tensorrt-8.5": ((8, 5), "", ()),
+    "tensorrt-8.6": ((8, 6), "", ()),
+    "tensorrt-10.3": ((10, 3), "", ()),
+    "tensorrt-10.13": ((10, 13), "", ()),
+    "tensorrt-11": ((11, 0), "", ()),
+}
+
+
+def target_of(tensorrt: Version) -> Target:
+    """The target for a TensorRT that was found, by major and minor version.
+
+    Raises:
+        UserError: that release is not supported: older than 8.5, or 9.
+    """
+    release = next((release for release in reversed(_RELEASES) if release.tensorrt <= tensorrt), None)
+    version = ".".join(map(str, tensorrt))
+    if release is None or tensorrt[0] == 9:
+        raise UserError(f"TensorRT {version} is not supported", "Supported: 8.5, 8.6, and 10.0 and later.")
+    return replace(release, name=f"tensorrt-{version}", tensorrt=tensorrt)
+
+
+TARGETS: dict[str, Target] = {
+    name: replace(target_of(version), name=name, cuda=cuda, sm=sm) for name, (version, cuda, sm) in _NAMES.items()
+}
+"""The targets that have a name."""
+
+
+def target_named(name: str) -> Target:
+    """The target called ``name``: one of TARGETS, or ``tensorrt-MAJOR.MINOR``.
+
+    Raises:
+        UserError: there is none of that name, or that TensorRT is not supported.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    if version := re.fullmatch(r"tensorrt-(\d+)\.(\d+)", name):
+        return target_of((int(version[1]), int(version[2])))
+    raise UserError(
+        f"there is no target {name!r}", f"Targets: {', '.join(TARGETS)}, or tensorrt-MAJOR.MINOR for another version."
+    )

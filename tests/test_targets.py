@@ -1,0 +1,71 @@
+"""The version table: what every release of TensorRT and of JetPack gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from acmix_deploy.errors import UserError
+from acmix_deploy.targets import TARGETS, target_named, target_of
+
+
+@pytest.mark.parametrize(
+    ("version", "form", "opset", "strongly_typed"),
+    [
+        ((8, 5), "plugin", 17, False),
+        ((8, 6), "plugin", 17, False),
+        ((10, 0), "plugin", 20, True),
+        ((10, 3), "plugin", 20, True),
+        ((10, 6), "plugin", 20, True),
+        ((10, 7), "any", 20, True),
+        ((10, 13), "any", 20, True),
+        ((10, 14), "any", 20, True),
+        ((10, 15), "any", 21, True),
+        ((10, 16), "any", 21, True),
+        ((11, 0), "any", 21, True),
+        ((11, 4), "any", 21, True),
+    ],
+)
+def test_release(version, form, opset, strongly_typed):
+    target = target_of(version)
+    assert (target.form, target.opset, target.strongly_typed) == (form, opset, strongly_typed)
+    assert target.tensorrt == version
+    assert target == target_named(f"tensorrt-{version[0]}.{version[1]}")
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "form", "opset", "strongly_typed", "cuda", "sm"),
+    [
+        ("jetpack-5.1", (8, 5), "plugin", 17, False, "11.4", (72, 87)),
+        ("jetpack-6.0", (8, 6), "plugin", 17, False, "12.2", (87,)),
+        ("jetpack-6.1", (10, 3), "plugin", 20, True, "12.6", (87,)),
+        ("jetpack-6.2", (10, 3), "plugin", 20, True, "12.6", (87,)),
+        ("jetpack-7.0", (10, 13), "any", 20, True, "13", (110,)),
+        ("jetpack-7.1", (10, 13), "any", 20, True, "13", (110,)),
+        ("jetpack-7.2", (10, 16), "any", 21, True, "13", (87, 110)),
+    ],
+)
+def test_jetpack(name, version, form, opset, strongly_typed, cuda, sm):
+    target = target_named(name)
+    assert (target.name, target.tensorrt, target.form, target.opset) == (name, version, form, opset)
+    assert (target.strongly_typed, target.cuda, target.sm) == (strongly_typed, cuda, sm)
+
+
+def test_every_name_is_its_own():
+    assert all(target.name == name for name, target in TARGETS.items())
+    assert TARGETS["tensorrt-11"].tensorrt == (11, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["jetpack-4.6", "jetpack", "tensorrt-10", "10.3", "Jetpack-6.2", "tensorrt-10.3.0", ""]
+)
+def test_unknown_name(name):
+    with pytest.raises(UserError) as refusal:
+        target_named(name)
+    assert repr(name) in refusal.value.message
+    assert all(known in refusal.value.hint for known in TARGETS)
+
+
+@pytest.mark.parametrize("version", [(7, 2), (8, 4), (9, 0), (9, 3)])
+def test_unsupported_release(version):
+    with pytest.raises(UserError, match=rf"TensorRT {version[0]}\.{version[1]} is not supported"):
+        target_of(version)
