@@ -30,28 +30,13 @@ std::string describe_entries(const char* op_type) {
     return json;
 }
 
-cudaError_t device_sm(std::int32_t* sm) {
-    int device = 0, major = 0, minor = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    *sm = major * 10 + minor;
-    return error;
-}
-
 template <class Problem>
-const char* launch(const Problem& problem, int kernel, const void* first, const void* second, void* y,
-                   cudaStream_t stream) {
-    static thread_local std::string message;
-    std::int32_t sm = 0;
-    cudaError_t error = device_sm(&sm);
-    if (error == cudaSuccess) {
-        const Found<Problem> found = kernel < 0 ? find(problem, sm) : find(problem, static_cast<Kernel>(kernel), sm);
-        if (found.entry == nullptr) return (message = found.reason).c_str();
-        error = found.entry->launch(problem, first, second, y, stream);
-    }
-    if (error == cudaSuccess) return nullptr;
-    return (message = std::string("CUDA: ") + cudaGetErrorString(error)).c_str();
+const char* launch_on_device(const Problem* problem, int kernel, const void* first, const void* second, void* y,
+                             cudaStream_t stream) {
+    static thread_local std::string reason;
+    const auto wanted = static_cast<Kernel>(kernel);
+    reason = launch(*problem, first, second, y, stream, kernel < 0 ? nullptr : &wanted);
+    return reason.empty() ? nullptr : reason.c_str();
 }
 
 }  // namespace
@@ -70,11 +55,11 @@ const char* acmix_describe() {
 
 const char* acmix_local_attention(const LocalAttention* problem, int kernel, const void* qkv,
                                   const void* position_weight, void* y, cudaStream_t stream) {
-    return launch(*problem, kernel, qkv, position_weight, y, stream);
+    return launch_on_device(problem, kernel, qkv, position_weight, y, stream);
 }
 
 const char* acmix_outlook_attention(const OutlookAttention* problem, int kernel, const void* logits, const void* values,
                                     void* y, cudaStream_t stream) {
-    return launch(*problem, kernel, logits, values, y, stream);
+    return launch_on_device(problem, kernel, logits, values, y, stream);
 }
 }

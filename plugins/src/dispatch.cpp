@@ -1,14 +1,21 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
+#include <limits>
 #include <string>
+#include <utility>
 
 #include "acmix/operators.h"
 #include "launchers.h"
 
 namespace acmix {
 namespace {
+
+// What the kernels are compiled for holds what the definitions allow.
+static_assert(*std::prev(std::end(local_attention::kHeadDims)) <= kMaxHeadDim);
+static_assert(*std::prev(std::end(outlook_attention::kHeadDims)) <= kMaxHeadDim);
 
 #define LOCAL_MMA(kHeadDim, kDtype, kLayout) \
     {Dtype::kDtype,                          \
@@ -93,7 +100,8 @@ std::string outside_geometry(const OutlookAttention&) { return ""; }
 // the launch grid.
 template <class Problem>
 std::string too_large(const Problem& problem) {
-    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max(), kMostBlocks = 65535;
+    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - 1024;  // a block's threads count past it
+    constexpr std::int64_t kMostBlocks = 65535;
     const auto beyond = [](const char* what, std::int64_t value, std::int64_t most) {
         return value <= most ? ""
                              : unsupported(what + (" " + std::to_string(value)), "at most " + std::to_string(most));
@@ -108,9 +116,8 @@ std::string too_large(const Problem& problem) {
     return reason;
 }
 
-// Allocates nothing where it finds an entry, as it is asked before every launch.
 template <class Problem>
-Found<Problem> lookup(const Problem& problem, const Kernel* wanted, std::int32_t sm) {
+Found<Problem> lookup(const Problem& problem, std::int32_t sm, const Kernel* wanted) {
     std::string reason = outside_lists(problem);
     if (reason.empty() && problem.height > 0 && problem.width > 0) {
         reason = outside_geometry(problem);
@@ -136,6 +143,34 @@ Found<Problem> lookup(const Problem& problem, const Kernel* wanted, std::int32_t
                                  rows)};
 }
 
+// Why a problem that find() may accept cannot be launched; empty if it can.
+template <class Problem>
+std::string incomplete(const Problem& problem) {
+    const std::int32_t least = std::min({problem.num_heads, problem.head_dim, problem.height, problem.width,
+                                         problem.kernel_size, problem.stride, problem.batch < 0 ? 0 : 1});
+    if (least < 1)
+        return unsupported("a size that is not positive", "a batch of at least 0 and other sizes of at least 1");
+    if (!std::isfinite(problem.scale)) return unsupported("scale " + std::to_string(problem.scale), "finite numbers");
+    return "";
+}
+
+template <class Problem>
+std::string run(const Problem& problem, const void* first, const void* second, void* y, cudaStream_t stream,
+                const Kernel* wanted) {
+    if (std::string reason = incomplete(problem); !reason.empty()) return reason;
+    if (problem.batch == 0) return "";
+    int device = 0, major = 0, minor = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error == cudaSuccess) {
+        Found<Problem> found = lookup(problem, major * 10 + minor, wanted);
+        if (found.entry == nullptr) return std::move(found.reason);
+        error = found.entry->launch(problem, first, second, y, stream);
+    }
+    return error == cudaSuccess ? "" : std::string("CUDA: ") + cudaGetErrorString(error);
+}
+
 }  // namespace
 
 template <>
@@ -148,17 +183,30 @@ Table<OutlookAttention> table() {
     return {kOutlookAttention, std::size(kOutlookAttention)};
 }
 
-const char* name(Dtype dtype) { return dtype == Dtype::kFloat32 ? "float32" : "float16"; }
-const char* name(Layout layout) { return layout == Layout::kNchw ? "NCHW" : "NHWC"; }
-const char* name(Kernel kernel) { return kernel == Kernel::kSimt ? "simt" : "mma"; }
-
-Found<LocalAttention> find(const LocalAttention& problem, std::int32_t sm) { return lookup(problem, nullptr, sm); }
-Found<OutlookAttention> find(const OutlookAttention& problem, std::int32_t sm) { return lookup(problem, nullptr, sm); }
-Found<LocalAttention> find(const LocalAttention& problem, Kernel kernel, std::int32_t sm) {
-    return lookup(problem, &kernel, sm);
+const char* name(Dtype dtype) {
+    return dtype == Dtype::kFloat32 ? "float32" : dtype == Dtype::kFloat16 ? "float16" : "unknown dtype";
 }
-Found<OutlookAttention> find(const OutlookAttention& problem, Kernel kernel, std::int32_t sm) {
-    return lookup(problem, &kernel, sm);
+const char* name(Layout layout) {
+    return layout == Layout::kNchw ? "NCHW" : layout == Layout::kNhwc ? "NHWC" : "unknown layout";
+}
+const char* name(Kernel kernel) {
+    return kernel == Kernel::kSimt ? "simt" : kernel == Kernel::kMma ? "mma" : "unknown kernel";
+}
+
+Found<LocalAttention> find(const LocalAttention& problem, std::int32_t sm, const Kernel* wanted) {
+    return lookup(problem, sm, wanted);
+}
+Found<OutlookAttention> find(const OutlookAttention& problem, std::int32_t sm, const Kernel* wanted) {
+    return lookup(problem, sm, wanted);
+}
+
+std::string launch(const LocalAttention& problem, const void* qkv, const void* position_weight, void* y,
+                   cudaStream_t stream, const Kernel* wanted) {
+    return run(problem, qkv, position_weight, y, stream, wanted);
+}
+std::string launch(const OutlookAttention& problem, const void* logits, const void* values, void* y,
+                   cudaStream_t stream, const Kernel* wanted) {
+    return run(problem, logits, values, y, stream, wanted);
 }
 
 }  // namespace acmix

@@ -16,7 +16,7 @@ struct Table {
     const Entry<Problem>* end() const { return rows + size; }
 };
 
-// Fastest kernels first; among those of a kernel, the smallest head_dim first.
+// In the order in which find() takes them: tensor cores first; among the rows of a kernel, the smallest head_dim first.
 template <class Problem>
 Table<Problem> table();
 

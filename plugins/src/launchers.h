@@ -8,6 +8,8 @@
 
 namespace acmix {
 
+inline constexpr std::int32_t kMaxHeadDim = 128;  // the last of them
+
 template <Dtype kDtype, Layout kLayout, int kHeadDim>
 cudaError_t local_attention_simt(const LocalAttention&, const void*, const void*, void*, cudaStream_t);
 

@@ -113,15 +113,4 @@ std::optional<Layout> layout_of(nvinfer1::TensorFormat format) noexcept {
     return std::nullopt;
 }
 
-std::int32_t current_sm() {
-    int device = 0;
-    int major = 0;
-    int minor = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (error != cudaSuccess) refuse("no compute capability: ", cudaGetErrorString(error));
-    return 10 * major + minor;
-}
-
 }  // namespace acmix::tensorrt

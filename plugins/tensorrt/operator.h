@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "acmix/launch.h"
 #include "attributes.h"
@@ -59,15 +60,11 @@ struct OutlookAttentionOperator {
 std::optional<Dtype> dtype_of(nvinfer1::DataType) noexcept;
 std::optional<Layout> layout_of(nvinfer1::TensorFormat) noexcept;
 
-// Compute capability of the current device, 75 for sm_75. Throws std::runtime_error where CUDA fails.
-std::int32_t current_sm();
-
-// The entry that runs the problem; throws std::runtime_error with find()'s reason where there is none.
+// Throws std::runtime_error with find()'s reason where no entry runs the problem.
 template <class Problem>
-const Entry<Problem>& entry_for(const Problem& problem, std::int32_t sm = kAnySm) {
-    const Found<Problem> found = find(problem, sm);
+void expect_entry(const Problem& problem) {
+    const Found<Problem> found = find(problem);
     if (found.entry == nullptr) refuse(found.reason);
-    return *found.entry;
 }
 
 // The problem that the inputs describe; throws std::runtime_error for types and shapes that do not fit.
@@ -109,18 +106,29 @@ nvinfer1::DimsExprs output_of(const Attributes& attributes, const nvinfer1::Dims
         }
     }
     // Types and formats are chosen later; every operator has this pair for all its sizes.
-    entry_for(Operator::problem(attributes, Dtype::kFloat32, Layout::kNchw, known));
+    expect_entry(Operator::problem(attributes, Dtype::kFloat32, Layout::kNchw, known));
     return Operator::output(attributes, inputs, builder);
+}
+
+// Throws std::runtime_error where no entry runs the inputs as they are described, or at the ends of their profile.
+template <class Operator>
+void expect_profile(const Attributes& attributes, const nvinfer1::DynamicPluginTensorDesc* inputs) {
+    using Description = nvinfer1::DynamicPluginTensorDesc;
+    nvinfer1::PluginTensorDesc described[kInputs] = {inputs[0].desc, inputs[1].desc};
+    expect_entry(problem_of<Operator>(attributes, described));
+    for (const auto bound : {&Description::min, &Description::max}) {
+        for (std::int32_t i = 0; i < kInputs; ++i) described[i].dims = inputs[i].*bound;
+        expect_entry(problem_of<Operator>(attributes, described));
+    }
 }
 
 // Enqueues the operator on the stream. Throws std::runtime_error where it cannot; allocates nothing where it can.
 template <class Operator>
-void launch(const Attributes& attributes, const nvinfer1::PluginTensorDesc* descriptions, const void* const* inputs,
-            void* const* outputs, std::int32_t sm, cudaStream_t stream) {
-    const typename Operator::Problem problem = problem_of<Operator>(attributes, descriptions);
-    if (problem.batch == 0) return;
-    const cudaError_t error = entry_for(problem, sm).launch(problem, inputs[0], inputs[1], outputs[0], stream);
-    if (error != cudaSuccess) refuse("launch failed: ", cudaGetErrorString(error));
+void enqueue(const Attributes& attributes, const nvinfer1::PluginTensorDesc* descriptions, const void* const* inputs,
+             void* const* outputs, cudaStream_t stream) {
+    const std::string reason =
+        launch(problem_of<Operator>(attributes, descriptions), inputs[0], inputs[1], outputs[0], stream);
+    if (!reason.empty()) refuse(reason);
 }
 
 }  // namespace acmix::tensorrt

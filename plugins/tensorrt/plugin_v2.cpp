@@ -138,8 +138,7 @@ template <class Operator>
 void Plugin<Operator>::configurePlugin(const DynamicPluginTensorDesc* inputs, std::int32_t,
                                        const DynamicPluginTensorDesc*, std::int32_t) noexcept {
     guarded(getPluginType(), 0, [&] {
-        const PluginTensorDesc descriptions[kInputs] = {inputs[0].desc, inputs[1].desc};
-        entry_for(problem_of<Operator>(attributes_, descriptions));
+        expect_profile<Operator>(attributes_, inputs);
         return 0;
     });
 }
@@ -155,8 +154,7 @@ std::int32_t Plugin<Operator>::enqueue(const PluginTensorDesc* input_description
                                        const void* const* inputs, void* const* outputs, void*,
                                        cudaStream_t stream) noexcept {
     return guarded(getPluginType(), -1, [&] {
-        if (sm_ == 0) sm_ = current_sm();
-        launch<Operator>(attributes_, input_descriptions, inputs, outputs, sm_, stream);
+        acmix::tensorrt::enqueue<Operator>(attributes_, input_descriptions, inputs, outputs, stream);
         return 0;
     });
 }

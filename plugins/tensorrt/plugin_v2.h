@@ -51,7 +51,6 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
  private:
     Attributes attributes_;
     std::string namespace_;
-    std::int32_t sm_ = 0;  // of the context's device, 0 before the first enqueue
 };
 
 template <class Operator>

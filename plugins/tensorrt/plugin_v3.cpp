@@ -103,8 +103,10 @@ bool Plugin<Operator>::supportsFormatCombination(std::int32_t position, const Dy
 template <class Operator>
 std::int32_t Plugin<Operator>::configurePlugin(const DynamicPluginTensorDesc* inputs, std::int32_t,
                                                const DynamicPluginTensorDesc*, std::int32_t) noexcept {
-    const PluginTensorDesc descriptions[kInputs] = {inputs[0].desc, inputs[1].desc};
-    return onShapeChange(descriptions, kInputs, nullptr, kOutputs);
+    return guarded(getPluginName(), -1, [&] {
+        expect_profile<Operator>(attributes_, inputs);
+        return 0;
+    });
 }
 
 template <class Operator>
@@ -116,7 +118,7 @@ template <class Operator>
 std::int32_t Plugin<Operator>::onShapeChange(const PluginTensorDesc* inputs, std::int32_t, const PluginTensorDesc*,
                                              std::int32_t) noexcept {
     return guarded(getPluginName(), -1, [&] {
-        entry_for(problem_of<Operator>(attributes_, inputs));
+        expect_entry(problem_of<Operator>(attributes_, inputs));
         return 0;
     });
 }
@@ -126,8 +128,7 @@ std::int32_t Plugin<Operator>::enqueue(const PluginTensorDesc* input_description
                                        const void* const* inputs, void* const* outputs, void*,
                                        cudaStream_t stream) noexcept {
     return guarded(getPluginName(), -1, [&] {
-        if (sm_ == 0) sm_ = current_sm();
-        launch<Operator>(attributes_, input_descriptions, inputs, outputs, sm_, stream);
+        acmix::tensorrt::enqueue<Operator>(attributes_, input_descriptions, inputs, outputs, stream);
         return 0;
     });
 }

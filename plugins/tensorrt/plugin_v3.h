@@ -56,7 +56,6 @@ class Plugin final : public nvinfer1::IPluginV3,
  private:
     Attributes attributes_;
     std::string timing_cache_id_;
-    std::int32_t sm_ = 0;  // of the context's device, 0 before the first enqueue
     std::array<nvinfer1::PluginField, std::tuple_size_v<Fields> + 1> plan_fields_;
     nvinfer1::PluginFieldCollection plan_;
 };

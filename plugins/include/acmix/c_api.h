@@ -11,7 +11,7 @@ extern "C" {
 // {"operator", "dtype", "layout", "head_dim", "kernel", "min_sm"}.
 ACMIX_EXPORT const char* acmix_describe();
 
-// Launch on the current device. `kernel` is an acmix::Kernel or -1 for the fastest that the device runs.
+// Launch on the current device. `kernel` is an acmix::Kernel or -1 for what find() takes.
 // Returns null when the launch was accepted, else one sentence that stays valid until the thread's next call.
 ACMIX_EXPORT const char* acmix_local_attention(const acmix::LocalAttention* problem, int kernel, const void* qkv,
                                                const void* position_weight, void* y, cudaStream_t stream);

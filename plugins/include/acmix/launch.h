@@ -1,4 +1,4 @@
-// What a framework binding needs of the kernels: problems, the dispatch table and one lookup in it. Host code.
+// What a framework binding needs of the kernels: problems, the dispatch table, one lookup in it and one launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,6 +13,8 @@ enum class Dtype : std::int32_t { kFloat32 = 0, kFloat16 = 1 };
 // TensorRT's LINEAR and HWC8: in NHWC a pixel's channels are padded to a multiple of 8.
 enum class Layout : std::int32_t { kNchw = 0, kNhwc = 1 };
 enum class Kernel : std::int32_t { kSimt = 0, kMma = 1 };  // scalar arithmetic, tensor cores
+
+// Tensors hold finite numbers. What is not finite may spoil outputs up to 8 pixels beyond the windows that see it.
 
 // y = softmax(scale * q.(k - P l)) v over the reflected kernel_size x kernel_size neighbourhood, qkv = [q | k | v].
 // Tensors, all of `dtype` and, where four-dimensional, in `layout`:
@@ -69,13 +71,17 @@ struct Found {
 
 inline constexpr std::int32_t kAnySm = std::numeric_limits<std::int32_t>::max();
 
-// The fastest entry for a problem on a device of compute capability `sm`. Calls nothing of CUDA, so that it serves
-// format negotiation on a machine without a GPU too. Sizes below 1 mean "not known yet" and are not checked.
-Found<LocalAttention> find(const LocalAttention&, std::int32_t sm = kAnySm);
-Found<OutlookAttention> find(const OutlookAttention&, std::int32_t sm = kAnySm);
+// The first entry for a problem on a device of compute capability `sm`, tensor cores before scalar arithmetic, and of
+// `wanted` alone where it is given. Calls nothing of CUDA, so that it serves format negotiation on a machine without a
+// GPU too. Sizes below 1 mean "not known yet" and are not checked. Allocates nothing where it finds an entry.
+Found<LocalAttention> find(const LocalAttention&, std::int32_t sm = kAnySm, const Kernel* wanted = nullptr);
+Found<OutlookAttention> find(const OutlookAttention&, std::int32_t sm = kAnySm, const Kernel* wanted = nullptr);
 
-// The same for one kernel by name: for tests and benchmarks.
-Found<LocalAttention> find(const LocalAttention&, Kernel, std::int32_t sm = kAnySm);
-Found<OutlookAttention> find(const OutlookAttention&, Kernel, std::int32_t sm = kAnySm);
+// Runs a problem on the current device, on the stream alone. Returns an empty string when the launch was accepted, also
+// for a batch of 0, else one sentence; allocates nothing when it was.
+std::string launch(const LocalAttention&, const void* qkv, const void* position_weight, void* y, cudaStream_t,
+                   const Kernel* wanted = nullptr);
+std::string launch(const OutlookAttention&, const void* logits, const void* values, void* y, cudaStream_t,
+                   const Kernel* wanted = nullptr);
 
 }  // namespace acmix

@@ -11,7 +11,6 @@
 #include <cmath>
 
 #include "acmix/ptx.cuh"
-#include "acmix/softmax.cuh"
 #include "acmix/tensors.cuh"
 
 namespace acmix {
@@ -19,7 +18,13 @@ namespace acmix {
 inline constexpr int kTileWidth = 8;  // queries of a warp along x: the lanes of a quad share one
 inline constexpr int kWarpRows = 2;   // queries of a warp along y: the two halves of the 16 rows of an mma
 inline constexpr int kMaxWarps = 4;   // warps of a block, one below the other
-inline constexpr int kMargin = 4;     // columns left of the first query, the largest kernel_size / 2
+inline constexpr int kMargin = 4;     // columns left of the first query
+static_assert(kMaxKernelSize / 2 <= kMargin, "8 * (stride + 1) columns hold the margins of 8 queries");
+
+// The sums are rescaled only when a logit outgrows the maximum in use by more than kSlack powers of two: weights up to
+// 2^kSlack are as exact in half as weights up to 1, and most rows of keys need no exchange between lanes.
+inline constexpr float kSlack = 8;
+inline constexpr float kNoMaximum = -1e30f;  // finite, so that a masked logit of -inf weighs 0 against it
 
 // What the host works out once for all blocks.
 struct MmaPlan {
@@ -65,6 +70,21 @@ struct Window {
     int x, y;                       // of the first column and row, before reflection
     int first_column, last_column;  // that some query sees
     bool words_aligned;             // NCHW: groups of four pixels to 8 bytes
+
+    // The window of the tile of queries that begins at output pixel (tile_x, tile_y).
+    __device__ __forceinline__ Window(const LocalAttention& problem, const Image<const __half, kLayout>& input,
+                                      int head, int tile_x, int tile_y)
+        : input(input),
+          key_channel(static_cast<std::int64_t>(problem.num_heads + head) * problem.head_dim),
+          value_channel(static_cast<std::int64_t>(2 * problem.num_heads + head) * problem.head_dim),
+          head_dim(problem.head_dim),
+          height(problem.height),
+          width(problem.width),
+          x(tile_x * problem.stride - kMargin),
+          y(tile_y * problem.stride - problem.kernel_size / 2),
+          first_column(kMargin - problem.kernel_size / 2),
+          last_column(kMargin + (kTileWidth - 1) * problem.stride + problem.kernel_size / 2),
+          words_aligned(width % 4 == 0 && reinterpret_cast<std::uintptr_t>(input.data) % 8 == 0) {}
 
     // Begin to load window rows [first, first + rows) into `buffer`. `fresh` clears what is never loaded: a weight of 0
     // hides every finite value, but no stray NaN.
@@ -149,17 +169,7 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, MmaPlan plan,
     const std::int64_t pixels = static_cast<std::int64_t>(height) * width;
     const std::int64_t query_channel = static_cast<std::int64_t>(head) * head_dim;
     const Image<const __half, kLayout> input{qkv + image * 3 * channels * pixels, 3 * channels, pixels};
-    const Window<kLayout, kHeadDim> window{input,
-                                           query_channel + channels,
-                                           query_channel + 2 * channels,
-                                           head_dim,
-                                           height,
-                                           width,
-                                           tile_x * kStride - kMargin,
-                                           tile_y * kStride - margin,
-                                           kMargin - margin,
-                                           kMargin + (kTileWidth - 1) * kStride + margin,
-                                           width % 4 == 0 && reinterpret_cast<std::uintptr_t>(qkv) % 8 == 0};
+    const Window<kLayout, kHeadDim> window(problem, input, head, tile_x, tile_y);
     const Buffer<kLayout, kHeadDim> shape(plan.rows, plan.columns);
     auto* const shared = reinterpret_cast<__half*>(ptx::dynamic_shared());
     const int window_rows = (kWarpRows * plan.warps - 1) * kStride + kernel_size;
@@ -215,19 +225,20 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, MmaPlan plan,
         }
     }
 
-    // Where this lane's matrix row stands for load_matrices: of keys, the logits' k axis is the channel; of values it
-    // is the column. `first` serves the column tiles 0 and 1, `third` tile 2.
+    // Where the matrix rows stand that this lane names to load_matrices, a matrix being 8 columns by 8 channels. Of
+    // four matrices it names a row of number lane / 8. `third` is the third tile of columns, where the stride is 2.
     const int matrix = lane / 8, line = lane % 8;
-    const int to_key =
-        kNhwc ? shape.at(0, matrix / 2 * 8 + line, matrix % 2 * 8) : shape.at(0, matrix / 2 * 8, matrix % 2 * 8 + line);
-    const int to_third_key = kNhwc ? shape.at(0, 16 + line, matrix % 2 * 8) : shape.at(0, 16, matrix % 2 * 8 + line);
-    const int to_value = shape.part + (kNhwc ? shape.at(0, matrix % 2 * 8 + line, matrix / 2 * 8)
-                                             : shape.at(0, matrix % 2 * 8, matrix / 2 * 8 + line));
-    const int to_third_value = shape.part + to_third_key;
+    const auto row_of = [&](int column_tile, int channel_tile) {
+        return kNhwc ? shape.at(0, column_tile * 8 + line, channel_tile * 8)
+                     : shape.at(0, column_tile * 8, channel_tile * 8 + line);
+    };
+    const int to_key = row_of(matrix / 2, matrix % 2), to_third_key = row_of(2, matrix % 2);
+    const int to_value = shape.part + row_of(matrix % 2, matrix / 2), to_third_value = shape.part + to_third_key;
     const int next_step = shape.at(0, 0, 16);
 
     float maximum[kWarpRows] = {kNoMaximum, kNoMaximum};
-    float sum[4] = {}, attended[kSteps * 2][4] = {};
+    float attended[kSteps * 2][4] = {};
+    float sum[4] = {};  // the product with a matrix of ones: 8 equal columns, of which the first is kept
     const std::uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
 
     for (int stage = 0; stage < plan.stages; ++stage) {
@@ -271,8 +282,6 @@ __global__ void local_attention_mma_kernel(LocalAttention problem, MmaPlan plan,
                 }
                 portion[i] += row_term[i];
             }
-            // The sums are rescaled only when a logit outgrows the maximum in use by more than kSlack: weights up to
-            // 2^kSlack are as exact in half as weights up to 1, and most rows need no exchange between lanes.
             if (__any_sync(~0u, portion[0] > maximum[0] + plan.slack || portion[1] > maximum[1] + plan.slack)) {
 #pragma unroll
                 for (int i = 0; i < kWarpRows; ++i) {

@@ -4,14 +4,12 @@
 #include <cmath>
 
 #include "acmix/ptx.cuh"
-#include "acmix/softmax.cuh"
 #include "acmix/tensors.cuh"
 
 namespace acmix {
 
-inline constexpr int kMaxKernelSize = 9;
-
-// A window is read row by row, so that a row's logits share one rescaling. One block per run of pixels, head and image.
+// A window is read row by row, and a row's logits share one rescaling of what was summed before (online softmax, arXiv
+// 1805.02867; in powers of two). One block per run of pixels, head and image.
 template <Dtype kDtype, Layout kLayout, int kHeadDim>
 __global__ void local_attention_simt_kernel(LocalAttention problem, const Element<kDtype>* __restrict__ qkv,
                                             const Element<kDtype>* __restrict__ position_weight,
@@ -52,8 +50,7 @@ __global__ void local_attention_simt_kernel(LocalAttention problem, const Elemen
     const Coordinate coordinate_x(width), coordinate_y(height);
     const int kernel_size = problem.kernel_size, margin = kernel_size / 2;
     const float scale = problem.scale * kLog2E;
-    RunningMax maximum;
-    float sum = 0, attended[kVector] = {};
+    float maximum = -INFINITY, sum = 0, attended[kVector] = {};
     for (int dy = 0; dy < kernel_size; ++dy) {
         const int key_y = reflect(out_y * stride + dy - margin, height);
         const std::int64_t row = static_cast<std::int64_t>(key_y) * width;
@@ -75,14 +72,16 @@ __global__ void local_attention_simt_kernel(LocalAttention problem, const Elemen
                 row_maximum = fmaxf(row_maximum, logits[dx]);
             }
         }
-        const float rescale = maximum.raise(row_maximum);
+        const float raised = fmaxf(maximum, row_maximum);
+        const float rescale = ptx::exp2(maximum - raised);
+        maximum = raised;
         sum *= rescale;
 #pragma unroll
         for (int i = 0; i < kVector; ++i) attended[i] *= rescale;
 #pragma unroll
         for (int dx = 0; dx < kMaxKernelSize; ++dx) {
             if (dx < kernel_size) {
-                const float weight = ptx::exp2(logits[dx] - maximum.value);
+                const float weight = ptx::exp2(logits[dx] - maximum);
                 sum += weight;
                 if (!padding) {
                     const int key_x = reflect(out_x * stride + dx - margin, width);

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "acmix/ptx.cuh"
-#include "acmix/softmax.cuh"
 #include "acmix/tensors.cuh"
 
 namespace acmix {

@@ -5,9 +5,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
 
 #include "acmix/launch.h"
+#include "acmix/operators.h"
 
 namespace acmix {
 
@@ -26,6 +28,10 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
+
+inline constexpr float kLog2E = 1.44269504f;
+
+inline constexpr int kMaxKernelSize = local_attention::kKernelSizes[std::size(local_attention::kKernelSizes) - 1];
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
