@@ -144,16 +144,21 @@ def test_misaligned_tensors(library, operator):
 
 
 @every_way
-@pytest.mark.parametrize("step", [1000.0, -1000.0, 1.0, -1.0])
-def test_logits_that_rise_or_fall(library, dtype, layout, kernel, step):
-    """Every logit exceeds the one before by ``step``: in floats, exp of the largest and of the smallest overflow."""
+@pytest.mark.parametrize(
+    ("step", "size"), [(1000.0, 8), (-1000.0, 8), (1.0, 8), (-1.0, 8), (2.0, 1 / 64), (-2.0, 1 / 64), (8.0, 1 / 64)]
+)
+def test_logits_that_rise_or_fall(library, dtype, layout, kernel, step, size):
+    """Every logit exceeds the one before by ``step``: in floats, exp of the largest and of the smallest overflow.
+
+    Queries of a ``size`` above and below 1 have scales below and above 1 for the same steps.
+    """
     height, width, head_dim = 9, 10, 32
     query, key, value = np.zeros((3, head_dim, height, width))
-    query[:] = 8
+    query[:] = size
     key[:] = np.arange(height * width).reshape(height, width)
     value[:] = np.random.default_rng(0).standard_normal(value.shape)
     qkv = np.concatenate([query, key, value])[None].astype(dtype)
-    attributes = {"num_heads": 1, "kernel_size": 7, "stride": 1, "scale": step / (8 * head_dim)}
+    attributes = {"num_heads": 1, "kernel_size": 7, "stride": 1, "scale": step / (size * head_dim)}
     check_local(library, qkv, None, {"layout": layout, "kernel": kernel}, **attributes)
 
 
