@@ -18,7 +18,15 @@ from acmix_deploy.operators.header import cpp_header
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
-from acmix_deploy.report.documents import FuseDocument, PluginDocument, ProfileDocument, VerifyDocument
+from acmix_deploy.report.documents import (
+    BuildDocument,
+    FuseDocument,
+    InspectDocument,
+    PluginDocument,
+    ProfileDocument,
+    QuantizeDocument,
+    VerifyDocument,
+)
 from acmix_deploy.report.model import ExportReport
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,9 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS: dict[str, type[BaseModel]] = {
     "export-report": ExportReport,
     "fuse": FuseDocument,
+    "quantize": QuantizeDocument,
     "verify": VerifyDocument,
     "profile": ProfileDocument,
     "plugin": PluginDocument,
+    "build": BuildDocument,
+    "inspect": InspectDocument,
 }
 """What the verbs print with ``--json``, by the name of its schema."""
 

@@ -6,9 +6,12 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.plugin.library import Library
+from acmix_deploy.precision import Int8Report
 from acmix_deploy.profile import Profile
+from acmix_deploy.report.inspection import Inspection
 from acmix_deploy.verify import Verification
 
 
@@ -24,6 +27,10 @@ class FuseDocument(FusionReport, Document):
     """Result of ``acmix-deploy fuse``."""
 
 
+class QuantizeDocument(Int8Report, Document):
+    """Result of ``acmix-deploy quantize``."""
+
+
 class VerifyDocument(Verification, Document):
     """Result of ``acmix-deploy verify``."""
 
@@ -36,3 +43,11 @@ class ProfileDocument(Document):
 
 class PluginDocument(Library, Document):
     """Result of ``acmix-deploy plugin build`` and ``acmix-deploy plugin check``."""
+
+
+class BuildDocument(BuildReport, Document):
+    """Result of ``acmix-deploy build``."""
+
+
+class InspectDocument(Inspection, Document):
+    """Result of ``acmix-deploy inspect``."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 from rich.text import Text
 
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
+from acmix_deploy.manifest import Manifest
 from acmix_deploy.plugin.library import Library
+from acmix_deploy.precision import Int8Report
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 
@@ -48,6 +51,35 @@ def errors(verification: Verification) -> Table:
     return rows
 
 
+def quantized_layers(report: Int8Report, most: int = 12) -> Table:
+    """The layers in INT8 with the largest errors, and how many more there are."""
+    rows = table("layer in INT8", "weight", "relative L2, alone", numeric=(2,))
+    for layer in report.layers[:most]:
+        rows.add_row(layer.name, layer.weight, f"{layer.relative_l2:.1e}")
+    if rest := report.layers[most:]:
+        rows.add_row(f"and {len(rest)} more", "", f"at most {rest[0].relative_l2:.1e}")
+    return rows
+
+
+def float_layers(report: Int8Report) -> Table:
+    """How many layers are not in INT8, by reason."""
+    rows = table("layers", "why", numeric=(0,))
+    for reason, count in Counter(layer.reason for layer in report.float_layers).items():
+        rows.add_row(str(count), reason)
+    return rows
+
+
+def output_errors(report: Int8Report) -> Table:
+    """The distance of each output from the float file's."""
+    rows = table("output", "max abs", "relative L2", "cosine", "", numeric=(1, 2, 3))
+    for name, found in report.outputs.items():
+        if found.problem:
+            rows.add_row(name, "", "", "", found.problem)
+        else:
+            rows.add_row(name, f"{found.max_abs:.1e}", f"{found.relative_l2:.1e}", f"{found.cosine:.7f}", "")
+    return rows
+
+
 def latencies(profiles: Iterable[Profile]) -> Table:
     """Latency of each file, and its ratio to the first."""
     found = list(profiles)
@@ -56,6 +88,34 @@ def latencies(profiles: Iterable[Profile]) -> Table:
         ratio = f"{found[0].median_ms / profile.median_ms:.1f}" if profile is not found[0] else ""
         figures = [f"{value:.2f}" for value in (profile.median_ms, profile.p90_ms, profile.p99_ms)]
         rows.add_row(profile.file, *figures, str(len(profile.samples_ms)), ratio)
+    return rows
+
+
+def engine(manifest: Manifest) -> Table:
+    """What an engine was built with and for."""
+    machine = manifest.machine
+    rows = table("", "")
+    rows.show_header = False
+    runs_on = ", ".join(f"sm_{sm}" for sm in manifest.compute_capabilities)
+    rows.add_row("built with", f"{machine.tensorrt}, CUDA {machine.cuda or 'none'}, driver {machine.driver or 'none'}")
+    rows.add_row("runs on", f"{runs_on} and later" if runs_on else machine.device)
+    rows.add_row("plugin", f"{manifest.plugin.path}, SHA-256 {manifest.plugin.sha256}" if manifest.plugin else "none")
+    rows.add_row("form", manifest.form)
+    rows.add_row("types", "from the file" if manifest.strongly_typed else ", ".join(("float32", *manifest.flags)))
+    rows.add_row("level", str(manifest.level))
+    for name, shapes in manifest.profiles.items():
+        rows.add_row(f"sizes of {name}", " to ".join("x".join(map(str, shape)) for shape in shapes[::2]))
+    for kind, tensors in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for tensor in tensors:
+            rows.add_row(f"{kind} {tensor.name}", f"{tensor.dtype} {list(tensor.shape)}")
+    return rows
+
+
+def inlined(reasons: Mapping[str, str]) -> Table:
+    """The nodes that the plugin does not compute."""
+    rows = table("not by the plugin", "why")
+    for name, reason in reasons.items():
+        rows.add_row(name, reason)
     return rows
 
 

@@ -1,0 +1,100 @@
+"""Turn the convolutions and matrix products of an ONNX file into INT8, calibrated on images.
+
+example:
+  acmix-deploy quantize model.fused.onnx --calibration photos -o model.int8.onnx
+  acmix-deploy quantize model.fused.onnx --calibration photos -o model.int8.onnx --exclude 'model.2.*'
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acmix_deploy.cli.common import console, positive, print_json, progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="ONNX file in float32, as `fuse` or `export` wrote it")
+    parser.add_argument(
+        "--calibration", type=Path, required=True, metavar="DIR", help="folder of images like those to be seen"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the INT8 file goes")
+    parser.add_argument(
+        "--method",
+        choices=["percentile", "entropy", "minmax"],
+        default="percentile",
+        help="how the range of an activation follows from its values (default: percentile)",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave the layers whose name, or whose weight's name, fits the pattern in floating point; may be repeated",
+    )
+    parser.add_argument("--quantize-head", action="store_true", help="quantise the detection head too")
+    parser.add_argument("--fp16", action="store_true", help="what is not INT8 becomes float16; needs opset 19")
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="N|H,W",
+        help="image size where the file leaves it free (default: that of training, else 640)",
+    )
+    parser.add_argument("--limit", type=positive, default=256, metavar="N", help="read at most N images (default: 256)")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """``640`` or ``480,640`` as (height, width)."""
+    sizes = tuple(positive(size) for size in text.split(","))
+    if len(sizes) > 2:
+        raise ValueError(text)
+    return sizes[0], sizes[-1]
+
+
+def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.artifacts import write_artifact
+    from acmix_deploy.precision import quantize
+
+    with progress() as report_progress:
+        report = quantize(
+            options.model,
+            options.output,
+            options.calibration,
+            method=options.method,
+            exclude=options.exclude,
+            quantize_head=options.quantize_head,
+            fp16=options.fp16,
+            image_size=options.image_size,
+            limit=options.limit,
+            progress=report_progress,
+        )
+    settings = {
+        "method": options.method,
+        "exclude": options.exclude,
+        "quantize_head": options.quantize_head,
+        "fp16": options.fp16,
+        "images": report.images,
+        "input_shape": report.input_shape,
+    }
+    write_artifact(options.output, "int8", parents=[options.model], settings=settings)
+    if options.json:
+        from acmix_deploy.report.documents import QuantizeDocument
+
+        print_json(QuantizeDocument(**report.model_dump()))
+    else:
+        from acmix_deploy.report.tables import float_layers, output_errors, quantized_layers
+
+        out = console()
+        out.print(quantized_layers(report))
+        out.print("\nIn floating point:")
+        out.print(float_layers(report))
+        out.print(f"\nError of the whole file, on {report.measured} calibration images:")
+        out.print(output_errors(report))
+        if report.skipped:
+            out.print(
+                f"Note: {len(report.skipped)} images could not be read: {', '.join(report.skipped)}", style="yellow"
+            )
+        sizes = f"{report.bytes_before / 1e6:.2f} MB became {report.bytes_after / 1e6:.2f} MB"
+        out.print(f"{len(report.layers)} layers in INT8, calibrated on {report.images} images")
+        out.print(f"{sizes}: {options.output}")
+    return 0
