@@ -1,0 +1,33 @@
+"""Say what a file is, from what it was made and with which versions: ONNX, engine, plugin, report, sidecar.
+
+example:
+  acmix-deploy inspect model.fp16.onnx
+  acmix-deploy inspect model.engine --json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acmix_deploy.cli.common import console, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="any file that acmix-deploy reads or writes; a plugin is loaded")
+
+
+def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.report.inspection import inspect
+
+    inspection = inspect(options.file)
+    if options.json:
+        from acmix_deploy.report.documents import InspectDocument
+
+        print_json(InspectDocument(**inspection.model_dump()))
+    else:
+        from acmix_deploy.report.show_inspection import show_inspection
+
+        show_inspection(inspection, console())
+    inspection.check()
+    return 0

@@ -1,0 +1,266 @@
+"""Build an engine from an ONNX file, see that the plugin is in it, and describe it in a manifest."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import onnx
+from pydantic import BaseModel, ConfigDict, Field
+
+from acmix_deploy.artifacts import Artifact, replacing, sha256, write_artifact
+from acmix_deploy.engine import onnx_file
+from acmix_deploy.engine.process import ask, find_backend
+from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
+from acmix_deploy.forms import refused, to_form
+from acmix_deploy.graph import name_nodes
+from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
+from acmix_deploy.runtime.reason import reason
+from acmix_deploy.targets import Form, Target, target_of
+
+_RTX_AS_TENSORRT = (11, 0)  # what TensorRT-RTX reads and how it types is TensorRT 11's
+_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient (memory|workspace)|MemoryAllocation", re.IGNORECASE)
+_SHOWN = 3  # nodes or errors named in a message
+
+Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
+
+
+class BuildReport(BaseModel):
+    """An engine that was built."""
+
+    model_config = ConfigDict(frozen=True)
+
+    artifact: Artifact = Field(description="the engine, and what it was made from")
+    manifest: Manifest
+    layers: int = Field(description="layers of the engine")
+    plugin_layers: tuple[str, ...] = Field(description="nodes that the plugin computes")
+    inlined: dict[str, str] = Field(description="nodes that the plugin refuses, and why; they are computed without it")
+    notes: tuple[str, ...] = Field(description="what was left out, and why")
+
+
+def build(
+    source: Path,
+    target: Path,
+    *,
+    plugin: Path | None = None,
+    form: Form | None = None,
+    level: int = 3,
+    fp16: bool = False,
+    timing_cache: Path | None = None,
+    shapes: Shapes | None = None,
+    backend: Backend | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> BuildReport:
+    """Build an engine and write its manifest beside it.
+
+    Args:
+        source: ONNX file, as the precision stage wrote it.
+        target: where the engine goes. Nothing is left there unless the build and its checks succeed.
+        plugin: library to compute the custom operators with; without one they are computed by their definitions.
+        form: how the file is to carry custom operators; by default as this TensorRT and the plugin need it.
+        level: builder optimization level, 0 to 5.
+        fp16: permit half precision; for TensorRT 8, whose types do not come from the file.
+        timing_cache: file of measured times, read where it exists and written afterwards.
+        shapes: smallest, usual and largest [B, C, H, W], where axes are free.
+        backend: which TensorRT; whichever can be imported by default.
+        progress: called with what is being done.
+
+    Raises:
+        UserError: the file, the shapes, or the options do not fit each other or this TensorRT.
+        CheckFailed: TensorRT does not build it, or does not use the plugin.
+        MissingComponent: no TensorRT, no device, or too little memory.
+    """
+    machine = this_machine(find_backend(backend))
+    _check_device(machine)
+    found = _target(machine)
+    model = onnx_file.load(source)
+    name_nodes(model)
+    _check_opset(model, source, found)
+    if fp16 and found.strongly_typed:
+        raise UserError(
+            f"{machine.tensorrt} takes the types from the file, so half precision cannot be asked for here",
+            "Make a file in half precision: acmix-deploy export --fp16",
+        )
+    form = _form(form, found, plugin)
+    profiles = _profiles(model, source, shapes)
+    try:
+        ready = to_form(model, form)
+    except onnx.checker.ValidationError as error:
+        raise UserError(f"{source} is not valid ONNX: {reason(error)}") from error
+    wanted = [node.name for node in onnx_file.fused_nodes(ready)] if plugin else []
+    library = Plugin(path=plugin.resolve(), sha256=sha256(plugin)) if plugin else None
+    flags = _flags(model, found, fp16)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = stack.enter_context(replacing(target))
+        onnx.save(ready, folder / "model.onnx")
+        times = timing_cache if machine.backend == "tensorrt" else None
+        cache = stack.enter_context(replacing(times)) if times else None
+        request = {
+            "module": machine.backend,
+            "onnx": str(folder / "model.onnx"),
+            "engine": str(engine),
+            "plugin": str(library.path) if library else None,
+            "cache_read": str(times) if times and times.is_file() else None,
+            "cache_write": str(cache) if cache else None,
+            "level": level,
+            "flags": flags,
+            "strongly_typed": found.strongly_typed,
+            "profiles": profiles,
+            "operators": list(onnx_file.operators(ready)),
+        }
+        answer, said = ask(request, progress)
+        if "failure" in answer:
+            raise _failure(answer, ready, source, machine, said)
+        present = [name for name in wanted if name in answer["plugin_layers"]]
+        if missing := [name for name in wanted if name not in present]:
+            raise CheckFailed(
+                f"the plugin does not compute {_some(missing)} in the engine: {len(present)} of {len(wanted)} layers "
+                f"of its kind are there{': ' + said if said else ''}",
+                "Check that the plugin was built for this TensorRT: acmix-deploy plugin check",
+            )
+    manifest = Manifest(
+        machine=machine,
+        plugin=library if wanted else None,
+        form=form,
+        strongly_typed=found.strongly_typed,
+        flags=tuple(flags),
+        level=level,
+        profiles=profiles,
+        compute_capabilities=tuple(answer["compute_capabilities"]),
+        inputs=tuple(answer["inputs"]),
+        outputs=tuple(answer["outputs"]),
+    )
+    return BuildReport(
+        artifact=write_artifact(target, KIND, parents=[source], settings=manifest.model_dump(mode="json")),
+        manifest=manifest,
+        layers=answer["layers"],
+        plugin_layers=tuple(present),
+        inlined=refused(model) if plugin else {},
+        notes=(*answer["notes"], *_notes(machine, plugin, wanted, timing_cache)),
+    )
+
+
+def _notes(machine: Machine, plugin: Path | None, wanted: Sequence[str], timing_cache: Path | None) -> list[str]:
+    notes = []
+    if plugin and not wanted:
+        notes.append("the file has no node that the plugin takes, so the engine does not use it")
+    if timing_cache and machine.backend == "tensorrt_rtx":
+        notes.append("TensorRT-RTX times nothing when it builds, so it has no timing cache")
+    return notes
+
+
+def _check_device(machine: Machine) -> None:
+    if machine.backend == "tensorrt" and machine.gpu is None:
+        raise MissingComponent(
+            f"{machine.tensorrt} builds an engine on the device that it is for, and there is no GPU here",
+            "Run the same command on the target, or use TensorRT-RTX: pip install 'acmix-deploy[rtx]', "
+            "--backend tensorrt_rtx",
+        )
+
+
+def _target(machine: Machine) -> Target:
+    if machine.backend == "tensorrt_rtx":
+        return target_of(_RTX_AS_TENSORRT)
+    major, minor = machine.version.split(".")[:2]
+    return target_of((int(major), int(minor)))
+
+
+def _check_opset(model: onnx.ModelProto, source: Path, target: Target) -> None:
+    if (opset := onnx_file.opset(model)) > target.opset:
+        raise UserError(
+            f"{source} has opset {opset}; TensorRT {target.version} reads {target.opset} at most",
+            f"Export again with --opset {target.opset}.",
+        )
+
+
+def _form(asked: Form | None, target: Target, plugin: Path | None) -> Form:
+    """The form that is asked for or needed; one that contradicts the plugin is an error."""
+    if asked == "plugin" and plugin is None:
+        raise UserError("--target plugin leaves the attention to a plugin, and there is none", "Give --plugin FILE.")
+    if asked == "plain" and plugin is not None:
+        raise UserError("--target plain leaves nothing for a plugin to compute", "Leave out --plugin or --target.")
+    return asked or (target.form if plugin else "plain")
+
+
+def _flags(model: onnx.ModelProto, target: Target, fp16: bool) -> list[str]:
+    """What the builder has to be permitted where types do not come from the file alone."""
+    if target.strongly_typed:
+        return []
+    precision = onnx_file.precision(model)
+    return ["FP16"] * (fp16 or precision != "float32") + ["INT8"] * (precision == "int8")
+
+
+def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """The three shapes of each input with free axes.
+
+    Raises:
+        UserError: an axis is free and there are no shapes, or the shapes do not fit the file or each other.
+    """
+    found: dict[str, tuple[Shape, Shape, Shape]] = {}
+    fixed = []
+    for value in onnx_file.inputs(model):
+        declared = onnx_file.shape(value)
+        free = [f"{axis} ({size})" for axis, size in enumerate(declared) if not isinstance(size, int)]
+        fixed += [f"{value.name} {list(declared)}"] * (not free)
+        if not free:
+            continue
+        if shapes is None or len(declared) != len(shapes[0]):
+            raise UserError(
+                f"input {value.name} of {source} has free axes: {', '.join(free)}",
+                "Give the shapes to build for: --min, --opt and --max, each B,C,H,W.",
+            )
+        for option, shape in zip(("--min", "--opt", "--max"), shapes, strict=True):
+            if any(isinstance(size, int) and size != asked for size, asked in zip(declared, shape, strict=True)):
+                raise UserError(f"{option} {list(shape)} does not fit input {value.name} {list(declared)} of {source}")
+        smallest, usual, largest = map(tuple, shapes)
+        if not all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True)):
+            raise UserError(f"--min {smallest}, --opt {usual} and --max {largest} do not grow from one to the next")
+        found[value.name] = (smallest, usual, largest)
+    if shapes is not None and not found:
+        raise UserError(
+            f"{source} has no free axis: {', '.join(fixed)}", "Leave out --min, --opt and --max, or export --dynamic."
+        )
+    return found
+
+
+def _failure(
+    answer: Mapping[str, Any], model: onnx.ModelProto, source: Path, machine: Machine, said: str
+) -> UserError | CheckFailed | MissingComponent:
+    """What a build that failed is told as."""
+    step, errors = answer["failure"], answer["errors"]
+    if step == "parse" and answer["unknown"]:
+        nodes = onnx_file.operators(model)
+        named = "; ".join(f"{operator} ({_some(nodes[operator])})" for operator in answer["unknown"])
+        by_plugin = f"; the plugin says: {said}" if said else ""
+        return UserError(
+            f"{source} has operators that {machine.tensorrt} does not know: {named}{by_plugin}",
+            "Operators of acmix need --plugin or a file with their definitions; others have to be exported otherwise.",
+        )
+    if step == "plugin":
+        return UserError(f"the plugin cannot be loaded: {errors[0]}", "Build it here: acmix-deploy plugin build")
+    texts = [_parser_text(error) if isinstance(error, dict) else str(error).strip() for error in errors]
+    text = "; ".join(dict.fromkeys(texts[:_SHOWN])) or "it gives no reason"
+    if _NO_MEMORY.search(" ".join(texts)):
+        return MissingComponent(
+            f"too little memory on {machine.device} for {machine.tensorrt} to build {source}: {text}",
+            "End other programs on the device, or build for a smaller --max.",
+        )
+    if step == "parse":
+        return UserError(f"{machine.tensorrt} cannot read {source}: {text}")
+    return CheckFailed(f"{machine.tensorrt} does not build {source}: {text}")
+
+
+def _parser_text(error: Mapping[str, str]) -> str:
+    place = f"node {error['node']} ({error['operator']}): " if error["node"] else ""
+    return place + error["reason"]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

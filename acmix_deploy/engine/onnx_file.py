@@ -1,0 +1,163 @@
+"""What an ONNX file holds, as far as building from it or looking into it needs: operators, free axes, form, types."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+from onnx import TensorProto, helper
+from pydantic import BaseModel, ConfigDict, Field
+
+from acmix_deploy.errors import UserError
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.runtime.onnxruntime import element_type
+from acmix_deploy.runtime.reason import reason
+
+Precision = Literal["float32", "float16", "int8"]
+FormFound = Literal["any", "plugin", "plain"]
+
+
+class OnnxTensor(BaseModel):
+    """An input or output of the file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    dtype: str = Field(description="element type by NumPy's name")
+    shape: tuple[int | str, ...] = Field(description="sizes; a name or ? where an axis is free")
+
+
+class CustomNode(BaseModel):
+    """One node of a custom operator: a fused block."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    operator: str
+    attributes: dict[str, Any]
+
+
+class OnnxFile(BaseModel):
+    """An ONNX file in short."""
+
+    model_config = ConfigDict(frozen=True)
+
+    opset: int = Field(description="version of the standard operators")
+    ir_version: int = Field(description="version of the file format")
+    producer: str = Field(description="what wrote the file")
+    inputs: tuple[OnnxTensor, ...]
+    outputs: tuple[OnnxTensor, ...]
+    operators: dict[str, int] = Field(description="nodes of the graph by type, most frequent first")
+    functions: tuple[str, ...] = Field(description="custom operators with a definition in the file")
+    fused: tuple[CustomNode, ...] = Field(description="nodes of this package's operators")
+    form: FormFound = Field(
+        description="any: custom operators with definitions, plugin: without them, plain: no custom operator"
+    )
+    precision: Precision = Field(description="int8 with Q/DQ nodes, float16 as soon as a tensor is, else float32")
+    metadata: dict[str, str] = Field(description="properties that the exporter left, such as class names")
+
+
+def load(path: Path, *, weights: bool = True) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Args:
+        path: the file.
+        weights: also read those that lie in files of their own.
+
+    Raises:
+        UserError: it does not exist or is no ONNX file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "Give an ONNX file.")
+    try:
+        model = onnx.load(path, load_external_data=weights)
+    except Exception as error:  # a protobuf error or OSError
+        raise UserError(f"{path} cannot be read as an ONNX file: {reason(error)}") from error
+    if not model.graph.node:
+        raise UserError(f"{path} is no ONNX file, or one without nodes")
+    return model
+
+
+def describe(model: onnx.ModelProto) -> OnnxFile:
+    """An ONNX model in short."""
+    functions = tuple(f"{function.domain}.{function.name}" for function in model.functions)
+    fused = tuple(fused_nodes(model))
+    counts = Counter(node.op_type for node in _nodes(model.graph.node))
+    return OnnxFile(
+        opset=opset(model),
+        ir_version=model.ir_version,
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        inputs=tuple(map(_tensor, inputs(model))),
+        outputs=tuple(map(_tensor, model.graph.output)),
+        operators=dict(counts.most_common()),
+        functions=functions,
+        fused=tuple(
+            CustomNode(name=node.name, operator=f"{node.domain}.{node.op_type}", attributes=_attributes(node))
+            for node in fused
+        ),
+        form="plain" if not fused else "any" if functions else "plugin",
+        precision=precision(model),
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the standard operators that the file uses."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs of the graph; before IR version 4 its weights stand among them."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in stored]
+
+
+def fused_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes of this package's operators."""
+    return [node for node in model.graph.node if node.domain == LOCAL_ATTENTION.domain]
+
+
+def operators(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Names of the nodes by type, with those in branches, loops and functions; functions of the file left out."""
+    functions = {(function.domain, function.name) for function in model.functions}
+    bodies = (node for function in model.functions for node in function.node)
+    found: dict[str, list[str]] = {}
+    for node in _nodes([*model.graph.node, *bodies]):
+        if (node.domain, node.op_type) not in functions:
+            found.setdefault(node.op_type, []).append(node.name or f"the one that makes {node.output[0]}")
+    return found
+
+
+def precision(model: onnx.ModelProto) -> Precision:
+    """The lowest type that the file computes in."""
+    quantised = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+    return "int8" if quantised else "float16" if element_type(model) == "float16" else "float32"
+
+
+def shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    """Sizes of a declared tensor, with a name or ``?`` where an axis is free."""
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim
+    )
+
+
+def _tensor(value: onnx.ValueInfoProto) -> OnnxTensor:
+    element = value.type.tensor_type.elem_type
+    dtype = "unknown" if element == TensorProto.UNDEFINED else helper.tensor_dtype_to_np_dtype(element).name
+    return OnnxTensor(name=value.name, dtype=dtype, shape=shape(value))
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those in their branches and loops."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g.node)

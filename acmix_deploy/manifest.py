@@ -1,0 +1,220 @@
+"""What an engine was built with and for, kept in its sidecar, and whether it fits a machine.
+
+Whoever runs an engine reads this first: TensorRT's own answer to an engine of another machine comes late and is no
+sentence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from acmix_deploy.artifacts import read_artifact, sha256
+from acmix_deploy.errors import MissingComponent, UserError
+
+KIND = "engine"
+"""The kind of artifact that has a manifest as its settings."""
+
+Backend = Literal["tensorrt", "tensorrt_rtx"]
+Shape = tuple[int, ...]
+
+TITLES: dict[Backend, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_REBUILD = "Build it again on this machine: acmix-deploy build"
+
+
+class Machine(BaseModel):
+    """TensorRT and the device; None for what is not there or not told."""
+
+    model_config = ConfigDict(frozen=True)
+
+    backend: Backend = Field(description="TensorRT's Python module")
+    version: str = Field(description="version of that TensorRT")
+    cuda: str | None = Field(default=None, description="newest CUDA that the driver runs")
+    driver: str | None = Field(default=None, description="release of the driver")
+    gpu: str | None = Field(default=None, description="name of the device")
+    sm: int | None = Field(default=None, description="its architecture: 87 stands for sm_87")
+
+    @property
+    def tensorrt(self) -> str:
+        """``TensorRT 10.3.0``."""
+        return f"{TITLES[self.backend]} {_release(self.version)}"
+
+    @property
+    def device(self) -> str:
+        """``NVIDIA H200 (sm_90)``."""
+        return f"{self.gpu} (sm_{self.sm})" if self.gpu else "no GPU"
+
+
+class Plugin(BaseModel):
+    """The plugin library that an engine calls."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path = Field(description="where it was when the engine was built")
+    sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal")
+
+
+class EngineTensor(BaseModel):
+    """An input or output of an engine."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="name in the ONNX file")
+    dtype: str = Field(description="TensorRT's name of the element type, such as FLOAT or HALF")
+    shape: Shape = Field(description="sizes; -1 where an axis is free")
+
+
+class Manifest(BaseModel):
+    """Everything that decides what an engine does and where it runs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    machine: Machine = Field(description="where it was built")
+    compute_capabilities: tuple[int, ...] = Field(
+        description="architectures that it runs on if it is not for one device alone: 86 stands for sm_86"
+    )
+    plugin: Plugin | None = Field(description="the library with its custom layers, None where it has none")
+    form: str = Field(description="any, plugin or plain: how the ONNX file spelt the attention")
+    strongly_typed: bool = Field(description="whether element types come from the ONNX file alone")
+    flags: tuple[str, ...] = Field(description="TensorRT's BuilderFlag by name")
+    level: int = Field(description="builder optimization level")
+    profiles: dict[str, tuple[Shape, Shape, Shape]] = Field(
+        description="smallest, usual and largest shape of each input with free axes"
+    )
+    inputs: tuple[EngineTensor, ...]
+    outputs: tuple[EngineTensor, ...]
+
+
+def this_machine(backend: Backend) -> Machine:
+    """What there is here.
+
+    Raises:
+        MissingComponent: the module cannot be imported, or the package that asks for the device is not installed.
+    """
+    try:
+        version = str(importlib.import_module(backend).__version__)
+    except (ImportError, OSError) as error:
+        raise MissingComponent(f"{TITLES[backend]} cannot be imported: {error}") from error
+    try:
+        device = _device()
+    except ImportError as error:
+        if backend == "tensorrt":
+            raise MissingComponent(
+                f"cuda-bindings is needed to ask which GPU is there, and cannot be imported: {error}",
+                "Run: pip install 'acmix-deploy[tensorrt]'",
+            ) from error
+        device = {}
+    return Machine(backend=backend, version=version, **device)
+
+
+def read_manifest(engine: Path) -> Manifest:
+    """The manifest of an engine file whose bytes are still those that it was written for.
+
+    Raises:
+        UserError: there is no manifest, it is another artifact's, or the engine has changed since.
+    """
+    artifact = read_artifact(engine)
+    if artifact.kind != KIND:
+        raise UserError(f"{engine} is no engine: its sidecar says {artifact.kind}")
+    try:
+        return Manifest.model_validate(artifact.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"the manifest of {engine} cannot be read: {place}: {first['msg']}", _REBUILD) from error
+
+
+def check(manifest: Manifest, machine: Machine, plugin_sha256: str | None = None) -> None:
+    """Refuse an engine that was built for something else than there is; looks at nothing but its arguments.
+
+    Args:
+        manifest: the engine's.
+        machine: where it is to run.
+        plugin_sha256: of the plugin library that would be loaded; None where there is none.
+
+    Raises:
+        UserError: naming what the engine was built for and what was found.
+    """
+    built = manifest.machine
+    if built.tensorrt != machine.tensorrt:
+        raise UserError(f"the engine was built with {built.tensorrt}, here is {machine.tensorrt}", _REBUILD)
+    if manifest.compute_capabilities:
+        newest = max(manifest.compute_capabilities)
+        if machine.sm not in manifest.compute_capabilities and (machine.sm is None or machine.sm < newest):
+            known = ", ".join(f"sm_{sm}" for sm in manifest.compute_capabilities)
+            raise UserError(f"the engine was built for {known} and later, here is {machine.device}", _REBUILD)
+    elif (built.gpu, built.sm) != (machine.gpu, machine.sm):
+        raise UserError(f"the engine was built for {built.device}, here is {machine.device}", _REBUILD)
+    if manifest.plugin and manifest.plugin.sha256 != plugin_sha256:
+        found = f"the one here has {plugin_sha256[:12]}..." if plugin_sha256 else "there is none here"
+        raise UserError(
+            f"the engine was built with the plugin of SHA-256 {manifest.plugin.sha256[:12]}..., {found}",
+            "Give the plugin that it was built with, or build the engine again with this one.",
+        )
+
+
+def read_fitting(engine: Path, machine: Machine, plugin: Path | None = None) -> Manifest:
+    """:func:`read_manifest`, and :func:`check` it against what is here, the plugin's file included.
+
+    Args:
+        engine: the engine file.
+        machine: see :func:`this_machine`.
+        plugin: the library to load; where the manifest says, by default.
+
+    Raises:
+        UserError: see the two.
+    """
+    manifest = read_manifest(engine)
+    if manifest.plugin:
+        library = plugin or manifest.plugin.path
+        check(manifest, machine, sha256(library) if library.is_file() else None)
+    else:
+        check(manifest, machine)
+    return manifest
+
+
+def _release(version: str) -> str:
+    """``10.3.0`` of ``10.3.0.26``: engines of builds that differ behind that are the same."""
+    return ".".join(version.split(".")[:3])
+
+
+def _device() -> dict[str, Any]:
+    """The first device, as CUDA's driver tells it; nothing where there is none. Raises ImportError: cuda-bindings."""
+    from cuda.bindings import driver
+
+    def call(function: Any, *arguments: Any) -> Any:
+        status, *values = function(*arguments)
+        if int(status):
+            raise RuntimeError(f"{function.__name__}: {status}")
+        return values[0] if values else None
+
+    try:
+        call(driver.cuInit, 0)
+        device = call(driver.cuDeviceGet, 0)
+        name = call(driver.cuDeviceGetName, 128, device)
+        attribute = driver.CUdevice_attribute
+        major = call(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        minor = call(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+        cuda = call(driver.cuDriverGetVersion)
+    except RuntimeError:
+        return {}
+    return {
+        "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+        "driver": _driver_release(),
+        "gpu": name.split(b"\0")[0].decode(),
+        "sm": 10 * major + minor,
+    }
+
+
+def _driver_release() -> str | None:
+    """``580.65.06`` where the kernel module tells it; a Jetson does not."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", text)
+    return found[0] if found else None

@@ -1,0 +1,161 @@
+"""What a file is, from what it came, and with which versions: for every file that a stage reads or writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from acmix_deploy.artifacts import Artifact, Parent, sha256, sidecar
+from acmix_deploy.engine import onnx_file
+from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.manifest import KIND, Manifest
+from acmix_deploy.plugin.library import Library, describe
+
+State = Literal["unchanged", "changed", "not here"]
+
+
+class Ancestor(BaseModel):
+    """A file that the one looked at was made from, itself or by way of another."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    kind: str = Field(description="what its own sidecar calls it; empty where it has none here")
+    made: str = Field(description="the file that was made from it")
+    state: State = Field(description="whether the file of that name in the same folder is still the one it was")
+
+
+class Inspection(BaseModel):
+    """A file, and what could be told about it without running it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    kind: str = Field(description="onnx, engine, plugin, checkpoint, report, or what its sidecar calls it")
+    size_bytes: int
+    sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal")
+    artifact: Artifact | None = Field(default=None, description="its sidecar, where there is one")
+    unchanged: bool | None = Field(default=None, description="whether the bytes are those that the sidecar describes")
+    ancestors: tuple[Ancestor, ...] = Field(default=(), description="nearest first")
+    onnx: onnx_file.OnnxFile | None = Field(default=None, description="of an ONNX file")
+    manifest: Manifest | None = Field(default=None, description="of an engine")
+    plugin: Library | None = Field(default=None, description="of a plugin library")
+    report: dict[str, str] | None = Field(default=None, description="of a report: its files by role")
+    notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises CheckFailed when the file is not the one that its sidecar describes."""
+        if self.artifact and not self.unchanged:
+            raise CheckFailed(
+                f"{self.path} has changed since its sidecar was written: its SHA-256 is {self.sha256[:12]}..., the "
+                f"sidecar has {self.artifact.sha256[:12]}...",
+                "Run the stage that made it again.",
+            )
+
+
+def inspect(path: Path) -> Inspection:
+    """Look into a file. The sidecar of a file stands for that file; a plugin library is loaded to be asked.
+
+    Raises:
+        UserError: it cannot be read, or is nothing that this package reads or writes.
+        CheckFailed: a plugin library crashes.
+    """
+    document = _document(path) if path.suffix == ".json" else {}
+    if document and {"kind", "sha256", "settings"} <= document.keys():
+        path = path.with_suffix("")
+    digest = sha256(path)
+    artifact = _read_sidecar(path)
+    kind, facts = _look(path, artifact, document)
+    return Inspection(
+        path=path,
+        kind=kind,
+        size_bytes=path.stat().st_size,
+        sha256=digest,
+        artifact=artifact,
+        unchanged=None if artifact is None else artifact.sha256 == digest,
+        ancestors=tuple(_ancestors(path.parent, artifact)) if artifact else (),
+        **facts,
+    )
+
+
+def _look(path: Path, artifact: Artifact | None, document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Kind of a file, and those fields of :class:`Inspection` that belong to it."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if path.suffix == ".json":
+        return "report", {"report": _files_of_report(path, document)}
+    if head == b"\x7fELF":
+        return "plugin", {"plugin": describe(path)}
+    if head == b"PK\x03\x04":
+        return "checkpoint", {"notes": ("acmix-deploy export says what is in a checkpoint",)}
+    if artifact and artifact.kind == KIND:
+        try:
+            return KIND, {"manifest": Manifest.model_validate(artifact.settings)}
+        except ValidationError:
+            return KIND, {"notes": ("its manifest is of another form, so it cannot be checked before it runs",)}
+    if head[1:] == b"trt" or path.suffix in (".engine", ".plan"):
+        return KIND, {"notes": ("it has no manifest, so it cannot be checked before it runs",)}
+    try:
+        return (artifact.kind if artifact else "onnx"), {
+            "onnx": onnx_file.describe(onnx_file.load(path, weights=False))
+        }
+    except UserError:
+        if artifact:
+            return artifact.kind, {}
+        raise UserError(
+            f"{path} is nothing that acmix-deploy reads or writes",
+            "It looks into ONNX files, engines, plugins, checkpoints, reports and their sidecars.",
+        ) from None
+    return artifact.kind if artifact else "onnx", {"onnx": onnx_file.describe(model)}
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON document: {error}") from error
+    return document if isinstance(document, dict) else {}
+
+
+def _files_of_report(path: Path, document: dict[str, Any]) -> dict[str, str]:
+    try:
+        return {role: str(file["artifact"]["path"]) for role, file in document["files"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is neither the sidecar of a file nor the report of an export") from error
+
+
+def _read_sidecar(path: Path) -> Artifact | None:
+    """The sidecar of a file, whatever became of the file since."""
+    try:
+        return Artifact.model_validate_json(sidecar(path).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _ancestors(folder: Path, artifact: Artifact) -> list[Ancestor]:
+    """The files of a folder that one in it was made from, as far as their sidecars tell."""
+    found: dict[str, Ancestor] = {}
+    queue = [(artifact.path.name, parent) for parent in artifact.parents]
+    for made, parent in queue:
+        if parent.sha256 in found:
+            continue
+        path = folder / parent.name
+        origin = _read_sidecar(path)
+        known = origin if origin and origin.sha256 == parent.sha256 else None
+        found[parent.sha256] = Ancestor(
+            name=parent.name, kind=known.kind if known else "", made=made, state=_state(path, parent)
+        )
+        if known:
+            queue += [(parent.name, grandparent) for grandparent in known.parents]
+    return list(found.values())
+
+
+def _state(path: Path, parent: Parent) -> State:
+    if not path.is_file():
+        return "not here"
+    return "unchanged" if sha256(path) == parent.sha256 else "changed"
