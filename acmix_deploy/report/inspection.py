@@ -99,9 +99,7 @@ def _look(path: Path, artifact: Artifact | None, document: dict[str, Any]) -> tu
     if head[1:] == b"trt" or path.suffix in (".engine", ".plan"):
         return KIND, {"notes": ("it has no manifest, so it cannot be checked before it runs",)}
     try:
-        return (artifact.kind if artifact else "onnx"), {
-            "onnx": onnx_file.describe(onnx_file.load(path, weights=False))
-        }
+        model = onnx_file.load(path, weights=False)
     except UserError:
         if artifact:
             return artifact.kind, {}
