@@ -1,4 +1,4 @@
-"""One library for all tests on a GPU: kernels, C interface and reference."""
+"""The libraries for tests on a GPU: kernels, C interface and reference."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ import pytest
 
 @pytest.fixture(scope="session")
 def library() -> device.DeviceKernels:
+    return load("libacmix_test.so")
+
+
+@pytest.fixture(scope="session")
+def turing_library() -> device.DeviceKernels:
+    """The code for sm_75, as PTX that the driver compiles for this GPU."""
+    return load("libacmix_test_75.so", "compute_75")
+
+
+def load(name: str, architecture: str | None = None) -> device.DeviceKernels:
     if device.missing():
         pytest.skip(device.missing())
-    return device.DeviceKernels(device.build("libacmix_test.so", [*kernels.SOURCES, device.REFERENCE]))
+    path = device.build(name, [*kernels.SOURCES, device.REFERENCE], architecture=architecture)
+    return device.DeviceKernels(path)

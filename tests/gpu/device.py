@@ -56,13 +56,14 @@ def missing() -> str:
     return ""
 
 
-def build(name: str, sources: Sequence[Path], headers: Path | None = None) -> Path:
+def build(name: str, sources: Sequence[Path], headers: Path | None = None, architecture: str | None = None) -> Path:
     """Compile ``sources`` for this machine's GPU and link them, doing again only what has changed: the file's path.
 
-    ``headers`` is TensorRT's folder of them, for the sources that need it.
+    ``headers`` is TensorRT's folder of them, for the sources that need it. ``architecture`` is another than this GPU's;
+    of compute_75 the library holds PTX alone, which the driver compiles when it loads it.
     """
     changed = max(path.stat().st_mtime for path in PLUGINS.rglob("*") if path.is_file())
-    nvcc = [str(find_cuda().nvcc), f"-arch=sm_{compute_capability()}"]
+    nvcc = [str(find_cuda().nvcc), f"-arch={architecture or f'sm_{compute_capability()}'}"]
     flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
     includes = ["-I", str(PLUGINS / "include"), "-I", str(PLUGINS / "src")]
     output = BUILD / name

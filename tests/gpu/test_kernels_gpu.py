@@ -98,8 +98,7 @@ def rows(library: DeviceKernels, operator: Operator) -> Iterator[tuple[dict[str,
             yield entry, head_dim
 
 
-@pytest.mark.parametrize(("operator", "kernel_size", "stride"), WINDOWS)
-def test_every_row_at_every_window(library, operator, kernel_size, stride):
+def check_rows(library: DeviceKernels, operator: Operator, kernel_size: int, stride: int) -> None:
     """Odd sizes, the smallest map there is, which is all border, and one whose rows are whole words of memory."""
     least = -(-(kernel_size // 2 + 1) // stride)
     for entry, head_dim in rows(library, operator):
@@ -107,6 +106,17 @@ def test_every_row_at_every_window(library, operator, kernel_size, stride):
         for height, width in ((9, 17), (least, least), (11, 8)):
             launch = Launch.of(library, operator, entry, height=height * stride, width=width * stride, **window)
             launch.check()
+
+
+@pytest.mark.parametrize(("operator", "kernel_size", "stride"), WINDOWS)
+def test_every_row_at_every_window(library, operator, kernel_size, stride):
+    check_rows(library, operator, kernel_size, stride)
+
+
+@pytest.mark.parametrize("stride", LOCAL_ATTENTION.kernel_limits["stride"])
+def test_every_row_as_on_sm_75(turing_library, stride):
+    """Before sm_80 tensor cores multiply in two steps of half the depth, and nothing is copied in the background."""
+    check_rows(turing_library, LOCAL_ATTENTION, 7, stride)
 
 
 def test_without_position(library):
