@@ -188,6 +188,8 @@ def _output(program: Path, *arguments: str) -> str:
         done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=60)
     except OSError as error:
         raise MissingComponent(f"{program} does not run: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise MissingComponent(f"{program} {arguments[0]} did not answer within {error.timeout:.0f} seconds") from error
     if done.returncode:
         raise MissingComponent(f"{program} {arguments[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout + done.stderr
