@@ -110,7 +110,8 @@ def test_the_compiler_spills_where_it_must(cuda, tmp_path, monkeypatch):
     cells = "; ".join(f"float v{i} = x[{i} * n]" for i in range(96))
     total = " + ".join(f"v{i} * v{(7 * i + 1) % 96}" for i in range(96))
     (tmp_path / "src").mkdir()
-    (tmp_path / "CMakeLists.txt").write_text((ROOT / "plugins/CMakeLists.txt").read_text())
+    for name in ("CMakeLists.txt", "exports.map"):
+        (tmp_path / name).write_text((ROOT / "plugins" / name).read_text())
     (tmp_path / "src/spill.cu").write_text(
         "#include <cuda_runtime.h>\n__global__ void __launch_bounds__(1024) spill(const float* x, float* y, int n) "
         f"{{ {cells}; __syncthreads(); y[0] = {total}; }}\n"
