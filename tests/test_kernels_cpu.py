@@ -107,18 +107,18 @@ def test_outlook_attention(library, data):
     check_outlook(library, logits, values, launch, **attributes)
 
 
-def of_every_entry(library: Kernels, operator: Operator, offset: int) -> Iterator[partial[None]]:
-    """A check of each row of the dispatch table, full and padded; NCHW is copied in words where ``offset`` is 0."""
+def of_every_entry(library: Kernels, operator: Operator, **launch: Any) -> Iterator[partial[None]]:
+    """A check of each row of the dispatch table, full and padded, on rows of pixels that NCHW can copy in words."""
     random = np.random.default_rng(0)
     for entry, padding in itertools.product(library.entries(operator.op_type), (0, 8)):
         dtype, head_dim = entry["dtype"], entry["head_dim"] - padding
-        launch = {"layout": entry["layout"], "kernel": entry["kernel"], "offset": offset}
-        attributes = {"num_heads": 2, "kernel_size": 5, "stride": 1, "scale": head_dim**-0.5}
+        launch = {**launch, "layout": entry["layout"], "kernel": entry["kernel"]}
+        attributes = {"num_heads": 1, "kernel_size": 5, "stride": 1, "scale": head_dim**-0.5}
         if operator is LOCAL_ATTENTION:
-            inputs = normal(random, dtype, 1, 6 * head_dim, 9, 16), normal(random, dtype, head_dim, 2)
+            inputs = normal(random, dtype, 1, 3 * head_dim, 5, 12), normal(random, dtype, head_dim, 2)
             yield partial(check_local, library, *inputs, launch, **attributes)
         else:
-            inputs = normal(random, dtype, 1, 2 * 5**4, 3, 4), normal(random, dtype, 1, 2 * head_dim, 3, 4)
+            inputs = normal(random, dtype, 1, 5**4, 3, 4), normal(random, dtype, 1, head_dim, 3, 4)
             yield partial(check_outlook, library, *inputs, launch, **attributes)
 
 
@@ -128,19 +128,33 @@ def test_every_entry(library, operator):
     ways = WAYS if operator is LOCAL_ATTENTION else SCALAR_WAYS
     assert {(row["dtype"], row["layout"], row["kernel"]) for row in rows} == set(ways)
     assert len(rows) == 4 * len(ways)
-    for run in of_every_entry(library, operator, offset=0):
+    for run in of_every_entry(library, operator):
         run()
 
 
 @operators
-def test_misaligned_tensors(library, operator):
+@pytest.mark.parametrize("offsets", [(1, 0), (0, 1)], ids=["input", "output"])
+def test_misaligned_tensors(library, operator, offsets):
     """NCHW takes any address; NHWC refuses what its 16-byte words cannot be read from."""
-    for run in of_every_entry(library, operator, offset=1):
+    for run in of_every_entry(library, operator, offsets=offsets):
         if run.args[3]["layout"] == "NCHW":
             run()
         else:
-            with pytest.raises(Refused, match="misaligned"):
+            with pytest.raises(Refused, match="misaligned address"):
                 run()
+
+
+@every_way
+def test_heads_and_images_are_strangers(library, dtype, layout, kernel):
+    """What one head of one image holds reaches no other, although padding lets their channels lie side by side."""
+    launch = {"num_heads": 3, "kernel_size": 3, "stride": 1, "scale": 1.0, "layout": layout, "kernel": kernel}
+    qkv = normal(np.random.default_rng(0), dtype, 3, 72, 4, 5)
+    weight = normal(np.random.default_rng(1), dtype, 8, 2)
+    before = library.local_attention(qkv, weight, **launch).reshape(3, 3, 8, 4, 5)
+    parts = qkv.reshape(3, 3, 3, 8, 4, 5)  # image, part, head, ...
+    parts[:, :, [0, 2]] = parts[[0, 2]] = np.nan
+    after = library.local_attention(qkv, weight, **launch).reshape(3, 3, 8, 4, 5)
+    assert np.array_equal(after[1, 1], before[1, 1])
 
 
 @every_way

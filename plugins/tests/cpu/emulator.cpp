@@ -23,7 +23,7 @@ namespace emulator {
 namespace {
 
 constexpr std::size_t kStackBytes = 64 << 10;
-constexpr std::size_t kGuardBytes = 4 << 10;
+constexpr std::size_t kFenceBytes = 4 << 10;
 constexpr std::size_t kDefaultSharedBytes = 48 << 10;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kWarpSize = 32;
@@ -35,6 +35,10 @@ struct Copy {
     const void* global;
     std::size_t bytes;
     std::size_t group;
+};
+
+struct Fence {
+    std::uintptr_t begin, end;
 };
 
 struct Thread {
@@ -52,6 +56,7 @@ struct Thread {
 int sm = 90;
 std::minstd_rand random_number;
 std::map<const void*, std::size_t> shared_limits;
+std::vector<Fence> fences;  // memory that no kernel may touch
 cudaError_t last_error = cudaSuccess;
 std::string message;
 
@@ -96,6 +101,17 @@ void fiber() {
 
 void copy(const Copy& copy) { std::memcpy(copy.shared, copy.global, copy.bytes); }
 
+Fence fence(const void* begin, std::size_t bytes) {
+    const auto address = reinterpret_cast<std::uintptr_t>(begin);
+    return {address, address + bytes};
+}
+
+void check_access(const void* pointer, std::size_t bytes, const char* what) {
+    const Fence access = fence(pointer, bytes);
+    const auto touches = [&](const Fence& fence) { return access.begin < fence.end && fence.begin < access.end; };
+    if (std::any_of(fences.begin(), fences.end(), touches)) fail("%s %zu bytes out of bounds", what, bytes);
+}
+
 cudaError_t refuse(cudaError_t error, const std::string& reason) {
     message = reason;
     return last_error = error;
@@ -126,11 +142,6 @@ void run_block() {
     run_until_idle();
     if (!message.empty()) return;
     message = stuck();
-    const auto poisoned = [](unsigned char byte) { return byte == kPoison; };
-    const auto end = shared.begin() + kGuardBytes + shared_size;
-    if (!std::all_of(shared.begin(), shared.begin() + kGuardBytes, poisoned) ||
-        !std::all_of(end, shared.end(), poisoned))
-        message = "write outside of the " + std::to_string(shared_size) + " bytes of shared memory";
 }
 
 }  // namespace
@@ -163,7 +174,7 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared
     blockDim = block;
     body = &thread;
     shared_size = shared_bytes;
-    shared.resize(2 * kGuardBytes + shared_bytes);
+    shared.resize(2 * kFenceBytes + shared_bytes);
     threads.resize(count);
     for (unsigned i = 0; i < count; ++i) {
         Thread& t = threads[i];
@@ -175,13 +186,15 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared
         makecontext(&t.start, fiber, 0);
     }
     message.clear();
-    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-                run_block();
-                if (!message.empty()) return last_error = cudaErrorLaunchFailure;
-            }
-    return cudaSuccess;
+    const std::size_t tensor_fences = fences.size();
+    fences.push_back(fence(shared.data(), kFenceBytes));
+    fences.push_back(fence(shared.data() + kFenceBytes + shared_bytes, kFenceBytes));
+    for (unsigned i = 0; i < grid.x * grid.y * grid.z && message.empty(); ++i) {
+        blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+        run_block();
+    }
+    fences.resize(tensor_fences);
+    return last_error = message.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 int device_sm() { return sm; }
@@ -190,7 +203,7 @@ void require_sm(int least, const char* instruction) {
     if (sm < least) fail("%s on sm_%d", instruction, sm);
 }
 
-unsigned char* shared_memory() { return shared.data() + kGuardBytes; }
+unsigned char* shared_memory() { return shared.data() + kFenceBytes; }
 
 void require_shared(const void* pointer, std::size_t bytes, const char* instruction) {
     const auto offset = static_cast<const unsigned char*>(pointer) - shared_memory();
@@ -236,6 +249,7 @@ void collective(std::uint32_t mask, const char* instruction, void* operand, cons
 
 void begin_copy(void* to, const void* from, std::size_t bytes) {
     require_shared(to, bytes, "cp.async");
+    check_access(from, bytes, "cp.async of");
     if (reinterpret_cast<std::uintptr_t>(from) % bytes) fail("cp.async: %p is not aligned to %zu bytes", from, bytes);
     const Copy begun{to, from, bytes, current->group};
     if (sm < 80 || random_number() & 1) return copy(begun);
@@ -297,16 +311,30 @@ extern "C" {
 void emulator_configure(std::int32_t sm, std::uint32_t seed) {
     emulator::sm = sm;
     emulator::shared_limits.clear();
+    emulator::fences.clear();
     emulator::random_number.seed(seed);
 }
 
-// Called by code compiled with -fsanitize=alignment,bounds: a vector access that a GPU would fault on.
+// Forbid kernels to touch this memory, until the next emulator_configure.
+void emulator_fence(const void* begin, std::size_t bytes) {
+    emulator::fences.push_back(emulator::fence(begin, bytes));
+}
+
+// Called by kernels compiled with -fsanitize=kernel-address,alignment,bounds, which report every access.
+#define ACCESS(bytes)                                                                                     \
+    void __asan_load##bytes##_noabort(const void* p) { emulator::check_access(p, bytes, "read of"); } \
+    void __asan_store##bytes##_noabort(const void* p) { emulator::check_access(p, bytes, "write of"); }
+ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
+void __asan_loadN_noabort(const void* p, std::size_t bytes) { emulator::check_access(p, bytes, "read of"); }
+void __asan_storeN_noabort(const void* p, std::size_t bytes) { emulator::check_access(p, bytes, "write of"); }
+void __asan_handle_no_return() {}
+
 struct Place {
     const char* file;
     std::uint32_t line, column;
 };
 void __ubsan_handle_type_mismatch_v1(const Place* place, const void* pointer) {
-    emulator::fail("%s:%u: misaligned access to %p", place->file, place->line, pointer);
+    emulator::fail("%s:%u: unaligned access to %p", place->file, place->line, pointer);
 }
 void __ubsan_handle_out_of_bounds(const Place* place, std::uintptr_t index) {
     emulator::fail("%s:%u: index %zu out of bounds", place->file, place->line, index);

@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <functional>
 
+// Marks the inside of an instruction: its accesses need no check.
+#define EMULATOR_UNCHECKED __attribute__((no_sanitize("kernel-address")))
+
 namespace emulator {
 
 inline constexpr std::uint32_t kFullMask = 0xffffffffu;

@@ -181,9 +181,9 @@ int main() {
     check("a divergent barrier is named", contains(fault(Fault::kDivergentBarrier), "32 threads at __syncthreads"));
     check("a missing lane is named", contains(fault(Fault::kMissingLane), "31 threads at __syncwarp"));
     check("two instructions at once are named", contains(fault(Fault::kTwoInstructions), "32 threads at mma.m16n8k8"));
-    check("a write outside of shared memory is named", contains(fault(Fault::kOutside), "write outside"));
+    check("a write outside of shared memory is named", contains(fault(Fault::kOutside), "write of 1 bytes out of"));
     check("a copy to outside is named", contains(fault(Fault::kCopyOutside), "cp.async: offset 1024"));
-    check("a misaligned access is named", contains(fault(Fault::kMisaligned), "self_test.cpp:"));
+    check("an unaligned access is named", contains(fault(Fault::kMisaligned), "self_test.cpp:"));
     check("a misaligned row is named", contains(fault(Fault::kRow), "ldmatrix: offset 8 is not aligned"));
     check("a launch after a fault works", sums(Missing::kNothing));
 

@@ -34,19 +34,17 @@ void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, const float* 
         const std::uint32_t *a, *b;
         const float* c;
     } mine{d, a, b, c};
-    emulator::collective(emulator::kFullMask, name, &mine, [](emulator::Lanes lanes) {
+    emulator::collective(emulator::kFullMask, name, &mine, [](emulator::Lanes lanes) EMULATOR_UNCHECKED {
         float left[16][kDepth], right[kDepth][8];
-        const auto element = [](const std::uint32_t* registers, int i) {
-            __half half;
-            std::memcpy(&half, reinterpret_cast<const char*>(registers) + 2 * i, 2);
-            return __half2float(half);
-        };
         for (int lane = 0; lane < 32; ++lane) {
             const auto& operand = *static_cast<const Operand*>(lanes[lane]);
             const int g = lane / 4, t = lane % 4;
+            __half a[kDepth / 2], b[kDepth / 4];
+            std::memcpy(a, operand.a, sizeof a);
+            std::memcpy(b, operand.b, sizeof b);
             for (int i = 0; i < kDepth / 2; ++i)
-                left[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = element(operand.a, i);
-            for (int i = 0; i < kDepth / 4; ++i) right[2 * t + i % 2 + i / 2 * 8][g] = element(operand.b, i);
+                left[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = __half2float(a[i]);
+            for (int i = 0; i < kDepth / 4; ++i) right[2 * t + i % 2 + i / 2 * 8][g] = __half2float(b[i]);
         }
         for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i) {
@@ -78,19 +76,19 @@ void load_matrices(std::uint32_t (&r)[kCount], const void* row) {
     } mine{r, row};
     emulator::require_sm(75, "ldmatrix");
     emulator::require_shared(row, 16, "ldmatrix");  // sm_75 wants it of the lanes that are not used, too
-    emulator::collective(
-        emulator::kFullMask, kTranspose ? "ldmatrix.trans" : "ldmatrix", &mine, [](emulator::Lanes lanes) {
-            std::uint16_t rows[8 * kCount][8];
-            for (int i = 0; i < 8 * kCount; ++i) std::memcpy(rows[i], static_cast<const Operand*>(lanes[i])->row, 16);
-            for (int lane = 0; lane < 32; ++lane)
-                for (int i = 0; i < kCount; ++i) {
-                    const int g = lane / 4, t = lane % 4;
-                    const auto* matrix = &rows[8 * i];
-                    const std::uint16_t low = kTranspose ? matrix[2 * t][g] : matrix[g][2 * t];
-                    const std::uint16_t high = kTranspose ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
-                    static_cast<const Operand*>(lanes[lane])->r[i] = low | static_cast<std::uint32_t>(high) << 16;
-                }
-        });
+    const char* name = kTranspose ? "ldmatrix.trans" : "ldmatrix";
+    emulator::collective(emulator::kFullMask, name, &mine, [](emulator::Lanes lanes) EMULATOR_UNCHECKED {
+        std::uint16_t rows[8 * kCount][8];
+        for (int i = 0; i < 8 * kCount; ++i) std::memcpy(rows[i], static_cast<const Operand*>(lanes[i])->row, 16);
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < kCount; ++i) {
+                const int g = lane / 4, t = lane % 4;
+                const auto* matrix = &rows[8 * i];
+                const std::uint16_t low = kTranspose ? matrix[2 * t][g] : matrix[g][2 * t];
+                const std::uint16_t high = kTranspose ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
+                static_cast<const Operand*>(lanes[lane])->r[i] = low | static_cast<std::uint32_t>(high) << 16;
+            }
+    });
 }
 
 template <int kBytes>
