@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 import pytest
+from tensorrt_parts import cuda, libraries  # noqa: F401  fixtures
 
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_AUTOINSTALL"] = "false"

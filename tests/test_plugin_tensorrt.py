@@ -9,10 +9,8 @@ What is not at hand is skipped and named. To have all of it:
 
 from __future__ import annotations
 
-import importlib.machinery
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,61 +18,15 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from tensorrt_parts import header_sets, newest_headers, rtx_libraries, run
 
-from acmix_deploy.errors import MissingComponent
 from acmix_deploy.operators import LOCAL_ATTENTION, OUTLOOK_ATTENTION
-from acmix_deploy.plugin.build import build
-from acmix_deploy.plugin.toolchain import find_cuda, find_tensorrt
 
 TESTS = Path(__file__).parent
 PLUGINS = TESTS.parent / "plugins"
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
 FLOAT, HALF = 0, 1  # DataType
 LINEAR, HWC8 = 0, 2  # TensorFormat
-
-
-def header_sets() -> list[Path]:
-    folder = os.environ.get("ACMIX_TENSORRT_HEADERS")
-    return sorted(path.parent for path in Path(folder).glob("*/NvInfer.h")) if folder else []
-
-
-def newest_headers(major: int) -> Path:
-    of_major = {t.version: t.include for t in map(find_tensorrt, header_sets()) if t.version[0] == major}
-    if not of_major:
-        pytest.skip(f"no headers of TensorRT {major}: name a folder of header sets in ACMIX_TENSORRT_HEADERS")
-    return of_major[max(of_major)]
-
-
-def run(command: list[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="session")
-def cuda():
-    try:
-        return find_cuda()
-    except MissingComponent as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def libraries(cuda, tmp_path_factory):
-    """Built on demand: the plugin for the newest headers of a major version."""
-    built: dict[int, Path] = {}
-
-    def library(major: int) -> Path:
-        if major not in built:
-            headers = newest_headers(major)
-            folder = tmp_path_factory.mktemp(f"tensorrt{major}")
-            try:
-                built[major] = build(folder, tensorrt=headers, architectures=[cuda.architectures[-1]]).path
-            except MissingComponent as error:
-                pytest.skip(str(error))
-        return built[major]
-
-    return library
 
 
 @pytest.mark.parametrize("headers", header_sets() or [None], ids=lambda path: path.name if path else "none")
@@ -148,16 +100,11 @@ def test_plan(ask, operator):
 @pytest.fixture(scope="session")
 def rtx(tmp_path_factory):
     """Run tensorrt_rtx_plugin.py: what it answers, and what was printed on stderr."""
-    folder = os.environ.get("ACMIX_TENSORRT_RTX")
-    path = [folder] if folder else sys.path
-    spec = importlib.machinery.PathFinder.find_spec("tensorrt_rtx_libs", path)
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("no TensorRT-RTX: pip install tensorrt-rtx-cu13, or name its folder in ACMIX_TENSORRT_RTX")
-    libraries = Path(spec.submodule_search_locations[0])
+    libraries = rtx_libraries()
     links = tmp_path_factory.mktemp("rtx")
     # The ONNX parser asks for the library by this name, which the package does not have.
     (links / "libtensorrt_rtx.so").symlink_to(libraries / "libtensorrt_rtx.so.1")
-    environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{libraries}", "PYTHONPATH": folder or ""}
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{libraries}", "PYTHONPATH": str(libraries.parent)}
 
     def answer(*arguments: object) -> tuple[Any, str]:
         done = run([sys.executable, TESTS / "tensorrt_rtx_plugin.py", *map(str, arguments)], env=environment)

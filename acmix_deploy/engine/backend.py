@@ -59,7 +59,17 @@ def build(request: Mapping[str, Any], progress: Callable[[str], None]) -> dict[s
         return {"failure": "parse", "errors": errors or log.errors, "unknown": unknown}
 
     config = builder.create_builder_config()
-    notes = _configure(trt, builder, config, request)
+    _configure(trt, builder, config, request)
+    notes = []
+    if not hasattr(config, "builder_optimization_level"):  # since 8.6
+        notes.append(f"TensorRT {trt.__version__} has no optimization levels; the level was not set")
+    if request["cache_write"]:
+        stored = Path(request["cache_read"]).read_bytes() if request["cache_read"] else b""
+        cache = config.create_timing_cache(stored)  # has to live until the engine is built
+        if not config.set_timing_cache(cache, False):
+            notes.append("the timing cache is of another TensorRT or device and was started anew")
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
     if monitor := _monitor(trt, progress):
         config.progress_monitor = monitor
     progress("building")
@@ -68,8 +78,7 @@ def build(request: Mapping[str, Any], progress: Callable[[str], None]) -> dict[s
         return {"failure": "build", "errors": log.errors}
     Path(request["engine"]).write_bytes(plan)
     if request["cache_write"]:
-        cache = config.get_timing_cache()
-        Path(request["cache_write"]).write_bytes(cache.serialize() if cache else b"")
+        Path(request["cache_write"]).write_bytes(config.get_timing_cache().serialize())
 
     layers = log.layers if request["module"] == RTX else _inspect(trt, log, plan)
     return {
@@ -91,27 +100,18 @@ def _network_flags(trt: Any, strongly_typed: bool) -> int:
     return sum(1 << int(known[name]) for name in wanted if name in known)
 
 
-def _configure(trt: Any, builder: Any, config: Any, request: Mapping[str, Any]) -> list[str]:
-    """Flags, level, profile and timing cache; returns what the user should know."""
-    notes = []
+def _configure(trt: Any, builder: Any, config: Any, request: Mapping[str, Any]) -> None:
+    """Flags, level and profile."""
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for name in request["flags"]:
         config.set_flag(trt.BuilderFlag.__members__[name])
-    if hasattr(config, "builder_optimization_level"):  # since 8.6
+    if hasattr(config, "builder_optimization_level"):
         config.builder_optimization_level = request["level"]
-    else:
-        notes.append(f"TensorRT {trt.__version__} has no optimization levels; the level was not set")
     if request["profiles"]:
         profile = builder.create_optimization_profile()
         for name, shapes in request["profiles"].items():
             profile.set_shape(name, *map(tuple, shapes))
         config.add_optimization_profile(profile)
-    if request["cache_write"]:
-        stored = Path(request["cache_read"]).read_bytes() if request["cache_read"] else b""
-        if not config.set_timing_cache(config.create_timing_cache(stored), False):
-            notes.append("the timing cache is of another TensorRT or device and was started anew")
-            config.set_timing_cache(config.create_timing_cache(b""), False)
-    return notes
 
 
 def _compute_capabilities(trt: Any, config: Any) -> list[int]:
@@ -122,7 +122,8 @@ def _compute_capabilities(trt: Any, config: Any) -> list[int]:
 
 def _inspect(trt: Any, log: Any, plan: Any) -> list[tuple[str, list[str]]]:
     """Type of each layer of an engine, and the names by which it may be the layer of an ONNX node."""
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(log)  # has to outlive the engine
+    engine = runtime.deserialize_cuda_engine(plan)
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     found = []
     for layer in json.loads(text)["Layers"]:
