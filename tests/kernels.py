@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -19,11 +20,21 @@ Array = NDArray[Any]
 PLUGINS = Path(__file__).parents[1] / "plugins"
 EMULATOR = PLUGINS / "tests" / "cpu"
 SOURCES = sorted(path for path in (PLUGINS / "src").glob("*") if path.suffix in (".cpp", ".cu"))
+
+
+def _mma_before_sm_80() -> str:
+    """The statements by which ptx.cuh multiplies on GPUs without mma.m16n8k16, so that the CPU runs the same ones."""
+    header = (PLUGINS / "include" / "acmix" / "ptx.cuh").read_text()
+    found = re.search(r"void mma_k16\(.*?#else(.*?)#endif", header, re.DOTALL)
+    assert found, "ptx.cuh has no mma_k16 with an #else"
+    return " ".join(found[1].split())
+
+
 # More optimization takes longer than it saves. Variables start as a pattern and not as what happened to be there.
 FLAGS = (
     *("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing"),
     *("-U_FORTIFY_SOURCE", "-ftrivial-auto-var-init=pattern"),
-    *("-I", str(EMULATOR), "-I", str(PLUGINS / "include")),
+    *("-I", str(EMULATOR), "-I", str(PLUGINS / "include"), f"-DACMIX_MMA_K16_BEFORE_SM_80={_mma_before_sm_80()}"),
 )
 # Every access of a kernel goes through the emulator, which knows what a GPU would fault on.
 CHECKS = (

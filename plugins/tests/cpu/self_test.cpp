@@ -175,6 +175,7 @@ int main() {
     check("before sm_80 there is nothing to wait for", count([] { return reverses(Missing::kWait); }, 75) == 20);
 
     check("mma.m16n8k16 with ldmatrix multiplies", count(multiplies<16>) == 20);
+    check("so do two of half the depth before sm_80", count(multiplies<16>, 75) == 20);
     check("mma.m16n8k8 with ldmatrix multiplies", count(multiplies<8>) == 20);
     check("there is no mma before sm_75", count(multiplies<8>, 72) == 0);
 
