@@ -15,6 +15,3 @@ inline float __half2float(__half x) { return static_cast<float>(x.value); }
 inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
 inline __half __float2half(float x) { return __float2half_rn(x); }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
-inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
-inline __half __low2half(__half2 pair) { return pair.x; }
-inline __half __high2half(__half2 pair) { return pair.y; }

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "emulator.h"
 
@@ -13,7 +12,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(...)
 
 using std::max;
 using std::min;
@@ -58,36 +56,16 @@ T __shfl_xor_sync(std::uint32_t mask, T value, int lane_mask) {
     return shuffle(mask, "__shfl_xor_sync", value, lane_index() ^ lane_mask);
 }
 
-inline std::uint32_t __ballot_sync(std::uint32_t mask, int predicate) {
+inline int __any_sync(std::uint32_t mask, int predicate) {
     struct Operand {
-        int in;
-        std::uint32_t out;
+        int in, out;
     } mine{predicate, 0};
-    emulator::collective(mask, "__ballot_sync", &mine, [](emulator::Lanes lanes) {
-        std::uint32_t ballot = 0;
+    emulator::collective(mask, "__any_sync", &mine, [](emulator::Lanes lanes) {
+        int any = 0;
         for (int lane = 0; lane < 32; ++lane)
-            if (lanes[lane] && static_cast<Operand*>(lanes[lane])->in) ballot |= 1u << lane;
+            if (lanes[lane] && static_cast<Operand*>(lanes[lane])->in) any = 1;
         for (int lane = 0; lane < 32; ++lane)
-            if (lanes[lane]) static_cast<Operand*>(lanes[lane])->out = ballot;
+            if (lanes[lane]) static_cast<Operand*>(lanes[lane])->out = any;
     });
     return mine.out;
-}
-
-inline int __any_sync(std::uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-
-template <class T>
-T __ldg(const T* pointer) {
-    return *pointer;
-}
-
-inline int __float_as_int(float x) {
-    int bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-inline float __int_as_float(int bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
 }

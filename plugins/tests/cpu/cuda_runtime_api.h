@@ -6,9 +6,6 @@
 
 #define CUDART_VERSION 13000
 
-struct alignas(4) uchar4 {
-    unsigned char x, y, z, w;
-};
 struct uint3 {
     unsigned x, y, z;
 };
@@ -17,9 +14,6 @@ struct alignas(8) uint2 {
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
-};
-struct alignas(8) float2 {
-    float x, y;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
@@ -30,6 +24,7 @@ struct dim3 {
 };
 
 using cudaStream_t = struct CUstream_st*;
+using cudaEvent_t = struct CUevent_st*;  // for TensorRT's headers
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
@@ -38,23 +33,11 @@ enum cudaError_t {
     cudaErrorLaunchFailure = 719,
 };
 enum cudaDeviceAttr {
-    cudaDevAttrMultiProcessorCount = 16,
     cudaDevAttrComputeCapabilityMajor = 75,
     cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
-
-namespace emulator {
-cudaError_t allow_shared_memory(const void* kernel, std::size_t bytes);
-}
-
-template <class Function>
-cudaError_t cudaFuncSetAttribute(Function* kernel, cudaFuncAttribute, int bytes) {
-    return emulator::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
-}

@@ -24,7 +24,7 @@ namespace {
 
 constexpr std::size_t kStackBytes = 64 << 10;
 constexpr std::size_t kFenceBytes = 4 << 10;
-constexpr std::size_t kDefaultSharedBytes = 48 << 10;
+constexpr std::size_t kMaxSharedBytes = 48 << 10;  // what every device gives without being asked for more
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned char kPoison = 0xff;  // NaN as float and as half
@@ -55,7 +55,6 @@ struct Thread {
 
 int sm = 90;
 std::minstd_rand random_number;
-std::map<const void*, std::size_t> shared_limits;
 std::vector<Fence> fences;  // memory that no kernel may touch
 cudaError_t last_error = cudaSuccess;
 std::string message;
@@ -117,8 +116,6 @@ cudaError_t refuse(cudaError_t error, const std::string& reason) {
     return last_error = error;
 }
 
-int max_shared_bytes() { return (sm >= 90 && sm < 120 ? 227 : sm == 80 || sm == 87 ? 163 : sm >= 80 ? 99 : 64) << 10; }
-
 // Threads of the block in flight that do not stand at the end, counted by place.
 std::string stuck() {
     std::map<std::string, int> places;
@@ -160,15 +157,13 @@ void fail(const char* format, ...) {
     _longjmp(host, 1);
 }
 
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
-                   const std::function<void()>& thread) {
+cudaError_t launch(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread) {
     static const std::unique_ptr<char[]> stacks(new char[kMaxThreads * kStackBytes]);
     const unsigned count = block.x * block.y * block.z;
-    const auto limit = shared_limits.count(kernel) ? shared_limits[kernel] : kDefaultSharedBytes;
     if (count < 1 || count > kMaxThreads) return refuse(cudaErrorInvalidConfiguration, "threads in a block");
     if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535)
         return refuse(cudaErrorInvalidConfiguration, "blocks in a grid");
-    if (shared_bytes > limit) return refuse(cudaErrorInvalidValue, "more shared memory than the kernel allows");
+    if (shared_bytes > kMaxSharedBytes) return refuse(cudaErrorInvalidValue, "more than 48 KiB of shared memory");
 
     gridDim = grid;
     blockDim = block;
@@ -266,13 +261,6 @@ void wait_for_copies(std::size_t pending) {
     copies.erase(copies.begin(), landed);
 }
 
-cudaError_t allow_shared_memory(const void* kernel, std::size_t bytes) {
-    if (bytes > static_cast<std::size_t>(max_shared_bytes()))
-        return refuse(cudaErrorInvalidValue, "more shared memory than the device has");
-    shared_limits[kernel] = bytes;
-    return cudaSuccess;
-}
-
 }  // namespace emulator
 
 cudaError_t cudaGetDevice(int* device) {
@@ -282,17 +270,11 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
-        case cudaDevAttrMultiProcessorCount:
-            *value = 2;
-            break;
         case cudaDevAttrComputeCapabilityMajor:
             *value = emulator::sm / 10;
             break;
         case cudaDevAttrComputeCapabilityMinor:
             *value = emulator::sm % 10;
-            break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = emulator::max_shared_bytes();
             break;
     }
     return cudaSuccess;
@@ -310,22 +292,23 @@ extern "C" {
 // Choose the device's compute capability (75 for sm_75) and the order of threads.
 void emulator_configure(std::int32_t sm, std::uint32_t seed) {
     emulator::sm = sm;
-    emulator::shared_limits.clear();
     emulator::fences.clear();
     emulator::random_number.seed(seed);
 }
 
 // Forbid kernels to touch this memory, until the next emulator_configure.
-void emulator_fence(const void* begin, std::size_t bytes) {
-    emulator::fences.push_back(emulator::fence(begin, bytes));
-}
+void emulator_fence(const void* begin, std::size_t bytes) { emulator::fences.push_back(emulator::fence(begin, bytes)); }
+
+// Bytes of shared memory that the last launch asked for.
+std::size_t emulator_shared_bytes() { return emulator::shared_size; }
 
 // Called by kernels compiled with -fsanitize=kernel-address,alignment,bounds, which report every access.
-#define ACCESS(bytes)                                                                                     \
+#define ACCESS(bytes)                                                                                 \
     void __asan_load##bytes##_noabort(const void* p) { emulator::check_access(p, bytes, "read of"); } \
     void __asan_store##bytes##_noabort(const void* p) { emulator::check_access(p, bytes, "write of"); }
-ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
-void __asan_loadN_noabort(const void* p, std::size_t bytes) { emulator::check_access(p, bytes, "read of"); }
+ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16) void __asan_loadN_noabort(const void* p, std::size_t bytes) {
+    emulator::check_access(p, bytes, "read of");
+}
 void __asan_storeN_noabort(const void* p, std::size_t bytes) { emulator::check_access(p, bytes, "write of"); }
 void __asan_handle_no_return() {}
 

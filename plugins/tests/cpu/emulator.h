@@ -20,9 +20,8 @@ inline constexpr std::uint32_t kFullMask = 0xffffffffu;
 // End the launch in flight with this error.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Run `thread` once for every thread of the grid, block after block; `kernel` only identifies it.
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
-                   const std::function<void()>& thread);
+// Run `thread` once for every thread of the grid, block after block.
+cudaError_t launch(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
 
 // Fail unless the device of this launch has at least compute capability `sm`.
 void require_sm(int sm, const char* instruction);

@@ -110,8 +110,7 @@ void wait_for_copies() {
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t,
                    const std::decay_t<Parameters>&... arguments) {
-    return emulator::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-                            [&] { kernel(arguments...); });
+    return emulator::launch(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace acmix::ptx
