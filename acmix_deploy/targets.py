@@ -18,6 +18,9 @@ at all, their definitions in their place."""
 
 Version = tuple[int, int]
 
+DEFAULT_OPSET = 18
+"""Of exported files, where the target reads it: what PyTorch's exporter is written for."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -36,11 +39,21 @@ class Target:
     """Version that comes with JetPack; empty where the user chooses."""
     sm: tuple[int, ...] = ()
     """Architectures of the machines that JetPack runs on."""
+    package: bool = True
+    """Whether this package runs there; JetPack 5.1 has Python 3.8."""
 
     @property
     def version(self) -> str:
         """The version of TensorRT as it is written: "10.3"."""
         return ".".join(map(str, self.tensorrt))
+
+    def check_opset(self, opset: int, what: str) -> None:
+        """Raise UserError if this release does not read ``what``, which has that opset."""
+        if opset > self.opset:
+            raise UserError(
+                f"{what} has opset {opset}; TensorRT {self.version} reads {self.opset} at most",
+                f"Export with --opset {min(self.opset, DEFAULT_OPSET)}.",
+            )
 
 
 # Releases from ``tensorrt`` up to the next entry. Opsets: docs/operators.md of onnx-tensorrt at 8.5, 8.6, 10.0, 10.1
@@ -85,7 +98,8 @@ def target_of(tensorrt: Version) -> Target:
 
 
 TARGETS: dict[str, Target] = {
-    name: replace(target_of(version), name=name, cuda=cuda, sm=sm) for name, (version, cuda, sm) in _NAMES.items()
+    name: replace(target_of(version), name=name, cuda=cuda, sm=sm, package=name != "jetpack-5.1")
+    for name, (version, cuda, sm) in _NAMES.items()
 }
 """The targets that have a name."""
 

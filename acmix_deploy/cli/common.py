@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import get_args
 
 from pydantic import BaseModel
 from rich.console import Console
 
-from acmix_deploy.errors import MissingComponent
+from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.targets import Form, Target, target_named
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,28 @@ def add_fusion(parser: argparse.ArgumentParser) -> None:
         help="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
     )
     parser.add_argument("--expect", type=count, metavar="N", help="fail unless exactly N blocks fuse")
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Options of the verbs that also write the file to carry to a target."""
+    parser.add_argument(
+        "--for",
+        dest="made_for",
+        metavar="TARGET",
+        help="also write the file for a target, e.g. jetpack-6.2 (docs/targets.md)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=get_args(Form),
+        help="form of that file (default: the one in which the target takes the plugin)",
+    )
+
+
+def target_of(options: argparse.Namespace) -> Target | None:
+    """The target that ``--for`` names. Raises UserError for an unknown one, and for a form without a target."""
+    if options.target and not options.made_for:
+        raise UserError("--target is the form of the file for a target, and none is named", "Add --for TARGET.")
+    return target_named(options.made_for) if options.made_for else None
 
 
 def add_input_shape(parser: argparse.ArgumentParser) -> None:

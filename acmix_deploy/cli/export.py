@@ -2,6 +2,7 @@
 
 example:
   acmix-deploy export model.pt --fp16 --image-size 640 --out deploy
+  acmix-deploy export model.pt --fp16 --for jetpack-6.2
 """
 
 from __future__ import annotations
@@ -9,7 +10,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_fusion, console, input_shape, needs_torch, positive, print_json, progress
+from acmix_deploy.cli.common import (
+    add_fusion,
+    add_target,
+    console,
+    input_shape,
+    needs_torch,
+    positive,
+    print_json,
+    progress,
+    target_of,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AXES",
         help="axes to leave free: batch, height, width, separated by commas",
     )
-    parser.add_argument("--opset", type=int, default=18, help="17 to 21; TensorRT 8 needs 17 (default: 18)")
+    parser.add_argument("--opset", type=int, metavar="N", help="17 to 21 (default: 18, or what the target reads)")
+    add_target(parser)
     add_fusion(parser)
     parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")
     parser.add_argument("--trust", action="store_true", help="let the checkpoint run code; only for files you trust")
 
 
 def run(options: argparse.Namespace) -> int:
+    target = target_of(options)
     with progress() as report_progress:
         pipeline = needs_torch("acmix_deploy.pipeline")
         report = pipeline.deploy(
@@ -47,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
             input_shape=options.input_shape,
             dynamic=options.dynamic,
             opset=options.opset,
+            target=target,
+            form=options.target,
             conv_branch=options.conv_branch,
             expect=options.expect,
             arch=options.arch,

@@ -2,6 +2,7 @@
 
 example:
   acmix-deploy fuse model.onnx -o model.fused.onnx --expect 3
+  acmix-deploy fuse model.onnx -o model.fused.onnx --for jetpack-7.2
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_fusion, console, print_json, progress
+from acmix_deploy.cli.common import add_fusion, add_target, console, print_json, progress, target_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="ONNX file, opset 13 to 21")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the fused file goes")
     add_fusion(parser)
+    add_target(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.artifacts import write_artifact
+    from acmix_deploy.forms import write_for
     from acmix_deploy.fusion import fuse
 
+    target = target_of(options)
     with progress() as report_progress:
         report = fuse(
             options.model,
@@ -31,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
             progress=report_progress,
         )
     write_artifact(options.output, "fused", parents=[options.model], settings={"conv_branch": options.conv_branch})
+    made_for, inlined = write_for(target, options.output, options.target) if target else (None, {})
     if options.json:
         from acmix_deploy.report.documents import FuseDocument
 
@@ -41,4 +46,8 @@ def run(options: argparse.Namespace) -> int:
         out = console()
         out.print(graph_blocks(report) if report.blocks else "No ACmix block in the graph, nothing was fused.")
         out.print(f"{report.nodes_before} nodes became {report.nodes_after}: {options.output}")
+        if made_for:
+            out.print(f"For {options.made_for}: {made_for.path}")
+        for name, what in inlined.items():
+            out.print(f"{name} has {what}, which the plugin does not take: standard operators in that file")
     return 0

@@ -14,6 +14,7 @@ from acmix_deploy.fusion import FusionReport
 from acmix_deploy.graph import count_nodes
 from acmix_deploy.profile import Profile
 from acmix_deploy.report.documents import Document
+from acmix_deploy.targets import Form, Target, target_named
 from acmix_deploy.verify import Verification
 
 
@@ -28,6 +29,44 @@ class FileReport(BaseModel):
     profile: Profile | None = Field(default=None, description="latency on ONNX Runtime, where it was measured")
 
 
+class TargetReport(BaseModel):
+    """The file to carry to a target."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="the target, as in docs/targets.md")
+    tensorrt: str = Field(description="its TensorRT, major and minor version")
+    form: Form = Field(description="any: nodes and definitions; plugin: nodes alone; plain: standard operators")
+    file: str = Field(description="name of the file")
+    inlined: dict[str, str] = Field(
+        description="nodes that the plugin refuses, and why; standard operators in the file"
+    )
+
+    @classmethod
+    def of(cls, target: Target, artifact: Artifact, inlined: dict[str, str]) -> TargetReport:
+        """What was written for ``target``."""
+        return cls(
+            name=target.name,
+            tensorrt=target.version,
+            form=artifact.settings["form"],
+            file=artifact.path.name,
+            inlined=inlined,
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person has to know about the file."""
+        notes = [
+            f"{name} has {what}, which the plugin does not take: standard operators in {self.file}"
+            for name, what in self.inlined.items()
+        ]
+        if self.form == "plugin":
+            notes.append(
+                f"{self.file} needs the plugin, so ONNX Runtime verified it with the definitions that were taken out"
+            )
+        return notes
+
+
 class ExportReport(Document):
     """Everything that one run of the pipeline found."""
 
@@ -38,7 +77,8 @@ class ExportReport(Document):
     blocks: tuple[BlockReport, ...] = Field(description="blocks found in the module, and modules that resemble one")
     export: ExportResult
     fusion: FusionReport
-    files: dict[str, FileReport] = Field(description="by role: plain, fused, fp16")
+    files: dict[str, FileReport] = Field(description="by role: plain, fused, fp16, target")
+    target: TargetReport | None = Field(default=None, description="the file to carry to the target that was asked for")
     verification: Verification
     seconds: dict[str, float] = Field(description="time that each stage took")
     next_steps: tuple[str, ...] = Field(description="what to run on the target")
@@ -57,26 +97,41 @@ def describe_file(artifact: Artifact, profile: Profile | None = None) -> FileRep
     )
 
 
-def next_steps(files: dict[str, str], exported: ExportResult) -> tuple[str, ...]:
+def next_steps(files: dict[str, str], exported: ExportResult, target: TargetReport | None = None) -> tuple[str, ...]:
     """What to run on the target, by the runtime that is on it; ``files`` are names by role."""
+    shapes = _trtexec_shapes(exported)
+    if target:
+        return _target_steps(target, shapes, fp16="fp16" in files)
     best = files.get("fp16", files["fused"])
     typed = " --stronglyTyped" if "fp16" in files else ""
-    shapes = _trtexec_shapes(exported)
-    build = f"trtexec --onnx={best}{typed}{shapes} --saveEngine={Path(best).stem}.engine"
-    steps = [
-        f"TensorRT 10 and later: {build}",
-        "  with the fused kernels, from 10.7 on: acmix-deploy plugin build, and add --staticPlugins=libacmix_plugin.so",
+    return (
+        f"TensorRT 10.7 and later: {_trtexec(best, typed + shapes)}",
+        "  with the fused kernels: acmix-deploy plugin build, and add --staticPlugins=libacmix_plugin.so",
+        "Jetson, and TensorRT 8.5 to 10.6: export again with --for, such as --for jetpack-6.2",
         f"ONNX Runtime: acmix-deploy profile {files['fused']}",
-    ]
-    if exported.opset > 17:
-        steps.append("TensorRT 8.5 and 8.6 read opset 17 at most: export again with --opset 17")
-    else:
-        plain = files["plain"]
-        steps.append(
-            f"TensorRT 8.5 and 8.6 know no functions, so they take the plain file: "
-            f"trtexec --onnx={plain} --fp16{shapes} --saveEngine={Path(plain).stem}.engine"
-        )
-    return tuple(steps)
+    )
+
+
+def _target_steps(report: TargetReport, shapes: str, *, fp16: bool) -> tuple[str, ...]:
+    """What to run on the machine that a file was made for."""
+    target = target_named(report.name)
+    strong = " --stronglyTyped" * (target.tensorrt < (11, 0))  # from 11 on there is nothing else
+    options = (strong if target.strongly_typed else " --fp16") * fp16 + shapes
+    alone = _trtexec(report.file, options)
+    where = f"{target.name}, TensorRT {target.version}:"
+    if report.form == "plain":
+        return (f"{where} {alone}",)
+    plugin = " --plugins" if target.tensorrt < (8, 6) else " --staticPlugins"
+    build = "acmix-deploy plugin build" if target.package else "cmake -S plugins -B build && cmake --build build"
+    return (
+        f"{where} {build}",
+        f"  {_trtexec(report.file, f'{options}{plugin}=libacmix_plugin.so')}",
+        f"  without the plugin: {'export again with --target plain' if report.form == 'plugin' else alone}",
+    )
+
+
+def _trtexec(file: str, options: str) -> str:
+    return f"trtexec --onnx={file}{options} --saveEngine={Path(file).stem}.engine"
 
 
 def _trtexec_shapes(exported: ExportResult) -> str:

@@ -20,7 +20,8 @@ def show_export(report: ExportReport, console: Console) -> None:
             *_titled("Error against the PyTorch model, worst over all inputs", errors(report.verification)),
         )
     )
-    for note in (*report.notes, *report.export.notes, *report.verification.notes, *_latency_notes(report)):
+    made_for = report.target.notes if report.target else []
+    for note in (*report.notes, *report.export.notes, *report.verification.notes, *made_for, *_latency_notes(report)):
         console.print(f"Note: {note}", style="yellow")
     console.print(f"\nFiles and report.json are in {_folder(report)}")
     console.print("Next, on the target:")

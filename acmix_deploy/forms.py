@@ -1,0 +1,168 @@
+"""A fused or typed ONNX file in the form that a target takes: see :data:`acmix_deploy.targets.Form`.
+
+A node becomes standard operators by a copy of its definition with the node's own attributes and element type filled in,
+which onnx.inliner puts in its place. TensorRT 8 knows no CastLike and misreads ``value_int``; such a copy has neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+from onnx import helper, inliner, numpy_helper, shape_inference
+
+from acmix_deploy.artifacts import Artifact, replacing, write_artifact
+from acmix_deploy.errors import UserError
+from acmix_deploy.graph import name_nodes
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.targets import Form, Target
+
+_OPERATOR = (LOCAL_ATTENTION.domain, LOCAL_ATTENTION.op_type)
+_STANDARD = ("", "ai.onnx")
+_FATAL = 4
+_LARGEST_CONSTANT = 1 << 20  # bytes; what is larger stays computed, such as P*l of a large map
+
+
+def write_for(target: Target, source: Path, form: Form | None = None) -> tuple[Artifact, dict[str, str]]:
+    """Write the file for a target beside the file that it is made from: ``NAME.TARGET.onnx``, with a sidecar.
+
+    Args:
+        target: what reads it.
+        source: fused or typed ONNX file.
+        form: another one than the target's own. A file without a node for the plugin is "plain" whatever is asked.
+
+    Returns:
+        the file, and the nodes that became standard operators because the plugin refuses them, see :func:`refused`.
+
+    Raises:
+        UserError: the target reads no file of this opset, or a definition is missing.
+    """
+    model = onnx.load(source)
+    name_nodes(model)
+    target.check_opset(next(entry.version for entry in model.opset_import if entry.domain in _STANDARD), str(source))
+    inlined = {} if form == "plain" else refused(model)
+    made = "plain" if len(inlined) == len(_custom(model)) else form or target.form
+    path = source.with_name(f"{source.stem}.{target.name}.onnx")
+    with replacing(path) as temporary:
+        onnx.save(to_form(model, made), temporary)
+    settings = {"target": target.name, "tensorrt": target.version, "form": made}
+    return write_artifact(path, "target", parents=[source], settings=settings), inlined
+
+
+def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
+    """The model in another form; ``model`` itself stays as it is.
+
+    "any" and "plugin" keep the custom nodes that the plugin takes. All other custom nodes become standard operators,
+    named after the node that they were: ``acmix_0.attention/MatMul_91__1``. What can be computed of them beforehand is
+    stored, so that little index arithmetic is left where shapes are static. "plugin" and "plain" have no functions.
+
+    Args:
+        model: with its custom operators as nodes and, for those that are to become standard operators, as functions.
+        form: the form wanted.
+
+    Raises:
+        UserError: the definition of a custom operator that has to become standard operators is not in the model.
+    """
+    formed = onnx.ModelProto()
+    formed.CopyFrom(model)
+    name_nodes(formed)
+    formed = _inline(formed, refused(formed) if form != "plain" else {node.name for node in _custom(formed)})
+    if form != "any":
+        formed = inliner.inline_selected_functions(formed, [_OPERATOR], exclude=True)
+        del formed.functions[:]
+    used = {*_STANDARD, *(node.domain for node in (*formed.graph.node, *formed.functions))}
+    imports = [entry for entry in formed.opset_import if entry.domain in used]
+    del formed.opset_import[:]
+    formed.opset_import.extend(imports)
+    name_nodes(formed)
+    if form != "plugin":  # the checker knows a custom operator by its function
+        onnx.checker.check_model(formed)
+    return formed
+
+
+def refused(model: onnx.ModelProto) -> dict[str, str]:
+    """The custom nodes that the plugin does not take, by name, and what is outside ``Operator.kernel_limits``."""
+    tensors = _tensors(model)
+    found = {}
+    for node in _custom(model):
+        quantities = {attribute.name: attribute.default for attribute in LOCAL_ATTENTION.attributes}
+        quantities |= {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        quantities["head_dim"] = tensors[node.input[1]][1][0]
+        outside = [
+            f"{name} {quantities[name]}"
+            for name, values in LOCAL_ATTENTION.kernel_limits.items()
+            if quantities[name] not in values
+        ]
+        if outside:
+            found[node.name] = ", ".join(outside)
+    return found
+
+
+def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """The model with the custom nodes called ``names`` as standard operators."""
+    if not names:
+        return model
+    body = next((function for function in model.functions if (function.domain, function.name) == _OPERATOR), None)
+    if body is None:
+        raise UserError(
+            f"the file holds {LOCAL_ATTENTION.op_type} without its definition in standard operators",
+            "Give the fused or typed file that it was made from.",
+        )
+    tensors = _tensors(model)
+    copies = []
+    for node in [node for node in _custom(model) if node.name in names]:
+        copies.append(_filled_in(body, node, tensors[node.input[1]][0]))
+        node.op_type = copies[-1].name
+        del node.attribute[:]
+    model.functions.extend(copies)
+    inlined = shape_inference.infer_shapes(
+        inliner.inline_selected_functions(model, [(copy.domain, copy.name) for copy in copies]), data_prop=True
+    )
+    ours = tuple(f"{name}/" for name in names)
+    graph = gs.import_onnx(inlined)
+    onnxruntime.set_default_logger_severity(_FATAL)  # graphsurgeon folds with it; its warnings help nobody here
+    graph.fold_constants(
+        size_threshold=_LARGEST_CONSTANT,
+        should_exclude_node=lambda node: not node.name.startswith(ours),
+        recurse_functions=False,
+    )
+    graph.cleanup().toposort()
+    inlined.graph.CopyFrom(gs.export_onnx(graph, do_type_check=False).graph)  # graphsurgeon drops the metadata
+    return inlined
+
+
+def _filled_in(body: onnx.FunctionProto, node: onnx.NodeProto, element_type: int) -> onnx.FunctionProto:
+    """A definition for one node alone: without attributes, in the type of its tensors."""
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    copy = onnx.FunctionProto()
+    copy.CopyFrom(body)
+    copy.name = f"{body.name}/{node.name}"
+    del copy.attribute[:]
+    for index, inner in enumerate(copy.node):
+        if inner.op_type == "CastLike":
+            inner.op_type = "Cast"
+            del inner.input[1:]
+            inner.attribute.append(helper.make_attribute("to", element_type))
+        inner.name = f"{node.name}/{inner.op_type}_{index}"
+        for attribute in list(inner.attribute):
+            if attribute.ref_attr_name:
+                kind = np.int64 if attribute.type == onnx.AttributeProto.INT else np.float32
+                value = numpy_helper.from_array(np.array(attributes[attribute.ref_attr_name], kind))
+                attribute.CopyFrom(helper.make_attribute("value", value))
+    return copy
+
+
+def _custom(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if (node.domain, node.op_type) == _OPERATOR]
+
+
+def _tensors(model: onnx.ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Element type and sizes of the tensors of a graph, as far as they are known; 0 for a free size."""
+    graph = shape_inference.infer_shapes(model).graph
+    types = [(value.name, value.type.tensor_type) for value in (*graph.input, *graph.value_info, *graph.output)]
+    found = {name: (type.elem_type, tuple(dim.dim_value for dim in type.shape.dim)) for name, type in types}
+    return found | {tensor.name: (tensor.data_type, tuple(tensor.dims)) for tensor in graph.initializer}
