@@ -240,6 +240,9 @@ def test_unsupported_value(library, operator, name, value):
         ({"shape": (1, 24, 8, 9), "stride": 2}, "a 8x9 map", "multiples of stride 2"),
         ({"dtype": "float32", "layout": "NHWC"}, "float32 NHWC", "float16 NCHW mma"),
         ({"dtype": "float32", "kernel": "mma"}, "float32 NCHW mma", "float16 NCHW mma from sm_75"),
+        ({"kernel_size": 0}, "a size that is not positive", "sizes of at least 1"),
+        ({"stride": 0}, "a size that is not positive", "sizes of at least 1"),
+        ({"scale": math.nan}, "scale nan", "finite"),
         ({"shape": (65536, 24, 2, 2)}, "batch 65536", "at most 65535"),
         ({"shape": (1, 24, 65536, 2)}, "height 65536", "at most 65535"),
         ({"shape": (1, 3 * 8 * 65536, 2, 2), "num_heads": 65536}, "num_heads 65536", "at most 65535"),
@@ -247,9 +250,17 @@ def test_unsupported_value(library, operator, name, value):
     ],
 )
 def test_unsupported_combination(library, change, got, supported):
-    wanted = {"shape": (1, 24, 8, 8), "dtype": "float16", "num_heads": 1, "kernel_size": 3, "stride": 1, **change}
+    wanted = {"shape": (1, 24, 8, 8), "dtype": "float16", "num_heads": 1, "kernel_size": 3, "stride": 1}
+    wanted |= {"scale": 1.0, **change}
     qkv = np.zeros(wanted.pop("shape"), wanted.pop("dtype"))
     with pytest.raises(Refused) as refused:
-        library.local_attention(qkv, None, scale=1.0, **wanted)
+        library.local_attention(qkv, None, **wanted)
     assert str(refused.value).startswith(f"unsupported: got {got}")
     assert supported in str(refused.value).split(", supported ")[1]
+
+
+def test_empty_batch(library):
+    attributes = {"num_heads": 1, "kernel_size": 3, "stride": 1, "scale": 1.0}
+    qkv, logits, values = (np.zeros((0, channels, 8, 8), np.float16) for channels in (24, 81, 8))
+    assert library.local_attention(qkv, None, **attributes).shape == (0, 8, 8, 8)
+    assert library.outlook_attention(logits, values, **attributes).shape == (0, 8, 8, 8)
