@@ -70,9 +70,12 @@ def _least_divergence(counts: NDArray[np.int64]) -> int:
         mean = np.bincount(level, original) / np.maximum(np.bincount(level, filled), 1)
         quantized = np.where(filled, mean[level], 0)
         original[-1] += counts[kept:].sum()
-        if not quantized.sum() or (not filled[-1] and original[-1]):
+        seen = original > 0
+        if not seen.any():
             continue
-        p, q = original[filled] / original.sum(), quantized[filled] / quantized.sum()
+        if seen[-1]:
+            quantized[-1] = max(quantized[-1], 1)  # values beyond are clipped into this bin, which may be empty
+        p, q = original[seen] / original.sum(), quantized[seen] / quantized.sum()
         divergence = float(np.sum(p * np.log(p / q)))
         if divergence < least:
             best, least = kept, divergence

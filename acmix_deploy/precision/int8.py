@@ -14,9 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
-from onnxruntime.quantization import QDQQuantizer, QuantType
-from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+from onnx import helper, numpy_helper
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import replacing
@@ -35,6 +33,7 @@ _COMPUTE = (*_RANK, "ConvTranspose")
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"})
 _INT8_WEIGHTS = 18  # opset; a file of a lower one may go to TensorRT 8, which wants weights in float32 and a pair
 _CHANNEL_SCALES, _FLOAT16_SCALES = 13, 19  # opsets from which scales can be so
+_LARGEST = 127  # -128 stays unused, so that ranges are symmetric
 _MEASURED = 8  # batches
 
 
@@ -321,46 +320,79 @@ def _calibrate(
     augmented.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
     session = open_session(augmented)
     for feed in feeds:
-        values = feed | dict(zip(computed, session.run(computed, feed), strict=True))
+        values = feed | (dict(zip(computed, session.run(computed, feed), strict=True)) if computed else {})
         for name, magnitudes in observed.items():
             magnitudes.add(values[name])
     return {name: magnitudes.threshold(method) for name, magnitudes in observed.items()}
 
 
 def _insert(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], ranges: dict[str, float]) -> onnx.ModelProto:
-    """The model with a Q/DQ pair before every input of the layers."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    data = {
-        name: TensorData(lowest=np.float32(-largest), highest=np.float32(largest)) for name, largest in ranges.items()
-    }
-    quantizer = QDQQuantizer(
-        copy,
-        True,  # weights per channel
-        False,
-        QuantType.QInt8,
-        QuantType.QInt8,
-        TensorsData(CalibrationMethod.MinMax, data),
-        [node.name for node in layers],
-        [],
-        list(_RANK),
-        {
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "QuantizeBias": False,
-            "AddQDQPairToWeight": _opset(model) < _INT8_WEIGHTS,
-            "DedicatedQDQPair": True,
-            "OpTypesToExcludeOutputQuantization": list(_RANK),
-        },
-    )
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    typed: onnx.ModelProto = quantizer.model.model
-    typed.producer_name, typed.producer_version = model.producer_name, model.producer_version
-    del typed.metadata_props[:]
-    typed.metadata_props.extend(model.metadata_props)
+    """The model with Q/DQ before the inputs of the layers: one Q for a tensor, a DQ of its own for each layer.
+
+    Written here because onnxruntime's quantizer hands the dequantized tensor to every other reader too: to residual
+    sums, to the layers that were to stay in float, and to outputs.
+    """
+    typed = onnx.ModelProto()
+    typed.CopyFrom(model)
+    graph = typed.graph
+    del graph.node[:]
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    chosen = {node.name for node in layers}
+    parameters: dict[str, list[str]] = {}  # names of scale and zero point, by the tensor that they are of
+
+    def store(name: str, value: NDArray[Any]) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    def scale_of(name: str, scale: NDArray[np.float32]) -> None:
+        zero_point = np.zeros(scale.shape, np.int8)
+        parameters[name] = [store(f"{name}/scale", scale), store(f"{name}/zero_point", zero_point)]
+
+    def pair(half: str, source: str, tensor: str, output: str, axis: int | None = None) -> str:
+        operands = [source, *parameters[tensor]]
+        graph.node.append(helper.make_node(f"{half}Linear", operands, [output], name=output))
+        if axis is not None:
+            graph.node[-1].attribute.append(helper.make_attribute("axis", axis))
+        return output
+
+    for node in model.graph.node:
+        if node.name not in chosen:
+            graph.node.append(node)
+            continue
+        x, w = node.input[:2]
+        axis = 0 if node.op_type == "Conv" or _transposed(node) else 1  # of the output channels
+        if x not in parameters:
+            scale_of(x, _scale(np.float32(ranges[x])))
+            pair("Quantize", x, x, f"{x}/int8")
+        if w not in parameters:
+            others = tuple(other for other in range(weights[w].ndim) if other != axis)
+            scale = _scale(np.abs(weights[w]).max(axis=others))
+            scale_of(w, scale)
+            if _opset(model) < _INT8_WEIGHTS:
+                pair("Quantize", w, w, f"{w}/int8", axis)
+            else:
+                levels = np.rint(weights[w] / np.expand_dims(scale, others))
+                store(f"{w}/int8", np.clip(levels, -_LARGEST, _LARGEST).astype(np.int8))
+        readable = [
+            pair("Dequantize", f"{x}/int8", x, f"{node.name}/input"),
+            pair("Dequantize", f"{w}/int8", w, f"{node.name}/weight", axis),
+        ]
+        graph.node.append(node)
+        graph.node[-1].input[:] = [*readable, *node.input[2:]]
+    read = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
     onnx.checker.check_model(typed)
     return typed
+
+
+def _transposed(node: onnx.NodeProto) -> bool:
+    return any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+
+
+def _scale(largest: Any) -> NDArray[np.float32]:
+    """Scales by which magnitudes up to ``largest`` become at most 127; 1 where all values are zero."""
+    return np.asarray(np.where(largest > 0, largest / np.float32(_LARGEST), 1), np.float32)
 
 
 def _measure(
