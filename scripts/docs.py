@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
+from acmix_deploy.manifest import Manifest
 from acmix_deploy.operators.header import cpp_header
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
@@ -28,6 +29,7 @@ from acmix_deploy.report.documents import (
     VerifyDocument,
 )
 from acmix_deploy.report.model import ExportReport
+from acmix_deploy.targets import TARGETS, Target
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,10 +59,12 @@ def generated() -> dict[Path, str]:
             "operator": _operator(LOCAL_ATTENTION),
             "outlook": _operator(OUTLOOK_ATTENTION),
         },
+        "docs/engines.md": {"manifest": _fields(Manifest.model_json_schema(mode="serialization"))},
         "docs/pipeline.md": {
             "report": _fields(schemas["export-report"]),
             "sidecar": _fields(Artifact.model_json_schema(mode="serialization")),
         },
+        "docs/targets.md": {"targets": _targets()},
     }
     files = {f"docs/{name}.schema.json": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
     files["plugins/include/acmix/operators.h"] = cpp_header()
@@ -134,6 +138,16 @@ def _operator(operator: Operator) -> str:
 def _limits(minimum: int | None, maximum: int | None) -> str:
     bounds = (("at least", minimum), ("at most", maximum))
     return ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+
+
+def _targets() -> str:
+    def row(target: Target) -> tuple[str, ...]:
+        types = "the file" if target.strongly_typed else "flags"
+        sm = ", ".join(map(str, target.sm))
+        return (f"`{target.name}`", target.version, target.cuda, sm, str(target.opset), f"`{target.form}`", types)
+
+    head = ("target", "TensorRT", "CUDA", "sm", "opset at most", "form", "types from")
+    return _table(head, *map(row, TARGETS.values()))
 
 
 def _command_line() -> str:

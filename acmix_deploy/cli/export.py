@@ -1,8 +1,7 @@
 """Take a checkpoint to plain, fused and half-precision ONNX files, verified against PyTorch and timed.
 
 example:
-  acmix-deploy export model.pt --fp16 --image-size 640 --out deploy
-  acmix-deploy export model.pt --fp16 --for jetpack-6.2
+  acmix-deploy export model.pt --fp16 --image-size 640 --for jetpack-6.2 --out deploy
 """
 
 from __future__ import annotations
