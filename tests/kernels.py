@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,6 +74,14 @@ def build(sources: Sequence[Path], output: Path, *link_flags: str) -> Path:
     return output
 
 
+@functools.cache
+def library() -> Path:
+    """The kernels and their C interface as one library, built once for all tests."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return build(SOURCES, Path(folder, "libacmix_cpu.so"), "-shared")
+
+
 def run(command: Sequence[str | Path]) -> str:
     """What a command printed; fails with all of it when the command does."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -104,11 +115,16 @@ class Kernels:
         self.library = ctypes.CDLL(str(path))
         for function in ("acmix_describe", "acmix_local_attention", "acmix_outlook_attention"):
             getattr(self.library, function).restype = ctypes.c_char_p
+        self.library.emulator_shared_bytes.restype = ctypes.c_size_t
 
     def entries(self, operator: str) -> list[dict[str, Any]]:
         """The rows of an operator's dispatch table."""
         found = json.loads(self.library.acmix_describe())["entries"]
         return [entry for entry in found if entry["operator"] == operator]
+
+    def shared_bytes(self) -> int:
+        """Shared memory that a block of the last launch asked for."""
+        return self.library.emulator_shared_bytes()
 
     def local_attention(self, qkv: Array, position_weight: Array | None, *, num_heads: int, **settings: Any) -> Array:
         """y of the operator; ``settings`` as for :meth:`_launch`."""

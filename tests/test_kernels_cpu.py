@@ -35,9 +35,8 @@ operators = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory) -> Kernels:
-    path = tmp_path_factory.mktemp("kernels") / "libacmix_cpu.so"
-    return Kernels(kernels.build(kernels.SOURCES, path, "-shared"))
+def library() -> Kernels:
+    return Kernels(kernels.library())
 
 
 def test_emulator(tmp_path):

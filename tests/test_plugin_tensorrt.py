@@ -9,24 +9,36 @@ What is not at hand is skipped and named. To have all of it:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import kernels
+import numpy as np
 import onnx
 import pytest
+import torch
+from kernels import Array
 from onnx import TensorProto, helper
 from tensorrt_parts import header_sets, newest_headers, rtx_libraries, run
 
 from acmix_deploy.operators import LOCAL_ATTENTION, OUTLOOK_ATTENTION
+from acmix_deploy.operators.spec import Operator
+from acmix_deploy.runtime.metrics import deviation
 
 TESTS = Path(__file__).parent
 PLUGINS = TESTS.parent / "plugins"
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
 FLOAT, HALF = 0, 1  # DataType
 LINEAR, HWC8 = 0, 2  # TensorFormat
+ENQUEUED = {"num_heads": 2, "kernel_size": 5, "stride": 2}  # in the order of the program's arguments
+
+both_operators = pytest.mark.parametrize(
+    "operator", [LOCAL_ATTENTION, OUTLOOK_ATTENTION], ids=lambda operator: operator.op_type
+)
 
 
 @pytest.mark.parametrize("headers", header_sets() or [None], ids=lambda path: path.name if path else "none")
@@ -40,20 +52,24 @@ def test_wrappers_compile_without_warnings(cuda, headers):
     run(["g++", "-std=c++17", "-fsyntax-only", "-fvisibility=hidden", *WARNINGS, *system, *include, *sources])
 
 
+@functools.cache
+def compiled(major: int, output: Path, *command: object) -> Path:
+    """``output`` of the C++ compiler, with the headers of a TensorRT and no CUDA but the emulated one."""
+    headers = ["-isystem", newest_headers(major), "-I", kernels.EMULATOR, "-I", PLUGINS / "include"]
+    run(["g++", "-std=c++17", "-Wall", "-Wextra", *headers, *command, "-ldl", "-o", output])
+    return output
+
+
 @pytest.fixture(scope="session")
-def ask(cuda, libraries, tmp_path_factory):
-    """Run tensorrt_formats.cpp, compiled for a major version, on that version's library: the lines that it prints."""
-    programs: dict[int, Path] = {}
+def ask(tmp_path_factory):
+    """Run tensorrt_formats.cpp, compiled for a major version, on a library for that version: what it prints."""
+    folder = tmp_path_factory.mktemp("formats")
 
-    def lines(major: int, verb: str, operator: str, *arguments: object) -> list[str]:
-        if major not in programs:
-            programs[major] = tmp_path_factory.mktemp("formats") / f"formats{major}"
-            system = [flag for folder in (newest_headers(major), *cuda.includes) for flag in ("-isystem", folder)]
-            source = PLUGINS / "tests" / "tensorrt_formats.cpp"
-            run(["g++", "-std=c++17", "-Wall", "-Wextra", *system, source, "-ldl", "-o", programs[major]])
-        return run([programs[major], verb, libraries(major), operator, *map(str, arguments)]).stdout.splitlines()
+    def answer(major: int, library: Path, verb: str, operator: Operator, *arguments: object) -> Any:
+        program = compiled(major, folder / f"formats{major}", PLUGINS / "tests" / "tensorrt_formats.cpp")
+        return run([program, verb, library, operator.op_type, *map(str, arguments)])
 
-    return lines
+    return answer
 
 
 @pytest.mark.parametrize("major", [8, 11])
@@ -71,7 +87,7 @@ def ask(cuda, libraries, tmp_path_factory):
         pytest.param("outlook", (1, 3, 1), ("1,81,8,6", "1,16,8,5", "1,16,8,5"), "", id="outlook-other-windows"),
     ],
 )
-def test_formats(ask, major, operator, attributes, shapes, accepted):
+def test_formats(ask, libraries, major, operator, attributes, shapes, accepted):
     """The accepted combinations, and no others, out of all types and formats of all three tensors."""
     definition = {"local": LOCAL_ATTENTION, "outlook": OUTLOOK_ATTENTION}[operator]
     second = LINEAR if operator == "local" else HWC8  # position_weight has no channels
@@ -80,14 +96,15 @@ def test_formats(ask, major, operator, attributes, shapes, accepted):
         "half": f"{HALF}:{LINEAR} {HALF}:{LINEAR} {HALF}:{LINEAR}",
         "hwc8": f"{HALF}:{HWC8} {HALF}:{second} {HALF}:{HWC8}",
     }
-    got = ask(major, "formats", definition.op_type, *attributes, *shapes)
-    assert got == [wanted[name] for name in accepted.split()]
+    got = ask(major, libraries(major), "formats", definition, *attributes, *shapes)
+    assert got.stdout.splitlines() == [wanted[name] for name in accepted.split()]
 
 
-@pytest.mark.parametrize("operator", [LOCAL_ATTENTION, OUTLOOK_ATTENTION], ids=lambda operator: operator.op_type)
-def test_plan(ask, operator):
+@both_operators
+def test_plan(ask, libraries, operator):
     """What an engine of TensorRT 10 or 11 keeps is read as it was written, and never where a part is another."""
-    answers = dict(line.split(": ") for line in ask(11, "plan", operator.op_type))
+    lines = ask(11, libraries(11), "plan", operator).stdout.splitlines()
+    answers = dict(line.split(": ") for line in lines)
     written = "acmix_plan=1 num_heads=4 kernel_size=5 stride=2 scale=0.3 "
     fields = [field.partition("=")[0] for field in written.split()]
     assert answers == {
@@ -95,6 +112,72 @@ def test_plan(ask, operator):
         **{f"without {name}": "refused" for name in fields},
         "another version": "refused",
     }
+
+
+@pytest.fixture(scope="session")
+def enqueue(ask, tmp_path_factory):
+    """Run a node of the plugin, its kernels compiled for the CPU: the result of each step, what it logged, and y."""
+    if kernels.missing_compiler():
+        pytest.skip(kernels.missing_compiler())
+    folder = tmp_path_factory.mktemp("enqueue")
+
+    def answer(major: int, layout: str, operator: Operator, tensors: list[Array]) -> tuple[dict[str, str], str, Array]:
+        sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
+        library = compiled(major, folder / f"acmix{major}.so", "-shared", "-fPIC", *sources, kernels.library())
+        files = [folder / name for name in ("first", "second", "y")]
+        stored = [kernels.to_memory(tensor, layout) for tensor in tensors]
+        for file, array in zip(files, stored, strict=True):
+            file.write_bytes(array.tobytes())
+        shapes = [",".join(map(str, tensor.shape)) for tensor in tensors]
+        kind = (kernels.DTYPES.index(tensors[0].dtype.name), {"NCHW": LINEAR, "NHWC": HWC8}[layout])
+        done = ask(major, library, "enqueue", operator, *ENQUEUED.values(), *shapes, *kind, *files)
+        y = np.fromfile(files[-1], stored[-1].dtype).reshape(stored[-1].shape)
+        results = dict(line.split() for line in done.stdout.splitlines())
+        return results, done.stderr, kernels.from_memory(y, layout, tensors[-1].shape)
+
+    return answer
+
+
+def tensors_of(operator: Operator, dtype: str, batch: int, height: int, width: int) -> list[Array]:
+    """Inputs and an output of NaN for a node with the attributes ENQUEUED, heads of 16 channels."""
+    values, windows = (batch, 32, height, width), (-(-height // 2), -(-width // 2))
+    if operator is LOCAL_ATTENTION:
+        shapes = [(batch, 96, height, width), (16, 2), (batch, 32, height // 2, width // 2)]
+    else:
+        shapes = [(batch, 2 * 5**4, *windows), values, values]
+    random = np.random.default_rng(0)
+    first, second, y = (random.standard_normal(shape).astype(dtype) for shape in shapes)
+    return [first, second, np.full_like(y, np.nan)]
+
+
+@both_operators
+@pytest.mark.parametrize(("dtype", "layout"), [("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC")])
+@pytest.mark.parametrize("major", [8, 11])
+def test_enqueue(enqueue, major, operator, dtype, layout):
+    from acmix_deploy.operators.local_attention.oracle import local_attention
+    from acmix_deploy.operators.outlook_attention.oracle import outlook_attention
+
+    tensors = tensors_of(operator, dtype, 2, 6, 10)
+    results, _, y = enqueue(major, layout, operator, tensors)
+    assert set(results.values()) == {"0"}
+    oracle = local_attention if operator is LOCAL_ATTENTION else outlook_attention
+    first, second = map(torch.from_numpy, tensors[:2])
+    found = deviation(oracle(first, second, **ENQUEUED, scale=0.3).numpy(), y)
+    assert not found.problem
+    assert found.relative_l2 <= operator.tolerances[dtype].limit(2**-11 if dtype == "float16" else 0)
+
+
+@pytest.mark.parametrize("major", [8, 11])
+def test_enqueue_of_nothing_and_of_too_little(enqueue, major):
+    empty = tensors_of(LOCAL_ATTENTION, "float16", 0, 6, 10)
+    results, log, _ = enqueue(major, "NHWC", LOCAL_ATTENTION, empty)
+    assert set(results.values()) == {"0"}, log
+    for height, reason in ((2, "unsupported: got a 2x10 map"), (0, "unsupported: got a size that is not positive")):
+        small = tensors_of(LOCAL_ATTENTION, "float16", 1, height, 10)
+        results, log, y = enqueue(major, "NCHW", LOCAL_ATTENTION, small)
+        assert results["enqueue"] == "-1"
+        assert f"AcmixLocalAttention: {reason}" in log
+        assert np.isnan(y).all()
 
 
 @pytest.fixture(scope="session")
@@ -249,7 +332,7 @@ def test_library_for_another_tensorrt_registers_nothing(rtx, libraries, tmp_path
     assert "acmix: not registered: built for TensorRT 8, but this process has TensorRT 11" in stderr
 
 
-@pytest.mark.parametrize("operator", [LOCAL_ATTENTION, OUTLOOK_ATTENTION], ids=lambda operator: operator.op_type)
+@both_operators
 def test_tensorrt_86(libraries, operator):
     python = os.environ.get("ACMIX_TENSORRT86_PYTHON")
     if not python:

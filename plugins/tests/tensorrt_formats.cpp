@@ -1,16 +1,21 @@
-// Asks a plugin library, in a process without TensorRT: which tensor formats does a node accept, and does what an
-// engine file keeps of it come back the same?
+// Asks a plugin library, in a process without TensorRT: which tensor formats does a node accept, does what an engine
+// file keeps of it come back the same, and what does it compute?
 //
 //   formats LIBRARY OP_TYPE NUM_HEADS KERNEL_SIZE STRIDE SHAPE SHAPE SHAPE    one line for each accepted combination
 //   plan LIBRARY OP_TYPE                                                      one line for each question
+//   enqueue LIBRARY OP_TYPE NUM_HEADS KERNEL_SIZE STRIDE SHAPE SHAPE SHAPE TYPE FORMAT FILE FILE FILE
+//                                                                             one line for each step and its result
 //
-// A SHAPE is 1,192,8,8 with -1 for what is dynamic.
+// A SHAPE is 1,192,8,8 with -1 for what is dynamic. Each FILE holds a tensor as it lies in memory; the last, which the
+// output overwrites, also what is there before.
 #include <NvInfer.h>
 #include <dlfcn.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -56,11 +61,49 @@ bool supports(IPluginV3& plugin, const std::vector<PluginTensorDesc>& tensors, i
     auto* const build = static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
     return build->supportsFormatCombination(position, dynamic.data(), 2, 1);
 }
+
+void enqueue(IPluginV3& plugin, const PluginTensorDesc* tensors, const void* const* inputs, void* const* outputs) {
+    DynamicPluginTensorDesc profile[3];
+    for (int32_t i = 0; i < 3; ++i) profile[i] = {tensors[i], tensors[i].dims, tensors[i].dims, tensors[i].dims};
+    auto* const build = static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
+    std::printf("configurePlugin %d\n", build->configurePlugin(profile, 2, profile + 2, 1));
+    const auto runtime_of = [](IPluginV3& node) {
+        return static_cast<IPluginV3OneRuntime*>(node.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    };
+    IPluginV3OneRuntime& runtime = *runtime_of(*runtime_of(plugin)->attachToContext(nullptr));
+    std::printf("onShapeChange %d\n", runtime.onShapeChange(tensors, 2, tensors + 2, 1));
+    std::printf("enqueue %d\n", runtime.enqueue(tensors, tensors + 2, inputs, outputs, nullptr, nullptr));
+}
 #else
 bool supports(IPluginV2& plugin, const std::vector<PluginTensorDesc>& tensors, int32_t position) {
     return static_cast<IPluginV2DynamicExt&>(plugin).supportsFormatCombination(position, tensors.data(), 2, 1);
 }
+
+void enqueue(IPluginV2& plugin, const PluginTensorDesc* tensors, const void* const* inputs, void* const* outputs) {
+    DynamicPluginTensorDesc profile[3];
+    for (int32_t i = 0; i < 3; ++i) profile[i] = {tensors[i], tensors[i].dims, tensors[i].dims};
+    auto& node = *static_cast<IPluginV2DynamicExt&>(plugin).clone();
+    node.configurePlugin(profile, 2, profile + 2, 1);
+    std::printf("enqueue %d\n", node.enqueue(tensors, tensors + 2, inputs, outputs, nullptr, nullptr));
+}
 #endif
+
+// Runs the node on the tensors in the files.
+template <class Plugin>
+void enqueue_files(Plugin& plugin, PluginTensorDesc (&tensors)[3], const char* type, const char* format, char** files) {
+    std::vector<char> bytes[3];
+    for (int32_t i = 0; i < 3; ++i) {
+        tensors[i].type = static_cast<DataType>(std::atoi(type));
+        tensors[i].format =
+            tensors[i].dims.nbDims == 4 ? static_cast<TensorFormat>(std::atoi(format)) : TensorFormat::kLINEAR;
+        std::ifstream file(files[i], std::ios::binary);
+        bytes[i].assign(std::istreambuf_iterator<char>(file), {});
+    }
+    const void* const inputs[] = {bytes[0].data(), bytes[1].data()};
+    void* const outputs[] = {bytes[2].data()};
+    enqueue(plugin, tensors, inputs, outputs);
+    std::ofstream(files[2], std::ios::binary).write(bytes[2].data(), static_cast<std::streamsize>(bytes[2].size()));
+}
 
 // Prints every accepted combination of "type:format", asking as TensorRT does: tensors after `position` are garbage.
 template <class Plugin>
@@ -100,6 +143,11 @@ int main(int argc, char** argv) {
     if (plugin == nullptr) return std::puts("not created"), 1;
     if (std::strcmp(argv[1], "formats") == 0) {
         print_accepted(*plugin, {tensor(argv[7]), tensor(argv[8]), tensor(argv[9])}, 0, "");
+        return 0;
+    }
+    if (std::strcmp(argv[1], "enqueue") == 0) {
+        PluginTensorDesc tensors[] = {tensor(argv[7]), tensor(argv[8]), tensor(argv[9])};
+        enqueue_files(*plugin, tensors, argv[10], argv[11], argv + 12);
         return 0;
     }
 #if NV_TENSORRT_MAJOR >= 10
