@@ -85,8 +85,8 @@ class Manifest(BaseModel):
     profiles: dict[str, tuple[Shape, Shape, Shape]] = Field(
         description="smallest, usual and largest shape of each input with free axes"
     )
-    inputs: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
+    inputs: tuple[EngineTensor, ...] = Field(description="inputs of the engine")
+    outputs: tuple[EngineTensor, ...] = Field(description="outputs of the engine")
 
 
 def this_machine(backend: Backend) -> Machine:

@@ -69,7 +69,8 @@ def test_commands_and_code_run(
             continue
         for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
             command, _, shown = session.partition("\n")
-            if command.startswith("acmix-deploy plugin "):  # run by test_plugin_build.py, which has the compiler
+            # Run by test_plugin_build.py and test_engine.py, which have the compiler and TensorRT.
+            if command.startswith(("acmix-deploy plugin ", "acmix-deploy build ")):
                 cli.parser().parse_args(shlex.split(command)[1:])
             elif command.startswith("acmix-deploy "):
                 capsys.readouterr()

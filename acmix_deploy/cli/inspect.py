@@ -1,8 +1,8 @@
 """Say what a file is, from what it was made and with which versions: ONNX, engine, plugin, report, sidecar.
 
 example:
-  acmix-deploy inspect model.fp16.onnx
-  acmix-deploy inspect model.engine --json
+  acmix-deploy inspect model.fused.onnx
+  acmix-deploy inspect model.fused.onnx --json
 """
 
 from __future__ import annotations
