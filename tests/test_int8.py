@@ -295,9 +295,9 @@ def test_near_misses():
 
 @pytest.fixture
 def plain(tmp_path):
-    """A classifier without ACmix, its axes free, and its weights in Constant nodes."""
+    """A classifier without ACmix, its axes free, its weights in Constant nodes, one convolution right after another."""
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10),
     ).eval()  # fmt: skip
     torch.manual_seed(0)

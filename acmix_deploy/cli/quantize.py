@@ -2,7 +2,7 @@
 
 example:
   acmix-deploy quantize model.fused.onnx --calibration photos -o model.int8.onnx
-  acmix-deploy quantize model.fused.onnx --calibration photos -o model.int8.onnx --exclude 'model.2.*'
+  acmix-deploy quantize model.fused.onnx --calibration photos -o model.int8.onnx --exclude 'acmix_0.*'
 """
 
 from __future__ import annotations

@@ -409,7 +409,7 @@ def _measure(
         if (twin := twins.get(node.name)) is None:
             continue
         order.append(twin)
-        exact, quantized, error = twin.output[0], f"{twin.output[0]}/int8", f"{twin.output[0]}/error"
+        exact, quantized, error = twin.output[0], f"{twin.name}/quantized", f"{twin.name}/error"
         both.graph.node[-1].output[0] = quantized
         both.graph.node.append(helper.make_node(twin.op_type, twin.input, [exact]))
         both.graph.node[-1].attribute.extend(twin.attribute)
