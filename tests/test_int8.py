@@ -342,6 +342,14 @@ def test_methods_choose_sensible_ranges(method):
     assert low <= magnitudes.threshold(method) <= high
 
 
+def test_entropy_does_not_cut_off_what_is_common():
+    random = np.random.default_rng(0)
+    magnitudes = Magnitudes()
+    magnitudes.add(random.standard_normal(90_000).astype(np.float32))
+    magnitudes.add((40 + random.standard_normal(10_000)).astype(np.float32))
+    assert magnitudes.threshold("entropy") > 39
+
+
 def test_ranges_of_nothing_and_of_constants():
     empty, constant = Magnitudes(), Magnitudes()
     empty.add(np.zeros(5, np.float32))
