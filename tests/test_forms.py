@@ -25,7 +25,7 @@ from acmix_deploy.precision import to_fp16
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
-from acmix_deploy.targets import TARGETS, target_of
+from acmix_deploy.targets import target_of
 
 SHAPES = [(1, 3, 12, 16), (3, 3, 16, 20)]
 
@@ -278,10 +278,3 @@ def test_rtx_builds_any_and_plain(rtx, files, tmp_path):  # noqa: F811
     answers, _ = rtx("build", "-", *paths)
     for path, answer in zip(paths, answers, strict=True):
         assert (answer.get("built"), answer["errors"]) == (True, []), (path.name, answer)
-
-
-def test_every_target_has_a_form(files):
-    model = onnx.load(files["float32", False])
-    for target in TARGETS.values():
-        formed = to_form(model, target.form)
-        assert bool(formed.functions) == (target.form == "any")
