@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of ``acmix-deploy``."""
     top = argparse.ArgumentParser(
         prog="acmix-deploy",
-        description="Takes detectors with ACmix blocks from a checkpoint to verified, fused ONNX files.",
+        description="Takes detectors with ACmix blocks from a checkpoint to verified, fused ONNX files and engines.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
