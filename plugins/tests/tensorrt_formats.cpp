@@ -54,6 +54,18 @@ PluginTensorDesc tensor(const std::string& shape) {
     return description;
 }
 
+// A profile as it comes with free axes: only the ends of their ranges, here one and the same, say what they may be.
+std::vector<DynamicPluginTensorDesc> free_axes(const PluginTensorDesc* tensors) {
+    std::vector<DynamicPluginTensorDesc> profile(3);
+    for (int32_t i = 0; i < 3; ++i) {
+        profile[i].desc = tensors[i];
+        profile[i].min = profile[i].max = tensors[i].dims;
+        if (tensors[i].dims.nbDims != 4) continue;
+        for (const int32_t axis : {0, 2, 3}) profile[i].desc.dims.d[axis] = -1;
+    }
+    return profile;
+}
+
 #if NV_TENSORRT_MAJOR >= 10
 bool supports(IPluginV3& plugin, const std::vector<PluginTensorDesc>& tensors, int32_t position) {
     std::vector<DynamicPluginTensorDesc> dynamic(tensors.size());
@@ -63,10 +75,9 @@ bool supports(IPluginV3& plugin, const std::vector<PluginTensorDesc>& tensors, i
 }
 
 void enqueue(IPluginV3& plugin, const PluginTensorDesc* tensors, const void* const* inputs, void* const* outputs) {
-    DynamicPluginTensorDesc profile[3];
-    for (int32_t i = 0; i < 3; ++i) profile[i] = {tensors[i], tensors[i].dims, tensors[i].dims, tensors[i].dims};
+    const std::vector<DynamicPluginTensorDesc> profile = free_axes(tensors);
     auto* const build = static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
-    std::printf("configurePlugin %d\n", build->configurePlugin(profile, 2, profile + 2, 1));
+    std::printf("configurePlugin %d\n", build->configurePlugin(profile.data(), 2, profile.data() + 2, 1));
     const auto runtime_of = [](IPluginV3& node) {
         return static_cast<IPluginV3OneRuntime*>(node.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     };
@@ -80,10 +91,9 @@ bool supports(IPluginV2& plugin, const std::vector<PluginTensorDesc>& tensors, i
 }
 
 void enqueue(IPluginV2& plugin, const PluginTensorDesc* tensors, const void* const* inputs, void* const* outputs) {
-    DynamicPluginTensorDesc profile[3];
-    for (int32_t i = 0; i < 3; ++i) profile[i] = {tensors[i], tensors[i].dims, tensors[i].dims};
+    const std::vector<DynamicPluginTensorDesc> profile = free_axes(tensors);
     auto& node = *static_cast<IPluginV2DynamicExt&>(plugin).clone();
-    node.configurePlugin(profile, 2, profile + 2, 1);
+    node.configurePlugin(profile.data(), 2, profile.data() + 2, 1);
     std::printf("enqueue %d\n", node.enqueue(tensors, tensors + 2, inputs, outputs, nullptr, nullptr));
 }
 #endif

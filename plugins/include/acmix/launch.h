@@ -14,14 +14,9 @@ enum class Dtype : std::int32_t { kFloat32 = 0, kFloat16 = 1 };
 enum class Layout : std::int32_t { kNchw = 0, kNhwc = 1 };
 enum class Kernel : std::int32_t { kSimt = 0, kMma = 1 };  // scalar arithmetic, tensor cores
 
-// Tensors hold finite numbers. What is not finite may spoil outputs up to 8 pixels beyond the windows that see it.
-
-// y = softmax(scale * q.(k - P l)) v over the reflected kernel_size x kernel_size neighbourhood, qkv = [q | k | v].
-// Tensors, all of `dtype` and, where four-dimensional, in `layout`:
-//   inputs  qkv             [batch, 3 * num_heads * head_dim, height, width]
-//           position_weight [head_dim, 2], P; null for none
-//   output  y               [batch, num_heads * head_dim, height / stride, width / stride]
-struct LocalAttention {
+// What is asked of a kernel. Tensors have `dtype` and, where four-dimensional, `layout`. They hold finite numbers: what
+// is not finite may spoil outputs up to 8 pixels beyond the windows that see it.
+struct Attention {
     Dtype dtype;
     Layout layout;
     std::int32_t batch;
@@ -33,24 +28,19 @@ struct LocalAttention {
     std::int32_t stride;
     float scale;
 };
+
+// y = softmax(scale * q.(k - P l)) v over the reflected kernel_size x kernel_size neighbourhood, qkv = [q | k | v]:
+//   inputs  qkv             [batch, 3 * num_heads * head_dim, height, width]
+//           position_weight [head_dim, 2], P; null for none
+//   output  y               [batch, num_heads * head_dim, height / stride, width / stride]
+struct LocalAttention : Attention {};
 
 // y = fold(softmax(scale * logits) unfold(values)) with zero padding kernel_size / 2, as in VOLO's outlooker; a window
 // stands at every stride-th pixel, h = ceil(height / stride), w = ceil(width / stride). With K = kernel_size:
 //   inputs  logits          [batch, num_heads * K^4, h, w], channel (head * K^2 + to) * K^2 + from
 //           values          [batch, num_heads * head_dim, height, width]
 //   output  y               [batch, num_heads * head_dim, height, width]
-struct OutlookAttention {
-    Dtype dtype;
-    Layout layout;
-    std::int32_t batch;
-    std::int32_t num_heads;
-    std::int32_t head_dim;
-    std::int32_t height;
-    std::int32_t width;
-    std::int32_t kernel_size;
-    std::int32_t stride;
-    float scale;
-};
+struct OutlookAttention : Attention {};
 
 // One row of a dispatch table. `head_dim` is the padded one: a problem takes the smallest row that holds it.
 template <class Problem>
