@@ -39,12 +39,14 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> tuple[A
         the file, and the nodes that became standard operators because the plugin refuses them, see :func:`refused`.
 
     Raises:
-        UserError: the target reads no file of this opset, or a definition is missing.
+        UserError: the target reads no file of this opset or form, or a definition is missing.
     """
     model = onnx.load(source)
     name_nodes(model)
     target.check_opset(next(entry.version for entry in model.opset_import if entry.domain in _STANDARD), str(source))
     inlined = {} if form == "plain" else refused(model)
+    if form:
+        target.check_form(form)
     made = "plain" if len(inlined) == len(_custom(model)) else form or target.form
     path = source.with_name(f"{source.stem}.{target.name}.onnx")
     with replacing(path) as temporary:

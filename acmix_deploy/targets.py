@@ -47,6 +47,14 @@ class Target:
         """The version of TensorRT as it is written: "10.3"."""
         return ".".join(map(str, self.tensorrt))
 
+    def check_form(self, form: Form) -> None:
+        """Raise UserError if this release does not take the plugin, or nothing at all, from a file of that form."""
+        if form == "any" and self.form == "plugin":
+            raise UserError(
+                f"TensorRT {self.version} passes over either the nodes or their definitions in a file of the form any",
+                "Use --target plugin, or --target plain to do without the plugin.",
+            )
+
     def check_opset(self, opset: int, what: str) -> None:
         """Raise UserError if this release does not read ``what``, which has that opset."""
         if opset > self.opset:

@@ -186,6 +186,24 @@ def test_files_that_are_no_onnx(rtx, tmp_path):
             build(tmp_path / name, tmp_path / "e")
 
 
+def test_outputs_that_are_inputs(fake, files, tmp_path, empty_library):
+    source = tmp_path / "model.onnx"
+    source.write_bytes((files / "static.float32.onnx").read_bytes())
+    with pytest.raises(UserError, match=r"model.onnx is read by the build"):
+        build(source, source)
+    with pytest.raises(UserError, match=r"model.onnx is read by the build"):
+        build(source, tmp_path / "e", timing_cache=source)
+    with pytest.raises(UserError, match="both engine and timing cache"):
+        build(source, tmp_path / "e", timing_cache=tmp_path / "e")
+    assert onnx.load(source).graph.node
+
+
+def test_modules_in_the_folder_stand_in_for_none(fake, files, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise ImportError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    assert build(files / "static.float32.onnx", tmp_path / "e").artifact.kind == "engine"
+
+
 def test_no_tensorrt(monkeypatch, files, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["build", str(files / "static.float32.onnx"), "-o", str(tmp_path / "e")]) == 3
@@ -226,7 +244,7 @@ def test_opset_that_tensorrt_8_does_not_read(fake, files, tmp_path):
     model = onnx.load(files / "static.plain.onnx")
     model.opset_import[0].version = 18
     onnx.save(model, tmp_path / "18.onnx")
-    with pytest.raises(UserError, match=r"has opset 18; TensorRT 8.6 reads 17 at most\nExport again with --opset 17"):
+    with pytest.raises(UserError, match=r"has opset 18; TensorRT 8.6 reads 17 at most\nExport with --opset 17"):
         build(tmp_path / "18.onnx", tmp_path / "e")
 
 
@@ -438,6 +456,9 @@ def test_inspect_notices_changes(files, tmp_path, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out)["unchanged"] is False
     assert "has changed since its sidecar was written" in printed.err
+    sidecar(tmp_path / "static.float32.onnx").write_text("{")
+    assert main(["inspect", str(tmp_path / "static.float32.onnx")]) == 2
+    assert "is no sidecar of this version" in capsys.readouterr().err
 
 
 def test_inspect_engines_and_others(files, tmp_path, capsys):

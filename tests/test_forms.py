@@ -194,9 +194,9 @@ def exported(folder):
 def test_export_for_targets(checkpoint, capsys):
     """Opset, parent, form and command of each, and nothing left of the target before."""
     expected = {
-        "jetpack-5.1": ("fused", 17, "plugin", "--fp16 --plugins=libacmix_plugin.so"),
-        "jetpack-6.2": ("fp16", 18, "plugin", "--stronglyTyped --staticPlugins=libacmix_plugin.so"),
-        "tensorrt-11": ("fp16", 18, "any", "--staticPlugins=libacmix_plugin.so"),
+        "jetpack-5.1": ("fused", 17, "plugin", "--fp16 --plugins=./build/libacmix_plugin.so"),
+        "jetpack-6.2": ("fp16", 18, "plugin", "--stronglyTyped --staticPlugins=./libacmix_plugin.so"),
+        "tensorrt-11": ("fp16", 18, "any", "--staticPlugins=./libacmix_plugin.so"),
     }
     for name, (parent, opset, form, options) in expected.items():
         file = f"model.{parent}.{name}.onnx"
@@ -240,7 +240,7 @@ def test_fuse_for_a_target(tmp_path, monkeypatch, capsys):
     export(Two().eval(), torch.rand(SHAPES[0]), tmp_path / "plain.onnx")
     assert main(["fuse", "plain.onnx", "-o", "fused.onnx", "--for", "jetpack-5.1"]) == 0
     printed = capsys.readouterr().out
-    assert "For jetpack-5.1: fused.jetpack-5.1.onnx" in printed
+    assert "For jetpack-5.1, form plugin: fused.jetpack-5.1.onnx" in printed
     assert "acmix_1.attention has head_dim 4" in printed
     assert read_artifact(tmp_path / "fused.jetpack-5.1.onnx").settings["form"] == "plugin"
     assert len(custom(onnx.load("fused.onnx"))) == 2
@@ -257,6 +257,7 @@ def test_fuse_for_a_target(tmp_path, monkeypatch, capsys):
             "has opset 18; TensorRT 8.6 reads 17 at most",
         ),
         (["fuse", "new.onnx", "-o", "x.onnx", "--for", "jetpack-6.0"], "has opset 18; TensorRT 8.6 reads 17 at most"),
+        (["fuse", "new.onnx", "-o", "x.onnx", "--for", "jetpack-6.2", "--target", "any"], "Use --target plugin"),
     ],
 )
 def test_bad_input(checkpoint, capsys, command, words):

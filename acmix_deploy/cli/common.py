@@ -45,7 +45,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         choices=get_args(Form),
-        help="form of that file (default: the one in which the target takes the plugin)",
+        help="form of that file, not the device (default: the form in which the target takes the plugin)",
     )
 
 

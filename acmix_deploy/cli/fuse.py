@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         out.print(graph_blocks(report) if report.blocks else "No ACmix block in the graph, nothing was fused.")
         out.print(f"{report.nodes_before} nodes became {report.nodes_after}: {options.output}")
         if made_for:
-            out.print(f"For {options.made_for}: {made_for.path}")
+            out.print(f"For {options.made_for}, form {made_for.settings['form']}: {made_for.path}")
         for name, what in inlined.items():
             out.print(f"{name} has {what}, which the plugin does not take: standard operators in that file")
     return 0

@@ -74,12 +74,18 @@ def build(
         CheckFailed: TensorRT does not build it, or does not use the plugin.
         MissingComponent: no TensorRT, no device, or too little memory.
     """
+    inputs = {path.resolve(): path for path in (source, plugin) if path}
+    for output in (target, timing_cache):
+        if output and (same := inputs.get(output.resolve())):
+            raise UserError(f"{same} is read by the build, which would overwrite it", "Give the output another name.")
+    if timing_cache and timing_cache.resolve() == target.resolve():
+        raise UserError(f"{target} is to be both engine and timing cache", "Give one of them another name.")
     machine = this_machine(find_backend(backend))
     _check_device(machine)
     found = _target(machine)
     model = onnx_file.load(source)
     name_nodes(model)
-    _check_opset(model, source, found)
+    found.check_opset(onnx_file.opset(model), str(source))
     if fp16 and found.strongly_typed:
         raise UserError(
             f"{machine.tensorrt} takes the types from the file, so half precision cannot be asked for here",
@@ -170,21 +176,15 @@ def _target(machine: Machine) -> Target:
     return target_of((int(major), int(minor)))
 
 
-def _check_opset(model: onnx.ModelProto, source: Path, target: Target) -> None:
-    if (opset := onnx_file.opset(model)) > target.opset:
-        raise UserError(
-            f"{source} has opset {opset}; TensorRT {target.version} reads {target.opset} at most",
-            f"Export again with --opset {target.opset}.",
-        )
-
-
 def _form(asked: Form | None, target: Target, plugin: Path | None) -> Form:
     """The form that is asked for or needed; one that contradicts the plugin is an error."""
     if asked == "plugin" and plugin is None:
         raise UserError("--target plugin leaves the attention to a plugin, and there is none", "Give --plugin FILE.")
     if asked == "plain" and plugin is not None:
         raise UserError("--target plain leaves nothing for a plugin to compute", "Leave out --plugin or --target.")
-    return asked or (target.form if plugin else "plain")
+    form = asked or (target.form if plugin else "plain")
+    target.check_form(form)
+    return form
 
 
 def _flags(model: onnx.ModelProto, target: Target, fp16: bool) -> list[str]:

@@ -47,7 +47,8 @@ def ask(request: Mapping[str, Any], progress: Callable[[str], None]) -> tuple[di
         CheckFailed: the process crashed.
         MissingComponent: the system ended it, as it does when memory runs out.
     """
-    command = [sys.executable, "-m", "acmix_deploy.engine.backend"]
+    # By its path: with -m a module of the user's folder could stand in for one of the standard library.
+    command = [sys.executable, str(Path(__file__).with_name("backend.py"))]
     answer: dict[str, Any] | None = None
     with (
         _environment(request["module"]) as environment,

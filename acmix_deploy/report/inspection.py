@@ -131,8 +131,13 @@ def _read_sidecar(path: Path) -> Artifact | None:
     """The sidecar of a file, whatever became of the file since."""
     try:
         return Artifact.model_validate_json(sidecar(path).read_bytes())
-    except (OSError, ValidationError):
+    except FileNotFoundError:
         return None
+    except ValidationError as error:
+        raise UserError(
+            f"{sidecar(path)} is no sidecar of this version, so {path.name} cannot be compared with it",
+            "Make the file again, or remove the sidecar.",
+        ) from error
 
 
 def _ancestors(folder: Path, artifact: Artifact) -> list[Ancestor]:

@@ -106,7 +106,7 @@ def next_steps(files: dict[str, str], exported: ExportResult, target: TargetRepo
     typed = " --stronglyTyped" if "fp16" in files else ""
     return (
         f"TensorRT 10.7 and later: {_trtexec(best, typed + shapes)}",
-        "  with the fused kernels: acmix-deploy plugin build, and add --staticPlugins=libacmix_plugin.so",
+        "  with the fused kernels: acmix-deploy plugin build, and add --staticPlugins=./libacmix_plugin.so",
         "Jetson, and TensorRT 8.5 to 10.6: export again with --for, such as --for jetpack-6.2",
         f"ONNX Runtime: acmix-deploy profile {files['fused']}",
     )
@@ -122,10 +122,12 @@ def _target_steps(report: TargetReport, shapes: str, *, fp16: bool) -> tuple[str
     if report.form == "plain":
         return (f"{where} {alone}",)
     plugin = " --plugins" if target.tensorrt < (8, 6) else " --staticPlugins"
-    build = "acmix-deploy plugin build" if target.package else "cmake -S plugins -B build && cmake --build build"
+    build, library = "acmix-deploy plugin build", "./libacmix_plugin.so"
+    if not target.package:
+        build, library = "cmake -S plugins -B build && cmake --build build", "./build/libacmix_plugin.so"
     return (
         f"{where} {build}",
-        f"  {_trtexec(report.file, f'{options}{plugin}=libacmix_plugin.so')}",
+        f"  {_trtexec(report.file, f'{options}{plugin}={library}')}",
         f"  without the plugin: {'export again with --target plain' if report.form == 'plugin' else alone}",
     )
 
