@@ -27,6 +27,7 @@ from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.precision import quantize
 from acmix_deploy.precision.calibration import Magnitudes
+from acmix_deploy.precision.fp16 import to_fp16
 from acmix_deploy.precision.int8 import choose_layers, head
 from acmix_deploy.report.documents import QuantizeDocument
 from acmix_deploy.runtime.metrics import deviation
@@ -417,11 +418,9 @@ def test_files_of_one_size_and_of_several_inputs(photographs, tmp_path):
     onnx.save(graph_of(add, conv("y", "s", "w:8,3,3,3"), inputs=("x", "z")), tmp_path / "two.onnx")
     with pytest.raises(UserError, match=r"one image input .* takes x .*, z"):
         quantize(tmp_path / "two.onnx", tmp_path / "x.onnx", photographs, quantize_head=True)
-    half = onnx.load(tmp_path / "fused.onnx")
-    half.graph.initializer[0].CopyFrom(
-        numpy_helper.from_array(numpy_helper.to_array(half.graph.initializer[0]).astype(np.float16), "half")
-    )
-    half.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    to_fp16(tmp_path / "fused.onnx", tmp_path / "half.onnx")
+    with pytest.raises(UserError, match="is in float16, float32 is expected"):
+        quantize(tmp_path / "half.onnx", tmp_path / "x.onnx", photographs)
     assert not (tmp_path / "x.onnx").exists()
 
 

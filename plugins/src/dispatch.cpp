@@ -61,20 +61,24 @@ std::string outside(const char* what, std::int32_t value, const std::int32_t (&s
     return unsupported(std::string(what) + " " + std::to_string(value), list);
 }
 
+template <std::size_t kSizes, std::size_t kSteps, std::size_t kDims>
+std::string outside_lists(const Attention& problem, const IntAttribute& kernel_size,
+                          const std::int32_t (&kernel_sizes)[kSizes], const IntAttribute& stride,
+                          const std::int32_t (&strides)[kSteps], const std::int32_t (&head_dims)[kDims]) {
+    std::string reason = outside(kernel_size.name, problem.kernel_size, kernel_sizes);
+    if (reason.empty()) reason = outside(stride.name, problem.stride, strides);
+    if (reason.empty()) reason = outside("head_dim", problem.head_dim, head_dims);
+    return reason;
+}
+
 std::string outside_lists(const LocalAttention& problem) {
     using namespace local_attention;
-    std::string reason = outside(kKernelSize.name, problem.kernel_size, kKernelSizes);
-    if (reason.empty()) reason = outside(kStride.name, problem.stride, kStrides);
-    if (reason.empty()) reason = outside("head_dim", problem.head_dim, kHeadDims);
-    return reason;
+    return outside_lists(problem, kKernelSize, kKernelSizes, kStride, kStrides, kHeadDims);
 }
 
 std::string outside_lists(const OutlookAttention& problem) {
     using namespace outlook_attention;
-    std::string reason = outside(kKernelSize.name, problem.kernel_size, kKernelSizes);
-    if (reason.empty()) reason = outside(kStride.name, problem.stride, kStrides);
-    if (reason.empty()) reason = outside("head_dim", problem.head_dim, kHeadDims);
-    return reason;
+    return outside_lists(problem, kKernelSize, kKernelSizes, kStride, kStrides, kHeadDims);
 }
 
 // What the map's size must be beside positive; empty if it fits.
