@@ -50,10 +50,13 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def target_of(options: argparse.Namespace) -> Target | None:
-    """The target that ``--for`` names. Raises UserError for an unknown one, and for a form without a target."""
+    """The target that ``--for`` names. Raises UserError for an unknown one, and for a form that does not fit it."""
     if options.target and not options.made_for:
         raise UserError("--target is the form of the file for a target, and none is named", "Add --for TARGET.")
-    return target_named(options.made_for) if options.made_for else None
+    target = target_named(options.made_for) if options.made_for else None
+    if target and options.target:
+        target.check_form(options.target)
+    return target
 
 
 def add_input_shape(parser: argparse.ArgumentParser) -> None:
