@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from acmix_deploy.artifacts import read_artifact, sha256
 from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.targets import Precision
 
 KIND = "engine"
 """The kind of artifact that has a manifest as its settings."""
@@ -79,6 +80,7 @@ class Manifest(BaseModel):
     )
     plugin: Plugin | None = Field(description="the library with its custom layers, None where it has none")
     form: str = Field(description="any, plugin or plain: how the ONNX file spelt the attention")
+    precision: Precision = Field(description="lowest type that the file, or a flag, allows the engine to compute in")
     strongly_typed: bool = Field(description="whether element types come from the ONNX file alone")
     flags: tuple[str, ...] = Field(description="TensorRT's BuilderFlag by name")
     level: int = Field(description="builder optimization level")
@@ -87,6 +89,7 @@ class Manifest(BaseModel):
     )
     inputs: tuple[EngineTensor, ...] = Field(description="inputs of the engine")
     outputs: tuple[EngineTensor, ...] = Field(description="outputs of the engine")
+    metadata: dict[str, str] = Field(description="properties of the ONNX file, such as class names and stride")
 
 
 def this_machine(backend: Backend) -> Machine:
@@ -109,6 +112,15 @@ def this_machine(backend: Backend) -> Machine:
             ) from error
         device = {}
     return Machine(backend=backend, version=version, **device)
+
+
+def gpu_here() -> dict[str, Any]:
+    """Those fields of :class:`Machine` that the driver tells of the first device; nothing where there is none.
+
+    Raises:
+        ImportError: cuda-bindings is not installed.
+    """
+    return _device()
 
 
 def read_manifest(engine: Path) -> Manifest:
@@ -138,17 +150,20 @@ def check(manifest: Manifest, machine: Machine, plugin_sha256: str | None = None
 
     Raises:
         UserError: naming what the engine was built for and what was found.
+        MissingComponent: the same, where there is no GPU at all.
     """
     built = manifest.machine
+    misfit = UserError if machine.gpu else MissingComponent
+    way_out = _REBUILD if machine.gpu else "Run it on the device that it was built for."
     if built.tensorrt != machine.tensorrt:
         raise UserError(f"the engine was built with {built.tensorrt}, here is {machine.tensorrt}", _REBUILD)
     if manifest.compute_capabilities:
         newest = max(manifest.compute_capabilities)
         if machine.sm not in manifest.compute_capabilities and (machine.sm is None or machine.sm < newest):
             known = ", ".join(f"sm_{sm}" for sm in manifest.compute_capabilities)
-            raise UserError(f"the engine was built for {known} and later, here is {machine.device}", _REBUILD)
+            raise misfit(f"the engine was built for {known} and later, here is {machine.device}", way_out)
     elif (built.gpu, built.sm) != (machine.gpu, machine.sm):
-        raise UserError(f"the engine was built for {built.device}, here is {machine.device}", _REBUILD)
+        raise misfit(f"the engine was built for {built.device}, here is {machine.device}", way_out)
     if manifest.plugin and manifest.plugin.sha256 != plugin_sha256:
         found = f"the one here has {plugin_sha256[:12]}..." if plugin_sha256 else "there is none here"
         raise UserError(
@@ -157,18 +172,20 @@ def check(manifest: Manifest, machine: Machine, plugin_sha256: str | None = None
         )
 
 
-def read_fitting(engine: Path, machine: Machine, plugin: Path | None = None) -> Manifest:
+def read_fitting(engine: Path, machine: Machine | None = None, plugin: Path | None = None) -> Manifest:
     """:func:`read_manifest`, and :func:`check` it against what is here, the plugin's file included.
 
     Args:
         engine: the engine file.
-        machine: see :func:`this_machine`.
+        machine: where it is to run; by default :func:`this_machine`, with the engine's own TensorRT.
         plugin: the library to load; where the manifest says, by default.
 
     Raises:
         UserError: see the two.
+        MissingComponent: see :func:`this_machine`.
     """
     manifest = read_manifest(engine)
+    machine = machine or this_machine(manifest.machine.backend)
     if manifest.plugin:
         library = plugin or manifest.plugin.path
         check(manifest, machine, sha256(library) if library.is_file() else None)

@@ -16,10 +16,16 @@ Form = Literal["any", "plugin", "plain"]
 """How a file carries the custom operators: "any" as nodes with their definitions, "plugin" as nodes alone, "plain" not
 at all, their definitions in their place."""
 
+Precision = Literal["float32", "float16", "int8"]
+"""The lowest type that a file computes in; what int8 does not cover may be of either other type."""
+
 Version = tuple[int, int]
 
 DEFAULT_OPSET = 18
 """Of exported files, where the target reads it: what PyTorch's exporter is written for."""
+
+INT8_OPSET = 19
+"""Of exported files that become INT8, where the target reads it: the first in which scales can be float16."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.machinery
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -63,8 +64,25 @@ def libraries(cuda, tmp_path_factory):
 
 def rtx_libraries() -> Path:
     """The folder of TensorRT-RTX's libraries; its Python module is beside it."""
-    folder = os.environ.get("ACMIX_TENSORRT_RTX")
-    spec = importlib.machinery.PathFinder.find_spec("tensorrt_rtx_libs", [folder] if folder else sys.path)
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("no TensorRT-RTX: pip install tensorrt-rtx-cu13, or name its folder in ACMIX_TENSORRT_RTX")
+        pytest.skip("no TensorRT-RTX: pip install tensorrt-rtx-cu13")
     return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="session")
+def rtx(tmp_path_factory):
+    """Run tensorrt_rtx_plugin.py: what it answers, and what was printed on stderr."""
+    libraries = rtx_libraries()
+    links = tmp_path_factory.mktemp("rtx")
+    # The ONNX parser asks for the library by this name, which the package does not have.
+    (links / "libtensorrt_rtx.so").symlink_to(libraries / "libtensorrt_rtx.so.1")
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{libraries}"}
+
+    def answer(*arguments: object) -> tuple[Any, str]:
+        done = run(
+            [sys.executable, Path(__file__).with_name("tensorrt_rtx_plugin.py"), *map(str, arguments)], env=environment
+        )
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return answer

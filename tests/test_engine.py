@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 import tensorrt_parts
+from engine_parts import FAKE
 from onnx import TensorProto, helper
 
 from acmix_deploy import manifest as manifests
@@ -31,7 +33,6 @@ from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.manifest import EngineTensor, Machine, Manifest, Plugin, check, read_fitting, read_manifest
 from acmix_deploy.report.inspection import inspect
 
-FAKE = Path(__file__).parent / "fake_tensorrt"
 SHAPES = ((1, 3, 32, 32), (1, 3, 32, 48), (2, 3, 64, 64))
 ORIN = Machine(backend="tensorrt", version="10.3.0.30", cuda="12.6", driver=None, gpu="Orin", sm=87)
 
@@ -58,27 +59,8 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def rtx(monkeypatch):
-    monkeypatch.syspath_prepend(str(tensorrt_parts.rtx_libraries().parent))
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """TensorRT 8.6 on an Orin, which does as it is told."""
-    monkeypatch.syspath_prepend(str(FAKE))
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    monkeypatch.setattr(manifests, "_device", lambda: {"gpu": "Orin", "sm": 87})
-    yield lambda mode: monkeypatch.setenv("FAKE_TENSORRT", mode)
-    sys.modules.pop("tensorrt", None)
-
-
-@pytest.fixture
-def empty_library(tmp_path):
-    """A library that loads and registers no plugin."""
-    if not (compiler := shutil.which("cc")):
-        pytest.skip("no C compiler")
-    subprocess.run([compiler, "-shared", "-o", tmp_path / "empty.so", "-x", "c", os.devnull], check=True)
-    return tmp_path / "empty.so"
+def rtx():
+    tensorrt_parts.rtx_libraries()
 
 
 def left(folder: Path) -> list[str]:
@@ -220,8 +202,8 @@ def test_what_tensorrt_8_is_asked_for(fake, files, tmp_path, empty_library):
     cache, target = tmp_path / "times", tmp_path / "e"
     source = files / "static.float32.onnx"
     report = build(source, target, plugin=empty_library, fp16=True, level=1, timing_cache=cache)
-    assert json.loads(target.read_bytes()) == {
-        "network": 1, "level": 1, "verbosity": 1, "flags": ["FP16"], "profiles": []
+    assert json.loads(target.read_bytes())["asked"] == {
+        "network": 1, "level": 1, "verbosity": 1, "flags": ["FP16"], "sources": None
     }  # fmt: skip
     assert report.plugin_layers == ("acmix_0.attention",)
     assert (report.manifest.form, report.manifest.flags) == ("plugin", ("FP16",))
@@ -236,8 +218,37 @@ def test_what_tensorrt_8_is_asked_for(fake, files, tmp_path, empty_library):
 
 def test_flags_follow_the_types_of_the_file(fake, files, tmp_path):
     build(files / "dynamic.float16.onnx", tmp_path / "e", shapes=SHAPES)
-    asked = json.loads((tmp_path / "e").read_bytes())
-    assert (asked["flags"], asked["profiles"]) == (["FP16"], [{"images": [list(shape) for shape in SHAPES]}])
+    plan = json.loads((tmp_path / "e").read_bytes())
+    assert (plan["asked"]["flags"], plan["profiles"]) == (["FP16"], {"images": [list(shape) for shape in SHAPES]})
+
+
+def test_nodes_that_the_plugin_refuses_are_named(fake, files, tmp_path, empty_library):
+    """A head_dim of 4 is computed without it."""
+    model = onnx.load(files / "static.float32.onnx")
+    (node,) = onnx_file.fused_nodes(model)
+    heads = next(attribute for attribute in node.attribute if attribute.name == "num_heads")
+    position = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    head_dim = position.dims[0]
+    heads.i *= head_dim // 4
+    position.CopyFrom(onnx.numpy_helper.from_array(np.zeros((4, 2), np.float32), position.name))
+    onnx.save(model, tmp_path / "small.onnx")
+    report = build(tmp_path / "small.onnx", tmp_path / "e", plugin=empty_library)
+    assert report.inlined == {node.name: "head_dim 4"}
+    assert (report.plugin_layers, report.manifest.plugin) == ((), None)
+
+
+def test_sizes_off_the_stride(fake, files, tmp_path):
+    model = onnx.load(files / "dynamic.float16.onnx")
+    onnx.helper.set_model_props(model, {"stride": "32"})
+    onnx.save(model, tmp_path / "strided.onnx")
+    shapes = ((1, 3, 32, 32), (1, 3, 64, 64), (1, 3, 100, 100))
+    with pytest.raises(UserError, match=r"--max \[1, 3, 100, 100\] is no multiple of 32, the stride of"):
+        build(tmp_path / "strided.onnx", tmp_path / "e", shapes=shapes)
+
+
+def test_tactic_sources(fake, files, tmp_path):
+    build(files / "static.float32.onnx", tmp_path / "e", tactic_sources=["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"])
+    assert json.loads((tmp_path / "e").read_bytes())["asked"]["sources"] == 0b11000
 
 
 def test_opset_that_tensorrt_8_does_not_read(fake, files, tmp_path):
@@ -348,6 +359,7 @@ def manifest(**changed) -> Manifest:
     tensor = EngineTensor(name="images", dtype="FLOAT", shape=(1, 3, 32, 32))
     whole = {
         "machine": ORIN, "compute_capabilities": (), "plugin": plugin, "form": "plugin", "strongly_typed": True,
+        "precision": "float16", "metadata": {},
         "flags": (), "level": 3, "profiles": {}, "inputs": (tensor,), "outputs": (tensor,),
     }  # fmt: skip
     return Manifest(**{**whole, **changed})
@@ -378,7 +390,7 @@ def test_manifest_that_fits():
     ],
 )
 def test_manifest_that_does_not_fit(here, plugin, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(MissingComponent if here.get("gpu", "") is None else UserError, match=said):
         check(manifest(), ORIN.model_copy(update=here), plugin * 64 or None)
 
 

@@ -3,7 +3,6 @@
 What is not at hand is skipped and named. To have all of it:
 
     ACMIX_TENSORRT_HEADERS    folder with one folder of headers a release, e.g. 8.5.2, v8.6.1, v10.13.0, v11.1
-    ACMIX_TENSORRT_RTX        folder of `pip install --target FOLDER tensorrt-rtx-cu13`, where it is not installed
     ACMIX_TENSORRT86_PYTHON   a Python 3.10 with `pip install tensorrt==8.6.0 'nvidia-cudnn-cu12<9'`
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import pytest
 import torch
 from kernels import Array
 from onnx import TensorProto, helper
-from tensorrt_parts import header_sets, newest_headers, rtx_libraries, run
+from tensorrt_parts import header_sets, newest_headers, run
 
 from acmix_deploy.operators import LOCAL_ATTENTION, OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
@@ -184,27 +182,10 @@ def test_enqueue_of_nothing_and_of_too_little(enqueue, major):
 
 
 @pytest.fixture(scope="session")
-def rtx(tmp_path_factory):
-    """Run tensorrt_rtx_plugin.py: what it answers, and what was printed on stderr."""
-    libraries = rtx_libraries()
-    links = tmp_path_factory.mktemp("rtx")
-    # The ONNX parser asks for the library by this name, which the package does not have.
-    (links / "libtensorrt_rtx.so").symlink_to(libraries / "libtensorrt_rtx.so.1")
-    environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{libraries}", "PYTHONPATH": str(libraries.parent)}
-
-    def answer(*arguments: object) -> tuple[Any, str]:
-        done = run([sys.executable, TESTS / "tensorrt_rtx_plugin.py", *map(str, arguments)], env=environment)
-        return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-    return answer
-
-
-@pytest.fixture(scope="session")
 def detectors(tmp_path_factory):
     """Fused YOLOv8n-ACmix, by name: (file, blocks, Datatype of their tensors)."""
     pytest.importorskip("ultralytics", reason="ultralytics is not installed")
-    sys.path.insert(0, str(TESTS.parent / "scripts"))
-    from demo import make_checkpoint
+    from untrained import make_checkpoint
 
     from acmix_deploy import families, yolo
     from acmix_deploy.checkpoint import load

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,10 +15,10 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 from torch import nn
 
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.runtime.inputs import random_images, trial_shapes
 from acmix_deploy.runtime.metrics import deviation
-from acmix_deploy.runtime.onnxruntime import element_type, inputs_of, ir_version, onnx_runner, open_session
+from acmix_deploy.runtime.onnxruntime import PROVIDERS, inputs_of, ir_version, onnx_runner, open_session, precision_of
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.torch import TorchRunner
 
@@ -139,6 +140,52 @@ def test_a_float64_position_term_gets_the_way_out_as_hint() -> None:
     assert "acmix-deploy fuse" in e.value.hint
 
 
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there(provider: str) -> None:
+    if len(onnxruntime.get_available_providers()) > 2:
+        pytest.skip("an ONNX Runtime with providers for GPUs")
+    with pytest.raises(
+        MissingComponent, match=r"this ONNX Runtime has no \w+ExecutionProvider, but .*CPUExecution"
+    ) as e:
+        open_session(model_of("Abs"), provider=provider)
+    assert e.value.hint == "Run: pip install 'acmix-deploy[gpu]'"
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_the_cpu_never_takes_over(
+    provider: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    with pytest.raises(MissingComponent, match=r"has .*ExecutionProvider, which does not start here") as e:
+        open_session(model_of("Abs"), provider=provider)
+    assert PROVIDERS[provider] in e.value.message
+    assert capsys.readouterr().out == ""
+
+
+def test_providers_and_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    class Session:
+        def __init__(self, model: bytes, options: object, *, providers: list, enable_fallback: bool) -> None:
+            asked.append((providers, enable_fallback))
+
+        def get_providers(self) -> list[str]:
+            return [name for name, _ in asked[-1][0]]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    cpu, cuda, tensorrt = PROVIDERS.values()
+    for provider in PROVIDERS:
+        open_session(model_of("Abs"), provider=provider, plugin=tmp_path / "plugin.so")
+    options = {"trt_extra_plugin_lib_paths": str(tmp_path / "plugin.so")}
+    assert asked == [
+        ([(cpu, {})], False),
+        ([(cuda, {}), (cpu, {})], False),
+        ([(tensorrt, options), (cuda, {}), (cpu, {})], False),
+    ]
+
+
 def test_a_runner_holds_its_session_only_while_active() -> None:
     runner = onnx_runner(model_of("Abs"), "plain")
     assert runner.name == "plain"
@@ -147,17 +194,17 @@ def test_a_runner_holds_its_session_only_while_active() -> None:
     assert not hasattr(runner, "sess")
 
 
-def test_element_type_sees_float16_anywhere(tmp_path: Path) -> None:
-    assert element_type(model_of("Abs")) == "float32"
-    assert element_type(model_of("Abs", elements=TensorProto.FLOAT16)) == "float16"
-    assert element_type(model_of("Mul", weight=np.ones(1, np.float16))) == "float16"
+def test_precision_sees_float16_anywhere(tmp_path: Path) -> None:
+    assert precision_of(model_of("Abs")) == "float32"
+    assert precision_of(model_of("Abs", elements=TensorProto.FLOAT16)) == "float16"
+    assert precision_of(model_of("Mul", weight=np.ones(1, np.float16))) == "float16"
     for target, name in ((TensorProto.DOUBLE, "float32"), (TensorProto.FLOAT16, "float16")):
         cast = model_of("Cast")
         cast.graph.node[0].attribute.append(helper.make_attribute("to", target))
-        assert element_type(cast) == name
+        assert precision_of(cast) == name
     (tmp_path / "broken.onnx").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read as an ONNX file"):
-        element_type(tmp_path / "broken.onnx")
+        precision_of(tmp_path / "broken.onnx")
 
 
 @pytest.mark.parametrize("opset", [17, 18, 19, 21])

@@ -28,8 +28,8 @@ def build(request: Mapping[str, Any], progress: Callable[[str], None]) -> dict[s
 
     Args:
         request: ``module``; the paths ``onnx``, ``engine`` and, each of them or None, ``plugin``, ``cache_read``,
-            ``cache_write``; ``level``; ``flags``, names of BuilderFlag; ``strongly_typed``; ``profiles``,
-            [min, opt, max] by input; ``operators``, the types that the file has.
+            ``cache_write``; ``level``; ``flags`` and ``tactic_sources``, names of BuilderFlag and TacticSource;
+            ``strongly_typed``; ``profiles``, [min, opt, max] by input; ``operators``, the types that the file has.
         progress: called with what is being done.
 
     Returns:
@@ -103,8 +103,11 @@ def _network_flags(trt: Any, strongly_typed: bool) -> int:
 def _configure(trt: Any, builder: Any, config: Any, request: Mapping[str, Any]) -> None:
     """Flags, level and profile."""
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; rounds what is float32 to 10 bits
     for name in request["flags"]:
         config.set_flag(trt.BuilderFlag.__members__[name])
+    if sources := request["tactic_sources"]:
+        config.set_tactic_sources(sum(1 << int(trt.TacticSource.__members__[name]) for name in sources))
     if hasattr(config, "builder_optimization_level"):
         config.builder_optimization_level = request["level"]
     if request["profiles"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,11 +19,11 @@ from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.forms import refused, to_form
 from acmix_deploy.graph import name_nodes
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
-from acmix_deploy.runtime.reason import reason
+from acmix_deploy.runtime.onnxruntime import precision_of
+from acmix_deploy.runtime.reason import out_of_memory, reason
 from acmix_deploy.targets import Form, Target, target_of
 
 _RTX_AS_TENSORRT = (11, 0)  # what TensorRT-RTX reads and how it types is TensorRT 11's
-_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient (memory|workspace)|MemoryAllocation", re.IGNORECASE)
 _SHOWN = 3  # nodes or errors named in a message
 
 Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -52,6 +52,7 @@ def build(
     fp16: bool = False,
     timing_cache: Path | None = None,
     shapes: Shapes | None = None,
+    tactic_sources: Sequence[str] = (),
     backend: Backend | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> BuildReport:
@@ -66,6 +67,8 @@ def build(
         fp16: permit half precision; for TensorRT 8, whose types do not come from the file.
         timing_cache: file of measured times, read where it exists and written afterwards.
         shapes: smallest, usual and largest [B, C, H, W], where axes are free.
+        tactic_sources: TensorRT's TacticSource by name, its default without any. Where there is no cuDNN and no cuBLAS:
+            EDGE_MASK_CONVOLUTIONS and JIT_CONVOLUTIONS.
         backend: which TensorRT; whichever can be imported by default.
         progress: called with what is being done.
 
@@ -115,6 +118,7 @@ def build(
             "cache_write": str(cache) if cache else None,
             "level": level,
             "flags": flags,
+            "tactic_sources": list(tactic_sources),
             "strongly_typed": found.strongly_typed,
             "profiles": profiles,
             "operators": list(onnx_file.operators(ready)),
@@ -133,6 +137,7 @@ def build(
         machine=machine,
         plugin=library if wanted else None,
         form=form,
+        precision="float16" if fp16 and precision_of(model) == "float32" else precision_of(model),
         strongly_typed=found.strongly_typed,
         flags=tuple(flags),
         level=level,
@@ -140,6 +145,7 @@ def build(
         compute_capabilities=tuple(answer["compute_capabilities"]),
         inputs=tuple(answer["inputs"]),
         outputs=tuple(answer["outputs"]),
+        metadata=onnx_file.metadata(model),
     )
     return BuildReport(
         artifact=write_artifact(target, KIND, parents=[source], settings=manifest.model_dump(mode="json")),
@@ -149,6 +155,18 @@ def build(
         inlined=refused(model) if plugin else {},
         notes=(*answer["notes"], *_notes(machine, plugin, wanted, timing_cache)),
     )
+
+
+def target_here() -> Target | None:
+    """What TensorRT and the GPU of this machine take; None where there is none of either.
+
+    Raises:
+        MissingComponent: there is a TensorRT that cannot be imported, or nothing to ask for the device with.
+    """
+    if importlib.util.find_spec("tensorrt") is None:
+        return None
+    machine = this_machine("tensorrt")
+    return _target(machine) if machine.gpu else None
 
 
 def _notes(machine: Machine, plugin: Path | None, wanted: Sequence[str], timing_cache: Path | None) -> list[str]:
@@ -191,8 +209,8 @@ def _flags(model: onnx.ModelProto, target: Target, fp16: bool) -> list[str]:
     """What the builder has to be permitted where types do not come from the file alone."""
     if target.strongly_typed:
         return []
-    precision = onnx_file.precision(model)
-    return ["FP16"] * (fp16 or precision != "float32") + ["INT8"] * (precision == "int8")
+    found = precision_of(model)
+    return ["FP16"] * (fp16 or found != "float32") + ["INT8"] * (found == "int8")
 
 
 def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> dict[str, tuple[Shape, Shape, Shape]]:
@@ -203,6 +221,7 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
     """
     found: dict[str, tuple[Shape, Shape, Shape]] = {}
     fixed = []
+    stride = int(onnx_file.metadata(model).get("stride", 1))
     for value in onnx_file.inputs(model):
         declared = onnx_file.shape(value)
         free = [f"{axis} ({size})" for axis, size in enumerate(declared) if not isinstance(size, int)]
@@ -217,6 +236,8 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
         for option, shape in zip(("--min", "--opt", "--max"), shapes, strict=True):
             if any(isinstance(size, int) and size != asked for size, asked in zip(declared, shape, strict=True)):
                 raise UserError(f"{option} {list(shape)} does not fit input {value.name} {list(declared)} of {source}")
+            if any(size % stride for size in shape[2:]):
+                raise UserError(f"{option} {list(shape)} is no multiple of {stride}, the stride of {source}")
         smallest, usual, largest = map(tuple, shapes)
         if not all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True)):
             raise UserError(f"--min {smallest}, --opt {usual} and --max {largest} do not grow from one to the next")
@@ -245,7 +266,7 @@ def _failure(
         return UserError(f"the plugin cannot be loaded: {errors[0]}", "Build it here: acmix-deploy plugin build")
     texts = [_parser_text(error) if isinstance(error, dict) else str(error).strip() for error in errors]
     text = "; ".join(dict.fromkeys(texts[:_SHOWN])) or "it gives no reason"
-    if _NO_MEMORY.search(" ".join(texts)):
+    if out_of_memory(" ".join(texts)):
         return MissingComponent(
             f"too little memory on {machine.device} for {machine.tensorrt} to build {source}: {text}",
             "End other programs on the device, or build for a smaller --max.",

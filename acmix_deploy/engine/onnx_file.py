@@ -12,11 +12,11 @@ from onnx import TensorProto, helper
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.runtime.onnxruntime import element_type
+from acmix_deploy.operators import OPERATORS
+from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import reason
+from acmix_deploy.targets import Precision
 
-Precision = Literal["float32", "float16", "int8"]
 FormFound = Literal["any", "plugin", "plain"]
 
 
@@ -99,14 +99,19 @@ def describe(model: onnx.ModelProto) -> OnnxFile:
             for node in fused
         ),
         form="plain" if not fused else "any" if functions else "plugin",
-        precision=precision(model),
-        metadata={entry.key: entry.value for entry in model.metadata_props},
+        precision=precision_of(model),
+        metadata=metadata(model),
     )
 
 
 def opset(model: onnx.ModelProto) -> int:
     """Version of the standard operators that the file uses."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """The properties that the exporter left."""
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
@@ -117,7 +122,8 @@ def inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 def fused_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes of this package's operators."""
-    return [node for node in model.graph.node if node.domain == LOCAL_ATTENTION.domain]
+    ours = {(operator.domain, operator.op_type) for operator in OPERATORS}
+    return [node for node in model.graph.node if (node.domain, node.op_type) in ours]
 
 
 def operators(model: onnx.ModelProto) -> dict[str, list[str]]:
@@ -129,12 +135,6 @@ def operators(model: onnx.ModelProto) -> dict[str, list[str]]:
         if (node.domain, node.op_type) not in functions:
             found.setdefault(node.op_type, []).append(node.name or f"the one that makes {node.output[0]}")
     return found
-
-
-def precision(model: onnx.ModelProto) -> Precision:
-    """The lowest type that the file computes in."""
-    quantised = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
-    return "int8" if quantised else "float16" if element_type(model) == "float16" else "float32"
 
 
 def shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:

@@ -1,1 +1,4 @@
-"""Run anything: models of PyTorch and of ONNX Runtime behind polygraphy's runner interface, and what to feed them."""
+"""Run anything behind polygraphy's runner interface: PyTorch, ONNX Runtime, engines; and what to feed them.
+
+Imports nothing by itself: :mod:`acmix_deploy.runtime.tensorrt` works where there is neither PyTorch nor ONNX.
+"""

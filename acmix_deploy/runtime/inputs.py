@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Shape = tuple[int, ...]
 Images = NDArray[np.float32]
+
+
+class Input(NamedTuple):
+    """One input of a model: its name, its axes (free ones are names or None) and its numpy type."""
+
+    name: str
+    dims: tuple[int | str | None, ...]
+    dtype: np.dtype[np.generic]
 
 
 def trial_shapes(dims: Sequence[int | str | None], example: Sequence[int], divisor: int = 1) -> list[Shape]:

@@ -1,11 +1,13 @@
-"""ONNX Runtime on the CPU: sessions with errors that say what to do, and polygraphy's runner of them."""
+"""ONNX Runtime: sessions with errors that say what to do, and polygraphy's runner of them."""
 
 from __future__ import annotations
 
 import os
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -13,22 +15,24 @@ import onnxruntime
 from onnx import TensorProto
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.reason import reason
+from acmix_deploy.targets import Precision
 
 Model = Path | bytes | onnx.ModelProto
-PROVIDER = "CPUExecutionProvider"
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+"""ONNX Runtime's name of each; what one cannot run the ones before it do."""
+PROVIDER = PROVIDERS["cpu"]
 
 _FLOAT64_CONV = re.compile(r"Could not find an implementation for Conv\(\d+\)")
+_NOT_INSTALLED = "Please install"  # how ONNX Runtime begins its advice on libraries that are missing
 _FATAL = 4  # errors are raised, so ONNX Runtime need not print them too
-
-
-class Input(NamedTuple):
-    """One input of a session: its name, its axes (free ones are names or None) and its numpy type."""
-
-    name: str
-    dims: tuple[int | str | None, ...]
-    dtype: np.dtype[np.generic]
 
 
 def usable_cores() -> int:
@@ -36,8 +40,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(model: Model, threads: int | None = None, *, optimize: bool = True) -> onnxruntime.InferenceSession:
-    """A session on the CPU.
+def open_session(
+    model: Model,
+    threads: int | None = None,
+    *,
+    optimize: bool = True,
+    reduces: bool = False,
+    provider: Provider = "cpu",
+    plugin: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU, or on a GPU: what the provider leaves goes to CUDA, then to the CPU.
 
     Two live sessions disturb each other's timing: their idle threads spin. Close one (drop it) before timing another.
 
@@ -45,9 +57,14 @@ def open_session(model: Model, threads: int | None = None, *, optimize: bool = T
         model: a file, its bytes or a model in memory.
         threads: threads within an operator; :func:`usable_cores` by default.
         optimize: let ONNX Runtime rewrite the graph; without it every node runs as it is written.
+        reduces: for a graph whose outputs are sums or maxima of many tensors: compute these as soon as a tensor is
+            there, which ONNX Runtime by itself puts off until every activation is in memory.
+        provider: what runs it.
+        plugin: library that provider "tensorrt" loads.
 
     Raises:
         UserError: the file does not exist or ONNX Runtime refuses it, with its reason.
+        MissingComponent: the provider is not in this ONNX Runtime, or does not start here; the CPU never takes over.
     """
     name = str(model) if isinstance(model, Path) else "the model"
     if isinstance(model, Path) and not model.is_file():
@@ -57,17 +74,58 @@ def open_session(model: Model, threads: int | None = None, *, optimize: bool = T
     options.log_severity_level = _FATAL
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if reduces:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    providers = _providers(provider, plugin)
+    missing = _preload() if provider != "cpu" else ""
     try:
-        return onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
+        session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime's error types share no base of their own
         text = reason(error)
+        if _NOT_INSTALLED in text:
+            raise _does_not_start(provider, missing or text) from error
         hint = (
             "The graph computes the position term in float64; `acmix-deploy fuse` repairs it."
             if _FLOAT64_CONV.search(text)
             else "Check that it is a complete ONNX file of opset 21 or below."
         )
         raise UserError(f"ONNX Runtime refuses {name}: {text}", hint) from error
+    if PROVIDERS[provider] not in session.get_providers():
+        raise _does_not_start(provider, missing)
+    return session
+
+
+def _providers(provider: Provider, plugin: Path | None) -> list[tuple[str, dict[str, str]]]:
+    """ONNX Runtime's providers, the wanted one first, with their options.
+
+    Raises:
+        MissingComponent: this ONNX Runtime was built without it.
+    """
+    name, available = PROVIDERS[provider], onnxruntime.get_available_providers()
+    if name not in available:
+        raise MissingComponent(
+            f"this ONNX Runtime has no {name}, but {', '.join(available)}", "Run: pip install 'acmix-deploy[gpu]'"
+        )
+    names = list(PROVIDERS.values())
+    options = {"trt_extra_plugin_lib_paths": str(plugin.resolve())} if provider == "tensorrt" and plugin else {}
+    return [(name, options), *((other, {}) for other in names[: names.index(name)][::-1])]
+
+
+def _does_not_start(provider: Provider, why: str) -> MissingComponent:
+    return MissingComponent(
+        f"ONNX Runtime has {PROVIDERS[provider]}, which does not start here{': ' + why if why else ''}",
+        "It needs a GPU and the CUDA, cuDNN and, for tensorrt, TensorRT that this release of ONNX Runtime names: "
+        "https://onnxruntime.ai/docs/execution-providers",
+    )
+
+
+def _preload() -> str:
+    """Load CUDA's libraries from their Python packages; what ONNX Runtime prints of those that it does not find."""
+    onnxruntime.set_default_logger_severity(_FATAL)
+    with redirect_stdout(StringIO()) as printed:
+        onnxruntime.preload_dlls()
+    return reason(RuntimeError(printed.getvalue())) if printed.getvalue() else ""
 
 
 def ir_version(opset: int) -> int:
@@ -75,9 +133,16 @@ def ir_version(opset: int) -> int:
     return 8 if opset <= 18 else 10
 
 
-def onnx_runner(model: Model, name: str, threads: int | None = None) -> OnnxrtRunner:
+def onnx_runner(
+    model: Model,
+    name: str,
+    threads: int | None = None,
+    *,
+    provider: Provider = "cpu",
+    plugin: Path | None = None,
+) -> OnnxrtRunner:
     """Polygraphy's runner of a model; its session lives from activation to deactivation only."""
-    return OnnxrtRunner(lambda: open_session(model, threads), name=name)
+    return OnnxrtRunner(lambda: open_session(model, threads, provider=provider, plugin=plugin), name=name)
 
 
 def inputs_of(session: onnxruntime.InferenceSession) -> list[Input]:
@@ -87,8 +152,8 @@ def inputs_of(session: onnxruntime.InferenceSession) -> list[Input]:
     return [Input(node.name, tuple(node.shape), np.dtype(types.get(kind, kind))) for node, kind in elements]
 
 
-def element_type(model: Path | onnx.ModelProto) -> str:
-    """The type that a model computes in: ``"float16"`` as soon as a tensor of it is, else ``"float32"``.
+def precision_of(model: Path | onnx.ModelProto) -> Precision:
+    """The lowest type that a model computes in: int8 with Q/DQ nodes, float16 as soon as a tensor of it is.
 
     Raises:
         UserError: the file is not an ONNX file.
@@ -99,6 +164,8 @@ def element_type(model: Path | onnx.ModelProto) -> str:
         except Exception as error:  # a protobuf error or OSError
             raise UserError(f"{model} cannot be read as an ONNX file: {reason(error)}") from error
     graph = model.graph
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node):
+        return "int8"
     declared = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)]
     stored = [tensor.data_type for tensor in graph.initializer]
     cast = [attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute]

@@ -7,6 +7,7 @@ import textwrap
 
 # What ONNX Runtime says of itself: the kind of error, and the place in its own source.
 _ORT_NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |(?<=Status Message: )/\S+:\d+ .*?\) (?=\w)")
+_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient (memory|workspace)|MemoryAllocation", re.IGNORECASE)
 _LONGEST = 300
 
 
@@ -17,3 +18,8 @@ def reason(error: BaseException) -> str:
     lines = (line.strip(" -\t") for line in str(error).splitlines() if "TORCH_LOGS" not in line)
     line = next(filter(None, lines), type(error).__name__)
     return textwrap.shorten(_ORT_NOISE.sub("", line), _LONGEST, placeholder=" ...")
+
+
+def out_of_memory(said: str) -> bool:
+    """Whether TensorRT says that the device has too little memory."""
+    return bool(_NO_MEMORY.search(said))

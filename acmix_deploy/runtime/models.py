@@ -1,0 +1,82 @@
+"""Open whatever can be run, by its file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from polygraphy.backend.base import BaseRunner
+
+from acmix_deploy.artifacts import sidecar
+from acmix_deploy.errors import UserError
+from acmix_deploy.manifest import Shape, read_manifest
+from acmix_deploy.runtime import tensorrt
+from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.onnxruntime import Provider, inputs_of, onnx_runner, open_session, precision_of
+from acmix_deploy.runtime.tensorrt import EngineRunner
+from acmix_deploy.targets import Precision
+
+
+class Model(NamedTuple):
+    """A file that can be run."""
+
+    runner: BaseRunner
+    """Takes and gives arrays by name while it is active; nothing is held before and after."""
+    inputs: tuple[Input, ...]
+    precision: Precision
+    metadata: dict[str, str]
+    """What the exporter left: class names, stride, letterbox."""
+    profiles: Mapping[str, tuple[Shape, Shape, Shape]]
+    """Smallest, usual and largest shape of an engine's inputs with free axes; ONNX files have no such limits."""
+
+    def usual_shape(self, name: str) -> Shape:
+        """The shape to run an image input at where nobody says: what the engine is built for, else what the model was
+        trained at, else [1, 3, 640, 640]. Only its free axes take their sizes from there."""
+        if name in self.profiles:
+            return self.profiles[name][1]
+        height, width = ast.literal_eval(self.metadata.get("imgsz", "[640, 640]"))
+        return 1, int(self.metadata.get("channels", 3)), height, width
+
+
+def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin: Path | None = None) -> Model:
+    """What is needed to run a file. An engine is only read here; what it needs is looked for when its runner starts.
+
+    Args:
+        path: an ONNX file (.onnx), or an engine of any name with its manifest beside it.
+        name: how reports call it; the file's name by default.
+        provider: what runs ONNX files, see :func:`acmix_deploy.runtime.onnxruntime.open_session`.
+        plugin: the plugin library, for engines that use it (where the manifest says, by default) and for ONNX files on
+            provider "tensorrt".
+
+    Raises:
+        UserError: the file does not exist, is neither, or cannot be run here, with the reason.
+        MissingComponent: ONNX Runtime has no such provider here.
+    """
+    if path.suffix == ".onnx":
+        session = open_session(path, provider=provider, plugin=plugin)
+        return Model(
+            runner=onnx_runner(path, name or path.name, provider=provider, plugin=plugin),
+            inputs=tuple(inputs_of(session)),
+            precision=precision_of(path),
+            metadata=session.get_modelmeta().custom_metadata_map,
+            profiles={},
+        )
+    if not path.is_file():
+        raise UserError(
+            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "Give an ONNX file or an engine."
+        )
+    if not sidecar(path).is_file():
+        raise UserError(
+            f"{path} is neither an ONNX file (.onnx) nor an engine with its manifest {sidecar(path).name}",
+            "Build engines with acmix-deploy build, and move the manifest along with the engine.",
+        )
+    manifest = read_manifest(path)
+    return Model(
+        runner=EngineRunner(path, plugin, name),
+        inputs=tensorrt.inputs_of(manifest),
+        precision=manifest.precision,
+        metadata=manifest.metadata,
+        profiles=manifest.profiles,
+    )
