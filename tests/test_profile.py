@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import acmix_deploy.profile.run as profile_run
+import acmix_deploy.profile.subjects as profile_subjects
 from acmix_deploy.errors import UserError
-from acmix_deploy.profile import Machine, Profile, profile
+from acmix_deploy.profile import Machine, Profile, compare, profile
 
 MACHINE = Machine(cpu="a CPU", cores=2, system="a system", versions={})
 
@@ -48,7 +49,7 @@ def test_percentiles_are_those_of_all_samples(samples: list[float]) -> None:
         machine=MACHINE,
     )
     in_order = sorted(samples)
-    for q, value in ((50, found.median_ms), (90, found.p90_ms), (99, found.p99_ms)):
+    for q, value in ((50, found.median_ms), (90, found.p90_ms), (95, found.p95_ms), (99, found.p99_ms)):
         place = q / 100 * (len(samples) - 1)
         low = int(place)
         high = min(low + 1, len(samples) - 1)
@@ -62,7 +63,7 @@ def test_a_profile_keeps_every_sample_and_names_what_it_depends_on(tmp_path: Pat
     assert len(found.samples_ms) == 7
     assert min(found.samples_ms) > 0
     assert found.input_shapes == {"images": (4, 3, 8, 8)}
-    assert (found.file, found.rounds, found.note) == ("m.onnx", 1, "")
+    assert (found.file, found.rounds, found.notes) == ("m.onnx", 1, ())
     assert found.warmup_runs > 6 or not found.stable
     assert found.provider == "CPUExecutionProvider"
     assert found.machine == Machine.this()
@@ -72,14 +73,14 @@ def test_a_profile_keeps_every_sample_and_names_what_it_depends_on(tmp_path: Pat
 
 def test_float16_on_a_cpu_is_labelled(tmp_path: Path) -> None:
     found = profile_file(absolute(tmp_path / "half.onnx", 1, 3, 8, 8, elements=TensorProto.FLOAT16), samples=1)
-    assert "FP16 on a CPU predicts nothing for a GPU" in found.note
+    assert "FP16 on a CPU predicts nothing for a GPU" in found.notes[0]
 
 
 def test_files_take_turns_with_one_live_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [absolute(tmp_path / f"{name}.onnx", 1, 3, 8, 8) for name in "ab"]
     opened: list[str] = []
     alive: weakref.WeakSet[onnxruntime.InferenceSession] = weakref.WeakSet()
-    original = profile_run.open_session
+    original = profile_subjects.open_session
 
     def watched(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
         assert not alive
@@ -88,7 +89,7 @@ def test_files_take_turns_with_one_live_session(tmp_path: Path, monkeypatch: pyt
         opened.append(path.name)
         return session
 
-    monkeypatch.setattr(profile_run, "open_session", watched)
+    monkeypatch.setattr(profile_subjects, "open_session", watched)
     found = profile(files, samples=7, rounds=3, threads=1)
     assert opened == ["a.onnx", "b.onnx"] * 3
     assert [(entry.file, len(entry.samples_ms), entry.threads) for entry in found] == [
@@ -118,8 +119,9 @@ def timed(path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, **options: 
 
         run = staticmethod(clock.run)
 
-    monkeypatch.setattr(profile_run, "time", clock)
-    monkeypatch.setattr(profile_run, "open_session", lambda *_: Session())
+    for module in (profile_run, profile_subjects):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(profile_subjects, "open_session", lambda *_: Session())
     return profile_file(path, **options)
 
 
@@ -161,3 +163,22 @@ def test_what_cannot_be_profiled_is_a_user_error(tmp_path: Path) -> None:
     onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     with pytest.raises(UserError, match="does not run on"):
         profile_file(path, input_shape=(1, 3, 5, 5))
+
+
+def test_int8_that_gains_nothing_is_said() -> None:
+    def timed_in(precision: str, *samples: float, **changed: object) -> Profile:
+        fields = {"provider": "TensorRT 10.3.0", "machine": MACHINE, "precision": precision, "samples_ms": samples}
+        return Profile(**{"file": f"{precision}.engine", **fields, **changed})
+
+    half = timed_in("float16", 1.0, 1.1, 1.2)
+    assert compare([half, timed_in("int8", 1.0, 1.1, 1.1)]) == [
+        "int8.engine in INT8 is not faster than float16.engine in FP16: 1.100 against 1.100 ms"
+    ]
+    assert compare([timed_in("int8", 1.0, 1.09, 9.0), half]) == []
+    assert compare([timed_in("float32", 9.0), half]) == []
+    for elsewhere in (
+        {"provider": "CPUExecutionProvider"},
+        {"machine": None},
+        {"input_shapes": {"images": (2, 3, 8, 8)}},
+    ):
+        assert compare([half, timed_in("int8", 9.0, **elsewhere)]) == []

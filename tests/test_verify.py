@@ -173,6 +173,10 @@ def test_the_worst_of_each_output_is_told() -> None:
     assert [found.output for found in worst] == ["output0", "output1"]
     assert worst[0].input_shapes == {"images": (3, 3, 4, 4)}
     assert result.worst("unknown") == []
+    wide = result.comparisons[2].model_copy(update={"limit": 1.0})
+    narrow = result.comparisons[0]
+    assert wide.relative_l2 > narrow.relative_l2
+    assert result.model_copy(update={"comparisons": (wide, narrow)}).worst("off") == [narrow], "what failed comes first"
 
 
 def scaled(path: Path, factor: float, *dims: int | str, name: str = "images", half: bool = False) -> Path:
@@ -253,8 +257,10 @@ def test_files_of_one_name_are_told_apart_and_vectors_refused(tmp_path: Path) ->
     (tmp_path / "a").mkdir()
     one, other = scaled(tmp_path / "m.onnx", 2, 1, 3, 8, 8), scaled(tmp_path / "a" / "m.onnx", 2, 1, 3, 8, 8)
     assert compare_files(one, other).comparisons[0].candidate == str(other)
-    vector = scaled(tmp_path / "vector.onnx", 2, 1, 3)
+    vectors = [scaled(tmp_path / f"{name}.onnx", 2, 1, 3) for name in ("vector", "again")]
     with pytest.raises(UserError, match=r"one image input .* is expected"):
-        compare_files(vector, vector)
+        compare_files(*vectors)
+    with pytest.raises(UserError, match=r"m\.onnx is compared with itself"):
+        compare_files(one, one)
     with pytest.raises(UserError, match="does not exist"):
         compare_files(one, tmp_path / "absent.onnx")

@@ -1,1 +1,1 @@
-"""What calibration, verification and serving of detectors share: images as the model was trained to see them."""
+"""What calibration, verification and serving of detectors share: images as the model saw them, and detections."""

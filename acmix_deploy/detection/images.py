@@ -15,9 +15,25 @@ from acmix_deploy.errors import MissingComponent, UserError
 
 Image = NDArray[np.uint8]
 Images = NDArray[np.float32]
+Boxes = NDArray[np.float32]
 Shape = Sequence[int]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+class Placement(NamedTuple):
+    """Where a letterboxed image lies in what the model sees; sizes in pixels, (height, width)."""
+
+    original: tuple[int, int]
+    fitted: tuple[int, int]
+    top: int
+    left: int
+
+    def undo(self, boxes: Boxes) -> Boxes:
+        """Boxes [N, 4], corners (x1, y1, x2, y2), from there to the original image, cut off at its edges."""
+        (height, width), (fitted_height, fitted_width) = self.original, self.fitted
+        corners = (boxes.reshape(-1, 2, 2) - (self.left, self.top)) * (width / fitted_width, height / fitted_height)
+        return corners.clip(0, (width, height)).astype(np.float32).reshape(-1, 4)
 
 
 class Letterbox(BaseModel):
@@ -34,14 +50,19 @@ class Letterbox(BaseModel):
 
     def __call__(self, image: Image, height: int, width: int) -> Image:
         """Fit an image [h, w, 3] into [height, width, 3]; equal to Ultralytics' ``LetterBox`` with ``auto=False``."""
-        scale = min(height / image.shape[0], width / image.shape[1])
+        _, fitted, top, left = self.place(image.shape, height, width)
+        canvas = np.full((height, width, 3), self.padding_value, np.uint8)
+        canvas[top : top + fitted[0], left : left + fitted[1]] = opencv().resize(image, fitted[::-1])
+        return canvas
+
+    def place(self, shape: Shape, height: int, width: int) -> Placement:
+        """Where an image [h, w, ...] comes to lie in [height, width]."""
+        scale = min(height / shape[0], width / shape[1])
         if not self.scaleup:
             scale = min(scale, 1.0)
-        new_height, new_width = (max(1, round(size * scale)) for size in image.shape[:2])
-        top, left = ((height - new_height) // 2, (width - new_width) // 2) if self.center else (0, 0)
-        canvas = np.full((height, width, 3), self.padding_value, np.uint8)
-        canvas[top : top + new_height, left : left + new_width] = _cv2().resize(image, (new_width, new_height))
-        return canvas
+        fitted = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+        top, left = ((height - fitted[0]) // 2, (width - fitted[1]) // 2) if self.center else (0, 0)
+        return Placement((shape[0], shape[1]), fitted, top, left)
 
 
 class Photos(NamedTuple):
@@ -88,7 +109,7 @@ def read(path: Path) -> Image | None:
     Raises:
         MissingComponent: OpenCV is not installed.
     """
-    cv2 = _cv2()
+    cv2 = opencv()
     try:
         data = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError:
@@ -103,7 +124,22 @@ def tensor(image: Image) -> Images:
     return planes
 
 
+class Batch(NamedTuple):
+    """Letterboxed images, and where they came from."""
+
+    images: Images
+    paths: list[Path]
+    placements: list[Placement]
+
+
 def batches(paths: Sequence[Path], shapes: Sequence[Shape], letterbox: Letterbox | None = None) -> Iterator[Images]:
+    """The images of :func:`placed_batches` alone."""
+    return (batch.images for batch in placed_batches(paths, shapes, letterbox))
+
+
+def placed_batches(
+    paths: Sequence[Path], shapes: Sequence[Shape], letterbox: Letterbox | None = None
+) -> Iterator[Batch]:
     """Every image in a batch, float32 in [0, 1]; images are read when their batch is asked for.
 
     Args:
@@ -118,23 +154,29 @@ def batches(paths: Sequence[Path], shapes: Sequence[Shape], letterbox: Letterbox
     for shape in shapes:
         if len(shape) != 4 or shape[1] != 3:
             raise UserError(f"the model's input is {list(shape)}, not colour images [B, 3, H, W]", "Use random inputs.")
-
-    def image(index: int, height: int, width: int) -> Images:
-        path = paths[index % len(paths)]
-        found = read(path)
-        if found is None:
-            raise UserError(f"{path} could be read before and cannot be read now")
-        return tensor(fit(found, height, width))
-
     taken = made = 0
     while taken < len(paths) or made < len(shapes):
         count, _, height, width = shapes[made % len(shapes)]
-        yield np.stack([image(taken + i, height, width) for i in range(count)])
+        chosen = [paths[(taken + index) % len(paths)] for index in range(count)]
+        images = [_read_again(path) for path in chosen]
+        yield Batch(
+            np.stack([tensor(fit(image, height, width)) for image in images]),
+            chosen,
+            [fit.place(image.shape, height, width) for image in images],
+        )
         taken += count
         made += 1
 
 
-def _cv2() -> ModuleType:
+def _read_again(path: Path) -> Image:
+    image = read(path)
+    if image is None:
+        raise UserError(f"{path} could be read before and cannot be read now")
+    return image
+
+
+def opencv() -> ModuleType:
+    """The module cv2. Raises MissingComponent where it is not installed."""
     try:
         import cv2
     except ImportError as error:

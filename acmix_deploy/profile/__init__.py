@@ -1,6 +1,6 @@
-"""How long models take on ONNX Runtime."""
+"""How long models take, layer by layer if wanted, and what the machine does meanwhile."""
 
 from acmix_deploy.profile.run import profile
-from acmix_deploy.profile.timing import Machine, Profile
+from acmix_deploy.profile.timing import Machine, Profile, compare
 
-__all__ = ["Machine", "Profile", "profile"]
+__all__ = ["Machine", "Profile", "compare", "profile"]

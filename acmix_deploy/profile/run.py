@@ -1,122 +1,174 @@
-"""Time ONNX files on ONNX Runtime's CPU provider."""
+"""Time ONNX files and engines, fairly against each other."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
-import onnxruntime
-
 from acmix_deploy.errors import UserError
-from acmix_deploy.profile.timing import Machine, Profile
-from acmix_deploy.runtime.inputs import random_images
-from acmix_deploy.runtime.metrics import Array
-from acmix_deploy.runtime.onnxruntime import PROVIDER, element_type, inputs_of, open_session, usable_cores
-from acmix_deploy.runtime.reason import reason
+from acmix_deploy.profile.layers import between_conversions
+from acmix_deploy.profile.monitor import Conditions, Monitor, Power
+from acmix_deploy.profile.subjects import Engine, OnnxFile, Sample
+from acmix_deploy.profile.timing import Profile
+from acmix_deploy.profile.trtexec import read_times
 
-FP16_NOTE = "CPU latency; FP16 on a CPU predicts nothing for a GPU"
-
-_WINDOW = 3  # runs whose median must not move by more than _SETTLED
 _SETTLED = 0.05
-_MOST_WARMUP_RUNS = 30
+"""By how much the medians of two windows of warm-up runs may differ."""
+_MOST_WINDOWS = 10
+_LOAD_SECONDS = (1.0, 2.0)
+"""Load for power: before the first reading, since sensors average, and while reading."""
 
 
 def profile(
     files: Sequence[Path],
     *,
-    input_shape: Sequence[int] = (1, 3, 640, 640),
-    samples: int = 50,
+    input_shape: Sequence[int] | None = None,
+    samples: int | None = None,
     rounds: int = 3,
     seconds: float = 6.0,
     threads: int | None = None,
+    plugin: Path | None = None,
+    layers: bool = False,
+    power: bool = False,
 ) -> list[Profile]:
-    """Time files against each other, fairly: in rounds, each file in turn, with one live session at a time.
+    """Time files against each other, fairly: in rounds, each file in turn, with one of them open at a time.
 
     Idle threads of a second session spin and disturb the one being timed; one file after the other in a single round
-    would charge a machine's passing load to one of them.
+    would charge a machine's passing load to one of them. Of an engine a CUDA graph is launched between events, between
+    an upload from and a download to pinned memory, with one inference in flight.
 
     Args:
-        files: ONNX files.
-        input_shape: sizes for the axes that are free; fixed ones are the file's.
+        files: ONNX files, engines, and times that trtexec exported (.json), which are only read.
+        input_shape: sizes for the axes that are free; by default each file's own, see
+            :meth:`acmix_deploy.runtime.models.Model.usual_shape`.
         samples: latencies to count for each file, over all rounds; fewer when the time is over, at least one a round.
+            By default 1000 of an engine, 50 of an ONNX file.
         rounds: how often each file has its turn.
-        seconds: time for each file, warm-up included, session creation not.
+        seconds: time for each file, warm-up included; opening it, layers and power not.
         threads: threads within an operator; by default one for each core the process may use.
+        plugin: the plugin library for engines; by default where their manifests say.
+        layers: also time every layer, after all rounds.
+        power: also measure power, in each round after its latencies, under the same load.
 
     Raises:
         UserError: a file does not exist, cannot be loaded, or does not run at the shape.
+        MissingComponent: what an engine needs is not there, or nothing tells power.
+        CheckFailed: TensorRT does not run an engine.
     """
-    turns: list[list[_Turn]] = [[] for _ in files]
+    if plugin and all(file.suffix in (".json", ".onnx") for file in files):
+        raise UserError(f"{plugin} is for engines, and there is none among the files", "Leave out --plugin.")
+    exported = {index: read_times(file) for index, file in enumerate(files) if file.suffix == ".json"}
+    subjects: dict[int, OnnxFile | Engine] = {
+        index: OnnxFile(file, input_shape, threads) if file.suffix == ".onnx" else Engine(file, input_shape, plugin)
+        for index, file in enumerate(files)
+        if index not in exported
+    }
+    monitors = {on_gpu: Monitor(nvml=on_gpu) for on_gpu in {subject.on_gpu for subject in subjects.values()}}
+    for monitor in monitors.values():
+        if power:
+            monitor.need_power()
+    turns: dict[int, list[_Turn]] = {index: [] for index in subjects}
     for _ in range(rounds):
-        for file, taken in zip(files, turns, strict=True):
-            taken.append(_take_turn(file, input_shape, -(-samples // rounds), seconds / rounds, threads))
-    machine = Machine.this()
+        for index, subject in subjects.items():
+            share = -(-(samples or subject.samples) // rounds)
+            turns[index].append(_take_turn(subject, monitors[subject.on_gpu], share, seconds / rounds, power))
+    timed = {index: _profile(subject, turns[index], layers) for index, subject in subjects.items()}
+    profiles = [profile for _, profile in sorted({**exported, **timed}.items())]
+    names = [file.name for file in files]
     return [
-        Profile(
-            file=file.name,
-            input_shapes=taken[0].input_shapes,
-            provider=PROVIDER,
-            threads=threads or usable_cores(),
-            rounds=rounds,
-            warmup_runs=sum(turn.warmup_runs for turn in taken),
-            stable=all(turn.stable for turn in taken),
-            samples_ms=tuple(sample for turn in taken for sample in turn.samples_ms),
-            machine=machine,
-            note=FP16_NOTE if element_type(file) == "float16" else "",
-        )
-        for file, taken in zip(files, turns, strict=True)
+        profile.model_copy(update={"file": str(file)}) if names.count(file.name) > 1 else profile
+        for file, profile in zip(files, profiles, strict=True)
     ]
 
 
 class _Turn(NamedTuple):
     """One file's share of a round; fields as in :class:`Profile`."""
 
-    input_shapes: dict[str, tuple[int, ...]]
     warmup_runs: int
     stable: bool
-    samples_ms: list[float]
+    samples: list[Sample]
+    conditions: tuple[Conditions, Conditions]
+    readings: list[Conditions]
+    """Under load, where power is asked for."""
+    inference_ms: float
+    """Under that load."""
 
 
-def _take_turn(file: Path, input_shape: Sequence[int], samples: int, seconds: float, threads: int | None) -> _Turn:
-    """Open a session, warm it up until its latency settles, count samples and drop it."""
-    session = open_session(file, threads)
-    feed = _feed(file, session, input_shape)
-    shapes = {name: array.shape for name, array in feed.items()}
-    start = time.perf_counter()
-    try:
-        session.run(None, feed)  # memory is planned and allocated here
-    except Exception as error:  # ONNX Runtime's error types share no base of their own
-        raise UserError(f"{file} does not run on {shapes}: {reason(error)}") from error
-    warmup = [_milliseconds(session, feed)]
-    while not _settled(warmup) and len(warmup) < _MOST_WARMUP_RUNS and time.perf_counter() < start + seconds / 2:
-        warmup.append(_milliseconds(session, feed))
-    counted = [_milliseconds(session, feed)]
-    while len(counted) < samples and time.perf_counter() < start + seconds:
-        counted.append(_milliseconds(session, feed))
-    return _Turn(shapes, 1 + len(warmup), _settled(warmup), counted)
+def _take_turn(subject: OnnxFile | Engine, monitor: Monitor, samples: int, seconds: float, power: bool) -> _Turn:
+    """Open a file, warm it up until its latency settles, count samples and close it."""
+    with subject.open() as run:
+        before = monitor.read()
+        start = time.perf_counter()
+        window, warmup = subject.window, [run().alone]
+        while (
+            not _settled(warmup, window)
+            and len(warmup) < _MOST_WINDOWS * window
+            and time.perf_counter() < start + seconds / 2
+        ):
+            warmup.append(run().alone)
+        counted = [run()]
+        while len(counted) < samples and time.perf_counter() < start + seconds:
+            counted.append(run())
+        after = monitor.read()
+        readings, inference_ms = _under_load(run, monitor) if power else ([], 0.0)
+    stable = _settled(warmup, window)
+    return _Turn(1 + len(warmup), stable, counted, (before, after), readings, inference_ms)
 
 
-def _settled(warmup: Sequence[float]) -> bool:
-    if len(warmup) < 2 * _WINDOW:
+def _settled(warmup: Sequence[float], window: int) -> bool:
+    if len(warmup) < 2 * window:
         return False
-    before, now = median(warmup[-2 * _WINDOW : -_WINDOW]), median(warmup[-_WINDOW:])
+    before, now = median(warmup[-2 * window : -window]), median(warmup[-window:])
     return abs(now - before) <= _SETTLED * before
 
 
-def _milliseconds(session: onnxruntime.InferenceSession, feed: Mapping[str, Array]) -> float:
+def _under_load(run: Callable[[], Sample], monitor: Monitor) -> tuple[list[Conditions], float]:
+    """Readings while a model runs again and again, and the time that each run took in ms."""
+    first, rest = _LOAD_SECONDS
+    _repeat(run, first)
+    with monitor.watching() as readings:
+        inference_ms = _repeat(run, rest)
+    return readings, inference_ms
+
+
+def _repeat(run: Callable[[], Sample], seconds: float) -> float:
+    """Run for some seconds, at least once; the time that a run took in ms."""
     start = time.perf_counter()
-    session.run(None, feed)
-    return (time.perf_counter() - start) * 1e3
+    runs = 0
+    while not runs or time.perf_counter() < start + seconds:
+        run()
+        runs += 1
+    return (time.perf_counter() - start) * 1e3 / runs
 
 
-def _feed(file: Path, session: onnxruntime.InferenceSession, input_shape: Sequence[int]) -> dict[str, Array]:
-    feed: dict[str, Array] = {}
-    for name, dims, dtype in inputs_of(session):
-        if len(dims) != len(input_shape):
-            raise UserError(f"{file} takes {name} of {list(dims)}; a shape like {list(input_shape)} is expected")
-        shape = tuple(dim if isinstance(dim, int) else size for dim, size in zip(dims, input_shape, strict=True))
-        feed[name] = random_images(shape).astype(dtype)
-    return feed
+def _profile(subject: OnnxFile | Engine, taken: Sequence[_Turn], layers: bool) -> Profile:
+    shapes = {name: array.shape for name, array in subject.feed.items()}
+    samples = [sample for turn in taken for sample in turn.samples]
+    transfers = tuple(sample.with_transfers for sample in samples if sample.with_transfers is not None)
+    conditions = [reading for turn in taken for reading in turn.conditions]
+    readings = [reading for turn in taken for reading in turn.readings]
+    power = None
+    if readings:
+        images = next(iter(shapes.values()))[0]
+        power = Power.of(readings, fmean(turn.inference_ms for turn in taken), images)
+    found = subject.layers() if layers else ()
+    return Profile(
+        file=subject.file.name,
+        input_shapes=shapes,
+        provider=subject.provider,
+        precision=subject.precision,
+        threads=subject.threads,
+        rounds=len(taken),
+        warmup_runs=sum(turn.warmup_runs for turn in taken),
+        stable=all(turn.stable for turn in taken),
+        samples_ms=tuple(sample.alone for sample in samples),
+        with_transfers_ms=transfers or None,
+        conditions=tuple(conditions) if any(reading.known for reading in conditions) else (),
+        power=power,
+        layers=found,
+        machine=subject.machine,
+        notes=(*subject.notes, *between_conversions(found)),
+    )

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from acmix_deploy import manifest
 from acmix_deploy.artifacts import versions
+from acmix_deploy.profile.layers import BlockTime, Layer, times_by_block
+from acmix_deploy.profile.monitor import Conditions, Power
 from acmix_deploy.runtime.onnxruntime import usable_cores
+from acmix_deploy.targets import Precision
 
 
 class Machine(BaseModel):
-    """What latencies depend on besides the model."""
+    """What latencies depend on besides the model; None for what took no part."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -21,11 +26,21 @@ class Machine(BaseModel):
     cores: int = Field(description="CPU cores that this process may run on")
     system: str = Field(description="operating system, kernel and architecture")
     versions: dict[str, str] = Field(description="versions of Python and of the packages that take part")
+    gpu: str | None = Field(default=None, description="name and architecture of the GPU that ran the engine")
+    driver: str | None = Field(default=None, description="release of its driver")
+    tensorrt: str | None = Field(default=None, description="TensorRT that ran the engine")
 
     @classmethod
-    def this(cls) -> Machine:
-        """The machine that this process runs on."""
-        return cls(cpu=_cpu(), cores=usable_cores(), system=platform.platform(), versions=versions())
+    def this(cls, ran_on: manifest.Machine | None = None) -> Machine:
+        """The machine that this process runs on.
+
+        Args:
+            ran_on: TensorRT and the device, where an engine was timed.
+        """
+        device = {}
+        if ran_on:
+            device = {"gpu": ran_on.device, "driver": ran_on.driver, "tensorrt": ran_on.tensorrt}
+        return cls(cpu=_cpu(), cores=usable_cores(), system=platform.platform(), versions=versions(), **device)
 
 
 class Profile(BaseModel):
@@ -33,16 +48,27 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    file: str = Field(description="name of the file measured")
-    input_shapes: dict[str, tuple[int, ...]] = Field(description="shape of each input")
-    provider: str = Field(description="execution provider of ONNX Runtime")
-    threads: int = Field(description="threads within an operator")
-    rounds: int = Field(description="sessions that were opened one after the other; each gave a share of the samples")
-    warmup_runs: int = Field(description="runs that were not counted, over all rounds")
-    stable: bool = Field(description="whether latency had settled before counting began, in every round")
-    samples_ms: tuple[float, ...] = Field(description="every latency counted, in milliseconds and in order")
-    machine: Machine = Field(description="where it was measured")
-    note: str = Field(default="", description="what the numbers do not say")
+    file: str = Field(description="name of the file measured; its path where several have that name")
+    input_shapes: dict[str, tuple[int, ...]] = Field(default={}, description="shape of each input")
+    provider: str = Field(description="execution provider of ONNX Runtime, the TensorRT of an engine, or trtexec")
+    precision: Precision | None = Field(default=None, description="lowest type that the file computes in, if known")
+    threads: int | None = Field(default=None, description="threads within an operator, on a CPU")
+    rounds: int = Field(default=1, description="turns, one after the other; each gave a share of the samples")
+    warmup_runs: int = Field(default=0, description="runs that were not counted, over all rounds")
+    stable: bool | None = Field(
+        default=None, description="whether latency had settled before counting began, in every round"
+    )
+    samples_ms: tuple[float, ...] = Field(
+        description="every latency counted, in milliseconds and in order; of an engine on the GPU alone"
+    )
+    with_transfers_ms: tuple[float, ...] | None = Field(
+        default=None, description="the same inferences with upload and download; None where there are none"
+    )
+    conditions: tuple[Conditions, ...] = Field(default=(), description="before and after each round, in order")
+    power: Power | None = Field(default=None, description="power and energy, where they were asked for")
+    layers: tuple[Layer, ...] = Field(default=(), description="every layer in order, where they were asked for")
+    machine: Machine | None = Field(default=None, description="where it was measured; None for trtexec's times")
+    notes: tuple[str, ...] = Field(default=(), description="what the numbers do not say, or what stands out in them")
 
     @computed_field(description="median of samples_ms")  # type: ignore[prop-decorator]
     @property
@@ -54,14 +80,58 @@ class Profile(BaseModel):
     def p90_ms(self) -> float:
         return self.percentile(90)
 
+    @computed_field(description="95th percentile of samples_ms")  # type: ignore[prop-decorator]
+    @property
+    def p95_ms(self) -> float:
+        return self.percentile(95)
+
     @computed_field(description="99th percentile of samples_ms")  # type: ignore[prop-decorator]
     @property
     def p99_ms(self) -> float:
         return self.percentile(99)
 
+    @computed_field(description="median of with_transfers_ms")  # type: ignore[prop-decorator]
+    @property
+    def median_with_transfers_ms(self) -> float | None:
+        return float(np.median(self.with_transfers_ms)) if self.with_transfers_ms else None
+
+    @computed_field(description="time of the layers of each block")  # type: ignore[prop-decorator]
+    @property
+    def blocks(self) -> tuple[BlockTime, ...]:
+        return times_by_block(self.layers)
+
+    @computed_field(description="what held clocks down at any reading; None where nothing tells")  # type: ignore[prop-decorator]
+    @property
+    def throttling(self) -> tuple[str, ...] | None:
+        readings = (*self.conditions, *(self.power.readings if self.power else ()))
+        told = [reading.throttling for reading in readings if reading.throttling is not None]
+        return tuple(dict.fromkeys(cause for causes in told for cause in causes)) if told else None
+
+    @property
+    def where(self) -> str:
+        """What ran the model, in words."""
+        if self.machine is None:
+            return self.provider
+        if self.machine.gpu:
+            return f"{self.provider} on {self.machine.gpu}, driver {self.machine.driver or 'unknown'}"
+        return f"ONNX Runtime, {self.threads} threads of {self.machine.cpu}"
+
     def percentile(self, q: float) -> float:
         """Latency in milliseconds that ``q`` per cent of the samples do not exceed, interpolated linearly."""
         return float(np.percentile(self.samples_ms, q))
+
+
+def compare(profiles: Sequence[Profile]) -> list[str]:
+    """What stands out between files: INT8 that gains nothing over FP16 on the same device."""
+    return [
+        f"{int8.file} in INT8 is not faster than {half.file} in FP16: "
+        f"{int8.median_ms:.3f} against {half.median_ms:.3f} ms"
+        for int8 in profiles
+        for half in profiles
+        if (int8.precision, half.precision) == ("int8", "float16")
+        and (int8.provider, int8.machine, int8.input_shapes) == (half.provider, half.machine, half.input_shapes)
+        and int8.median_ms >= half.median_ms
+    ]
 
 
 def _cpu() -> str:

@@ -1,6 +1,16 @@
 """How far each file is from the model, and whether that is near enough."""
 
+from acmix_deploy.verify.detections import DetectionComparison, Scenes
 from acmix_deploy.verify.run import Candidate, compare_files, verify
-from acmix_deploy.verify.verification import Comparison, Verification
+from acmix_deploy.verify.verification import Comparison, Verification, read_verification
 
-__all__ = ["Candidate", "Comparison", "Verification", "compare_files", "verify"]
+__all__ = [
+    "Candidate",
+    "Comparison",
+    "DetectionComparison",
+    "Scenes",
+    "Verification",
+    "compare_files",
+    "read_verification",
+    "verify",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,17 +12,22 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.images import batches, find
+from acmix_deploy.detection.boxes import CONFIDENCE, is_detector, names_of, parts
+from acmix_deploy.detection.images import Letterbox, find, placed_batches
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.inputs import random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
-from acmix_deploy.runtime.onnxruntime import element_type, inputs_of, onnx_runner, open_session
+from acmix_deploy.runtime.models import Model, open_model
+from acmix_deploy.runtime.onnxruntime import Provider
 from acmix_deploy.runtime.reason import reason
+from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
+from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES, tolerance_of
 from acmix_deploy.verify.verification import Comparison, Verification
 
 Feed = Mapping[str, Array]
+Shape = tuple[int, ...]
+Profile = tuple[Shape, Shape, Shape]
 
 _SILENT = G_LOGGER.CRITICAL + 1
 _IMAGES = 32  # of a folder, at most: their outputs are all held until they are compared
@@ -37,44 +43,69 @@ class Candidate(NamedTuple):
 def verify(
     reference: BaseRunner,
     candidates: Sequence[Candidate],
-    inputs: Iterable[Feed],
+    inputs: Iterable[Feed] = (),
     *,
+    metadata: Mapping[str, str] | None = None,
+    scenes: Scenes | None = None,
     eager: Mapping[str, BaseRunner] | None = None,
-    tolerances: Mapping[str, Tolerance] = LOCAL_ATTENTION.tolerances,
+    tolerances: Mapping[str, Tolerance] = TOLERANCES,
 ) -> Verification:
     """Compare every output of every candidate with the reference's on every input, as relative L2.
 
-    Runners are active one after another, so at most one ONNX Runtime session lives at a time.
+    The boxes and the scores of a detector are compared apart, and in images its detections too. Runners are active one
+    after another, so at most one ONNX Runtime session lives at a time.
 
     Args:
         reference: what is right; outputs are matched by name.
         candidates: what is compared with it; all names differ.
         inputs: arrays by input name, float32; converted where a runner wants another type.
+        metadata: what the exporter left in the file; says whether the model is a detector.
+        scenes: images, which are inputs too.
         eager: PyTorch's own model in a reduced type, by the name of the type. Its error on an input widens the limit
             of the candidates of that type on the same input. One that fails is noted and widens nothing.
-        tolerances: by precision; the limit is ``tolerance.limit(eager error)``.
+        tolerances: by precision, see :mod:`acmix_deploy.verify.limits`; the limit is ``tolerance.limit(eager error)``.
 
     Raises:
         CheckFailed: a runner fails on an input.
         UserError: there is no input.
     """
     feeds = [dict(feed) for feed in inputs]
+    without_scenes = len(feeds)
+    feeds += [{scenes.input: batch.images} for batch in scenes.batches] if scenes else []
     if not feeds:
         raise UserError("there is no input to compare on")
     names = [reference.name, *(candidate.runner.name for candidate in candidates)]
     if len(set(names)) < len(names):
         raise ValueError(f"runners share a name: {names}")
 
+    notes: list[str] = []
+    distances: dict[Candidate, list[dict[str, Deviation]]] = {}
+    detections: list[DetectionComparison] = []
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
         expected = _run(reference, feeds)
+        detector = is_detector(metadata or {}, _outputs(expected)[0])
+        empty = [detector and not _detects(outputs, scenes) for outputs in _outputs(expected)]
         eager_errors: dict[str, list[dict[str, Deviation]]] = {}
-        notes: list[str] = []
         for precision, runner in (eager or {}).items():
             try:
-                eager_errors[precision] = _distances(expected, _run(runner, feeds))
+                eager_errors[precision] = _distances(expected, _run(runner, feeds), detector)
             except CheckFailed as error:
                 notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
-        found = {candidate: _distances(expected, _run(candidate.runner, feeds)) for candidate in candidates}
+        for candidate in candidates:
+            found = _run(candidate.runner, feeds)
+            distances[candidate] = _distances(expected, found, detector)
+            outputs = [*zip(_outputs(expected), _outputs(found), strict=True)][without_scenes:]
+            if scenes and detector and all(_fit(right, other) for right, other in outputs):
+                limits = DETECTION_LIMITS[candidate.precision]
+                detections.append(
+                    DetectionComparison(
+                        candidate=candidate.runner.name,
+                        precision=candidate.precision,
+                        confidence=scenes.confidence,
+                        images=compare_detections(scenes, outputs, limits.near),
+                        limits=limits,
+                    )
+                )
 
     def comparison(candidate: Candidate, index: int, output: str, distance: Deviation) -> Comparison:
         own = eager_errors[candidate.precision][index].get(output) if candidate.precision in eager_errors else None
@@ -85,19 +116,23 @@ def verify(
             precision=candidate.precision,
             output=output,
             input_shapes={name: array.shape for name, array in feeds[index].items()},
+            empty=empty[index],
             eager_error=eager_error,
-            limit=tolerances[candidate.precision].limit(eager_error or 0.0),
+            limit=tolerance_of(tolerances, candidate.precision, output, empty[index]).limit(eager_error or 0.0),
         )
 
+    if any(found.passed is None for found in detections):
+        notes.append("too little was detected in the images, so that detections show nothing; an untrained model?")
     return Verification(
         reference=reference.name,
         notes=tuple(notes),
         comparisons=tuple(
             comparison(candidate, index, output, distance)
-            for candidate, iterations in found.items()
-            for index, distances in enumerate(iterations)
-            for output, distance in distances.items()
+            for candidate, iterations in distances.items()
+            for index, by_output in enumerate(iterations)
+            for output, distance in by_output.items()
         ),
+        detections=tuple(detections),
     )
 
 
@@ -108,60 +143,111 @@ def compare_files(
     images: Path | None = None,
     random: int = 3,
     seed: int = 0,
-    input_shape: Sequence[int] = (1, 3, 640, 640),
-    tolerances: Mapping[str, Tolerance] = LOCAL_ATTENTION.tolerances,
+    input_shape: Sequence[int] | None = None,
+    confidence: float = CONFIDENCE,
+    provider: Provider = "cpu",
+    plugin: Path | None = None,
 ) -> Verification:
-    """Compare two ONNX files of one input on ONNX Runtime, at several batch and image sizes where both leave them free.
+    """Compare two files of one image input, at several batch and image sizes where both leave them free.
 
     Args:
-        reference, candidate: the files; the limit follows from the type that the candidate computes in.
-        images: folder to take inputs from; random ones without it.
+        reference, candidate: ONNX files or engines; the limits follow from the type that the candidate computes in.
+        images: folder to take inputs from, at most 32; random ones without it. In images the detections of a detector
+            are compared as well.
         random: how many random inputs; raised to the number of shapes tried.
         seed: of the first random input; the next ones count up.
-        input_shape: sizes for the axes that are free in both files; others that are tried are multiples of the
-            stride that the reference's metadata names.
-        tolerances: by precision.
+        input_shape: sizes for the axes that are free in both files, by default the candidate's own; sides are multiples
+            of the stride that the metadata names, and so are others that are tried.
+        confidence: score above which there is a detection.
+        provider: what runs the candidate, see :func:`acmix_deploy.runtime.models.open_model`.
+        plugin: library with the custom layers of either.
 
     Raises:
-        UserError: a file cannot be used, the two take different inputs, or there is no readable image.
+        UserError: a file cannot be used, the two take different inputs, a size that is free is no multiple of the
+            stride, or there is no readable image.
         CheckFailed: a file fails on an input.
+        MissingComponent: what runs the candidate is not here.
     """
-    name, dims, divisor = _common_input(reference, candidate)
-    example = [dim if isinstance(dim, int) else size for dim, size in zip(dims, input_shape, strict=True)]
-    shapes = trial_shapes(dims, example, divisor)
-    skipped: list[str] = []
+    if reference.resolve() == candidate.resolve() and provider == "cpu":
+        raise UserError(f"{reference} is compared with itself", "Name two files.")
+    labels = [path.name if reference.name != candidate.name else str(path) for path in (reference, candidate)]
+    right = open_model(reference, labels[0], plugin=plugin)
+    other = open_model(
+        candidate, labels[1] if provider == "cpu" else f"{labels[1]} on {provider}", provider=provider, plugin=plugin
+    )
+    name, dims = _common_input(right, other)
+    metadata = other.metadata | right.metadata
+    wanted = input_shape or other.usual_shape(name)
+    example = [dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True)]
+    stride = int(metadata.get("stride", 1))
+    for dim, size in zip(dims[2:], example[2:], strict=True):
+        if size % stride and not isinstance(dim, int):
+            raise UserError(
+                f"the input shape {example} has a side of {size}, and sides are multiples of the stride {stride}",
+                f"Give --input-shape a side of {max(1, round(size / stride)) * stride}.",
+            )
+    profiles = [model.profiles[name] for model in (right, other) if name in model.profiles]
+    shapes = _shapes(trial_shapes(dims, example, stride), dims, profiles)
+    feeds: list[Feed] = []
+    scenes, skipped = None, list[str]()
     if images is None:
         count = max(random, len(shapes))
-        arrays = [random_images(shapes[index % len(shapes)], seed + index) for index in range(count)]
+        feeds += [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in range(count)]
     else:
         photos = find(images, limit=_IMAGES)
-        arrays, skipped = list(batches(photos.paths, shapes)), photos.skipped
-    labels = [path.name if reference.name != candidate.name else str(path) for path in (reference, candidate)]
-    if labels[0] == labels[1]:
-        raise UserError(f"{reference} is compared with itself", "Name two files.")
+        letterbox = Letterbox(**json.loads(metadata.get("letterbox", "{}")))
+        batches = list(placed_batches(photos.paths, shapes, letterbox))
+        scenes, skipped = Scenes(name, batches, names_of(metadata), confidence), photos.skipped
     result = verify(
-        onnx_runner(reference, labels[0]),
-        [Candidate(onnx_runner(candidate, labels[1]), element_type(candidate))],
-        [{name: array} for array in arrays],
-        tolerances=tolerances,
+        right.runner,
+        [Candidate(other.runner, other.precision)],
+        feeds,
+        metadata=metadata,
+        scenes=scenes,
+        tolerances=FILE_TOLERANCES,
     )
-    return result.model_copy(update={"notes": tuple(f"{image} could not be read" for image in skipped)})
+    notes = (*(f"{image} could not be read" for image in skipped), *result.notes)
+    if images is None and other.precision == "int8":
+        notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
+    return result.model_copy(update={"notes": notes})
 
 
-def _common_input(reference: Path, candidate: Path) -> tuple[str, tuple[int | str | None, ...], int]:
-    """Name and axes of the one input that both files take, free where they are in both, and the stride, where known."""
-    session = open_session(reference)
-    first, second = inputs_of(session), inputs_of(open_session(candidate))
-    differ = f"the files take different inputs: {reference.name} {_text(first)}, {candidate.name} {_text(second)}"
+def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | str | None, ...]]:
+    """Name and axes of the one input that both files take, free where they are in both."""
+    first, second = reference.inputs, candidate.inputs
+    names = reference.runner.name, candidate.runner.name
+    differ = f"the files take different inputs: {names[0]} {_text(first)}, {names[1]} {_text(second)}"
     if [(node.name, len(node.dims)) for node in first] != [(node.name, len(node.dims)) for node in second]:
         raise UserError(differ)
     if len(first) != 1 or len(first[0].dims) != 4:
-        raise UserError(f"one image input [B, C, H, W] is expected; {reference.name} takes {_text(first)}")
+        raise UserError(f"one image input [B, C, H, W] is expected; {names[0]} takes {_text(first)}")
     pairs = list(zip(first[0].dims, second[0].dims, strict=True))
     if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
         raise UserError(differ, "Export both with the same input shape, or one of them with dynamic axes.")
-    stride = int(session.get_modelmeta().custom_metadata_map.get("stride", 1))
-    return first[0].name, tuple(a if isinstance(a, int) else b for a, b in pairs), stride
+    return first[0].name, tuple(a if isinstance(a, int) else b for a, b in pairs)
+
+
+def _shapes(trials: Sequence[Shape], dims: Sequence[int | str | None], profiles: Sequence[Profile]) -> list[Shape]:
+    """The shapes that are tried: of engines those that their profiles name, and what lies within all of them.
+
+    Raises:
+        UserError: there is none.
+    """
+
+    def fits(shape: Shape) -> bool:
+        fixed = all(size == dim for size, dim in zip(shape, dims, strict=True) if isinstance(dim, int))
+        return fixed and all(
+            least <= size <= most
+            for low, _, high in profiles
+            for least, size, most in zip(low, shape, high, strict=True)
+        )
+
+    named = [shape for low, usual, high in profiles for shape in (usual, low, high)]
+    shapes = [shape for shape in dict.fromkeys((*named, *trials)) if fits(shape)]
+    if not shapes:
+        ranges = " and ".join(f"{list(low)} to {list(high)}" for low, _, high in profiles)
+        raise UserError(f"there is no shape that both files take; engines take {ranges}", "Build it for other sizes.")
+    return shapes
 
 
 def _text(inputs: Sequence[tuple[str, Sequence[int | str | None], object]]) -> str:
@@ -177,13 +263,36 @@ def _run(runner: BaseRunner, feeds: list[dict[str, Array]]) -> RunResults:
         raise CheckFailed(f"{runner.name} fails on the inputs: {reason(error)}") from error
 
 
-def _distances(expected: RunResults, actual: RunResults) -> list[dict[str, Deviation]]:
+def _outputs(results: RunResults) -> list[Feed]:
+    """The outputs of the one runner, by name, for each input."""
+    ((_, iterations),) = results
+    return [{name: found[name] for name in found} for found in iterations]
+
+
+def _detects(outputs: Feed, scenes: Scenes | None) -> bool:
+    """Whether a detector has a score above the confidence."""
+    (output,) = outputs.values()
+    return bool((parts(output)["scores"] > (scenes.confidence if scenes else CONFIDENCE)).any())
+
+
+def _fit(expected: Feed, actual: Feed) -> bool:
+    return all(name in actual and actual[name].shape == array.shape for name, array in expected.items())
+
+
+def _distances(expected: RunResults, actual: RunResults, detector: bool) -> list[dict[str, Deviation]]:
     """For each input the distance of each output; one that ``actual`` lacks is a problem."""
     found: list[dict[str, Deviation]] = []
 
     def compare(wanted: IterationResult, got: IterationResult) -> dict[str, Deviation]:
-        missing = Deviation(problem="the output is missing")
-        found.append({name: deviation(array, got[name]) if name in got else missing for name, array in wanted.items()})
+        found.append({})
+        for name, array in wanted.items():
+            if name not in got:
+                found[-1][name] = Deviation(problem="the output is missing")
+            elif detector and got[name].shape == array.shape:
+                apart = zip(parts(array).items(), parts(got[name]).values(), strict=True)
+                found[-1] |= {part: deviation(right, other) for (part, right), other in apart}
+            else:
+                found[-1][name] = deviation(array, got[name])
         return found[-1]
 
     Comparator.compare_accuracy(RunResults([*expected, *actual]), compare_func=compare)

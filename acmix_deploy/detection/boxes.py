@@ -1,0 +1,89 @@
+"""From what a detector gives to detections in the pixels of the image; needs neither PyTorch nor ONNX."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acmix_deploy.detection.images import Boxes, Placement, opencv
+
+Array = NDArray[Any]
+
+CONFIDENCE = 0.25
+IOU = 0.7
+MOST = 300
+"""Defaults of Ultralytics' ``predict``: smallest score, overlap of two boxes of one class, detections in an image."""
+
+
+class Detections(NamedTuple):
+    """What was found in one image, the highest score first."""
+
+    boxes: Boxes
+    """[N, 4] float32, corners (x1, y1, x2, y2) in pixels of the original image."""
+    scores: NDArray[np.float32]
+    """[N]"""
+    classes: NDArray[np.int64]
+    """[N], indices of classes."""
+
+
+def names_of(metadata: Mapping[str, str]) -> dict[int, str]:
+    """The class names that an export left in a file's metadata, by index; empty where it left none."""
+    names: dict[int, str] = ast.literal_eval(metadata.get("names", "{}"))
+    return names
+
+
+def is_detector(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> bool:
+    """Whether a file is a detector by its metadata and gives one output [B, 4 + classes, anchors]."""
+    shapes = [output.shape for output in outputs.values()]
+    return metadata.get("task") == "detect" and len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][1] > 4
+
+
+def parts(output: Array) -> dict[str, Array]:
+    """The boxes [B, 4, anchors] and the scores [B, classes, anchors] of a detector's output.
+
+    Boxes are hundreds of pixels large and scores at most 1: a norm of both shows nothing of the scores.
+    """
+    return {"boxes": output[:, :4], "scores": output[:, 4:]}
+
+
+def decode(
+    output: Array,
+    placements: Sequence[Placement],
+    *,
+    confidence: float = CONFIDENCE,
+    iou: float = IOU,
+    most: int | None = MOST,
+) -> list[Detections]:
+    """Detections by class-wise non-maximum suppression, as Ultralytics' ``predict`` finds them.
+
+    Args:
+        output: [B, 4 + classes, anchors], any floating-point type: (x, y, width, height) of boxes around their centres
+            in pixels of the input, then the score of each class in [0, 1]. A box counts for its best class alone, and
+            one that is not finite does not count.
+        placements: of each image in the input.
+        confidence: scores have to be above it.
+        iou: of two boxes of one class that overlap by more, as intersection over union, the one of the higher score
+            stays.
+        most: detections in an image at most; all of them with None.
+
+    Raises:
+        MissingComponent: OpenCV is not installed.
+    """
+    suppress = opencv().dnn.NMSBoxesBatched
+    found = []
+    for image, placement in zip(output.astype(np.float32), placements, strict=True):
+        boxes, scores = image[:4].T, image[4:].max(axis=0)
+        seen = (scores > confidence) & np.isfinite(boxes).all(axis=1)
+        boxes, scores, classes = boxes[seen], scores[seen], image[4:, seen].argmax(axis=0)
+        half = boxes[:, 2:] / 2
+        corners = np.hstack((boxes[:, :2] - half, boxes[:, :2] + half))
+        # OpenCV keeps classes apart by shifting their boxes, for which none may be negative.
+        rectangles = np.hstack((corners[:, :2] - corners[:, :2].min(axis=0, initial=0), boxes[:, 2:]))
+        kept = np.asarray(suppress(rectangles.astype(np.float64), scores, classes, confidence, iou), np.int64)
+        kept = kept.reshape(-1)[:most]
+        found.append(Detections(placement.undo(corners[kept]), scores[kept], classes[kept]))
+    return found

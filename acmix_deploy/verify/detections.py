@@ -1,0 +1,261 @@
+"""Judge a detector by what it detects: distances of outputs say little about boxes that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from acmix_deploy.detection.boxes import CONFIDENCE, Detections, decode
+from acmix_deploy.detection.images import Batch
+from acmix_deploy.detection.matching import match
+from acmix_deploy.runtime.metrics import Array
+from acmix_deploy.verify.limits import DetectionLimits
+
+_MOST = 1000  # detections in an image, more than predictions give, so that the last one is not lost by its rank
+
+Outcome = Literal["matched", "class changed", "lost", "added"]
+
+
+class Scenes(NamedTuple):
+    """Images to compare detections on."""
+
+    input: str
+    """Name of the model's input."""
+    batches: Sequence[Batch]
+    names: Mapping[int, str]
+    """Of the classes, by their indices; a class without a name is called by its index."""
+    confidence: float = CONFIDENCE
+    """Score above which there is a detection."""
+
+
+class Detection(BaseModel):
+    """A box in an image."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="name of the class")
+    score: float = Field(description="0 to 1")
+    box: tuple[float, float, float, float] = Field(description="x1, y1, x2, y2 in pixels of the original image")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.score:.2f} at {', '.join(f'{edge:.0f}' for edge in self.box)}"
+
+
+class DetectionPair(BaseModel):
+    """A detection of the reference and what the candidate has in its place."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reference: Detection | None = Field(description="None where only the candidate has one")
+    candidate: Detection | None = Field(description="None where only the reference has one")
+    iou: float = Field(description="intersection over union of the two boxes, 0 where there is one alone")
+
+    @computed_field(description="whether the two match, are of different classes, or one is missing")  # type: ignore[prop-decorator]
+    @property
+    def outcome(self) -> Outcome:
+        if self.reference is None:
+            return "added"
+        if self.candidate is None:
+            return "lost"
+        return "matched" if self.reference.name == self.candidate.name else "class changed"
+
+    @property
+    def score_change(self) -> float:
+        """Absolute difference of the scores, of a pair."""
+        return abs(self.reference.score - self.candidate.score) if self.reference and self.candidate else 0.0
+
+    @property
+    def score(self) -> float:
+        """That of the reference, or of the candidate where it is alone."""
+        detection = self.reference or self.candidate
+        assert detection
+        return detection.score
+
+    def __str__(self) -> str:
+        if self.outcome == "class changed":
+            return f"{self.reference} became {self.candidate}"
+        return f"{self.reference or self.candidate} {self.outcome}"
+
+
+class ImageComparison(BaseModel):
+    """The detections of a candidate in one image, against those of the reference."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image: Path = Field(description="the file")
+    size: tuple[int, int] = Field(description="height and width that it was letterboxed to")
+    pairs: tuple[DetectionPair, ...] = Field(description="one for each detection of either")
+
+    def having(self, *outcomes: Outcome) -> list[DetectionPair]:
+        """The pairs of these outcomes."""
+        return [pair for pair in self.pairs if pair.outcome in outcomes]
+
+    @property
+    def badness(self) -> tuple[int, float]:
+        """What the worst image has most of: pairs that do not match, then the change of a score or a box."""
+        changes = [max(pair.score_change, 1 - pair.iou) for pair in self.having("matched")]
+        return len(self.having("class changed", "lost", "added")), max(changes, default=0.0)
+
+
+class DetectionComparison(BaseModel):
+    """The detections of one candidate in all images."""
+
+    model_config = ConfigDict(frozen=True)
+
+    candidate: str = Field(description="name of what was compared with the reference")
+    precision: str = Field(description="element type that the candidate computes in")
+    confidence: float = Field(description="score above which there is a detection")
+    images: tuple[ImageComparison, ...] = Field(description="one for each image and size, the worst first")
+    limits: DetectionLimits = Field(description="what is accepted")
+
+    @computed_field(description="detections of the reference")  # type: ignore[prop-decorator]
+    @property
+    def expected(self) -> int:
+        scores = (pair.reference.score for image in self.images for pair in image.pairs if pair.reference)
+        return sum(score > self.confidence for score in scores)
+
+    @computed_field(description="those of them that the candidate has too, of the same class")  # type: ignore[prop-decorator]
+    @property
+    def matched(self) -> int:
+        return self.expected - self.lost - self.class_changes
+
+    @computed_field(description="those whose box the candidate has with another class")  # type: ignore[prop-decorator]
+    @property
+    def class_changes(self) -> int:
+        return self._count("class changed")
+
+    @computed_field(description="those that the candidate does not have at all")  # type: ignore[prop-decorator]
+    @property
+    def lost(self) -> int:
+        return self._count("lost")
+
+    @computed_field(description="detections that the candidate alone has")  # type: ignore[prop-decorator]
+    @property
+    def added(self) -> int:
+        return self._count("added")
+
+    @computed_field(description="share of the reference's detections that are lost or changed their class")  # type: ignore[prop-decorator]
+    @property
+    def lost_share(self) -> float:
+        return (self.lost + self.class_changes) / max(self.expected, 1)
+
+    @computed_field(description="added detections for each of the reference's")  # type: ignore[prop-decorator]
+    @property
+    def added_share(self) -> float:
+        return self.added / max(self.expected, 1)
+
+    @computed_field(description="mean absolute difference of the scores of matches")  # type: ignore[prop-decorator]
+    @property
+    def mean_score_change(self) -> float | None:
+        changes = [pair.score_change for pair in self._pairs("matched")]
+        return float(np.mean(changes)) if changes else None
+
+    @computed_field(description="largest one")  # type: ignore[prop-decorator]
+    @property
+    def max_score_change(self) -> float | None:
+        return max((pair.score_change for pair in self._pairs("matched")), default=None)
+
+    @computed_field(description="mean intersection over union of matches")  # type: ignore[prop-decorator]
+    @property
+    def mean_iou(self) -> float | None:
+        overlaps = [pair.iou for pair in self._pairs("matched")]
+        return float(np.mean(overlaps)) if overlaps else None
+
+    @computed_field(description="smallest one")  # type: ignore[prop-decorator]
+    @property
+    def min_iou(self) -> float | None:
+        return min((pair.iou for pair in self._pairs("matched")), default=None)
+
+    @computed_field(description="whether all is within the limits; null where nothing was there to match")  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool | None:
+        if self.faults:
+            return False
+        return True if self._pairs("matched") else None
+
+    @property
+    def faults(self) -> list[str]:
+        """What is beyond its limit."""
+        faults = []
+        accepted, near = self.limits.lost * self.expected, self.confidence + 2 * self.limits.near
+        for outcomes in (("lost", "class changed"), ("added",)):
+            pairs = self._pairs(*outcomes)
+            excused = any(pair.score < near for pair in pairs)
+            if len(pairs) - excused > accepted:
+                faults.append(
+                    f"of {self.expected} detections {self.lost} are lost, {self.class_changes} changed their class, "
+                    f"{self.added} are added, {self.limits.lost:.1%} is accepted"
+                )
+                break
+        if self.mean_score_change is not None and self.mean_score_change > self.limits.score_change:
+            faults.append(
+                f"scores differ by {self.mean_score_change:.2g} on average, {self.limits.score_change:g} is accepted"
+            )
+        if self.mean_iou is not None and self.mean_iou < self.limits.iou:
+            faults.append(f"boxes overlap by {self.mean_iou:.3f} on average, {self.limits.iou:g} is expected")
+        return faults
+
+    def __str__(self) -> str:
+        mismatches = self.images[0].having("class changed", "lost", "added")
+        shown = "; ".join(map(str, mismatches[:3])) + (" ..." if len(mismatches) > 3 else "")
+        worst = [f"worst in {self.images[0].image.name}: {shown}"] if mismatches else []
+        return f"{self.candidate}: {'; '.join((*self.faults, *worst))}"
+
+    def _pairs(self, *outcomes: Outcome) -> list[DetectionPair]:
+        return [pair for image in self.images for pair in image.having(*outcomes)]
+
+    def _count(self, *outcomes: Outcome) -> int:
+        return len(self._pairs(*outcomes))
+
+
+def compare_detections(
+    scenes: Scenes, outputs: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]], near: float
+) -> tuple[ImageComparison, ...]:
+    """Compare the detections in every image, the worst image first.
+
+    Args:
+        scenes: the images.
+        outputs: for each batch those of the reference and of the candidate: by its name the one output
+            [B, 4 + classes, anchors].
+        near: difference of scores by which a match may cross the threshold; at most half of that is taken.
+    """
+    near = min(near, scenes.confidence / 2)
+    found: dict[tuple[Path, tuple[int, int]], ImageComparison] = {}
+    for batch, (expected, actual) in zip(scenes.batches, outputs, strict=True):
+        height, width = batch.images.shape[2:]
+        detections = (
+            decode(array, batch.placements, confidence=scenes.confidence - near, most=_MOST)
+            for name in expected
+            for array in (expected[name], actual[name])
+        )
+        for path, right, other in zip(batch.paths, *detections, strict=True):  # an image may fill up a batch
+            found[path, (height, width)] = _compare(scenes, path, (height, width), right, other, near)
+    return tuple(sorted(found.values(), key=lambda image: image.badness, reverse=True))
+
+
+def _compare(
+    scenes: Scenes, path: Path, size: tuple[int, int], reference: Detections, candidate: Detections, near: float
+) -> ImageComparison:
+    def detection(found: Detections, index: int | None) -> Detection | None:
+        if index is None:
+            return None
+        name = scenes.names.get(int(found.classes[index]), str(found.classes[index]))
+        x1, y1, x2, y2 = (round(float(edge), 2) for edge in found.boxes[index])
+        return Detection(name=name, score=round(float(found.scores[index]), 5), box=(x1, y1, x2, y2))
+
+    return ImageComparison(
+        image=path,
+        size=size,
+        pairs=tuple(
+            DetectionPair(
+                reference=detection(reference, pair.reference),
+                candidate=detection(candidate, pair.candidate),
+                iou=round(pair.iou, 5),
+            )
+            for pair in match(reference, candidate, scenes.confidence, near)
+        ),
+    )
