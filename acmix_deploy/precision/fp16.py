@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper, shape_inference
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import replacing
-from acmix_deploy.graph import name_nodes
+from acmix_deploy.errors import UserError
+from acmix_deploy.forms import to_form
+from acmix_deploy.graph import Feeds, name_nodes
+from acmix_deploy.precision.ranges import largest, largest_magnitudes
+
+FLOAT32 = ("decode", "softmax", "range")
+"""Groups of nodes that :func:`to_fp16` keeps in float32."""
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _DECODE_WEIGHTS = 32  # at most; the fixed kernel in a YOLOv8 head's decode has 16, the bins of its integral
+_LARGEST, _SMALLEST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_subnormal)
 
 
 class Fp16Report(BaseModel):
@@ -23,48 +33,69 @@ class Fp16Report(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    float32_nodes: list[str] = Field(description="nodes that still compute in float32")
+    float32_nodes: dict[str, str] = Field(
+        description="nodes that still compute in float32, with the group or the pattern that they fit"
+    )
+    out_of_range: dict[str, float] = Field(
+        description="nodes that read or write what float16 cannot hold, with the largest magnitude of that"
+    )
     float32_io: bool = Field(description="whether inputs and outputs of the file are float32")
 
 
-def to_fp16(source: Path, target: Path, *, fp16_io: bool = False) -> Fp16Report:
-    """Write a float32 ONNX file as one whose weights and activations are float16.
-
-    What follows the last learnt layer stays in float32: a detection head's decode holds pixel coordinates up to the
-    image size, where float16 has steps of half a pixel.
+def to_fp16(
+    source: Path,
+    target: Path,
+    *,
+    fp16_io: bool = False,
+    float32: Sequence[str] = FLOAT32,
+    samples: Iterable[Feeds] = (),
+) -> Fp16Report:
+    """Write a float32 ONNX file as one whose weights and activations are float16, but for its sensitive parts.
 
     Args:
         source: ONNX file in float32.
         target: where the float16 file goes.
         fp16_io: make inputs and outputs float16 too.
+        float32: what stays in float32. Groups: "decode", see :func:`tail`; "softmax", in the graph and in function
+            bodies; "range", the nodes that read or write what float16 cannot hold, see :func:`out_of_range`. All else
+            is a pattern (``*``, ``?``, ``[]``) of names of nodes or of the weights that they read.
+        samples: inputs by name, float32, that the ranges of activations are seen on; without any, weights alone count.
 
     Raises:
-        UserError: the target cannot be written.
+        UserError: a pattern fits no node, or the target cannot be written.
     """
     model = onnx.load(source)
     name_nodes(model)  # the converter leaves nodes in float32 by name
-    kept = tail(model)
-    converted = convert_float_to_float16(
-        model,
-        keep_io_types=not fp16_io,
-        node_block_list=kept,
-    )
-    _drop_repeated_casts(converted)
-    editor = OnnxModel(converted)  # the converter appends casts at the end, and casts there and back
-    editor.remove_cascaded_cast_nodes()
+    beyond = out_of_range(model, samples) if "range" in float32 else {}
+    groups = {"decode": tail(model), "softmax": _softmax(model), "range": list(beyond)}
+    kept: dict[str, str] = {}
+    for choice in float32:
+        names = groups[choice] if choice in groups else _fitting(model, choice)
+        kept |= {name: choice for name in names if name not in kept}
+    if "softmax" not in float32:
+        for function in model.functions:
+            halve_softmax(function)
+    converted = convert_float_to_float16(model, keep_io_types=not fp16_io, node_block_list=list(kept))
+    _join_casts(converted.graph)
+    editor = OnnxModel(converted)  # the converter appends casts at the end
+    editor.prune_graph()
     editor.remove_useless_cast_nodes()
     editor.topological_sort()
     typed = editor.model
     onnx.checker.check_model(typed)
     with replacing(target) as temporary:
         onnx.save(typed, temporary)
-    return Fp16Report(float32_nodes=kept, float32_io=not fp16_io)
+    return Fp16Report(float32_nodes=kept, out_of_range=beyond, float32_io=not fp16_io)
 
 
 def tail(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes behind the last learnt layers: convolutions, products, custom operators, and
-    weighted sums of these."""
-    sizes = {tensor.name: _size(tensor) for tensor in model.graph.initializer}
+    weighted sums of these.
+
+    A detection head's decode is there: it holds pixel coordinates up to the image size, where float16 has steps of
+    half a pixel.
+    """
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
     custom = {(function.domain, function.name) for function in model.functions}
 
@@ -86,17 +117,86 @@ def tail(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if id(node) not in ahead and node.op_type != "Shape"]
 
 
-def _drop_repeated_casts(model: onnx.ModelProto) -> None:
-    """Keep one of the equal casts that the converter adds for each float32 node that reads a tensor."""
-    seen: set[str] = set()
-    for node in list(model.graph.node):
-        if node.output[0] in seen:
-            model.graph.node.remove(node)
-        seen.add(node.output[0])
+def out_of_range(model: onnx.ModelProto, samples: Iterable[Feeds] = ()) -> dict[str, float]:
+    """The nodes that read or write a tensor that float16 cannot hold, with the largest magnitude of that tensor.
+
+    Infinities left out, it is above 65504, or not zero and below 6e-8, the smallest number that float16 has. A custom
+    operator is judged by the tensors inside its body too.
+
+    Args:
+        model: every node named.
+        samples: inputs by name to see activations on; without any, stored tensors alone count.
+    """
+    plain = to_form(model, "plain")
+    graph = shape_inference.infer_shapes(plain).graph
+    constants = [node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    stored |= {node.output[0]: node.attribute[0].t for node in constants}
+    magnitudes = {
+        name: largest(numpy_helper.to_array(tensor))
+        for name, tensor in stored.items()
+        if tensor.data_type == TensorProto.FLOAT
+    }
+    values = (*graph.input, *graph.value_info, *graph.output)
+    seen = [value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT]
+    magnitudes |= largest_magnitudes(plain, seen, samples)
+    beyond = {name: m for name, m in magnitudes.items() if m > _LARGEST or 0 < m < _SMALLEST}
+    owners = {node.name for node in model.graph.node}
+    found: dict[str, float] = {}
+    for node in plain.graph.node:
+        for name in beyond.keys() & {*node.input, *node.output}:
+            owner = node.name if node.name in owners else node.name.rpartition("/")[0]
+            if owner in owners:
+                found[owner] = max(found.get(owner, 0), beyond[name])
+    return found
 
 
-def _size(tensor: TensorProto) -> int:
-    count = 1
-    for dim in tensor.dims:
-        count *= dim
-    return count
+def halve_softmax(function: onnx.FunctionProto) -> None:
+    """Let a function body compute its Softmax in the type of the node, in place."""
+    for node, cast in _widened(function):
+        node.input[0] = cast.input[0]
+        function.node.remove(cast)
+
+
+def fits(node: onnx.NodeProto, pattern: str, weights: Collection[str]) -> bool:
+    """Whether a pattern (``*``, ``?``, ``[]``) fits the name of a node or of one of its ``weights``."""
+    return any(fnmatchcase(name, pattern) for name in (node.name, *(name for name in node.input if name in weights)))
+
+
+def _fitting(model: onnx.ModelProto, pattern: str) -> list[str]:
+    """Names of the nodes that a pattern fits. Raises UserError where there is none."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    found = [node.name for node in model.graph.node if fits(node, pattern, weights)]
+    if not found:
+        raise UserError(
+            f"{pattern}, to be kept in float32, fits the name of no node and of no weight",
+            f"Give a pattern of names as in the fused file, or one of {', '.join(FLOAT32)}.",
+        )
+    return found
+
+
+def _softmax(model: onnx.ModelProto) -> list[str]:
+    """Names of the Softmax nodes; in function bodies of those that compute in float32 whatever the node's type is."""
+    inside = [f"{function.name}/{node.op_type}" for function in model.functions for node, _ in _widened(function)]
+    return [node.name for node in model.graph.node if node.op_type == "Softmax"] + inside
+
+
+def _widened(function: onnx.FunctionProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
+    """Every Softmax of a function body that reads a Cast, with that Cast."""
+    casts = {node.output[0]: node for node in function.node if node.op_type == "Cast"}
+    return [
+        (node, casts[node.input[0]]) for node in function.node if node.op_type == "Softmax" and node.input[0] in casts
+    ]
+
+
+def _join_casts(graph: onnx.GraphProto) -> None:
+    """Mend what the converter leaves: a cast for each float32 node that reads a tensor, and casts to float16 and back
+    between two of these."""
+    casts: dict[str, onnx.NodeProto] = {}
+    for index in reversed(range(len(graph.node))):
+        node = graph.node[index]
+        if node.op_type == "Cast" and casts.setdefault(node.output[0], node) is not node:
+            del graph.node[index]
+    for node in casts.values():
+        while (before := casts.get(node.input[0])) and before.attribute[0].i == TensorProto.FLOAT16:
+            node.input[0] = before.input[0]

@@ -6,34 +6,33 @@ import ast
 import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorsData
+from onnxruntime.quantization.onnx_model import ONNXModel
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.detection.images import Letterbox, batches, find
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import name_nodes
-from acmix_deploy.precision.calibration import Magnitudes, Method
-from acmix_deploy.precision.fp16 import tail, to_fp16
+from acmix_deploy.graph import Feeds, name_nodes
+from acmix_deploy.precision.fp16 import FLOAT32, Fp16Report, fits, tail, to_fp16
+from acmix_deploy.precision.ranges import Method, calibrate
 from acmix_deploy.runtime.metrics import Deviation, deviation
-from acmix_deploy.runtime.onnxruntime import element_type, inputs_of, open_session
-
-Feed = dict[str, NDArray[Any]]
+from acmix_deploy.runtime.onnxruntime import inputs_of, open_session, precision_of
 
 _RANK = {"Conv": None, "Gemm": 2, "MatMul": 2}  # what becomes INT8, and the rank that its weight must have
 _COMPUTE = (*_RANK, "ConvTranspose")
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"})
 _INT8_WEIGHTS = 18  # opset; a file of a lower one may go to TensorRT 8, which wants weights in float32 and a pair
 _CHANNEL_SCALES, _FLOAT16_SCALES = 13, 19  # opsets from which scales can be so
-_LARGEST = 127  # -128 stays unused, so that ranges are symmetric
 _MEASURED = 8  # batches
 
 
@@ -66,6 +65,7 @@ class Int8Report(BaseModel):
 
     method: Method = Field(description="how ranges of activations were chosen")
     rest: Literal["float32", "float16"] = Field(description="type of what lies between the layers, and of scales")
+    fp16: Fp16Report | None = Field(description="what stays in float32 where the rest is float16")
     opset: int = Field(description="opset of the file")
     input_shape: tuple[int, ...] = Field(description="[B, C, H, W] of the calibration batches")
     images: int = Field(description="images calibrated with")
@@ -94,6 +94,7 @@ def quantize(
     exclude: Sequence[str] = (),
     quantize_head: bool = False,
     fp16: bool = False,
+    float32: Sequence[str] = FLOAT32,
     image_size: tuple[int, int] | None = None,
     limit: int = 256,
     progress: Callable[[str], None] = lambda message: None,
@@ -108,10 +109,11 @@ def quantize(
         source: ONNX file in float32 with one image input [B, 3, H, W].
         target: where the INT8 file goes, another path than ``source``.
         calibration: folder of images like those that the model will see.
-        method: how the range of an activation is chosen, see :meth:`Magnitudes.threshold`.
+        method: how the range of an activation is chosen, see :func:`acmix_deploy.precision.ranges.calibrate`.
         exclude: patterns (``*``, ``?``, ``[]``) of names of nodes or of their weights that are not quantised.
         quantize_head: quantise the detection head too, see :func:`head`.
         fp16: convert what is not quantised by :func:`to_fp16`; scales in float16 need opset 19.
+        float32: what stays in float32 then; ranges are seen on the images that errors are measured on.
         image_size: height and width where the file leaves them free; by default the size of training, else 640.
         limit: how many images to read at most.
         progress: told what is being done.
@@ -123,6 +125,8 @@ def quantize(
     """
     if target.resolve() == source.resolve():
         raise UserError(f"{target} is the file to be quantised", "Give another name with -o.")
+    if target.is_dir():
+        raise UserError(f"{target} is a folder", "Give the name of a file with -o.")
     session = open_session(source)
     metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
     model = _load(source, opset=_FLOAT16_SCALES if fp16 else _CHANNEL_SCALES)
@@ -132,12 +136,13 @@ def quantize(
     photos = find(calibration, limit)
     letterbox = Letterbox(**json.loads(metadata.get("letterbox", "{}")))
 
-    def feeds() -> Iterator[Feed]:
+    def feeds() -> Iterator[Feeds]:
         return ({name: batch} for batch in batches(photos.paths, [shape], letterbox))
 
     del session
     progress(f"calibrating on {len(photos.paths)} images")
-    ranges = _calibrate(model, chosen.quantized, feeds(), method)
+    inputs = dict.fromkeys(node.input[0] for node in chosen.quantized)
+    ranges = calibrate(model, inputs, feeds, method)
     progress("quantising")
     typed = _insert(model, chosen.quantized, ranges)
     samples = list(islice(feeds(), _MEASURED))
@@ -145,14 +150,16 @@ def quantize(
     layers = _measure(model, typed, chosen.quantized, samples)
     with replacing(target) as temporary:
         onnx.save(typed, temporary)
+        half = None
         if fp16:
             progress("converting the rest to float16")
-            to_fp16(temporary, temporary)
+            half = to_fp16(temporary, temporary, float32=float32, samples=samples)
         progress("measuring the outputs")
         outputs = _compare(source, temporary, samples, metadata)
     return Int8Report(
         method=method,
         rest="float16" if fp16 else "float32",
+        fp16=half,
         opset=_opset(model),
         input_shape=shape,
         images=len(photos.paths),
@@ -174,7 +181,7 @@ def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quanti
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     compute = [node for node in model.graph.node if node.op_type in _COMPUTE and node.domain in ("", "ai.onnx")]
-    excluded = {pattern: [node for node in compute if _fits(node, pattern)] for pattern in exclude}
+    excluded = {pattern: [node for node in compute if fits(node, pattern, weights)] for pattern in exclude}
     for pattern, fitting in excluded.items():
         if not fitting:
             raise UserError(
@@ -258,10 +265,6 @@ def _fed(model: onnx.ModelProto) -> set[str]:
     return found
 
 
-def _fits(node: onnx.NodeProto, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (node.name, node.input[1]))
-
-
 def _load(source: Path, opset: int) -> onnx.ModelProto:
     """The model, every node named, its Constant nodes stored as initializers, where quantisation looks for weights.
 
@@ -272,7 +275,7 @@ def _load(source: Path, opset: int) -> onnx.ModelProto:
     quantized = next((node for node in model.graph.node if node.op_type in _QUANTIZED), None)
     if quantized is not None:
         raise UserError(f"{source} is quantised already: it has a {quantized.op_type}", "Give the float32 file.")
-    if element_type(model) != "float32":
+    if precision_of(model) != "float32":
         raise UserError(f"{source} is in float16, float32 is expected", "Give the file that `acmix-deploy fuse` wrote.")
     if _opset(model) < opset:
         raise UserError(
@@ -308,95 +311,59 @@ def _shape(
     return batch, channels, size[0], size[1]
 
 
-def _calibrate(
-    model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], feeds: Iterator[Feed], method: Method
-) -> dict[str, float]:
-    """For the input of every layer the magnitude that becomes 127."""
-    observed = {node.input[0]: Magnitudes() for node in layers}
-    augmented = onnx.ModelProto()
-    augmented.CopyFrom(model)
-    del augmented.graph.output[:]
-    computed = [name for name in observed if name not in {value.name for value in model.graph.input}]
-    augmented.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
-    session = open_session(augmented)
-    for feed in feeds:
-        values = feed | (dict(zip(computed, session.run(computed, feed), strict=True)) if computed else {})
-        for name, magnitudes in observed.items():
-            magnitudes.add(values[name])
-    return {name: magnitudes.threshold(method) for name, magnitudes in observed.items()}
-
-
 def _insert(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], ranges: dict[str, float]) -> onnx.ModelProto:
-    """The model with Q/DQ before the inputs of the layers: one Q for a tensor, a DQ of its own for each layer.
+    """The model with Q/DQ before the inputs of the layers, by onnxruntime's quantizer.
 
-    Written here because onnxruntime's quantizer hands the dequantized tensor to every other reader too: to residual
-    sums, to the layers that were to stay in float, and to outputs.
+    It sees the layers alone: in the whole graph it would hand the dequantized tensor to every other reader too, to
+    residual sums, to the layers that were to stay in float, and to outputs (1.22 to 1.31).
     """
+    read = {name for node in layers for name in node.input}
+    alone = helper.make_model(
+        helper.make_graph(
+            layers,
+            "layers",
+            [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ranges],
+            [],
+            [tensor for tensor in model.graph.initializer if tensor.name in read],
+        ),
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
+    )
+    symmetric = {name: (np.float32(-largest), np.float32(largest)) for name, largest in ranges.items()}
+    quantized = QDQQuantizer(
+        alone,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QInt8,
+        tensors_range=TensorsData(CalibrationMethod.MinMax, symmetric),
+        nodes_to_quantize=[],
+        nodes_to_exclude=[],
+        op_types_to_quantize=list(_RANK),
+        extra_options={
+            "ActivationSymmetric": True,
+            "AddQDQPairToWeight": _opset(model) < _INT8_WEIGHTS,
+            "DedicatedQDQPair": True,  # for TensorRT
+            "OpTypesToExcludeOutputQuantization": list(_RANK),
+            "QuantizeBias": False,
+        },
+    ).quantize_model()
     typed = onnx.ModelProto()
     typed.CopyFrom(model)
-    graph = typed.graph
-    del graph.node[:]
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    chosen = {node.name for node in layers}
-    parameters: dict[str, list[str]] = {}  # names of scale and zero point, by the tensor that they are of
-
-    def store(name: str, value: NDArray[Any]) -> str:
-        graph.initializer.append(numpy_helper.from_array(value, name))
-        return name
-
-    def scale_of(name: str, scale: NDArray[np.float32]) -> None:
-        zero_point = np.zeros(scale.shape, np.int8)
-        parameters[name] = [store(f"{name}/scale", scale), store(f"{name}/zero_point", zero_point)]
-
-    def pair(half: str, source: str, tensor: str, output: str, axis: int | None = None) -> str:
-        operands = [source, *parameters[tensor]]
-        graph.node.append(helper.make_node(f"{half}Linear", operands, [output], name=output))
-        if axis is not None:
-            graph.node[-1].attribute.append(helper.make_attribute("axis", axis))
-        return output
-
-    for node in model.graph.node:
-        if node.name not in chosen:
-            graph.node.append(node)
-            continue
-        x, w = node.input[:2]
-        axis = 0 if node.op_type == "Conv" or _transposed(node) else 1  # of the output channels
-        if x not in parameters:
-            scale_of(x, _scale(np.float32(ranges[x])))
-            pair("Quantize", x, x, f"{x}/int8")
-        if w not in parameters:
-            others = tuple(other for other in range(weights[w].ndim) if other != axis)
-            scale = _scale(np.abs(weights[w]).max(axis=others))
-            scale_of(w, scale)
-            if _opset(model) < _INT8_WEIGHTS:
-                pair("Quantize", w, w, f"{w}/int8", axis)
-            else:
-                levels = np.rint(weights[w] / np.expand_dims(scale, others))
-                store(f"{w}/int8", np.clip(levels, -_LARGEST, _LARGEST).astype(np.int8))
-        readable = [
-            pair("Dequantize", f"{x}/int8", x, f"{node.name}/input"),
-            pair("Dequantize", f"{w}/int8", w, f"{node.name}/weight", axis),
-        ]
-        graph.node.append(node)
-        graph.node[-1].input[:] = [*readable, *node.input[2:]]
-    read = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
-        graph.initializer.remove(tensor)
+    for node in layers:
+        typed.graph.node.remove(node)
+    typed.graph.node.extend(quantized.graph.node)
+    present = {tensor.name for tensor in model.graph.initializer}
+    typed.graph.initializer.extend(tensor for tensor in quantized.graph.initializer if tensor.name not in present)
+    editor = ONNXModel(typed)
+    editor.clean_initializers()
+    editor.topological_sort()
     onnx.checker.check_model(typed)
     return typed
 
 
-def _transposed(node: onnx.NodeProto) -> bool:
-    return any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-
-
-def _scale(largest: Any) -> NDArray[np.float32]:
-    """Scales by which magnitudes up to ``largest`` become at most 127; 1 where all values are zero."""
-    return np.asarray(np.where(largest > 0, largest / np.float32(_LARGEST), 1), np.float32)
-
-
 def _measure(
-    model: onnx.ModelProto, typed: onnx.ModelProto, layers: Sequence[onnx.NodeProto], samples: Sequence[Feed]
+    model: onnx.ModelProto, typed: onnx.ModelProto, layers: Sequence[onnx.NodeProto], samples: Sequence[Feeds]
 ) -> list[QuantizedLayer]:
     """The error of each layer in a graph where what follows it reads its float twin, so that no two errors add up."""
     twins = {node.name: node for node in layers}
@@ -419,7 +386,7 @@ def _measure(
             both.graph.output.append(onnx.ValueInfoProto(name=f"{tensor}/power"))
     present = {tensor.name for tensor in both.graph.initializer}
     both.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in present)
-    session = open_session(both)
+    session = open_session(both, reduces=True)
     powers = np.sum([session.run(None, feed) for feed in samples], axis=0, dtype=np.float64).reshape(-1, 2)
     return [
         QuantizedLayer(name=node.name, weight=node.input[1], relative_l2=float(np.sqrt(error / (power or 1))))
@@ -427,10 +394,10 @@ def _measure(
     ]
 
 
-def _compare(source: Path, target: Path, samples: Sequence[Feed], metadata: dict[str, str]) -> dict[str, Deviation]:
+def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dict[str, str]) -> dict[str, Deviation]:
     """The distance of every output from the float file's; a detector's boxes and scores apart."""
 
-    def outputs(path: Path) -> Feed:
+    def outputs(path: Path) -> Feeds:
         session = open_session(path)
         runs = zip(*(session.run(None, feed) for feed in samples), strict=True)
         names = [value.name for value in session.get_outputs()]
