@@ -18,10 +18,11 @@ from onnx import helper, inliner, numpy_helper, shape_inference
 from acmix_deploy.artifacts import Artifact, replacing, write_artifact
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import name_nodes
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators import OPERATORS
+from acmix_deploy.operators.spec import Operator
 from acmix_deploy.targets import Form, Target
 
-_OPERATOR = (LOCAL_ATTENTION.domain, LOCAL_ATTENTION.op_type)
+_OPERATORS = {(operator.domain, operator.op_type): operator for operator in OPERATORS}
 _STANDARD = ("", "ai.onnx")
 _FATAL = 4
 _LARGEST_CONSTANT = 1 << 20  # bytes; what is larger stays computed, such as P*l of a large map
@@ -74,7 +75,9 @@ def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     name_nodes(formed)
     formed = _inline(formed, refused(formed) if form != "plain" else {node.name for node in _custom(formed)})
     if form != "any":
-        formed = inliner.inline_selected_functions(formed, [_OPERATOR], exclude=True)
+        # Without the definitions nobody can infer what is behind a custom node.
+        formed = shape_inference.infer_shapes(formed, data_prop=True)
+        formed = inliner.inline_selected_functions(formed, [*_OPERATORS], exclude=True)
         del formed.functions[:]
     used = {*_STANDARD, *(node.domain for node in (*formed.graph.node, *formed.functions))}
     imports = [entry for entry in formed.opset_import if entry.domain in used]
@@ -91,12 +94,13 @@ def refused(model: onnx.ModelProto) -> dict[str, str]:
     tensors = _tensors(model)
     found = {}
     for node in _custom(model):
-        quantities = {attribute.name: attribute.default for attribute in LOCAL_ATTENTION.attributes}
+        operator = _OPERATORS[node.domain, node.op_type]
+        quantities = {attribute.name: attribute.default for attribute in operator.attributes}
         quantities |= {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        quantities["head_dim"] = tensors[node.input[1]][1][0]
+        quantities["head_dim"] = _head_dim(operator, node, int(quantities["num_heads"]), tensors)
         outside = [
             f"{name} {quantities[name]}"
-            for name, values in LOCAL_ATTENTION.kernel_limits.items()
+            for name, values in operator.kernel_limits.items()
             if quantities[name] not in values
         ]
         if outside:
@@ -104,19 +108,32 @@ def refused(model: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
+def _head_dim(
+    operator: Operator, node: onnx.NodeProto, num_heads: int, tensors: dict[str, tuple[int, tuple[int, ...]]]
+) -> int:
+    """d of a custom node, from the input of which it is an axis, or ``num_heads`` times it is."""
+    sizes = {
+        axis: size
+        for tensor, name in zip(operator.inputs, node.input, strict=True)
+        for axis, size in zip(tensor.axes, tensors[name][1], strict=False)  # of unknown rank where nobody needs it
+    }
+    return sizes["d"] if "d" in sizes else sizes["N*d"] // num_heads
+
+
 def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
     """The model with the custom nodes called ``names`` as standard operators."""
     if not names:
         return model
-    body = next((function for function in model.functions if (function.domain, function.name) == _OPERATOR), None)
-    if body is None:
-        raise UserError(
-            f"the file holds {LOCAL_ATTENTION.op_type} without its definition in standard operators",
-            "Give the fused or typed file that it was made from.",
-        )
+    bodies = {(function.domain, function.name): function for function in model.functions}
     tensors = _tensors(model)
     copies = []
     for node in [node for node in _custom(model) if node.name in names]:
+        body = bodies.get((node.domain, node.op_type))
+        if body is None:
+            raise UserError(
+                f"the file holds {node.op_type} without its definition in standard operators",
+                "Give the fused or typed file that it was made from.",
+            )
         copies.append(_filled_in(body, node, tensors[node.input[1]][0]))
         node.op_type = copies[-1].name
         del node.attribute[:]
@@ -159,7 +176,7 @@ def _filled_in(body: onnx.FunctionProto, node: onnx.NodeProto, element_type: int
 
 
 def _custom(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if (node.domain, node.op_type) == _OPERATOR]
+    return [node for node in model.graph.node if (node.domain, node.op_type) in _OPERATORS]
 
 
 def _tensors(model: onnx.ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:

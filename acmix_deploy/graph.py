@@ -60,18 +60,22 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def constant_value(tensor: gs.Tensor) -> Array | None:
-    """The value of a constant, through Identity, Cast and Constant nodes; None where it is computed."""
-    while (node := producer(tensor)) is not None and node.op in ("Identity", "Cast"):
-        tensor = node.inputs[0]
-    if node is not None and node.op == "Constant":
+    """The value of a constant, through Constant, Identity, Cast and Transpose nodes; None where it is computed."""
+    node = producer(tensor)
+    if node is None:
+        return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None
+    if node.op == "Constant":
         value = node.attrs.get("value")
         return np.asarray(value.values) if value is not None else None
-    return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None
+    if node.op not in ("Identity", "Cast", "Transpose"):
+        return None
+    source = constant_value(node.inputs[0])
+    return source.transpose(node.attrs.get("perm")) if source is not None and node.op == "Transpose" else source
 
 
-def nearest(tensor: gs.Tensor, op: str) -> list[gs.Node]:
-    """The first nodes of type ``op`` met on each way upstream from ``tensor``, not looking behind a Shape."""
-    return [node for node in _upstream([tensor], lambda node: node.op in (op, "Shape")) if node.op == op]
+def nearest(tensor: gs.Tensor, *ops: str) -> list[gs.Node]:
+    """The first nodes of types ``ops`` met on each way upstream from ``tensor``, not looking behind a Shape."""
+    return [node for node in _upstream([tensor], lambda node: node.op in (*ops, "Shape")) if node.op in ops]
 
 
 def scalar_factor(tensor: gs.Tensor) -> tuple[float, gs.Node | None]:
@@ -92,8 +96,35 @@ def scalar_factor(tensor: gs.Tensor) -> tuple[float, gs.Node | None]:
     return factor, node
 
 
+def way_down(graph: gs.Graph, tensor: gs.Variable) -> Iterator[tuple[gs.Variable, gs.Node]]:
+    """What reads ``tensor``, what reads its result, and so on while each has one reader: tensor and reader in turn."""
+    results = {output.name for output in graph.outputs}
+    while tensor.name not in results:
+        users = [user for user in tensor.outputs if user.op != "Shape"]
+        if len(users) != 1:
+            return
+        yield tensor, users[0]
+        tensor = users[0].outputs[0]
+
+
+def conv_weight(conv: gs.Node) -> Array:
+    """The stored weight of a convolution. Raises NoMatch where it is computed."""
+    value = constant_value(conv.inputs[1])
+    if value is None:
+        raise NoMatch(f"the weight of {conv.name} is computed, not stored")
+    return value
+
+
+def conv_bias(conv: gs.Node) -> Array:
+    """The bias of a convolution in float64, zeros where it has none."""
+    value = constant_value(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    return np.zeros(len(conv_weight(conv))) if value is None else value.astype(np.float64)
+
+
 def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
     """The region of the nodes on the ways from x to y.
+
+    Others may read x, reshaped and transposed or not, but nothing else of what is between.
 
     Raises:
         NoMatch: something between is read from elsewhere or is an output of the graph.
@@ -107,7 +138,11 @@ def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
             nodes.append(node)
     inside = {id(node) for node in nodes}
     results = {tensor.name for tensor in graph.outputs}
+    same = {x.name}
     for node in nodes:
+        if node.op in RESHAPING and node.inputs[0].name in same:
+            same.update(tensor.name for tensor in node.outputs)
+            continue
         for tensor in node.outputs:
             if tensor is y:
                 continue

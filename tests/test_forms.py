@@ -11,7 +11,6 @@ import torch
 from onnx import numpy_helper
 from test_cli import fails
 from test_fusion import export, randomised
-from test_plugin_tensorrt import rtx  # noqa: F401
 from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
@@ -214,7 +213,12 @@ def test_export_for_targets(checkpoint, capsys):
         assert [p.name for p in read_artifact(checkpoint / "deploy" / file).parents] == [f"model.{parent}.onnx"]
         model = onnx.load(checkpoint / "deploy" / file)
         assert (len(custom(model)), len(model.functions)) == (1, form == "any")
-    assert "cmake" not in report.next_steps[0]
+    assert "TensorRT 11.0" in report.next_steps[0]
+    assert "  acmix-deploy plugin build" in report.next_steps
+    engine = "model.fp16.tensorrt-11.engine"
+    build = f"  acmix-deploy build model.fp16.tensorrt-11.onnx --plugin libacmix_plugin.so -o {engine}"
+    assert build in report.next_steps
+    assert f"  acmix-deploy verify model.fused.onnx {engine}" in report.next_steps
     assert main([*EXPORT, "--for", "jetpack-6.2", "--target", "plain", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["target"]["form"] == "plain"
@@ -244,6 +248,10 @@ def test_fuse_for_a_target(tmp_path, monkeypatch, capsys):
     assert "acmix_1.attention has head_dim 4" in printed
     assert read_artifact(tmp_path / "fused.jetpack-5.1.onnx").settings["form"] == "plugin"
     assert len(custom(onnx.load("fused.onnx"))) == 2
+    assert main(["fuse", "plain.onnx", "-o", "fused.onnx", "--for", "jetpack-5.1", "--json"]) == 0
+    target = json.loads(capsys.readouterr().out)["target"]
+    assert (target["form"], target["file"]) == ("plugin", "fused.jetpack-5.1.onnx")
+    assert list(target["inlined"]) == ["acmix_1.attention"]
 
 
 @pytest.mark.parametrize(
@@ -265,10 +273,10 @@ def test_bad_input(checkpoint, capsys, command, words):
         x = torch.rand(1, 3, 10, 12)
         export(randomised(ACmix(3, 16, head=2)), x, checkpoint / "new.onnx", exporter="dynamo")
     assert words in fails(capsys, 2, *command)
-    assert not [*checkpoint.glob("*jetpack*")]
+    assert not [*checkpoint.glob("*jetpack*"), *checkpoint.glob("x.onnx")]
 
 
-def test_rtx_builds_any_and_plain(rtx, files, tmp_path):  # noqa: F811
+def test_rtx_builds_any_and_plain(rtx, files, tmp_path):
     """A parser and builder of TensorRT takes both without the plugin."""
     paths = []
     for (dtype, dynamic), source in files.items():

@@ -269,7 +269,7 @@ class Stateful(Port):
         (ACMIX, "no 3x3 convolution of 9 * head_dim channels"),
         (lambda: port(maps=8), "no 3x3 convolution of 9 * head_dim channels"),
         (lambda: port(fc_bias=True), "no 1x1 convolution from 3 * 2 maps to 9 without a bias"),
-        (lambda: port(border="zero"), "differs from ACmix with kernel_att=5"),
+        (lambda: port(border="zero"), "kernel_att=5, head=2, stride=1) by a relative L2"),
         (lambda: port(border="replicate"), "differs from ACmix"),
         (lambda: port(scale=1.0), "differs from ACmix"),
         (lambda: port(residual=True), "differs from ACmix"),

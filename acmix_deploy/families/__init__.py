@@ -6,6 +6,7 @@ A family's folder holds ``module`` (the block, needs torch), ``recognise`` (its 
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +16,10 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES: tuple[str, ...] = ("acmix",)
+FAMILIES: tuple[str, ...] = ("acmix", "swin_acmix", "shift_conv", "outlook", "windowed_acmix", "gated_acmix")
+
+FUSED_NODE = re.compile(rf"((?:{'|'.join(FAMILIES)})_\d+)\.")
+"""Start of the name of every node of a fused block, ``acmix_0.attention``; its group is the block."""
 
 
 class BlockReport(BaseModel):
@@ -39,6 +43,18 @@ def part(family: str, name: Literal["module", "recognise", "graph"]) -> ModuleTy
     return import_module(f"{__name__}.{family}.{name}")
 
 
+def by_parts(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """The family that a module belongs to by its parts alone, and the family's own module with its parameters.
+
+    For modules whose code is not here, so that nothing proves them equal; None where the parts leave a doubt.
+    """
+    for family in FAMILIES:
+        recognise = part(family, "recognise")
+        if hasattr(recognise, "by_parts") and (block := recognise.by_parts(module)):
+            return family, block
+    return None
+
+
 def canonicalise(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
     """Swap, in place, every block of every family for the family's own module, proven equal.
 
@@ -49,4 +65,5 @@ def canonicalise(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
     for family in FAMILIES:
         model, found = part(family, "recognise").canonicalise(model)
         reports += found
-    return model, reports
+    taken = {report.name for report in reports if report.status != "left alone"}
+    return model, [report for report in reports if report.status != "left alone" or report.name not in taken]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
+from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, anchors
 from acmix_deploy.fusion.prepare import load
-from acmix_deploy.fusion.sizes import is_static, values_at_sizes
+from acmix_deploy.fusion.sizes import has_fixed_size, is_static, values_at_sizes
 from acmix_deploy.graph import Feeds, NoMatch, Region, count_nodes, evaluate
 from acmix_deploy.operators.spec import Operator, Tolerance
 from acmix_deploy.runtime.metrics import deviation
@@ -23,7 +25,7 @@ from acmix_deploy.runtime.onnxruntime import open_session
 
 ConvBranchChoice = Literal["auto", "dense", "grouped"]
 
-AUTO_BRANCH: Literal["dense", "grouped"] = "dense"
+AUTO_BRANCH: ConvBranch = "dense"
 """What "auto" means. In a prototype on a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); the CPU
 prefers the grouped one from about 128 channels, but the file is made for the target."""
 
@@ -38,7 +40,7 @@ class FusedBlock(BaseModel):
     fused: bool
     reason: str = Field(default="", description="why it was left alone")
     operator: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict, description="the operator's attributes, and conv_branch")
+    settings: dict[str, Any] = Field(default_factory=dict, description="attributes of the operator, and more")
     relative_l2: float | None = Field(default=None, description="fused against original block on random input, float32")
 
 
@@ -87,14 +89,15 @@ def fuse(
         raise UserError(f"{target} is the file to be fused", "Give another name with -o.")
     model = load(source)
     graph = gs.import_onnx(model)
-    branch = AUTO_BRANCH if conv_branch == "auto" else conv_branch
+    branch: ConvBranch = AUTO_BRANCH if conv_branch == "auto" else conv_branch
 
     blocks: list[FusedBlock] = []
     functions: list[tuple[Operator, onnx.FunctionProto]] = []
     for family in FAMILIES:
-        found, used = _fuse_family(graph, family, branch, list(model.functions), progress)
+        known = [*model.functions, *(body for _, body in functions)]
+        found, used = _fuse_family(graph, family, branch, known, progress)
         blocks += found
-        functions += used
+        functions += [(operator, body) for operator, body in used if all(operator != other for other, _ in functions)]
 
     fused = _export(graph, model, functions)
     report = FusionReport(
@@ -120,18 +123,18 @@ def fuse(
 def _fuse_family(
     graph: gs.Graph,
     family: str,
-    branch: str,
+    branch: ConvBranch,
     functions: list[onnx.FunctionProto],
     progress: Callable[[str], None],
 ) -> tuple[list[FusedBlock], list[tuple[Operator, onnx.FunctionProto]]]:
     """Fuse the blocks of one family in ``graph``, in place; also the operators that came in, with their bodies.
 
-    ``functions`` are those that the graph came with.
+    ``functions`` are the definitions of the custom operators that are in the graph.
     """
     kit: Any = part(family, "graph")
     blocks: list[FusedBlock] = []
     matches = []
-    for anchor in [node for node in graph.nodes if node.op == kit.ANCHOR]:
+    for anchor in anchors(graph, kit.ANCHOR):
         try:
             matches.append((anchor, kit.match(graph, anchor)))
         except NoMatch as error:
@@ -144,47 +147,49 @@ def _fuse_family(
     regions = [found.region for _, found in matches]
     ends = [tensor for region in regions for tensor in (region.x, region.y, *region.outside)]
     values = values_at_sizes(graph, ends, functions)
-    operators = {operator.op_type: operator for operator, _ in kit.OPERATORS}
-    bodies = {operator.op_type: body(graph.opset) for operator, body in kit.OPERATORS}
+    bodies = {operator.op_type: (operator, body(graph.opset)) for operator, body in kit.OPERATORS}
     present = {(body.domain, body.name) for body in functions}
-    available = [*functions, *(body for body in bodies.values() if (body.domain, body.name) not in present)]
+    missing = [body for _, body in bodies.values() if (body.domain, body.name) not in present]
     used: set[str] = set()
-    before = sum(node.op in operators for node in graph.nodes)
-    for index, (anchor, found) in enumerate(matches, before):
+    for index, (anchor, found) in enumerate(matches, _first_free(graph, family)):
         name = f"{family}_{index}"
         progress(f"fusing {name}")
+        region: Region = found.region
+        at = {tensor.name: values[0][tensor.name] for tensor in (region.x, *region.outside)}
+        request = Request(
+            name=name,
+            opset=graph.opset,
+            static=is_static(graph),
+            fixed_size=has_fixed_size(graph),
+            values=at,
+            compute=lambda outputs, feeds: evaluate(graph, outputs, feeds),
+            conv_branch=branch,
+        )
         try:
-            replacement = _replacement(graph, kit, found, values, branch, name)
-            operator = next(node for node in replacement.nodes if node.op in operators)
-            tolerances = operators[operator.op].tolerances
-            relative_l2 = _compare(graph, found.region, replacement, values, tolerances, available)
+            reduced: Reduced = kit.reduce(found, request)
+            relative_l2 = _compare(graph, region, reduced.graph, values, kit.TOLERANCES, [*functions, *missing])
         except NoMatch as error:
             blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
             continue
-        _splice(graph, replacement, found.region.y)
-        used.add(operator.op)
-        settings = {**operator.attrs, "conv_branch": branch}
+        _splice(graph, reduced.graph, region.y)
+        used |= {node.op for node in reduced.graph.nodes if node.op in bodies}
         blocks.append(
             FusedBlock(
                 name=name,
                 family=family,
                 fused=True,
-                operator=operator.op,
-                settings=settings,
+                operator=reduced.operator,
+                settings=dict(reduced.settings),
                 relative_l2=relative_l2,
             )
         )
-    return blocks, [(operators[op], bodies[op]) for op in sorted(used)]
+    return blocks, [bodies[op] for op in sorted(used)]
 
 
-def _replacement(graph: gs.Graph, kit: Any, found: Any, values: list[Feeds], branch: str, name: str) -> gs.Graph:
-    """The reduced form of one matched block. Raises NoMatch where there is none."""
-    region: Region = found.region
-    at = {tensor.name: values[0][tensor.name] for tensor in (region.x, *region.outside)}
-    weights = kit.recover(found, at, lambda outputs, feeds: evaluate(graph, outputs, feeds))
-    map_size = at[region.x.name].shape[2:] if is_static(graph) else None
-    replacement: gs.Graph = kit.rewrite(found, weights, branch, name, graph.opset, map_size)
-    return replacement
+def _first_free(graph: gs.Graph, family: str) -> int:
+    """The first index that no block has in a file that was fused before."""
+    taken = (re.match(rf"{family}_(\d+)\.", node.name) for node in graph.nodes)
+    return max((int(found[1]) + 1 for found in taken if found), default=0)
 
 
 def _compare(
@@ -192,7 +197,7 @@ def _compare(
     region: Region,
     replacement: gs.Graph,
     values: list[Feeds],
-    tolerances: dict[str, Tolerance],
+    tolerances: Mapping[str, Tolerance],
     functions: list[onnx.FunctionProto],
 ) -> float:
     """The largest relative L2 error on random input. Raises NoMatch where it is beyond the operator's tolerance."""

@@ -9,7 +9,7 @@ from onnx import version_converter
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import DOUBLE, as_float32, name_nodes
-from acmix_deploy.operators.local_attention.body import OPSETS
+from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.runtime.onnxruntime import ir_version
 
 

@@ -62,6 +62,11 @@ def is_static(graph: gs.Graph) -> bool:
     return all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape)
 
 
+def has_fixed_size(graph: gs.Graph) -> bool:
+    """Whether every axis of every input is fixed but the first, the batch."""
+    return all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape[1:])
+
+
 def _trial_inputs(graph: gs.Graph, trials: Sequence[tuple[int, int, int]]) -> Iterator[Feeds]:
     """Random inputs at each size to try; only one where no axis is free."""
     random = np.random.default_rng(0)

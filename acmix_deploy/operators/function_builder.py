@@ -10,6 +10,9 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+OPSETS = range(17, 22)
+"""Opsets that function bodies are valid in as they stand: they use operators as opset 17 defines them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Value:

@@ -9,13 +9,12 @@ All arithmetic is float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.floating[Any]]
-ConvBranch = Literal["dense", "grouped"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,24 @@ import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.acmix.algebra import (
     AcmixWeights,
-    ConvBranch,
-    ConvWeights,
     dense_conv,
     grouped_conv,
     grouped_order,
     qkv_conv,
 )
+from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     Feeds,
     NoMatch,
     Region,
     constant_value,
+    conv_bias,
+    conv_weight,
     nearest,
     region_between,
     scalar_factor,
+    way_down,
 )
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.local_attention.body import function_body
@@ -42,7 +45,10 @@ from acmix_deploy.operators.spec import Operator
 ANCHOR = "Softmax"
 
 OPERATORS: tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...] = ((LOCAL_ATTENTION, function_body),)
-"""The operators that :func:`rewrite` uses, one in each block, with their bodies by opset."""
+"""The custom operators that :func:`reduce` uses, with their bodies by opset."""
+
+TOLERANCES = LOCAL_ATTENTION.tolerances
+"""How far a reduced block may be from the original, by the type of its output."""
 
 _RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
 _ROUNDED_POSITION = 5e-2
@@ -80,11 +86,11 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     x = logit_convs[0].inputs[0]
 
     last, rate1, rate2, dep_conv = _branches_meet(graph, softmax)
-    weight = _weight(dep_conv)
+    weight = conv_weight(dep_conv)
     if weight.shape[1:] != (9, 3, 3) or dep_conv.attrs.get("pads") != [1] * 4:
         raise NoMatch(f"{dep_conv.name} is not a 3x3 convolution of 9 maps per group with padding 1")
     fcs = nearest(dep_conv.inputs[0], "Conv")
-    if len(fcs) != 1 or len(fcs[0].inputs) > 2 or _weight(fcs[0]).shape[::2] != (9, 1):
+    if len(fcs) != 1 or len(fcs[0].inputs) > 2 or conv_weight(fcs[0]).shape[::2] != (9, 1):
         raise NoMatch(f"{dep_conv.name} does not read one 1x1 convolution to 9 maps without bias")
     projections = [conv for conv in nearest(fcs[0].inputs[0], "Conv") if conv.inputs[0] is x and _is_projection(conv)]
     values = [conv for conv in projections if conv not in logit_convs]
@@ -92,6 +98,15 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
         raise NoMatch(f"{fcs[0].name} does not read three 1x1 convolutions of {x.name}")
     region = region_between(graph, x, last.outputs[0])
     return Match(region, softmax, logit_convs, values[0], fcs[0], dep_conv, rate1, rate2)
+
+
+def reduce(found: Match, request: Request) -> Reduced:
+    """The block in its reduced form. Raises NoMatch where it computes something else than ACmix."""
+    weights = recover(found, request.values, request.compute)
+    map_size = request.values[found.region.x.name].shape[2:] if request.static else None
+    graph = rewrite(found, weights, request.conv_branch, request.name, request.opset, map_size)
+    (attention,) = (node for node in graph.nodes if node.domain == LOCAL_ATTENTION.domain)
+    return Reduced(graph, attention.op, {**attention.attrs, "conv_branch": request.conv_branch})
 
 
 def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], Feeds], list[Array]]) -> AcmixWeights:
@@ -107,11 +122,11 @@ def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], F
     """
     x = found.region.x
     head_dim = int(found.dep_conv.attrs.get("group", 1))
-    channels = len(_weight(found.dep_conv))
+    channels = len(conv_weight(found.dep_conv))
     heads = channels // head_dim
     stride, other_stride = found.dep_conv.attrs.get("strides", [1, 1])
-    widths = [len(_weight(conv)) for conv in (*found.logit_convs, found.value_conv)]
-    if widths != [channels] * 3 or _weight(found.fc).shape[1] != 3 * heads or stride != other_stride:
+    widths = [len(conv_weight(conv)) for conv in (*found.logit_convs, found.value_conv)]
+    if widths != [channels] * 3 or conv_weight(found.fc).shape[1] != 3 * heads or stride != other_stride:
         raise NoMatch(f"channels {widths} of q, k, v do not fit {heads} heads of {head_dim}")
 
     orders = [found.logit_convs, found.logit_convs[::-1]]
@@ -121,12 +136,12 @@ def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], F
 
     convs = (query_conv, key_conv, found.value_conv)
     return AcmixWeights(
-        qkv_weight=np.concatenate([_weight(conv).astype(np.float64)[:, :, 0, 0] for conv in convs]),
-        qkv_bias=np.concatenate([_bias(conv) for conv in convs]),
-        position_weight=_position_weight(best, stride, values[x.name].shape[2:], _weight(query_conv).dtype),
-        fc=_weight(found.fc).astype(np.float64)[:, :, 0, 0],
-        dep_conv_weight=_weight(found.dep_conv).astype(np.float64),
-        dep_conv_bias=_bias(found.dep_conv),
+        qkv_weight=np.concatenate([conv_weight(conv).astype(np.float64)[:, :, 0, 0] for conv in convs]),
+        qkv_bias=np.concatenate([conv_bias(conv) for conv in convs]),
+        position_weight=_position_weight(best, stride, values[x.name].shape[2:], conv_weight(query_conv).dtype),
+        fc=conv_weight(found.fc).astype(np.float64)[:, :, 0, 0],
+        dep_conv_weight=conv_weight(found.dep_conv).astype(np.float64),
+        dep_conv_bias=conv_bias(found.dep_conv),
         rate1=found.rate1,
         rate2=found.rate2,
         num_heads=heads,
@@ -155,31 +170,16 @@ def rewrite(
         map_size: H and W of x where they are fixed.
     """
     x = found.region.x
-    dtype = _weight(found.value_conv).dtype
-    graph = gs.Graph(inputs=[x], opset=opset)
-
-    def constant(label: str, array: Array) -> gs.Constant:
-        exact = array if np.issubdtype(array.dtype, np.integer) else array.astype(dtype)
-        return gs.Constant(f"{name}.{label}", np.ascontiguousarray(exact))
-
-    def add(op: str, label: str, *inputs: gs.Tensor, domain: str | None = None, **attrs: Any) -> gs.Variable:
-        output = gs.Variable(f"{name}.{label}", dtype=dtype)
-        graph.nodes.append(gs.Node(op, f"{name}.{label}", attrs, list(inputs), [output], domain=domain))
-        return output
-
-    def conv(label: str, source: gs.Tensor, parts: ConvWeights, **attrs: Any) -> gs.Variable:
-        operands = [source, constant(f"{label}.weight", parts.weight)]
-        if parts.bias.any():
-            operands.append(constant(f"{label}.bias", parts.bias))
-        return add("Conv", label, *operands, kernel_shape=list(parts.weight.shape[2:]), **attrs)
-
+    dtype = conv_weight(found.value_conv).dtype
+    write = Writer(x, name, opset, dtype)
     strided: dict[str, Any] = {"pads": [1] * 4, "strides": [weights.stride] * 2}
-    qkv = conv("qkv", x, qkv_conv(weights, fold_rate1=conv_branch == "dense"))
-    attended = add(
+    projection = qkv_conv(weights, fold_rate1=conv_branch == "dense")
+    qkv = write.conv("qkv", x, projection.weight, projection.bias)
+    attended = write.add(
         LOCAL_ATTENTION.op_type,
         "attention",
         qkv,
-        constant("position_weight", weights.position_weight),
+        write.constant("position_weight", weights.position_weight),
         domain=LOCAL_ATTENTION.domain,
         num_heads=weights.num_heads,
         kernel_size=weights.kernel_size,
@@ -190,19 +190,21 @@ def rewrite(
     )
     if conv_branch == "grouped":
         if weights.rate1 != 1:
-            attended = add("Mul", "rate1", attended, constant("rate1.value", np.array(weights.rate1)))
-        order = constant("by_head_dim.order", grouped_order(weights))
-        by_head_dim = add("Gather", "by_head_dim", qkv, order, axis=1)
-        convolved = conv("convolution", by_head_dim, grouped_conv(weights), group=weights.head_dim, **strided)
+            attended = write.add("Mul", "rate1", attended, write.constant("rate1.value", np.array(weights.rate1)))
+        order = write.constant("by_head_dim.order", grouped_order(weights))
+        by_head_dim = write.add("Gather", "by_head_dim", qkv, order, axis=1)
+        grouped = grouped_conv(weights)
+        convolved = write.conv(
+            "convolution", by_head_dim, grouped.weight, grouped.bias, group=weights.head_dim, **strided
+        )
     else:
         dense, border = dense_conv(weights)
-        convolved = conv("convolution", x, dense, **strided)
+        convolved = write.conv("convolution", x, dense.weight, dense.bias, **strided)
         if border.any():
-            ones = _map_of_ones(add, constant, x, dtype, map_size)
-            biases = add("Conv", "biases", ones, constant("biases.weight", border), kernel_shape=[3, 3], **strided)
-            convolved = add("Add", "convolution_with_biases", convolved, biases)
-    graph.outputs = [add("Add", "y", attended, convolved)]
-    return graph
+            biases = write.conv("biases", write.ones(map_size), border, **strided)
+            convolved = write.add("Add", "convolution_with_biases", convolved, biases)
+    write.graph.outputs = [write.add("Add", "y", attended, convolved)]
+    return write.graph
 
 
 def _is_projection(conv: gs.Node) -> bool:
@@ -212,33 +214,14 @@ def _is_projection(conv: gs.Node) -> bool:
     return one and weight is not None and weight.shape[2:] == (1, 1) and not any(conv.attrs.get("pads", []))
 
 
-def _weight(conv: gs.Node) -> Array:
-    value = constant_value(conv.inputs[1])
-    if value is None:
-        raise NoMatch(f"the weight of {conv.name} is computed, not stored")
-    return value
-
-
-def _bias(conv: gs.Node) -> Array:
-    value = constant_value(conv.inputs[2]) if len(conv.inputs) > 2 else None
-    return np.zeros(len(_weight(conv))) if value is None else value.astype(np.float64)
-
-
 def _branches_meet(graph: gs.Graph, softmax: gs.Node) -> tuple[gs.Node, float, float, gs.Node]:
     """The Add downstream of a Softmax whose other operand is a convolution, and the rates of the two."""
-    results = {tensor.name for tensor in graph.outputs}
-    tensor = softmax.outputs[0]
-    for _ in range(_LONGEST_TAIL):
-        users = [user for user in tensor.outputs if user.op != "Shape"]
-        if len(users) != 1 or tensor.name in results:
-            break
-        node = users[0]
+    for tensor, node in islice(way_down(graph, softmax.outputs[0]), _LONGEST_TAIL):
         if node.op == "Add" and len(node.inputs) == 2:
             other = node.inputs[node.inputs[0] is tensor]
             rate2, conv = scalar_factor(other)
             if conv is not None and conv.op == "Conv":
                 return node, scalar_factor(tensor)[0], rate2, conv
-        tensor = node.outputs[0]
     raise NoMatch("its result is not added to that of a convolution")
 
 
@@ -268,7 +251,7 @@ def _measure(
     """Evaluate the logits under the assumption that ``order`` is [query, key], for maps x of ``shape``."""
     query_conv, key_conv = order
     batch, _, height, width = shape
-    channels = len(_weight(query_conv))
+    channels = len(conv_weight(query_conv))
     out = (height // stride, width // stride)
     random = np.random.default_rng(0)
     # As many queries as P has rows, at least, so that they determine it: a tiny map needs several rounds.
@@ -343,22 +326,3 @@ def _limit(residual: float, what: str, limit: float = _RESIDUAL) -> None:
     """Refuse logits that differ from ``what`` by more than rounding does."""
     if not residual < limit:
         raise NoMatch(f"its logits are not {what}: relative residual {residual:.1e}, limit {limit:.0e}")
-
-
-def _map_of_ones(
-    add: Callable[..., gs.Variable],
-    constant: Callable[[str, Array], gs.Constant],
-    x: gs.Variable,
-    dtype: np.dtype[np.generic],
-    map_size: tuple[int, int] | None,
-) -> gs.Variable:
-    """Ones [1, 1, H, W]; made in the graph, so that the file does not grow with the image."""
-    if map_size is None:
-        size = add("Shape", "map_size", x, start=2, end=4)
-        size.dtype = np.dtype(np.int64)
-        shape: gs.Tensor = add("Concat", "ones_shape", constant("ones_shape.lead", np.array([1, 1])), size, axis=0)
-        shape.dtype = np.dtype(np.int64)
-    else:
-        shape = constant("ones.shape", np.array([1, 1, *map_size]))
-    one = gs.Constant("one", np.ones(1, dtype))
-    return add("ConstantOfShape", "ones", shape, value=one)

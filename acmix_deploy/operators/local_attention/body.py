@@ -4,6 +4,7 @@ A runtime without a plugin runs this. Queries are cut into tiles of TILE x TILE;
 of ((TILE - 1) * s + K)^2 keys, gathered by reflected index, and a mask hides from each query what lies outside its
 own K x K neighbourhood. A key is copied ((TILE + K - 1) / TILE)^2 times where unfold copies it K^2 times. A row of
 head_dim numbers is the unit of every gather, so one transposition of whole pixels is the only one on the way in.
+The softmax is float32 in a float16 file too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from acmix_deploy.operators.function_builder import FunctionBuilder, Value
+from acmix_deploy.operators.function_builder import OPSETS, FunctionBuilder, Value
 from acmix_deploy.operators.local_attention.spec import LOCAL_ATTENTION
-
-OPSETS = range(17, 22)
-"""Opsets that the body is valid in as it stands: it uses operators as opset 17 defines them."""
 
 TILE = 4
 """Side of a query tile in output pixels; 4 was fastest on ONNX Runtime, see docs/benchmarks.md."""
@@ -97,7 +95,8 @@ def function_body(opset: int = OPSETS[0], tile: int = TILE) -> onnx.FunctionProt
 
     logits = f("MatMul", query * scale, f("Transpose", key, perm=[0, 2, 1]))
     logits = logits + _neighbourhood_mask(f, qkv, tile, window, stride, kernel)
-    attended = f("MatMul", f("Softmax", logits, axis=-1), value)
+    weights = f("Softmax", f("Cast", logits, to=onnx.TensorProto.FLOAT), axis=-1)
+    attended = f("MatMul", f("CastLike", weights, qkv), value)
 
     tile_index = h.tile_of.axes(1) * w.tiles + w.tile_of
     place = tile_index * places + (h.place.axes(1) * tile + w.place)

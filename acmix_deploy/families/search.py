@@ -1,0 +1,219 @@
+"""Blocks inside any module, known by their parts and their results: names and class names prove nothing.
+
+A family says what a module's replacement would be; here replacement and original are compared, and swapped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from acmix_deploy.families import BlockReport
+from acmix_deploy.operators.spec import Tolerance
+
+_LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # what Ultralytics sets on a layer: index, inputs, class name, size
+
+
+class NotABlock(Exception):
+    """Why a module is no block of a family."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a module may be replaced by, if it computes the same."""
+
+    candidates: Sequence[nn.Module]
+    """Blocks of the family's own class that hold the original's parameters themselves, the likeliest first."""
+    x: Tensor
+    """Random input to compare on, float32."""
+    calls: Sequence[tuple[Any, ...]] = ((),)
+    """What follows x in each call to compare."""
+    repaired: Sequence[str] = ()
+    """Faults of the original, as its parts tell them."""
+    refusals: Sequence[str] = field(default=())
+    """Why likelier candidates could not be built."""
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """How blocks of one family are known in a module."""
+
+    family: str
+    block: type[nn.Module]
+    """The family's own module."""
+    geometry: tuple[str, ...]
+    """Its constructor's arguments, each an integer attribute of the block."""
+    propose: Callable[[nn.Module], Proposal]
+    """What a module may be replaced by. Raises NotABlock."""
+    resembles: Callable[[nn.Module], bool]
+    """Whether a person would take a module for such a block, so that it is worth saying why it is none."""
+    tolerances: Mapping[str, Tolerance]
+    """How far replacement and original may be apart, by the type that the original runs in."""
+    parameterless: tuple[type[nn.Module], ...] = ()
+    """What a published block has for children beside those with parameters."""
+
+    def canonicalise(self, model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
+        """Swap, in place, each block of ``model`` for the family's own module with the same weights, proven equal.
+
+        A module is swapped if it and a candidate agree on random input: in float64 if the original runs in it, else in
+        float32 or in its own type, and with whatever it sends to CUDA kept on the CPU. The replacement holds the
+        original's parameters (type, device and ``requires_grad`` included), its mode and what Ultralytics notes on a
+        layer.
+
+        Returns:
+            The model (another object where the model itself was a block), and a report for each block and for each
+            module that only resembles one.
+        """
+        paths: dict[nn.Module, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            paths.setdefault(module, []).append(path)
+        replacements: dict[nn.Module, nn.Module] = {}
+        reports: dict[nn.Module, BlockReport] = {}
+        for module, its_paths in paths.items():
+            report = BlockReport(
+                name=", ".join(its_paths), class_name=type(module).__name__, family=self.family, status="canonical"
+            )
+            try:
+                if type(module) is not self.block:
+                    replacements[module], report.repaired = self._replacement(module)
+                    report.status = "replaced"
+                block = replacements.get(module, module)
+                report.geometry = {name: int(getattr(block, name)) for name in self.geometry}
+            except NotABlock as reason:
+                if not self.resembles(module):
+                    continue
+                report.status, report.reason = "left alone", str(reason)
+            reports[module] = report
+
+        containers = {module for module in reports if any(part in reports for part in list(module.modules())[1:])}
+        for parent in paths:
+            for name, child in list(parent._modules.items()):
+                if child in replacements:
+                    setattr(parent, name, replacements[child])
+        found = [report for module, report in reports.items() if module not in containers]
+        return replacements.get(model, model), found
+
+    def by_parts(self, module: nn.Module) -> nn.Module | None:
+        """The block that ``module`` is by its parts, for one whose code is not here; None where they leave a doubt.
+
+        Needed are parameters under the family's own names, a geometry that the module states itself, and no
+        child that the published block does not have.
+        """
+        try:
+            candidates = self.propose(module).candidates
+        except NotABlock:
+            return None
+        others = [child for child in module.children() if not list(child.parameters())]
+        fitting = [
+            block
+            for block in candidates
+            if all(getattr(module, name, None) == getattr(block, name) for name in self.geometry)
+        ]
+        if not fitting or not all(isinstance(child, self.parameterless) for child in others):
+            return None
+        kept = {name: tensor.data_ptr() for name, tensor in fitting[0].state_dict().items()}
+        if any(kept.get(name) != tensor.data_ptr() for name, tensor in module.state_dict().items()):
+            return None
+        return self._dressed(fitting[0], module)
+
+    @staticmethod
+    def _dressed(block: nn.Module, module: nn.Module) -> nn.Module:
+        """``block`` with the mode of ``module`` and with what Ultralytics notes on a layer."""
+        for name in _LAYER_ATTRIBUTES:
+            if hasattr(module, name):
+                setattr(block, name, getattr(module, name))
+        return block.train(module.training)
+
+    def _replacement(self, module: nn.Module) -> tuple[nn.Module, list[str]]:
+        """The block of this family that computes what ``module`` does, and what it repairs. Raises NotABlock."""
+        proposal = self.propose(module)
+        own_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+        try:
+            expected, faults = _run_original(module, proposal, own_dtype)
+        except Exception as error:
+            failure = f"its own forward fails: {type(error).__name__}: {str(error).splitlines()[0]}"
+            raise NotABlock("; ".join([*proposal.refusals, failure])) from error
+        dtype = expected[0].dtype
+        half = dtype in (torch.float16, torch.bfloat16)
+        limit = self.tolerances["float16" if half else "float32"].limit()
+        distances = []
+        for block in proposal.candidates:
+            distances.append(max(map(_relative_l2, _run(block, proposal, dtype), expected)))
+            if distances[-1] <= limit:
+                break
+        else:
+            first = proposal.candidates[0]
+            arguments = ", ".join(f"{name}={getattr(first, name)}" for name in self.geometry)
+            difference = (
+                f"on random input it differs from {self.block.__name__}({arguments}) by a relative L2 of "
+                f"{distances[0]:.1e} (limit {limit:.0e})"
+            )
+            raise NotABlock(proposal.refusals[0] if proposal.refusals else difference)
+        return self._dressed(block, module), [*faults, *proposal.repaired]
+
+
+class _OnCpu(TorchFunctionMode):
+    """Keeps on the CPU what code inside would move to CUDA, and notes the faults of published blocks that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            self.faults["tensors moved to CUDA whatever the input's device"] = None
+            return args[0]
+        if func is torch.linspace:
+            self.faults["position computed with linspace"] = None
+        if func is torch.nn.functional.fold:
+            self.faults["fold, which exporters write as Col2Im and TensorRT does not read"] = None
+        kwargs = {key: _cpu_for_cuda(value) for key, value in (kwargs or {}).items()}
+        return func(*map(_cpu_for_cuda, args), **kwargs)
+
+
+def _cpu_for_cuda(value: Any) -> Any:
+    return "cpu" if isinstance(value, (str, torch.device)) and str(value).startswith("cuda") else value
+
+
+def _run(module: nn.Module, proposal: Proposal, dtype: torch.dtype) -> list[Tensor]:
+    """What a copy of ``module`` in ``dtype`` on the CPU makes of each of the proposal's calls."""
+    module = copy.deepcopy(module).cpu().to(dtype).eval()
+    with torch.no_grad():
+        results = [
+            module(*(value.to(dtype) if isinstance(value, Tensor) else value for value in (proposal.x, *call)))
+            for call in proposal.calls
+        ]
+    if not all(isinstance(result, Tensor) for result in results):
+        raise TypeError(f"it returns a {type(results[0]).__name__}, not a tensor")
+    return results
+
+
+def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[str]]:
+    """The block's own results, in the widest type that it runs in, and the faults seen. Raises what the block does."""
+    failures: dict[torch.dtype, Exception] = {}
+    results = {}
+    with _OnCpu() as watch:
+        for dtype in dict.fromkeys((torch.float64, torch.float32, own_dtype)):
+            try:
+                results[dtype] = _run(module, proposal, dtype)
+            except Exception as failure:
+                failures[dtype] = failure
+    if not results:
+        raise failures[torch.float32]
+    faults = list(watch.faults)
+    if own_dtype in failures:
+        faults.append(f"does not run in the {str(own_dtype).removeprefix('torch.')} of its weights")
+    return next(iter(results.values())), faults
+
+
+def _relative_l2(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, infinite for tensors of unlike shapes."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))

@@ -1,0 +1,263 @@
+"""Swin's ACmix blocks in an ONNX graph: find them, and write them in their reduced form.
+
+A block is looked for from its Softmax outwards. The window, the scale of the logits and what is added to them, position
+bias and mask together, are measured on the graph, so that it does not matter how they were spelt or folded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from acmix_deploy.families.attention import MASKED
+from acmix_deploy.families.reduction import Reduced, Request
+from acmix_deploy.families.swin_acmix.algebra import SwinAcmixWeights
+from acmix_deploy.families.swin_acmix.write import Mask, write
+from acmix_deploy.graph import (
+    RESHAPING,
+    Array,
+    NoMatch,
+    Region,
+    constant_value,
+    conv_bias,
+    conv_weight,
+    nearest,
+    producer,
+    region_between,
+    scalar_factor,
+    way_down,
+)
+from acmix_deploy.operators.spec import Operator, Tolerance
+
+ANCHOR = "Softmax"
+
+OPERATORS: tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...] = ()
+
+TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
+"""How far a reduced block may be from the original, by the type of its output."""
+
+_RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
+_HIDDEN = 50.0  # below the largest number added for a query: what is lost in float32 after exp
+_LONGEST_TAIL = 24  # nodes from the Softmax to the block's last Add; exporters need 10 to 14
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A MatMul with a stored weight [in, out], and the Add of its bias where there is one."""
+
+    matmul: gs.Node
+    result: gs.Variable
+    bias: gs.Tensor | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """The parts of one block in a graph."""
+
+    region: Region
+    softmax: gs.Node
+    qkv: Linear
+    proj: Linear
+    fc: gs.Node
+    dep_conv: gs.Node
+    rate1: float
+    rate2: float
+
+
+def match(graph: gs.Graph, softmax: gs.Node) -> Match:
+    """The block around a Softmax node, by structure alone.
+
+    Raises:
+        NoMatch: saying what is missing.
+    """
+    last, path, rate1, rate2, dep_conv = _branches_meet(graph, softmax)
+    fcs = nearest(dep_conv.inputs[0], "Conv", "MatMul")
+    if len(fcs) != 1 or fcs[0].op != "Conv" or conv_weight(fcs[0]).shape[2:] != (1, 1):
+        raise NoMatch("no 1x1 convolution is before the one that is added to it", near=False)
+    (fc,) = fcs
+    qkv = _linear_above(fc.inputs[0])
+    if qkv is None:
+        raise NoMatch(f"{fc.name} does not read a linear layer", near=False)
+
+    shape = conv_weight(dep_conv).shape
+    if shape[1:] != (9, 3, 3) or dep_conv.attrs.get("pads") != [1] * 4 or set(dep_conv.attrs.get("strides", [1])) > {1}:
+        raise NoMatch(f"{dep_conv.name} is not a 3x3 convolution of 9 maps per group with padding 1")
+    matmuls = [(index, node) for index, (_, node) in enumerate(path) if node.op == "MatMul"]
+    if len(matmuls) != 2:
+        raise NoMatch(
+            f"between {softmax.name} and {last.name} are {len(matmuls)} matrix products, not those with v and of proj"
+        )
+    index, proj = matmuls[1]
+    after = path[index + 1][1] if index + 1 < len(path) else last
+    biased = after is not last and after.op == "Add"
+    bias = after.inputs[after.inputs[0] is proj.outputs[0]] if biased else None
+    end = after.outputs[0] if biased else proj.outputs[0]
+    region = region_between(graph, qkv.matmul.inputs[0], last.outputs[0])
+    return Match(region, softmax, qkv, Linear(proj, end, bias), fc, dep_conv, rate1, rate2)
+
+
+def reduce(found: Match, request: Request) -> Reduced:
+    """The block in its reduced form. Raises NoMatch where it computes something else than Swin's ACmix."""
+    weights = _recover(found, request)
+    mask = _mask(found, weights, request) if weights.masked and not request.fixed_size else None
+    graph = write(found.region.x, weights, mask, conv_weight(found.dep_conv).dtype, request)
+    settings = {
+        "num_heads": weights.num_heads,
+        "window_size": weights.window_size,
+        "scale": weights.scale,
+        "masked": weights.masked,
+        "conv_branch": request.conv_branch,
+    }
+    return Reduced(graph, "MatMul / Softmax / MatMul", settings)
+
+
+def _branches_meet(
+    graph: gs.Graph, softmax: gs.Node
+) -> tuple[gs.Node, list[tuple[gs.Variable, gs.Node]], float, float, gs.Node]:
+    """The Add downstream of a Softmax whose other operand is a convolution, the way there, and the rates of the two."""
+    path: list[tuple[gs.Variable, gs.Node]] = []
+    for tensor, node in islice(way_down(graph, softmax.outputs[0]), _LONGEST_TAIL):
+        if node.op == "Add":
+            rate2, conv = scalar_factor(node.inputs[node.inputs[0] is tensor])
+            if conv is not None and conv.op == "Conv":
+                return node, path, scalar_factor(tensor)[0], rate2, conv
+        path.append((tensor, node))
+    raise NoMatch("its result is not added to that of a convolution", near=_feeds_a_convolution(softmax))
+
+
+def _feeds_a_convolution(softmax: gs.Node) -> bool:
+    """Whether the linear layer that the logits come from is read by a convolution too."""
+    products = nearest(softmax.inputs[0], "MatMul")
+    layers = [layer for product in products for operand in product.inputs for layer in nearest(operand, "MatMul")]
+    ways = [tensor for layer in layers for tensor in layer.outputs]
+    while ways:
+        for user in ways.pop().outputs:
+            if user.op == "Conv":
+                return True
+            if user.op in RESHAPING or user.op == "Add":
+                ways += user.outputs
+    return False
+
+
+def _linear_above(tensor: gs.Tensor) -> Linear | None:
+    """The linear layer that a tensor was reshaped from."""
+    while (node := producer(tensor)) is not None and node.op in RESHAPING:
+        tensor = node.inputs[0]
+    if node is None or node.op not in ("Add", "MatMul"):
+        return None
+    if node.op == "MatMul":
+        return Linear(node, tensor, None)
+    for operand, other in (node.inputs, node.inputs[::-1]):
+        matmul = producer(operand)
+        if matmul is not None and matmul.op == "MatMul":
+            return Linear(matmul, tensor, other)
+    return None
+
+
+def _recover(found: Match, request: Request) -> SwinAcmixWeights:
+    """The weights of a matched block. Raises NoMatch where its shapes or its logits are not those of one."""
+
+    def value(tensor: gs.Tensor) -> Array:
+        stored = constant_value(tensor)
+        if stored is None:
+            raise NoMatch(f"the weight {tensor.name} is computed, not stored")
+        return stored.astype(np.float64)
+
+    dep_conv, fc = (conv_weight(conv).astype(np.float64) for conv in (found.dep_conv, found.fc))
+    dim, head_dim = len(dep_conv), int(found.dep_conv.attrs.get("group", 1))
+    heads = dim // head_dim
+    qkv, proj = (value(layer.matmul.inputs[1]).T for layer in (found.qkv, found.proj))
+    if (len(qkv), fc.shape[:2], proj.shape) != (3 * dim, (9, 3 * heads), (dim, dim)):
+        raise NoMatch(
+            f"qkv {list(qkv.shape)}, fc {list(fc.shape)} and proj {list(proj.shape)} do not fit {heads} heads of "
+            f"{head_dim} channels"
+        )
+    scale, window_size, added = _measure(found, request, heads, head_dim)
+    return SwinAcmixWeights(
+        qkv_weight=qkv,
+        qkv_bias=np.zeros(3 * dim) if found.qkv.bias is None else value(found.qkv.bias),
+        proj_weight=proj,
+        proj_bias=np.zeros(dim) if found.proj.bias is None else value(found.proj.bias),
+        fc_weight=fc[:, :, 0, 0],
+        fc_bias=conv_bias(found.fc),
+        dep_conv_weight=dep_conv,
+        dep_conv_bias=conv_bias(found.dep_conv),
+        rate1=found.rate1,
+        rate2=found.rate2,
+        num_heads=heads,
+        window_size=window_size,
+        scale=scale,
+        added=added,
+    )
+
+
+def _measure(found: Match, request: Request, heads: int, head_dim: int) -> tuple[float, int, Array]:
+    """Scale, side of the window and what is added to the logits, evaluated for random and for zero q, k and v."""
+    shape = request.values[found.region.x.name].shape
+    if len(shape) != 4:
+        raise NoMatch(f"{found.region.x.name} has shape {list(shape)}, not [B, H, W, C]")
+    batch, height, width, _ = shape
+    random = np.random.default_rng(0)
+    qkv = random.standard_normal((batch, height, width, 3, heads, head_dim)).astype(np.float32)
+
+    def logits(qkv: Array) -> Array:
+        feeds = {**request.values, found.qkv.result.name: qkv.reshape(batch, height, width, -1)}
+        (raw,) = request.compute([found.softmax.inputs[0]], feeds)
+        return raw.astype(np.float64)
+
+    zero = logits(np.zeros_like(qkv))
+    pixels = zero.shape[-1]
+    side = math.isqrt(pixels)
+    last = found.softmax.attrs.get("axis", -1) in (-1, zero.ndim - 1)
+    if not last or side**2 != pixels or zero.shape[-2] != pixels or height % side or width % side:
+        raise NoMatch(f"its logits have shape {list(zero.shape)}: no square windows of a {height}x{width} map")
+    rows, columns = height // side, width // side
+    every = (batch, rows * columns, heads, pixels, pixels)
+    if zero.size != math.prod(every):
+        raise NoMatch(f"its logits have shape {list(zero.shape)}: not one window of {heads} heads after the other")
+    windows = qkv.reshape(batch, rows, side, columns, side, 3, heads, head_dim).transpose(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k = windows.reshape(3, *every[:-1], head_dim)[:2].astype(np.float64)
+    products, from_keys = q @ k.swapaxes(-1, -2), (logits(qkv) - zero).reshape(every)
+    scale = float((from_keys * products).sum() / (products * products).sum())
+    residual = float(np.linalg.norm(from_keys - scale * products) / (np.linalg.norm(from_keys) or 1.0))
+    if not residual < _RESIDUAL or not scale:
+        raise NoMatch(
+            f"its logits are not scale * q k^T in windows of {side}x{side}: relative residual {residual:.1e}, limit "
+            f"{_RESIDUAL:.0e}"
+        )
+    usual = head_dim**-0.5
+    scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
+    added = zero.reshape(every)
+    if not np.array_equal(added, np.broadcast_to(added[:1], every)):
+        raise NoMatch("what it adds to the logits depends on the image")
+    added = added[0]
+    top = added.max(-1, keepdims=True)
+    added = np.where(added < top - _HIDDEN, top + MASKED, added)
+    return scale, side, added[:1] if np.array_equal(added, np.broadcast_to(added[:1], added.shape)) else added
+
+
+def _mask(found: Match, weights: SwinAcmixWeights, request: Request) -> Mask:
+    """What is added to the logits, as the graph computes it for any image size. Raises NoMatch where it does not."""
+    windows, _, pixels, _ = weights.added.shape
+    ways: list[gs.Tensor] = [found.softmax.inputs[0]]
+    while ways:
+        node = producer(ways.pop())
+        if node is None or node.op not in (*RESHAPING, "Add"):
+            continue
+        for tensor in node.inputs[: 2 if node.op == "Add" else 1]:
+            if nearest(tensor, "MatMul"):
+                ways.append(tensor)
+            elif isinstance(tensor, gs.Variable) and constant_value(tensor) is None:
+                (mask,) = request.compute([tensor], request.values)
+                if mask.size == windows * pixels**2:
+                    seen = np.broadcast_to(mask.reshape(windows, 1, pixels, pixels) == 0, weights.added.shape)
+                    bias = np.where(seen, weights.added, -np.inf).max(0, keepdims=True)
+                    if np.allclose(weights.added[seen], np.broadcast_to(bias, seen.shape)[seen], atol=1e-4):
+                        return Mask(tensor, np.where(np.isinf(bias), 0.0, bias))  # inf: no window shows them together
+    raise NoMatch("its mask is for one image size, and the size is free")

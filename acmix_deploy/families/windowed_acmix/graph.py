@@ -1,0 +1,304 @@
+"""Windowed ACmix blocks in an ONNX graph: find them, measure their weights, and write them with one attention in the
+form that runtimes know, one convolution and the projection. No PyTorch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from acmix_deploy.families.attention import (
+    MASKED,
+    Attention,
+    AttentionWriter,
+    Heads,
+    Linear,
+    Size,
+    attention_at,
+    common_origin,
+    linear,
+    measure,
+    next_node,
+    origins,
+)
+from acmix_deploy.families.reduction import Reduced, Request
+from acmix_deploy.graph import (
+    Array,
+    NoMatch,
+    Region,
+    constant_value,
+    conv_bias,
+    conv_weight,
+    producer,
+    region_between,
+    way_down,
+)
+from acmix_deploy.operators.spec import Operator, Tolerance
+
+ANCHOR = "Softmax"
+
+OPERATORS: tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...] = ()
+"""The reduced form has standard operators only."""
+
+TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
+"""How far a reduced block may be from the original, by the type of its output."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """The parts of one block in a graph."""
+
+    region: Region
+    attention: Attention
+    conv: gs.Node
+    carried: gs.Tensor
+    """The result of the attention where it is added to that of the convolution."""
+    norm: gs.Node | None
+    proj: Linear
+
+
+def match(graph: gs.Graph, softmax: gs.Node) -> Match:
+    """The block around a Softmax node, by structure alone.
+
+    Raises:
+        NoMatch: saying what is missing.
+    """
+    attention = attention_at(graph, softmax)
+    total, carried = next_node(graph, attention.attended.outputs[0])
+    own = linear(total) if total.op in ("MatMul", "Gemm") else None
+    if own:
+        total, carried = next_node(graph, own.result)
+    operands = [operand for operand in total.inputs if operand is not carried]
+    conv = _conv_behind(operands[0]) if total.op == "Add" and operands else None
+    if conv is None:
+        raise NoMatch("its result is not added to that of a depthwise convolution", near=False)
+    x = common_origin([conv.inputs[0], *(part.source for part in attention.projections)])
+    if own:
+        raise NoMatch("its attention has a projection of its own")
+    kernel, pads = conv_weight(conv).shape[2:], conv.attrs.get("pads", [0] * 4)
+    if (
+        len({*kernel}) != 1
+        or pads != [kernel[0] // 2] * 4
+        or {1} != {*conv.attrs.get("strides", np.array([1])), *conv.attrs.get("dilations", np.array([1]))}
+    ):
+        raise NoMatch(f"{conv.name} is not a depthwise convolution with an odd square kernel that keeps the map size")
+    node, _ = next_node(graph, total.outputs[0], near=True)
+    norm = node if node.op == "LayerNormalization" else None
+    if norm:
+        if norm.attrs.get("axis", -1) not in (-1, 3) or any(constant_value(one) is None for one in norm.inputs[1:]):
+            raise NoMatch(f"{norm.name} does not normalise over the channels alone")
+        node, _ = next_node(graph, norm.outputs[0], near=True)
+    proj = linear(node) if node.op in ("MatMul", "Gemm") else None
+    if proj is None:
+        raise NoMatch(f"what it adds is not projected, perhaps after a LayerNorm, but goes to {node.name}")
+    return Match(region_between(graph, x, _end(graph, node, proj)), attention, conv, carried, norm, proj)
+
+
+def reduce(found: Match, request: Request) -> Reduced:
+    """The block in its reduced form. Raises NoMatch where it computes something else than a windowed ACmix."""
+    x = found.region.x
+    shape = request.values[x.name].shape
+    if len(shape) != 4:
+        raise NoMatch(f"it reads {x.name} of shape {[*shape]}, no map")
+    channels_first = _channels_first(found, request)
+    batch, height, width = (shape[0], *shape[2:]) if channels_first else shape[:3]
+    index = np.arange(batch * height * width).reshape(batch, height, width) + 1
+    pixels = np.broadcast_to(index[:, None] if channels_first else index[..., None], shape)
+    heads = measure(found.attention, x, found.carried, pixels, request.values, request.compute)
+    window = math.isqrt(heads.tokens.shape[1])
+    table = _table(heads, window, index)
+
+    writer = AttentionWriter(x, request.name, request.opset, found.proj.weight.dtype)
+    attended = _attend(writer, x, heads, window, table, channels_first, (batch, height, width), request)
+    y = writer.add("Add", "sum", attended, _convolve(writer, found, channels_first))
+    if found.norm:
+        stored = (constant_value(tensor) for tensor in found.norm.inputs[1:])
+        parameters = [writer.constant(f"norm.{i}", values) for i, values in enumerate(stored) if values is not None]
+        epsilon = found.norm.attrs.get("epsilon", 1e-5)
+        y = writer.add("LayerNormalization", "norm", y, *parameters, axis=-1, epsilon=epsilon)
+    y = writer.linear("y", y, found.proj.weight, found.proj.bias)
+    (original,) = request.compute([found.region.y], request.values)
+    if original.ndim == 3:
+        y = writer.reshape("y.tokens", y, 0, -1, original.shape[-1])
+    writer.graph.outputs = [y]
+    settings = {
+        "num_heads": len(heads.q[0]),
+        "window_size": window,
+        "kernel_size": conv_weight(found.conv).shape[2],
+        "position_bias": table is not None,
+        "norm": found.norm is not None,
+    }
+    return Reduced(writer.graph, "MatMul, Softmax, MatMul", settings)
+
+
+def _attend(
+    writer: AttentionWriter,
+    x: gs.Variable,
+    heads: Heads,
+    window: int,
+    table: Array | None,
+    channels_first: bool,
+    shape: tuple[int, int, int],
+    request: Request,
+) -> gs.Variable:
+    """The attention, [B, H, W, C]."""
+    pixels = writer.add("Transpose", "x.channels_last", x, perm=[0, 2, 3, 1]) if channels_first else x
+    channels_in, channels = heads.v[0].shape[2], heads.v[0].shape[0] * heads.v[0].shape[1]
+    batch, height, width = _sizes(writer, x, channels_first, shape, request)
+
+    def windows(label: str, size: Size) -> tuple[Size, Size]:
+        """How many windows lie over ``size`` pixels, and how many pixels they have."""
+        count = writer.arithmetic("Div", label, writer.arithmetic("Add", f"{label}.up", size, window - 1), window)
+        return count, writer.arithmetic("Mul", f"{label}.pixels", count, window)
+
+    (rows, bottom), (columns, right) = windows("rows", height), windows("columns", width)
+    whole = (bottom, right) == (height, width)
+
+    def cut(label: str, maps: gs.Tensor, padding: float, depth: int) -> gs.Variable:
+        """[B, H, W, depth] -> [B * windows, N, depth]"""
+        if not whole:
+            more = (
+                writer.arithmetic("Sub", f"{label}.below", bottom, height),
+                writer.arithmetic("Sub", f"{label}.beside", right, width),
+            )
+            pads = writer.sizes(f"{label}.pads", 0, 0, 0, 0, 0, *more, 0)
+            maps = writer.add(
+                "Pad", f"{label}.padded", maps, pads, writer.constant(f"{label}.padding", np.array(padding))
+            )
+        grid = writer.reshape(f"{label}.grid", maps, -1, rows, window, columns, window, depth)
+        by_window = writer.add("Transpose", f"{label}.by_window", grid, perm=[0, 1, 3, 2, 4, 5])
+        return writer.reshape(label, by_window, -1, window * window, depth)
+
+    mask: gs.Tensor | None = None
+    if not whole and request.static:
+        mask = writer.constant("mask", _cut(np.zeros(shape), window, MASKED)[:, None, None])
+    elif not whole:
+        zero = gs.Constant("zero", np.zeros(1, writer.dtype))
+        inside = writer.add(
+            "ConstantOfShape", "inside", writer.sizes("inside.shape", batch, height, width, 1), value=zero
+        )
+        keys = writer.add("Transpose", "mask.keys", cut("mask", inside, MASKED, 1), perm=[0, 2, 1])
+        mask = writer.add("Unsqueeze", "mask.by_head", keys, writer.constant("mask.axes", np.array([1])))
+    bias = None if table is None else writer.constant("position_bias", table[None])
+    added = mask if bias is None else bias
+    if bias is not None and mask is not None:
+        added = writer.add("Add", "mask.and_position_bias", bias, mask)
+    attended = writer.attention(cut("tokens", pixels, 0.0, channels_in), heads, added)
+    grid = writer.reshape("attention.grid", attended, -1, rows, columns, window, window, channels)
+    by_row = writer.add("Transpose", "attention.by_row", grid, perm=[0, 1, 3, 2, 4, 5])
+    maps = writer.reshape("attention.map", by_row, -1, bottom, right, channels)
+    if whole:
+        return maps
+    starts, ends, axes = (
+        writer.constant("attention.starts", np.array([0, 0])),
+        writer.sizes("attention.ends", height, width),
+        writer.constant("attention.axes", np.array([1, 2])),
+    )
+    return writer.add("Slice", "attention.cropped", maps, starts, ends, axes)
+
+
+def _sizes(
+    writer: AttentionWriter, x: gs.Variable, channels_first: bool, shape: tuple[int, int, int], request: Request
+) -> tuple[Size, Size, Size]:
+    """Batch, height and width of x: numbers where they are fixed, and nodes where they are not."""
+
+    def node(label: str, axis: int) -> gs.Variable:
+        return writer.size(label, axis, axis + 1)
+
+    batch = shape[0] if request.static else node("batch", 0)
+    if request.fixed_size:
+        return batch, *shape[1:]
+    first = 2 if channels_first else 1
+    return batch, node("height", first), node("width", first + 1)
+
+
+def _convolve(writer: AttentionWriter, found: Match, channels_first: bool) -> gs.Variable:
+    """The convolution, [B, H, W, C]."""
+    x, conv = found.region.x, found.conv
+    maps = x if channels_first else writer.add("Transpose", "x.channels_first", x, perm=[0, 3, 1, 2])
+    attrs = {name: conv.attrs[name] for name in ("group", "pads")}
+    convolved = writer.conv("convolution", maps, conv_weight(conv), conv_bias(conv), **attrs)
+    return writer.add("Transpose", "convolution.channels_last", convolved, perm=[0, 2, 3, 1])
+
+
+def _table(heads: Heads, window: int, index: Array) -> Array | None:
+    """The bias [heads, N, N] that is added to the logits in every window, if any is.
+
+    Args:
+        heads: the attention.
+        window: side of a window.
+        index: 1 + index of each pixel [B, H, W].
+
+    Raises:
+        NoMatch: the attention is not one within windows, or padding is attended to.
+    """
+    if window**2 != heads.tokens.shape[1]:
+        raise NoMatch(f"its Softmax runs over {heads.tokens.shape[1]} tokens, no square window")
+    grid = _cut(index, window, 0)
+    if not np.array_equal(np.unique(heads.tokens, axis=0), np.unique(grid, axis=0)):
+        raise NoMatch(
+            f"its tokens are not the pixels of {window}x{window} windows, row by row from the top left corner"
+        )
+    hidden = np.broadcast_to((heads.tokens == 0)[:, None], heads.added.shape)
+    if not heads.hidden[hidden].all():
+        raise NoMatch("pixels that only pad the map are attended to")
+    corner = np.flatnonzero(heads.tokens[:, 0] == 1)
+    if not np.array_equal(np.sort(heads.head[corner]), np.arange(len(heads.q[0]))):
+        raise NoMatch("not every head attends within every window, once")
+    first = corner[np.argsort(heads.head[corner])]
+    table = np.where(heads.hidden[first], 0.0, heads.added[first])
+    return table if table.any() else None
+
+
+def _cut(maps: Array, window: int, padding: float) -> Array:
+    """[B, H, W] -> [B * windows, N], padded at the bottom and at the right."""
+    below, right = (-size % window for size in maps.shape[1:])
+    padded = np.pad(maps, [(0, 0), (0, below), (0, right)], constant_values=padding)
+    batch, height, width = padded.shape
+    grid = padded.reshape(batch, height // window, window, width // window, window)
+    by_window: Array = grid.swapaxes(2, 3).reshape(-1, window**2)
+    return by_window
+
+
+def _channels_first(found: Match, request: Request) -> bool:
+    """Whether x is [B, C, H, W] rather than [B, H, W, C], by how the convolution reads it."""
+    x = found.region.x
+    shape = request.values[x.name].shape
+    index: Array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1
+    (read,) = request.compute([found.conv.inputs[0]], request.values | {x.name: index})
+    for channels_first, maps in ((True, index), (False, index.transpose(0, 3, 1, 2))):
+        height, width = maps.shape[2:]
+        if np.array_equal(read[:, :, :height, :width], maps) and (read > 0).sum() == maps.size:
+            return channels_first
+    raise NoMatch(f"{found.conv.name} does not read {x.name} as a map, perhaps padded at the bottom and at the right")
+
+
+def _conv_behind(tensor: gs.Tensor) -> gs.Node | None:
+    """The depthwise convolution that ``tensor`` is the result of, moved."""
+    conv = producer(list(origins(tensor))[-1])
+    if conv is None or conv.op != "Conv":
+        return None
+    weight = conv_weight(conv)
+    return conv if conv.attrs.get("group", 1) == len(weight) > 1 == weight.shape[1] else None
+
+
+def _end(graph: gs.Graph, node: gs.Node, proj: Linear) -> gs.Variable:
+    """The result of a block: of its projection, as a map again, and cropped."""
+    y, flat = proj.result, node.op == "Gemm"
+    for _, user in way_down(graph, proj.result):
+        if not (flat and user.op == "Reshape") and not _crops(user):
+            break
+        y, flat = user.outputs[0], False
+    return y
+
+
+def _crops(node: gs.Node) -> bool:
+    """Whether a node takes the first rows or columns of [B, H, W, C]."""
+    if node.op != "Slice" or len(node.inputs) < 4:
+        return False
+    starts, axes = constant_value(node.inputs[1]), constant_value(node.inputs[3])
+    return starts is not None and axes is not None and not starts.any() and {*axes.tolist()} <= {1, 2}
