@@ -2,7 +2,8 @@
 
 A pickle calls whatever it can name. The restricted load (``weights_only`` of torch) lets it name the modules of
 torch.nn, of Ultralytics and of our families, and what it gets for such a name makes empty instances only: Ultralytics'
-own constructors would evaluate strings of the pickle's choice.
+own constructors would evaluate strings of the pickle's choice. A name that nothing here answers to becomes a class
+without code, made for one load: its instances keep their parameters, and may be a known block by those.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import pickletools
 import re
 import sys
@@ -17,21 +19,23 @@ import textwrap
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
-from acmix_deploy import yolo
+from acmix_deploy import families, yolo
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.runtime.reason import reason
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.export import ExportedProgram
 
 
@@ -53,11 +57,13 @@ class LoadedModel:
 def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> LoadedModel:
     """Load a pickled module, an Ultralytics checkpoint, a state dict, or a program saved by ``torch.export``.
 
+    A module whose class cannot be imported is a block of a family if its parts leave no doubt, which a note says.
+
     Args:
         path: the file. A dict's ``ema`` is preferred to its ``model``; a state dict is the file itself or its
-            ``state_dict`` or ``model``, with or without ``module.`` before its names.
-        arch: ``package.module:factory``, called without arguments for the module that a state dict belongs to. The
-            current directory is searched too.
+            ``ema``, ``state_dict`` or ``model``, with or without ``module.`` before its names.
+        arch: ``package.module:factory``, called without arguments for the module that a state dict belongs to, or a
+            pickled module with classes that cannot be imported. The current directory is searched too.
         trust: load with an ordinary unpickler, which runs code from the file.
 
     Raises:
@@ -65,6 +71,59 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
         MissingComponent: PyTorch, or Ultralytics for a file that needs it, is not installed.
     """
     path = Path(path)
+    contents = read(path, trust=trust)
+    model, notes = contents.model, [*contents.notes]
+    if path.suffix == ".pt2":
+        return LoadedModel(model)
+    if contents.unknown and not arch:
+        raise _not_here(path, contents.unknown, trust)
+    if model is None or contents.unknown:
+        notes += [f"the weights of {name} put into what --arch makes" for name in contents.unknown]
+        model = _fill(path, arch, contents.state)
+    elif arch:
+        notes.append(f"--arch {arch} is not needed: the file holds a whole module")
+    try:
+        model = model.float().eval()
+        metadata = yolo.detection_metadata(model) or {}
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    notes += [f"weights converted from {name} to float32" for name in contents.types if name != "float32"]
+    return LoadedModel(model, metadata, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, as it was saved.
+
+    Attributes:
+        model: a module, which may have classes that are not here; the program of a ``.pt2`` file; None for weights
+            alone.
+        state: its parameters and buffers, with the names that they have in the file.
+        unknown: names of its classes that cannot be imported and are no known blocks.
+        beside: names in the pickle for which an inert object was taken, such as a configuration.
+        notes: what was chosen on the way.
+    """
+
+    model: Any
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The floating-point types of its tensors, by name."""
+        types = {tensor.dtype for tensor in self.state.values() if tensor.is_floating_point()}
+        return tuple(sorted(str(kind).removeprefix("torch.") for kind in types))
+
+
+def read(path: Path, *, trust: bool = False) -> Contents:
+    """What is in a file that :func:`load` takes; the same limits hold, and nothing is converted.
+
+    Raises:
+        UserError: not such a file, or one that needs ``trust``.
+        MissingComponent: see :func:`load`.
+    """
     try:
         path.open("rb").close()
     except OSError as error:
@@ -76,27 +135,28 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
             "PyTorch is needed to load a checkpoint and is not installed", "Run: pip install 'acmix-deploy[export]'"
         ) from error
     if path.suffix == ".pt2":
-        return LoadedModel(_load_program(path, trust))
+        return Contents(_load_program(path, trust))
     if _is_torchscript(path):
         raise UserError(
             f"{path} is a TorchScript archive, which holds no module", "Name the checkpoint it was made of."
         )
 
+    _check_unpacked_size(path)
     loaded = _unpickle_trusted(path) if trust else _unpickle_restricted(path)
     model, notes = _find_model(path, loaded)
-    if not isinstance(model, nn.Module):
-        model = _fill(path, arch, model)
-    elif arch:
-        notes.append(f"--arch {arch} is not needed: the file holds a whole module")
+    unknown: list[str] = []
+    state = model
     try:
-        types = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-        model = model.float().eval()
-        metadata = yolo.detection_metadata(model) or {}
+        if isinstance(model, nn.Module):
+            model, unknown = _blocks_by_parts(model, notes)
+            state = model.state_dict()
+        _check_numbers(path, state)
+    except UserError:
+        raise
     except Exception as error:
         raise _unreadable(path, error) from error
-    names = sorted({str(kind).removeprefix("torch.") for kind in types} - {"float32"})
-    notes += [f"weights converted from {name} to float32" for name in names]
-    return LoadedModel(model, metadata, tuple(notes))
+    beside = [name for name in _pickled_names(path) if _beside_a_model(name)]
+    return Contents(model if isinstance(model, nn.Module) else None, state, tuple(unknown), tuple(beside), tuple(notes))
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -124,9 +184,8 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _untrusted(path: Path, found: list[str]) -> UserError:
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return UserError(
-        f"{path} names what a restricted load refuses: {', '.join(found[:8])}{more}",
+        f"{path} names what a restricted load refuses: {_listed(found)}",
         "If these classes can be imported here, --trust loads it. That runs code from the file: use it only if you "
         "know where the file comes from.",
     )
@@ -144,7 +203,7 @@ def _find_model(path: Path, loaded: object) -> tuple[Any, list[str]]:
     model = loaded
     if isinstance(loaded, Mapping):
         choices = [key for key in ("ema", "model", "state_dict") if isinstance(loaded.get(key), nn.Module)]
-        choices += [key for key in ("state_dict", "model") if _is_state_dict(loaded.get(key))]
+        choices += [key for key in ("ema", "state_dict", "model") if _is_state_dict(loaded.get(key))]
         if choices:
             model = loaded[choices[0]]
             notes += [f"took '{key}' from the checkpoint" for key in choices[:1] if key == "ema"]
@@ -213,6 +272,126 @@ def _importable_here() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Classes that are not here
+
+
+class _NotHere(type):
+    """The type of classes that stand for ones that cannot be imported."""
+
+    why = ""
+    """What the attempt to import it said, where there was one."""
+
+    def __call__(cls, *args: object, **options: object) -> object:
+        raise UnpicklingError(f"the file calls the constructor of {cls.__name__}")
+
+
+def _stand_in_for_absent(name: str, why: str = "") -> type:
+    """A module's class called ``name``, without code: its instances keep what the file says of them."""
+    from torch import nn
+
+    package, _, attribute = name.rpartition(".")
+    return _NotHere(attribute, (nn.Module,), {"__module__": package, "why": why})
+
+
+def _is_absent(name: str) -> bool:
+    """Whether nothing can be imported by that name. Imports nothing, so what exists may still lack the attribute."""
+    package, _, attribute = name.rpartition(".")
+    if package == "__main__" or name.startswith(_MODULE_PACKAGES):
+        return not hasattr(sys.modules.get(package), attribute)
+    with _importable_here():
+        return not _exists(package)
+
+
+def _exists(package: str) -> bool:
+    folders: list[str] = []
+    for depth, _ in enumerate(package.split("."), 1):
+        name = ".".join(package.split(".")[:depth])
+        if name in sys.modules:
+            folders = list(getattr(sys.modules[name], "__path__", []))
+            continue
+        spec = None
+        with suppress(ImportError, ValueError):
+            spec = find_spec(name) if depth == 1 else PathFinder.find_spec(name, folders)
+        if spec is None:
+            return False
+        folders = list(spec.submodule_search_locations or [])
+    return True
+
+
+def _blocks_by_parts(model: nn.Module, notes: list[str]) -> tuple[nn.Module, list[str]]:
+    """Put a family's own module in the place of each that is one by its parts and whose class is not here.
+
+    Returns:
+        The model, another object where it was such a block itself, and the names of classes that stay unknown.
+    """
+    unknown: dict[str, None] = {}
+    for path, module in list(model.named_modules()):
+        kind = type(module)
+        if not isinstance(kind, _NotHere):
+            continue
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        found = families.by_parts(module)
+        if found is None:
+            unknown[f"{name} ({kind.why})" if kind.why else name] = None
+            continue
+        family, block = found
+        notes.append(
+            f"{path or 'the model'}: {name} is not here, taken for {family} by its parts; its own code was not run to "
+            "prove it"
+        )
+        for parent in list(model.modules()):
+            for key, child in parent._modules.items():
+                if child is module:
+                    parent._modules[key] = block
+        model = block if model is module else model
+    return model, list(unknown)
+
+
+def _not_here(path: Path, unknown: Sequence[str], trust: bool) -> UserError:
+    ways = "Run from the directory of their code" + ("" if trust else " with --trust, which runs code from the file")
+    return UserError(
+        f"{path} needs classes that cannot be imported here: {_listed(unknown)}",
+        f"{ways}; or name what builds a module that takes the weights: --arch package.module:factory",
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{', '.join(names[:8])}{more}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that unpack to more than they are
+
+_MOST_UNPACKED = 20  # times the size of the file; torch.save does not compress, and weights hardly can be
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Raises UserError for an archive that is small and says that it unpacks to something large."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > _MOST_UNPACKED * path.stat().st_size:
+        raise _oversized(path, f"unpacks to {unpacked / 1e6:.0f} MB")
+
+
+def _check_numbers(path: Path, state: Mapping[str, Any]) -> None:
+    """Raises UserError where tensors are views that repeat few stored numbers many times: to convert one is to fill
+    the memory."""
+    numbers = sum(tensor.numel() for tensor in state.values())
+    if numbers > _MOST_UNPACKED * path.stat().st_size:
+        raise _oversized(path, f"holds tensors of {numbers:.1e} numbers")
+
+
+def _oversized(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is {path.stat().st_size / 1e6:.1f} MB and {what}, which no checkpoint does",
+        "Was it written by torch.save? Copy or download it again.",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pickles
 
 _MODULE_PACKAGES = ("torch.nn.", "ultralytics.nn.modules.", "ultralytics.nn.tasks.", "acmix_deploy.families.")
@@ -249,11 +428,10 @@ def _stand_in(name: str) -> type | None:
     """What a restricted load gives a pickle that names ``name``; None if that is refused."""
     from torch import nn
 
-    for pattern, stand_in in _BESIDE_A_MODEL.items():
-        if re.fullmatch(pattern, name):
-            return stand_in
+    if beside := _beside_a_model(name):
+        return beside
     if not name.startswith(_MODULE_PACKAGES):
-        return None
+        return _stand_in_for_absent(name) if _is_absent(name) else None
     package, _, attribute = name.rpartition(".")
     if package.startswith("ultralytics."):
         yolo.ultralytics("nn.tasks")
@@ -265,7 +443,11 @@ def _stand_in(name: str) -> type | None:
             and f"{kind.__module__}.".startswith(_MODULE_PACKAGES)
         ):
             return _empty_instances_of(kind)
-    return None
+    return _stand_in_for_absent(name) if _is_absent(name) else None
+
+
+def _beside_a_model(name: str) -> type | None:
+    return next((stand_in for pattern, stand_in in _BESIDE_A_MODEL.items() if re.fullmatch(pattern, name)), None)
 
 
 def _empty_instances_of(kind: type) -> type:
@@ -317,16 +499,25 @@ def _unpickle_restricted(path: Path) -> object:
 def _unpickle_trusted(path: Path) -> object:
     import torch
 
+    absent: list[str] = []
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, package: str, attribute: str) -> Any:
+            try:
+                return super().find_class(package, attribute)
+            except (ImportError, AttributeError) as error:
+                name, why = f"{package}.{attribute}", reason(error)
+                absent.append(f"{name} ({why})")
+                return _beside_a_model(name) or _stand_in_for_absent(name, why)
+
+    machine: Any = ModuleType("pickle")  # what torch takes in the place of that module
+    machine.Unpickler = Unpickler
+    machine.load = lambda file, **options: Unpickler(file, **options).load()
     try:
         with _importable_here():
-            return torch.load(path, map_location="cpu", weights_only=False)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"{path} needs a class that cannot be imported here: {reason(error)}",
-            "Install what the model was trained with, or run from the directory of its code.",
-        ) from error
+            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=machine)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise (_not_here(path, absent, trust=True) if absent else _unreadable(path, error)) from error
 
 
 def _pickled_names(path: Path) -> list[str]:

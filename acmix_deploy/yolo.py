@@ -153,15 +153,23 @@ def detection_metadata(model: nn.Module) -> dict[str, str] | None:
     metadata = {
         "task": getattr(detector, "task", None) or tasks.guess_model_task(detector),
         "stride": str(int(max(detector.stride))),
-        "names": str(detector.names),
-        "channels": str(detector.yaml.get("channels", 3)),
+        "names": str(_class_names(detector.names)),
+        "channels": str(int(detector.yaml.get("channels", 3))),
         "letterbox": json.dumps(rule),
     }
     arguments = getattr(detector, "args", {})
     size = (arguments if isinstance(arguments, dict) else vars(arguments)).get("imgsz")
     if size is not None:
-        metadata["imgsz"] = str([size, size] if isinstance(size, int) else list(size))
+        metadata["imgsz"] = str([size, size] if isinstance(size, int) else [int(side) for side in size])
     return metadata
+
+
+def _class_names(names: Any) -> dict[int, str]:
+    """As Ultralytics keeps them now; older files have a list. What a file says may be of any other form, too."""
+    named = dict(names if isinstance(names, dict) else enumerate(names))
+    if not all(isinstance(name, (str, int)) for name in named.values()):
+        raise TypeError("the names of classes are no text")
+    return {int(index): str(name) for index, name in named.items()}
 
 
 def prepare_for_export(model: nn.Module) -> nn.Module:

@@ -194,6 +194,202 @@ def test_a_class_of_ones_own_needs_trust(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Classes that cannot be imported
+
+
+class Published(nn.Module):
+    """The parts and the geometry that published blocks have."""
+
+    def __init__(self, planes: int = 8, kernel_att: int = 3, head: int = 2, stride: int = 1) -> None:
+        super().__init__()
+        self.in_planes = self.out_planes = planes
+        self.kernel_att, self.head, self.stride, self.dilation = kernel_att, head, stride, 1
+        self.head_dim = planes // head
+        self.rate1, self.rate2 = nn.Parameter(torch.tensor([0.6])), nn.Parameter(torch.tensor([0.3]))
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(planes, planes, 1) for _ in range(3))
+        self.conv_p = nn.Conv2d(2, self.head_dim, 1)
+        self.pad_att: nn.Module = nn.ReflectionPad2d(kernel_att // 2)
+        self.unfold = nn.Unfold(kernel_att, stride=stride)
+        self.softmax = nn.Softmax(1)
+        self.fc = nn.Conv2d(3 * head, 9, 1, bias=False)
+        self.dep_conv = nn.Conv2d(9 * self.head_dim, planes, 3, stride, 1, groups=self.head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = ACmix(self.in_planes, self.out_planes, self.kernel_att, self.head, stride=self.stride)
+        block.load_state_dict(self.state_dict())
+        return block(x)
+
+
+class Neck(nn.Module):
+    """Some other module with a block in it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+
+ABSENT = ["models.common.ACmix", "__main__.ACmix", "ultralytics.nn.modules.ACmix", "ultralytics.nn.extra.acmix.ACmix"]
+
+
+def saved_as(path: Path, value: object, kind: type, name: str) -> Path:
+    """Save ``value`` so that the file calls the class ``kind`` by ``name``, which cannot be imported afterwards."""
+    package, _, attribute = name.rpartition(".")
+    parts = package.split(".")
+    before = kind.__module__, kind.__qualname__
+    with pytest.MonkeyPatch.context() as patch:
+        for end in range(1, len(parts) + 1):
+            if (part := ".".join(parts[:end])) not in sys.modules:
+                patch.setitem(sys.modules, part, ModuleType(part))
+        patch.setattr(sys.modules[package], attribute, kind, raising=False)
+        kind.__module__, kind.__qualname__ = package, attribute
+        try:
+            return saved(path, value)
+        finally:
+            kind.__module__, kind.__qualname__ = before
+
+
+@pytest.mark.parametrize("trust", [False, True], ids=["restricted", "trusted"])
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_block_whose_class_is_gone_is_known_by_its_parts(tmp_path: Path, name: str, trust: bool) -> None:
+    if name.startswith("ultralytics."):
+        pytest.importorskip("ultralytics.nn.modules", reason="needs ultralytics")
+    block = Published()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), block, nn.SiLU(), block).half().train()
+    block.i, block.f, block.type, block.np = 1, -1, name, 9  # type: ignore[assignment]
+    before = {package: set(vars(sys.modules[package])) for package in ("__main__", "torch.nn")}
+    loaded: Any = load(saved_as(tmp_path / "a.pt", {"ema": model}, Published, name), trust=trust)
+    assert type(loaded.module[1]) is ACmix
+    assert loaded.module[3] is loaded.module[1]
+    assert agree(loaded.module, model.float())
+    assert (loaded.module[1].i, loaded.module[1].f, loaded.module[1].type) == (1, -1, name)
+    assert loaded.notes[0] == "took 'ema' from the checkpoint"
+    assert re.fullmatch(
+        rf"1: {re.escape(name)} is not here, taken for acmix by its parts; .* prove it", loaded.notes[1]
+    )
+    # nothing is left behind
+    assert {package: set(vars(sys.modules[package])) for package in before} == before
+    package = name.rpartition(".")[0]
+    assert package in ("__main__", "ultralytics.nn.modules") or package not in sys.modules
+
+
+def test_a_model_that_is_itself_a_block_whose_class_is_gone(tmp_path: Path) -> None:
+    block = Published(stride=2)
+    module: Any = load(saved_as(tmp_path / "a.pt", block, Published, "models.common.ACmix")).module
+    assert (module.kernel_att, module.stride) == (3, 2)
+    x = torch.rand(1, 8, 6, 8)
+    assert torch.equal(module(x), block.eval()(x))
+
+
+def test_an_ultralytics_model_with_a_class_of_its_own_code(tmp_path: Path) -> None:
+    """The usual case: somebody put ACmix into their copy of Ultralytics and sends the checkpoint."""
+    pytest.importorskip("ultralytics", reason="needs ultralytics")
+    model: Any = yolo.build("p5", num_classes=2)
+    (index,) = (index for index, layer in enumerate(model.model) if type(layer) is ACmix)
+    own = model.model[index]
+    theirs = Published(own.in_planes, own.kernel_att, own.head)
+    theirs.dep_conv.bias = None
+    theirs.load_state_dict(own.state_dict())
+    theirs.i, theirs.f, theirs.type, theirs.np = own.i, own.f, own.type, own.np
+    x = torch.rand(1, 3, 256, 256)
+    expected = model.eval()(x)[0]
+    model.model[index] = theirs
+    path = saved_as(tmp_path / "a.pt", {"model": model}, Published, "ultralytics.nn.modules.conv.ACmix")
+    loaded: Any = load(path)
+    assert type(loaded.module.model[index]) is ACmix
+    assert torch.equal(loaded.module(x)[0], expected)
+
+
+def no_published_block(change: str) -> nn.Module:
+    block: Any = Published()
+    if change == "no window":
+        del block.kernel_att
+    elif change == "another window":
+        block.kernel_att = 5.5
+    elif change == "zero padding":
+        block.pad_att = nn.ZeroPad2d(1)
+    elif change == "one more layer":
+        block.gate = nn.Linear(8, 8)
+    elif change == "one more parameter":
+        block.rate3 = nn.Parameter(torch.ones(3))
+    elif change == "other names":
+        block.q, block.k = block.conv1, block.conv2
+        del block.conv1, block.conv2
+    elif change == "names swapped":  # the parts in another order
+        convs = [block._modules.pop(name) for name in ("conv1", "conv2", "conv3")]
+        for name, conv in zip(("conv2", "conv1", "conv3"), convs, strict=True):
+            block._modules[name] = conv
+    return block  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "no window",
+        "another window",
+        "zero padding",
+        "one more layer",
+        "one more parameter",
+        "other names",
+        "names swapped",
+    ],
+)
+def test_what_its_parts_leave_open_is_not_guessed(tmp_path: Path, change: str) -> None:
+    model = nn.Sequential(no_published_block(change))
+    with pytest.raises(UserError, match=r"cannot be imported here: models\.common\.ACmix\n") as caught:
+        load(saved_as(tmp_path / "a.pt", model, Published, "models.common.ACmix"))
+    assert "--arch" in caught.value.hint
+
+
+@pytest.mark.parametrize("trust", [False, True], ids=["restricted", "trusted"])
+def test_the_weights_of_classes_that_are_gone_are_of_use(tmp_path: Path, arch: str, trust: bool) -> None:
+    """Without their code nothing says what such modules compute, but whoever has it needs no more than the weights."""
+    state = network().state_dict()
+    model = Neck(network())
+    path = saved_as(tmp_path / "a.pt", {"model": model.half()}, Neck, "__main__.Neck")
+    with pytest.raises(UserError, match=r"__main__\.Neck") as caught:
+        load(path, trust=trust)
+    assert ("--trust" in caught.value.hint) is not trust
+    (tmp_path / "arch_of_neck.py").write_text(
+        "import arch_of_test\nfrom torch import nn\n"
+        "def build():\n    neck = nn.Module()\n    neck.block = arch_of_test.build()\n    return neck\n"
+    )
+    loaded: Any = load(path, arch="arch_of_neck:build", trust=trust)
+    assert loaded.module.state_dict().keys() == {f"block.{name}" for name in state}
+    torch.testing.assert_close(loaded.module.state_dict(), model.float().state_dict())
+    assert loaded.notes[-1] == "weights converted from float16 to float32"
+    sys.modules.pop("arch_of_neck")
+
+
+def test_a_class_that_is_there_is_not_replaced_by_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its code is at hand, what it computes can be proven, and --trust is the way to that."""
+    path = saved_as(tmp_path / "a.pt", nn.Sequential(Published()), Published, "models.common.ACmix")
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    importlib.invalidate_caches()
+    assert load(path).notes  # a folder of that name is no package with that class
+    (folder / "common.py").write_text("raise SystemExit('was imported')\n")
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=r"restricted load refuses: models\.common\.ACmix"):
+        load(path)
+
+
+def test_a_tree_of_inert_attributes_beside_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options of a program that is not here: objects of its classes and argparse's."""
+    model = nn.Sequential(nn.ReLU())
+    options = argparse.Namespace(lr=0.1, nested=argparse.Namespace(a=[1, {"b": None}]))
+    model.options = options  # type: ignore[assignment]
+
+    class Settings:
+        def __init__(self) -> None:
+            self.depth = 3
+
+    path = saved_as(tmp_path / "a.pt", {"model": model, "settings": Settings()}, Settings, "theirs.config.Settings")
+    module: Any = load(path).module
+    assert vars(module.options.nested) == {"a": [1, {"b": None}]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What must not run
 
 
@@ -455,7 +651,7 @@ def test_a_class_that_cannot_be_imported_even_with_trust(tmp_path: Path) -> None
         patch.setattr(Local, "__module__", "gone")
         patch.setattr(sys.modules["gone"], "Local", Local, raising=False)
         path = saved(tmp_path / "a.pt", Local())
-    with pytest.raises(UserError, match="No module named 'gone'"):
+    with pytest.raises(UserError, match=r"gone\.Local \(No module named 'gone'\)"):
         load(path, trust=True)
 
 

@@ -1,0 +1,42 @@
+"""Say what this machine has, lacks or has wrong, what is in a file, which known faults it has, and what mends each.
+
+example:
+  acmix-deploy doctor
+  acmix-deploy doctor model.pt
+  acmix-deploy doctor model.onnx --json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acmix_deploy.cli.common import console, print_json, progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, nargs="?", help="checkpoint, ONNX file, engine or plugin (default: none)")
+    parser.add_argument(
+        "--plugin", type=Path, metavar="FILE", help="library to look into (default: libacmix_plugin.so, if there)"
+    )
+    parser.add_argument("--trust", action="store_true", help="let a checkpoint run code; only for files you trust")
+
+
+def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.doctor import environment, examine
+    from acmix_deploy.report.documents import DoctorDocument
+
+    with progress() as report_progress:
+        report_progress("looking at this machine")
+        here = environment(options.plugin)
+        file = None
+        if options.file:
+            file = examine(options.file, trust=options.trust, plugin=options.plugin, progress=report_progress)
+    document = DoctorDocument(environment=here, file=file)
+    if options.json:
+        print_json(document)
+    else:
+        from acmix_deploy.report.show_doctor import show_diagnosis
+
+        show_diagnosis(document, console())
+    return 0 if document.healthy else 1

@@ -1,0 +1,121 @@
+"""The faults of published blocks and their copies, each with its symptom and what mends it. Pure data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_REPLACED = "acmix-deploy export replaces the block by its own, proven equal"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One known fault."""
+
+    what: str
+    symptom: str
+    """What a user sees of it, with the message in the words of the library that gives it."""
+    remedy: str
+    """What mends it; a sentence."""
+    report: str = ""
+    """Pattern of what the recognition of blocks says of it."""
+
+
+FAULTS: dict[str, Fault] = {
+    "float64-position": Fault(
+        "`torch.linspace` makes the position term float64 in TorchScript exports",
+        "ONNX Runtime: `Could not find an implementation for Conv`",
+        "acmix-deploy fuse removes the chain from the file.",
+    ),
+    "linspace-position": Fault(
+        "coordinates come from `torch.linspace`, whose length an exporter keeps as a constant or whose type it widens",
+        "other sizes fail, though the signature is dynamic",
+        f"{_REPLACED}; in code: `a = torch.arange(W); a * 2 / a[-1:] - 1`.",
+        "position computed with linspace",
+    ),
+    "frozen-size": Fault(
+        "a height or width that is declared free holds for the size of the export alone",
+        "ONNX Runtime fails on every other size",
+        "Export the checkpoint again with acmix-deploy export --dynamic height,width, which runs the file at other "
+        "sizes before it counts.",
+    ),
+    "frozen-batch": Fault(
+        "the batch is declared free and fixed inside, as by `int(...)` in `window_reverse`",
+        "the file exports, and fails at batch 2 or mixes images",
+        "Export the checkpoint again with acmix-deploy export --dynamic batch, which runs the file at another batch "
+        "before it counts.",
+    ),
+    "traced-batch": Fault(
+        "the batch is computed with `int(...)`, which tracing keeps as a constant",
+        "the file exports, and fails at batch 2",
+        f"{_REPLACED}; in code: reshape with -1 for the batch.",
+        "exported by tracing it holds for one batch alone",
+    ),
+    "float32-position": Fault(
+        "position tensors are made in float32 whatever the model's type",
+        "PyTorch: `Input type (float) and bias type (c10::Half) should be the same`",
+        f"{_REPLACED}; in code: make the coordinates in the type of the input.",
+        r"does not run in the \w+ of its weights",
+    ),
+    "cuda-position": Fault(
+        "`.cuda()` whatever the input's device",
+        "fails without a GPU, or on the second one",
+        f"{_REPLACED}; in code: give `device=x.device`.",
+        "tensors moved to CUDA whatever the input's device",
+    ),
+    "no-bias": Fault(
+        "initialisation sets `dep_conv.bias` to `None`",
+        "checkpoints with and without that tensor: `Missing key(s) in state_dict`, `Unexpected key(s)`",
+        "The project's own ACmix loads both; acmix-deploy export needs nothing.",
+        r"dep_conv\.bias is None",
+    ),
+    "scalar-rates": Fault(
+        "rates are scalars in some copies, of shape (1,) in others",
+        "PyTorch: `size mismatch for rate1`",
+        "The project's own ACmix widens them; acmix-deploy export needs nothing.",
+        "scalar rates widened",
+    ),
+    "folded-position": Fault(
+        "constant folding stored the unfolded position term",
+        "the file grows with the image size, by K*K numbers for each pixel and channel of a head",
+        "acmix-deploy fuse recovers $P$, two numbers for each channel of a head, and drops the tensor.",
+    ),
+    "misplaced-argument": Fault(
+        "YAML arguments ended up in the wrong place: `kernel_att` 512 or 1",
+        "fails, or computes something else",
+        "Put the arguments in the order [out_planes, kernel_att, head] and train again.",
+        "it must be odd and at least 3",
+    ),
+    "no-block": Fault(
+        "a module is called or built like a known block and computes something else",
+        "",
+        "It is exported as it is and not fused; if it should be a known block, the reason says what to change.",
+        ".",
+    ),
+    "blocked-load": Fault(
+        "a configuration object (yacs, argparse) lies beside the weights",
+        "PyTorch: `Unsupported global: GLOBAL yacs.config.CfgNode was not an allowed global by default`",
+        "acmix-deploy loads it with an inert object in its place; for torch.load, save the configuration as text.",
+    ),
+    "missing-class": Fault(
+        "classes of the model cannot be imported: `models.common`, `__main__`, a changed Ultralytics",
+        "PyTorch: `Can't get attribute`, `No module named 'models'`",
+        "Run in the folder of their code with --trust, or give what builds the model: --arch package.module:factory.",
+    ),
+    "refused-file": Fault(
+        "ONNX Runtime refuses the file",
+        "",
+        "Export the checkpoint again with acmix-deploy export.",
+    ),
+    "other-machine": Fault(
+        "the engine was built for something else than there is here",
+        "",
+        "Build it again on this machine: acmix-deploy build.",
+    ),
+}
+"""By name. ``no-block`` comes after those whose report is more telling."""
+
+
+def reported_as(text: str) -> str:
+    """Name of the fault that a report of the recognition is about."""
+    return next(name for name, fault in FAULTS.items() if fault.report and re.search(fault.report, text))

@@ -1,0 +1,87 @@
+"""Look into a file for the known faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from acmix_deploy.artifacts import read_artifact, sha256, sidecar
+from acmix_deploy.doctor.diagnosis import Examination, Finding
+from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
+from acmix_deploy.manifest import KIND, check, read_manifest, this_machine
+from acmix_deploy.plugin.library import check as check_plugin
+
+Progress = Callable[[str], None]
+
+
+def examine(path: Path, *, trust: bool = False, plugin: Path | None = None, progress: Progress) -> Examination:
+    """What is in a checkpoint, an ONNX file, an engine or a plugin, and which known faults it has.
+
+    Args:
+        path: the file. Its kind follows from its content.
+        trust: let a checkpoint run code.
+        plugin: the library that an engine would be run with.
+        progress: told what is being done.
+
+    Raises:
+        UserError: it cannot be read, or is none of these.
+        MissingComponent: PyTorch, for a checkpoint, is not installed.
+        CheckFailed: a plugin crashes.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}", "Name a file.") from error
+    progress(f"looking into {path}")
+    if head == b"\x7fELF":
+        return _plugin(path)
+    if head[1:] == b"trt" or path.suffix in (".engine", ".plan") or _kind(path) == KIND:
+        return _engine(path, plugin)
+    if head[:2] in (b"PK", b"\x80\x02") or path.suffix in (".pt", ".pth", ".pt2", ".ckpt"):
+        from acmix_deploy.doctor.checkpoints import examine_checkpoint
+
+        return examine_checkpoint(path, trust, progress)
+    from acmix_deploy.doctor.graphs import examine_onnx
+
+    return examine_onnx(path, progress)
+
+
+def _kind(path: Path) -> str:
+    return read_artifact(path).kind if sidecar(path).is_file() else ""
+
+
+def _plugin(path: Path) -> Examination:
+    library = check_plugin(path)
+    contents = {
+        "version": library.version,
+        "TensorRT": library.tensorrt,
+        "CUDA": library.cuda,
+        "architectures": library.architectures,
+        "operators": ", ".join(f"{creator.name} by {creator.interface}" for creator in library.creators),
+    }
+    return Examination(path=path, kind="plugin", contents=contents, findings=())
+
+
+def _engine(path: Path, plugin: Path | None) -> Examination:
+    """An engine by its manifest; it is not loaded."""
+    if not sidecar(path).is_file():
+        note = "it has no manifest, so it cannot be told what it was built for; acmix-deploy build writes one"
+        return Examination(path=path, kind="engine", contents={}, findings=(), notes=(note,))
+    manifest = read_manifest(path)
+    machine = manifest.machine
+    contents = {
+        "built with": machine.tensorrt,
+        "for": ", ".join(f"sm_{sm}" for sm in manifest.compute_capabilities) or machine.device,
+        "precision": manifest.precision,
+        "plugin": str(manifest.plugin.path) if manifest.plugin else "none",
+    }
+    findings, notes = [], []
+    try:
+        library = plugin or (manifest.plugin.path if manifest.plugin else None)
+        check(manifest, this_machine(machine.backend), sha256(library) if library and library.is_file() else None)
+    except MissingComponent as error:
+        notes.append(f"whether it fits this machine cannot be told: {error.message}")
+    except AcmixDeployError as error:
+        findings.append(Finding.of("other-machine", error.message, remedy=error.hint))
+    return Examination(path=path, kind="engine", contents=contents, findings=tuple(findings), notes=tuple(notes))
