@@ -5,17 +5,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench docs lint resources release-check test-gpu bench-gpu clean
+.PHONY: help setup demo test soak bench docs lint resources release-check test-gpu bench-gpu clean
 
 help:
-	@echo "make demo           export, fuse and verify a YOLOv8n with three ACmix blocks, print the table"
-	@echo "make test           run all tests"
+	@echo "make demo           take a trained YOLOv8n with three ACmix blocks to FP16 and INT8, draw what they find"
+	@echo "make test           run all tests but those of make soak"
+	@echo "make soak           run the tests that take long: large detectors, mAP on 500 images"
 	@echo "make bench          time one block, fused against plain, on ONNX Runtime"
 	@echo "make docs           write the generated parts of the documentation"
 	@echo "make lint           ruff, mypy --strict, the import linter and clang-format"
 	@echo "make resources      compile the kernels and write down what each one needs"
 	@echo "make test-gpu       the tests that need a GPU"
-	@echo "make bench-gpu      time the kernels on a GPU"
+	@echo "make bench-gpu      time the kernels and engines on a GPU"
 	@echo "make release-check  run all tests with nothing skipped, and compile the kernels for all architectures"
 
 setup: $(READY)
@@ -29,6 +30,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+soak: $(READY)
+	ACMIX_SOAK=1 $(BIN)/python -m pytest -m soak
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py
@@ -51,6 +55,7 @@ test-gpu: $(READY)
 
 bench-gpu: $(READY)
 	$(BIN)/python scripts/bench_gpu.py
+	$(BIN)/python scripts/bench_engines.py
 
 release-check: $(READY)
 	scripts/release_check.sh $(BIN)/python

@@ -23,8 +23,8 @@ from torch.export import Dim, ExportedProgram
 
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
+from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.operators.local_attention.body import OPSETS
 from acmix_deploy.runtime.inputs import Shape, random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session

@@ -1,42 +1,46 @@
-"""The main job on a YOLOv8n with ACmix blocks at P3, P4 and P5: make a checkpoint, then what a user would run on it.
-
-The weights are random, but not dead: batch normalisation has seen images, so that the outputs depend on the input
-and the errors in the table mean something.
-"""
+"""The main job on the trained detector: to FP16 and INT8 as a user would take it, and a picture of what it finds."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-import torch
+import shapes
+from train_shapes import CHECKPOINT
 
-from acmix_deploy import cli, yolo
+from acmix_deploy import cli
 
 FOLDER = Path("out/demo")
-IMAGE_SIZE = 640
 
 
-def make_checkpoint(path: Path, variant: yolo.Variant = "p3p4p5") -> None:
-    """Save an untrained detector as Ultralytics saves a trained one: pickled, in half precision."""
-    torch.manual_seed(0)
-    model = yolo.build(variant, "n")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("rate1", "rate2")):
-                parameter.uniform_(0.3, 0.9)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = None  # the plain mean over all images seen
-        for _ in range(4):
-            model.train()(torch.rand(2, 3, 256, 256))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.eval().half(), "ema": None, "train_args": {"imgsz": IMAGE_SIZE}}, path)
+def main() -> int:
+    calibration = shapes.write(FOLDER / "calibration", seed=11, count=64)
+    unseen = shapes.write(FOLDER / "unseen", seed=12, count=32)
+    files = [FOLDER / f"{CHECKPOINT.stem}{suffix}.onnx" for suffix in ("", ".int8")]
+    picture = FOLDER / "found.png"
+    for command in (
+        [
+            "export",
+            os.path.relpath(CHECKPOINT),
+            "--fp16",
+            "--int8",
+            "--calibration",
+            calibration,
+            "--expect",
+            3,
+            "--out",
+            FOLDER,
+        ],
+        ["verify", *files, "--images", unseen, "--worst", picture],
+    ):
+        arguments = [*map(str, command)]
+        print(f"$ acmix-deploy {' '.join(arguments)}", flush=True)
+        if code := cli.main(arguments):
+            return code
+    print(f"\n{picture} shows what the float32 file finds (left) and the INT8 file (right), where they differ most")
+    return 0
 
 
 if __name__ == "__main__":
-    checkpoint = FOLDER / "yolov8n-acmix.pt"
-    make_checkpoint(checkpoint)
-    command = ["export", str(checkpoint), "--fp16", "--expect", "3", "--out", str(FOLDER)]
-    print(f"$ acmix-deploy {' '.join(command)}", flush=True)
-    sys.exit(cli.main([*command, *sys.argv[1:]]))
+    sys.exit(main())

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
+from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.manifest import Manifest
 from acmix_deploy.operators.header import cpp_header
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -21,6 +22,7 @@ from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.report.documents import (
     BuildDocument,
+    DoctorDocument,
     FuseDocument,
     InspectDocument,
     PluginDocument,
@@ -30,6 +32,7 @@ from acmix_deploy.report.documents import (
 )
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.targets import TARGETS, Target
+from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolerance_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,6 +45,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "plugin": PluginDocument,
     "build": BuildDocument,
     "inspect": InspectDocument,
+    "doctor": DoctorDocument,
 }
 """What the verbs print with ``--json``, by the name of its schema."""
 
@@ -64,7 +68,9 @@ def generated() -> dict[Path, str]:
             "report": _fields(schemas["export-report"]),
             "sidecar": _fields(Artifact.model_json_schema(mode="serialization")),
         },
+        "docs/doctor.md": {"faults": _faults()},
         "docs/targets.md": {"targets": _targets()},
+        "docs/verify.md": {"limits": _verify_limits()},
     }
     files = {f"docs/{name}.schema.json": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
     files["plugins/include/acmix/operators.h"] = cpp_header()
@@ -148,6 +154,26 @@ def _targets() -> str:
 
     head = ("target", "TensorRT", "CUDA", "sm", "opset at most", "form", "types from")
     return _table(head, *map(row, TARGETS.values()))
+
+
+def _faults() -> str:
+    rows = [(f"`{name}`", fault.what, fault.symptom, fault.remedy) for name, fault in FAULTS.items()]
+    return _table(("fault", "what it is", "how it shows", "what mends it"), *rows)
+
+
+def _verify_limits() -> str:
+    rows = [
+        (
+            name,
+            *(f"{tolerance_of(FILE_TOLERANCES, name, output).limit():g}" for output in ("", "scores")),
+            f"{limits.lost:.1%}",
+            *(f"{limit:g}" for limit in (limits.score_change, limits.iou, limits.near)),
+        )
+        for name, limits in DETECTION_LIMITS.items()
+    ]
+    outputs = ("candidate", "relative L2 of an output", "of a detector's scores")
+    head = (*outputs, "detections lost, and added", "mean score change", "mean IoU", "near the threshold")
+    return _table(head, *rows)
 
 
 def _command_line() -> str:

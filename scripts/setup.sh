@@ -25,5 +25,5 @@ if [ ! -x "$venv/bin/pip" ]; then
     fi
 fi
 
-echo "Installing acmix-deploy with PyTorch, ONNX Runtime and Ultralytics into $venv (about 5 GB, some minutes) ..." >&2
+echo "Installing acmix-deploy with PyTorch, ONNX Runtime, Ultralytics and TensorRT-RTX into $venv (about 6 GB, some minutes) ..." >&2
 "$venv/bin/pip" install --quiet --disable-pip-version-check --editable '.[dev]'

@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
-from tensorrt_parts import cuda, libraries  # noqa: F401  fixtures
+from tensorrt_parts import cuda, libraries, rtx  # noqa: F401  fixtures
 
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_AUTOINSTALL"] = "false"
 os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("soak") and not os.environ.get("ACMIX_SOAK"):
+        pytest.skip("takes many minutes: make soak")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """TensorRT 8.6 on an Orin, which does as it is told."""
+    from acmix_deploy import manifest
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake_tensorrt"))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(manifest, "_device", lambda: {"gpu": "Orin", "sm": 87})
+    yield lambda mode: monkeypatch.setenv("FAKE_TENSORRT", mode)
+    sys.modules.pop("tensorrt", None)
+
+
+@pytest.fixture
+def gpu(fake, monkeypatch):
+    """The same with a CUDA on which engines run. At the end all that was made is given back."""
+    from fake_cuda.runtime import Cuda
+
+    device = Cuda()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", device)
+    yield device
+    assert (device.live, device.error) == ({}, device.cudaError_t.cudaSuccess)
+    if "tensorrt" in sys.modules:
+        wrong = [event for event in sys.modules["tensorrt"]._events if "before" in event or "without" in event]
+        assert wrong == []
+
+
+@pytest.fixture
+def empty_library(tmp_path):
+    """A library that loads and registers no plugin."""
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("no C compiler")
+    subprocess.run([compiler, "-shared", "-o", tmp_path / "empty.so", "-x", "c", os.devnull], check=True)
+    return tmp_path / "empty.so"

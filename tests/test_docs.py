@@ -7,11 +7,11 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +21,10 @@ from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.report.model import ExportReport
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import shapes
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))}
@@ -35,7 +39,7 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the documentation takes for granted: model.pt with three blocks, ONNX files of it, and photos."""
+    """What the documentation takes for granted: model.pt with three blocks, ONNX files of it, photos, and test data."""
     folder = tmp_path_factory.mktemp("docs")
     torch.manual_seed(0)
     stem = nn.Conv2d(3, 16, 3, stride=64, padding=1)
@@ -43,9 +47,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(model, folder / "model.pt")
     export(model, folder / "model.onnx")
     fuse(folder / "model.onnx", folder / "model.fused.onnx", expect=3)
-    cv2 = pytest.importorskip("cv2", reason="needs opencv")
-    (folder / "photos").mkdir()
-    cv2.imwrite(str(folder / "photos" / "noise.png"), np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    pytest.importorskip("cv2", reason="needs opencv")
+    shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
+    shutil.copytree(ROOT / "tests/data", folder / "tests/data")
     return folder
 
 
@@ -54,7 +58,7 @@ def test_commands_and_code_run(
     name: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = PAGES[name]
-    if "yolo" in "".join(code for _, code in blocks(page, "python")):
+    if re.search("yolo|tests/data/shapes.pt", "".join(code for _, code in blocks(page, "python", "console"))):
         pytest.importorskip("ultralytics", reason="needs ultralytics")
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -69,10 +73,12 @@ def test_commands_and_code_run(
             continue
         for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
             command, _, shown = session.partition("\n")
-            # Run by test_plugin_build.py and test_engine.py, which have the compiler and TensorRT.
-            if command.startswith(("acmix-deploy plugin ", "acmix-deploy build ")):
+            # Run by tests that have the compiler and TensorRT, or something in their place.
+            if not command.startswith("acmix-deploy "):
+                continue
+            if command.startswith(("acmix-deploy plugin ", "acmix-deploy build ")) or ".engine" in command:
                 cli.parser().parse_args(shlex.split(command)[1:])
-            elif command.startswith("acmix-deploy "):
+            else:
                 capsys.readouterr()
                 code = cli.main(shlex.split(command)[1:])
                 printed = capsys.readouterr()

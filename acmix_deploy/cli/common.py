@@ -34,6 +34,28 @@ def add_fusion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expect", type=count, metavar="N", help="fail unless exactly N blocks fuse")
 
 
+def add_float32(parser: argparse.ArgumentParser) -> None:
+    """The option of the verbs that convert to float16."""
+    parser.add_argument(
+        "--float32",
+        type=float32_list,
+        default="decode,softmax,range",
+        metavar="LIST",
+        help="what stays in float32 beside float16: decode, softmax, range (docs/pipeline.md#half-precision) and "
+        "patterns of names of nodes or weights, by commas; none for nothing (default: decode,softmax,range)",
+    )
+
+
+def float32_list(text: str) -> tuple[str, ...]:
+    """``decode,model.22.*`` as its parts, ``none`` as nothing."""
+    parts = tuple(text.split(","))
+    if parts == ("none",):
+        return ()
+    if "none" in parts or "" in parts:
+        raise ValueError(text)
+    return parts
+
+
 def add_target(parser: argparse.ArgumentParser) -> None:
     """Options of the verbs that also write the file to carry to a target."""
     parser.add_argument(
@@ -64,9 +86,8 @@ def add_input_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input-shape",
         type=input_shape,
-        default=(1, 3, 640, 640),
         metavar="B,C,H,W",
-        help="sizes for axes that are free (default: 1,3,640,640)",
+        help="sizes for axes that are free (default: the engine's usual ones, else of training, else 1,3,640,640)",
     )
 
 
@@ -90,6 +111,14 @@ def positive(text: str) -> int:
     """An integer of at least 1."""
     value = int(text)
     if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def duration(text: str) -> float:
+    """Seconds, more than 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
         raise ValueError(text)
     return value
 

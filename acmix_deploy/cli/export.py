@@ -1,7 +1,9 @@
-"""Take a checkpoint to plain, fused and half-precision ONNX files, verified against PyTorch and timed.
+"""Take a checkpoint to plain, fused and typed ONNX files and, where there is TensorRT and a GPU, to an engine, all
+verified against PyTorch and timed.
 
 example:
   acmix-deploy export model.pt --fp16 --image-size 640 --for jetpack-6.2 --out deploy
+  acmix-deploy export model.pt --int8 --calibration photos
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from acmix_deploy.cli.common import (
+    add_float32,
     add_fusion,
     add_target,
     console,
@@ -20,6 +23,7 @@ from acmix_deploy.cli.common import (
     progress,
     target_of,
 )
+from acmix_deploy.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fp16", action="store_true", help="also write a file that computes in half precision")
     parser.add_argument(
         "--fp16-io", action="store_true", help="the same, with inputs and outputs in half precision too"
+    )
+    add_float32(parser)
+    parser.add_argument("--int8", action="store_true", help="also write a file whose layers are INT8; --calibration")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="folder of images for --int8, like those to be seen"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--image-size", type=positive, metavar="N", help="side of the image (default: the model's own)")
@@ -41,12 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--opset", type=int, metavar="N", help="17 to 21 (default: 18, or what the target reads)")
     add_target(parser)
+    parser.add_argument(
+        "--plugin", type=Path, metavar="FILE", help="library for the engine (default: made here, if it can be)"
+    )
+    parser.add_argument("--no-engine", action="store_true", help="write files alone, also where TensorRT is")
     add_fusion(parser)
     parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")
     parser.add_argument("--trust", action="store_true", help="let the checkpoint run code; only for files you trust")
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.int8 != (options.calibration is not None):
+        raise UserError(
+            "--int8 and --calibration go together", "Give both: --int8 --calibration DIR, a folder of images."
+        )
     target = target_of(options)
     with progress() as report_progress:
         pipeline = needs_torch("acmix_deploy.pipeline")
@@ -55,12 +72,16 @@ def run(options: argparse.Namespace) -> int:
             options.out or Path(f"{options.model.stem}-deploy"),
             fp16=options.fp16,
             fp16_io=options.fp16_io,
+            float32=options.float32,
+            calibration=options.calibration,
             image_size=options.image_size,
             input_shape=options.input_shape,
             dynamic=options.dynamic,
             opset=options.opset,
             target=target,
             form=options.target,
+            engine=not options.no_engine,
+            plugin=options.plugin,
             conv_branch=options.conv_branch,
             expect=options.expect,
             arch=options.arch,

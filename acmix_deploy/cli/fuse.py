@@ -22,10 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.artifacts import write_artifact
+    from acmix_deploy.engine import onnx_file
     from acmix_deploy.forms import write_for
     from acmix_deploy.fusion import fuse
+    from acmix_deploy.report.target import TargetReport
 
     target = target_of(options)
+    if target:
+        target.check_opset(onnx_file.opset(onnx_file.load(options.model, weights=False)), str(options.model))
     with progress() as report_progress:
         report = fuse(
             options.model,
@@ -35,11 +39,11 @@ def run(options: argparse.Namespace) -> int:
             progress=report_progress,
         )
     write_artifact(options.output, "fused", parents=[options.model], settings={"conv_branch": options.conv_branch})
-    made_for, inlined = write_for(target, options.output, options.target) if target else (None, {})
+    made_for = TargetReport.of(target, *write_for(target, options.output, options.target)) if target else None
     if options.json:
         from acmix_deploy.report.documents import FuseDocument
 
-        print_json(FuseDocument(**report.model_dump()))
+        print_json(FuseDocument(**report.model_dump(), target=made_for))
     else:
         from acmix_deploy.report.tables import graph_blocks
 
@@ -47,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         out.print(graph_blocks(report) if report.blocks else "No ACmix block in the graph, nothing was fused.")
         out.print(f"{report.nodes_before} nodes became {report.nodes_after}: {options.output}")
         if made_for:
-            out.print(f"For {options.made_for}, form {made_for.settings['form']}: {made_for.path}")
-        for name, what in inlined.items():
-            out.print(f"{name} has {what}, which the plugin does not take: standard operators in that file")
+            out.print(f"For {made_for.name}, form {made_for.form}: {options.output.with_name(made_for.file)}")
+            for name, what in made_for.inlined.items():
+                out.print(f"{name} has {what}, which the plugin does not take: standard operators in that file")
     return 0

@@ -1,8 +1,10 @@
-"""Measure the latency of ONNX files on ONNX Runtime, in turn when there are several.
+"""Measure the latency of ONNX files on ONNX Runtime and of engines, in turn when there are several.
 
 example:
   acmix-deploy profile model.onnx
-  acmix-deploy profile model.onnx model.fused.onnx --samples 100
+  acmix-deploy profile model.onnx model.fused.onnx --layers
+  acmix-deploy profile model.engine --layers --power
+  acmix-deploy profile model.engine times.json
 """
 
 from __future__ import annotations
@@ -10,14 +12,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_input_shape, console, positive, print_json, progress
+from acmix_deploy.cli.common import add_input_shape, console, duration, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, nargs="+", help="ONNX file; the first is what others are compared with")
-    parser.add_argument("--samples", type=positive, default=50, metavar="N", help="runs to count (default: 50)")
-    parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="time for each file (default: 30)")
+    parser.add_argument(
+        "model",
+        type=Path,
+        nargs="+",
+        help="ONNX file, engine, or .json of trtexec --exportTimes; the first is what others are compared with",
+    )
+    parser.add_argument(
+        "--samples", type=positive, metavar="N", help="runs to count (default: 1000 of an engine, 50 of an ONNX file)"
+    )
+    parser.add_argument("--seconds", type=duration, default=30.0, metavar="S", help="time for each file (default: 30)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads within an operator (default: all cores)")
+    parser.add_argument("--layers", action="store_true", help="also time every layer, and sum them up by block")
+    parser.add_argument("--power", action="store_true", help="also measure power, and energy per inference")
+    parser.add_argument(
+        "--plugin", type=Path, metavar="FILE", help="plugin of the engines (default: where they were built with it)"
+    )
     add_input_shape(parser)
 
 
@@ -32,18 +46,16 @@ def run(options: argparse.Namespace) -> int:
             samples=options.samples,
             seconds=options.seconds,
             threads=options.threads,
+            plugin=options.plugin,
+            layers=options.layers,
+            power=options.power,
         )
     if options.json:
         from acmix_deploy.report.documents import ProfileDocument
 
         print_json(ProfileDocument(profiles=profiles))
     else:
-        from acmix_deploy.report.tables import latencies
+        from acmix_deploy.report.show_profile import show_profiles
 
-        out = console()
-        out.print(latencies(profiles))
-        machine = profiles[0].machine
-        out.print(f"{profiles[0].provider}, {profiles[0].threads} threads, {machine.cpu}", style="dim")
-        for note in dict.fromkeys(profile.note for profile in profiles if profile.note):
-            out.print(f"Note: {note}", style="yellow")
+        show_profiles(profiles, console())
     return 0

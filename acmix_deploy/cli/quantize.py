@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, positive, print_json, progress
+from acmix_deploy.cli.common import add_float32, console, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantize-head", action="store_true", help="quantise the detection head too")
     parser.add_argument("--fp16", action="store_true", help="what is not INT8 becomes float16; needs opset 19")
+    add_float32(parser)
     parser.add_argument(
         "--image-size",
         type=image_size,
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
             exclude=options.exclude,
             quantize_head=options.quantize_head,
             fp16=options.fp16,
+            float32=options.float32,
             image_size=options.image_size,
             limit=options.limit,
             progress=report_progress,
@@ -73,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
         "exclude": options.exclude,
         "quantize_head": options.quantize_head,
         "fp16": options.fp16,
+        "float32": options.float32,
         "images": report.images,
         "input_shape": report.input_shape,
     }

@@ -1,49 +1,150 @@
-"""Compare two ONNX files output by output on ONNX Runtime, at several sizes where their axes are free.
+"""Compare two files output by output, and detectors by what they detect in images.
 
 example:
   acmix-deploy verify model.onnx model.fused.onnx --random 5
-  acmix-deploy verify model.onnx model.fused.onnx --images photos
+  acmix-deploy verify model.onnx model.fused.onnx --images photos -o verify.json
+  acmix-deploy verify --from verify.json --max-relative 0.02
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from acmix_deploy.cli.common import add_input_shape, console, positive, print_json, progress
+from acmix_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from acmix_deploy.verify import Verification
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("reference", type=Path, help="ONNX file that is right")
-    parser.add_argument("candidate", type=Path, help="ONNX file to compare with it")
+    parser.add_argument("reference", type=Path, nargs="?", help="file that is right, ONNX or an engine")
+    parser.add_argument("candidate", type=Path, nargs="?", help="file to compare with it, ONNX or an engine")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--images", type=Path, metavar="DIR", help="take inputs from the images in a folder")
-    source.add_argument("--random", type=positive, default=3, metavar="N", help="take N random inputs (default: 3)")
+    source.add_argument(
+        "--images", type=Path, metavar="DIR", help="take inputs from the images in a folder, and compare detections"
+    )
+    source.add_argument("--random", type=positive, metavar="N", help="take N random inputs (default: 3)")
+    source.add_argument(
+        "--from",
+        dest="findings",
+        type=Path,
+        metavar="FILE",
+        help="run nothing; judge what -o, --json or `export` wrote before",
+    )
     add_input_shape(parser)
+    parser.add_argument(
+        "--provider",
+        choices=["cpu", "cuda", "tensorrt"],
+        help="what ONNX Runtime runs the candidate on (default: cpu)",
+    )
+    parser.add_argument("--plugin", type=Path, metavar="FILE", help="library with custom layers of either")
+    parser.add_argument(
+        "--confidence",
+        type=share,
+        metavar="X",
+        help="score above which there is a detection (default: 0.25)",
+    )
+    parser.add_argument(
+        "--max-relative",
+        type=not_negative,
+        metavar="X",
+        help="largest relative L2 of an output (default: by the candidate's type, docs/verify.md)",
+    )
+    parser.add_argument(
+        "--max-lost",
+        type=share,
+        metavar="X",
+        help="largest share of detections lost, and of such added (default: by the candidate's type, docs/verify.md)",
+    )
+    parser.add_argument(
+        "--max-score-change",
+        type=share,
+        metavar="X",
+        help="largest mean change of a detection's score (default: by the candidate's type, docs/verify.md)",
+    )
+    parser.add_argument(
+        "--min-iou",
+        type=share,
+        metavar="X",
+        help="smallest mean overlap of matching boxes (default: by the candidate's type, docs/verify.md)",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write what --json prints to a file")
+    parser.add_argument("--worst", type=Path, metavar="FILE", help="draw the worst image, both detectors side by side")
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
 
 
 def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.artifacts import replacing
+    from acmix_deploy.report.documents import VerifyDocument
+    from acmix_deploy.verify.limits import relative_at_most
+    from acmix_deploy.verify.picture import check_name, draw
+
+    if options.worst:
+        check_name(options.worst)
+        if not options.images and not options.findings:
+            raise UserError("--worst draws one of the images, and there are none", "Add --images DIR.")
+    verification = _found(options)
+    if options.max_relative is not None:
+        verification = verification.judged_by(relative_at_most(options.max_relative))
+    limits = {"lost": options.max_lost, "score_change": options.max_score_change, "iou": options.min_iou}
+    verification = verification.judged_by(**{name: limit for name, limit in limits.items() if limit is not None})
+    document = VerifyDocument(**verification.model_dump())
+    if options.output:
+        with replacing(options.output) as temporary:
+            temporary.write_text(document.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+    if options.json:
+        print_json(document)
+    else:
+        from acmix_deploy.report.show_verification import show_verification
+
+        show_verification(verification, console())
+    if options.worst:
+        worst = verification.worst_image
+        if worst is None:
+            raise UserError("no detections were compared, so there is no worst image", "Compare detectors on --images.")
+        draw(worst, options.worst)
+    verification.check()
+    return 0
+
+
+def _found(options: argparse.Namespace) -> Verification:
+    names = ("images", "random", "input_shape", "confidence", "provider", "plugin")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.findings:
+        if options.reference:
+            raise UserError(f"--from judges {options.findings}, and {options.reference} is given too", "Give one.")
+        if given:
+            what = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"--from runs nothing, so that {what} would change nothing", "Leave out one or the other.")
+        from acmix_deploy.verify import read_verification
+
+        return read_verification(options.findings)
+    if not options.candidate:
+        raise UserError("two files are compared", "Name the one that is right, then the other.")
     from acmix_deploy.verify import compare_files
 
     with progress() as report_progress:
         report_progress("comparing")
-        verification = compare_files(
-            options.reference,
-            options.candidate,
-            images=options.images,
-            random=options.random,
-            input_shape=options.input_shape,
-        )
-    if options.json:
-        from acmix_deploy.report.documents import VerifyDocument
-
-        print_json(VerifyDocument(**verification.model_dump()))
-    else:
-        from acmix_deploy.report.tables import errors
-
-        out = console()
-        out.print(errors(verification))
-        for note in verification.notes:
-            out.print(f"Note: {note}", style="yellow")
-    verification.check()
-    return 0
+        return compare_files(options.reference, options.candidate, **given)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, computed_field
 
+from acmix_deploy.doctor import Diagnosis
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.plugin.library import Library
 from acmix_deploy.precision import Int8Report
-from acmix_deploy.profile import Profile
+from acmix_deploy.profile import Profile, compare
 from acmix_deploy.report.inspection import Inspection
+from acmix_deploy.report.target import TargetReport
 from acmix_deploy.verify import Verification
 
 
@@ -25,6 +27,8 @@ class Document(BaseModel):
 
 class FuseDocument(FusionReport, Document):
     """Result of ``acmix-deploy fuse``."""
+
+    target: TargetReport | None = Field(default=None, description="the file to carry to the target that was asked for")
 
 
 class QuantizeDocument(Int8Report, Document):
@@ -40,6 +44,11 @@ class ProfileDocument(Document):
 
     profiles: list[Profile] = Field(description="one for each file, in the order given")
 
+    @computed_field(description="what stands out between the files")  # type: ignore[prop-decorator]
+    @property
+    def notes(self) -> list[str]:
+        return compare(self.profiles)
+
 
 class PluginDocument(Library, Document):
     """Result of ``acmix-deploy plugin build`` and ``acmix-deploy plugin check``."""
@@ -51,3 +60,7 @@ class BuildDocument(BuildReport, Document):
 
 class InspectDocument(Inspection, Document):
     """Result of ``acmix-deploy inspect``."""
+
+
+class DoctorDocument(Diagnosis, Document):
+    """Result of ``acmix-deploy doctor``."""

@@ -13,6 +13,7 @@ from acmix_deploy.engine import onnx_file
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.manifest import KIND, Manifest
 from acmix_deploy.plugin.library import Library, describe
+from acmix_deploy.verify import read_verification
 
 State = Literal["unchanged", "changed", "not here"]
 
@@ -86,6 +87,8 @@ def _look(path: Path, artifact: Artifact | None, document: dict[str, Any]) -> tu
     with path.open("rb") as file:
         head = file.read(4)
     if path.suffix == ".json":
+        if "comparisons" in document:
+            return "verification", {"report": _compared(path)}
         return "report", {"report": _files_of_report(path, document)}
     if head == b"\x7fELF":
         return "plugin", {"plugin": describe(path)}
@@ -125,6 +128,13 @@ def _files_of_report(path: Path, document: dict[str, Any]) -> dict[str, str]:
         return {role: str(file["artifact"]["path"]) for role, file in document["files"].items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is neither the sidecar of a file nor the report of an export") from error
+
+
+def _compared(path: Path) -> dict[str, str]:
+    found = read_verification(path)
+    candidates = {comparison.candidate for comparison in found.comparisons}
+    verdict = "passed" if found.passed else "failed"
+    return {"reference": found.reference, "compared with it": ", ".join(sorted(candidates)), "outcome": verdict}
 
 
 def _read_sidecar(path: Path) -> Artifact | None:

@@ -6,8 +6,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from acmix_deploy.engine.build import BuildReport
+from acmix_deploy.profile import compare
 from acmix_deploy.report.model import ExportReport
-from acmix_deploy.report.tables import errors, graph_blocks, module_blocks, table
+from acmix_deploy.report.show_verification import detections, worst_image
+from acmix_deploy.report.tables import engine, errors, graph_blocks, module_blocks, quantized_layers, table
+from acmix_deploy.verify import Verification
+
+_WORST = 5  # layers in INT8 that are shown
 
 
 def show_export(report: ExportReport, console: Console) -> None:
@@ -16,24 +22,53 @@ def show_export(report: ExportReport, console: Console) -> None:
         Group(
             *_titled("Blocks in the model", module_blocks(report.blocks)),
             *_titled("Blocks in the graph", graph_blocks(report.fusion)),
+            *(_titled("Layers in INT8", quantized_layers(report.int8, most=_WORST)) if report.int8 else ()),
+            *(line for built in report.engines.values() for line in _engine(built)),
             *_titled("Files", _files(report)),
             *_titled("Error against the PyTorch model, worst over all inputs", errors(report.verification)),
+            *_detections(report.verification),
         )
     )
-    made_for = report.target.notes if report.target else []
-    for note in (*report.notes, *report.export.notes, *report.verification.notes, *made_for, *_latency_notes(report)):
+    for note in _notes(report):
         console.print(f"Note: {note}", style="yellow")
     console.print(f"\nFiles and report.json are in {_folder(report)}")
-    console.print("Next, on the target:")
+    console.print("Next:")
     for step in report.next_steps:
         console.print(f"  {step}", soft_wrap=True)
+
+
+def _engine(built: BuildReport) -> list[RenderableType]:
+    return _titled(f"Engine {built.artifact.path.name}", engine(built.manifest))
+
+
+def _detections(verification: Verification) -> list[RenderableType]:
+    if not verification.detections:
+        return []
+    worst = [line for found in verification.detections for line in worst_image(found)]
+    return [*_titled("Detections against the PyTorch model", detections(verification)), *worst]
+
+
+def _notes(report: ExportReport) -> list[str]:
+    notes = [*report.notes, *report.export.notes]
+    if report.int8 and report.int8.skipped:
+        skipped = report.int8.skipped
+        notes.append(f"{len(skipped)} calibration images could not be read: {', '.join(skipped)}")
+    if report.target:
+        notes += report.target.notes
+    for built in report.engines.values():
+        name = built.artifact.path.name
+        notes.append(f"{len(built.plugin_layers)} of the {built.layers} layers of {name} are computed by the plugin")
+        notes += [f"{name}: {node} has {why}, which the plugin does not take" for node, why in built.inlined.items()]
+        notes += built.notes
+    notes += compare([file.profile for role, file in report.files.items() if file.profile and role.endswith("engine")])
+    return [*notes, *report.verification.notes, *_latency_notes(report)]
 
 
 def _files(report: ExportReport) -> Table:
     rows = table("file", "nodes", "MB", "median ms", "p99 ms", "times faster", numeric=(1, 2, 3, 4, 5))
     plain = report.files["plain"].profile
     for file in report.files.values():
-        row = [file.artifact.path.name, str(file.nodes), f"{file.size_bytes / 1e6:.2f}"]
+        row = [file.artifact.path.name, str(file.nodes or ""), f"{file.size_bytes / 1e6:.2f}"]
         if file.profile and plain:
             ratio = "" if file.profile is plain else f"{plain.median_ms / file.profile.median_ms:.2f}"
             row += [f"{file.profile.median_ms:.1f}", f"{file.profile.p99_ms:.1f}", ratio]
@@ -43,8 +78,8 @@ def _files(report: ExportReport) -> Table:
 
 def _latency_notes(report: ExportReport) -> list[str]:
     profiles = [file.profile for file in report.files.values() if file.profile]
-    where = {f"latency on ONNX Runtime, {profile.threads} threads of {profile.machine.cpu}" for profile in profiles}
-    return [*where, *dict.fromkeys(profile.note for profile in profiles if profile.note)]
+    where = (f"latency on {profile.where}" for profile in profiles)
+    return [*dict.fromkeys((*where, *(note for profile in profiles for note in profile.notes)))]
 
 
 def _folder(report: ExportReport) -> str:

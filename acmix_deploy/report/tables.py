@@ -81,14 +81,26 @@ def output_errors(report: Int8Report) -> Table:
 
 
 def latencies(profiles: Iterable[Profile]) -> Table:
-    """Latency of each file, and its ratio to the first."""
+    """Latency of each file, and its ratio to the first; where any has transfers, its median with them too."""
     found = list(profiles)
-    rows = table("file", "median ms", "p90 ms", "p99 ms", "samples", "times faster", numeric=(1, 2, 3, 4, 5))
+    transfers = any(profile.with_transfers_ms for profile in found)
+    columns = ["file", "median ms", "p90", "p95", "p99", "samples", "times faster"]
+    if transfers:
+        columns.insert(5, "with transfers")
+    rows = table(*columns, numeric=tuple(range(1, len(columns))))
     for profile in found:
-        ratio = f"{found[0].median_ms / profile.median_ms:.1f}" if profile is not found[0] else ""
-        figures = [f"{value:.2f}" for value in (profile.median_ms, profile.p90_ms, profile.p99_ms)]
-        rows.add_row(profile.file, *figures, str(len(profile.samples_ms)), ratio)
+        figures = [profile.median_ms, profile.p90_ms, profile.p95_ms, profile.p99_ms]
+        row = [milliseconds(figure) for figure in figures]
+        if transfers:
+            row.append(milliseconds(profile.median_with_transfers_ms))
+        ratio = f"{found[0].median_ms / profile.median_ms:.2f}" if profile is not found[0] else ""
+        rows.add_row(profile.file, *row, str(len(profile.samples_ms)), ratio)
     return rows
+
+
+def milliseconds(value: float | None) -> str:
+    """Four digits or so; nothing for None."""
+    return "" if value is None else f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
 
 
 def engine(manifest: Manifest) -> Table:

@@ -1,0 +1,95 @@
+"""Profiles, for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from acmix_deploy.profile import Profile, compare
+from acmix_deploy.report.tables import latencies, milliseconds, table
+
+_MOST = 10  # groups of layers besides the blocks
+
+
+def show_profiles(profiles: Sequence[Profile], console: Console) -> None:
+    """Print everything of profiles that a person wants to see."""
+    console.print(latencies(profiles))
+    if with_layers := [profile for profile in profiles if profile.layers]:
+        console.print("\nLayers, by block")
+        console.print(_blocks(with_layers))
+    if watched := [profile for profile in profiles if profile.conditions or profile.power]:
+        console.print("\nThe machine meanwhile")
+        console.print(_conditions(watched))
+    for where in dict.fromkeys(profile.where for profile in profiles):
+        console.print(where, style="dim")
+    for note in dict.fromkeys((*_notes(profiles), *compare(profiles))):
+        console.print(f"Note: {note}", style="yellow")
+
+
+def _blocks(profiles: Sequence[Profile]) -> Table:
+    """The time of each block in each file, of all blocks of a family, and of the rest, longest first."""
+    heads = [head for profile in profiles for head in (f"{profile.file} ms", "share")]
+    rows = table("block", *heads, numeric=tuple(range(1, 1 + len(heads))))
+
+    def add(title: str, names: Collection[str]) -> None:
+        cells = []
+        for profile in profiles:
+            found = [block for block in profile.blocks if block.block in names]
+            share = f"{sum(block.share for block in found):.1%}"
+            cells += [milliseconds(sum(block.ms for block in found)), share] if found else ["", ""]
+        rows.add_row(title, *cells)
+
+    families: dict[str, dict[str, None]] = {}
+    longest: dict[str, float] = {}
+    for block in (block for profile in profiles for block in profile.blocks):
+        if block.family:
+            families.setdefault(block.family, {})[block.block] = None
+        else:
+            longest[block.block] = max(longest.get(block.block, 0.0), block.ms)
+    for family, names in families.items():
+        for name in names:
+            add(name, [name])
+        add(f"{family}, all {len(names)}", names)
+    others = sorted(longest, key=lambda name: -longest[name])
+    for name in others[:_MOST]:
+        add(name, [name])
+    if rest := others[_MOST:]:
+        add(f"and {len(rest)} more", rest)
+    return rows
+
+
+def _conditions(profiles: Sequence[Profile]) -> Table:
+    """Clocks and temperature at any reading, and power under load."""
+    rows = table("file", "GPU MHz", "memory MHz", "GPU C", "held down by", "mode", "W", "mJ per batch", numeric=(6, 7))
+    for profile in profiles:
+        readings = (*profile.conditions, *(profile.power.readings if profile.power else ()))
+        held = profile.throttling
+        row = [
+            _range(reading.gpu_mhz for reading in readings),
+            _range(reading.memory_mhz for reading in readings),
+            _range(reading.temperature_c for reading in readings),
+            "" if held is None else ", ".join(held) or "nothing",
+            next((reading.power_mode for reading in readings if reading.power_mode), ""),
+        ]
+        power = profile.power
+        row += [f"{power.mean_w:.1f}", f"{power.energy_mj:.1f}"] if power else ["", ""]
+        rows.add_row(profile.file, *row)
+    return rows
+
+
+def _range(values: Iterator[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    texts = dict.fromkeys(f"{value:.0f}" for value in (min(known), max(known))) if known else ()
+    return " to ".join(texts)
+
+
+def _notes(profiles: Sequence[Profile]) -> Iterator[str]:
+    for profile in profiles:
+        yield from profile.notes
+        if profile.stable is False:
+            yield f"{profile.file}: latency had not settled when counting began, in some round"
+        if profile.power:
+            every = f"every {profile.power.interval_s * 1e3:.0f} ms"
+            yield f"power is the mean of readings {every} under load, batch {profile.power.images}"

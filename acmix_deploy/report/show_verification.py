@@ -1,0 +1,66 @@
+"""What `verify` found, for a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from acmix_deploy.report.tables import errors, table
+from acmix_deploy.verify import DetectionComparison, Verification
+
+_SHOWN = 8  # pairs of the worst image that do not match
+_VERDICTS: dict[bool | None, str | Text] = {
+    True: "ok",
+    False: Text("FAILED", style="bold red"),
+    None: "too few detections",
+}
+
+
+def show_verification(verification: Verification, console: Console) -> None:
+    """Print the errors of outputs, the changes of detections and the notes."""
+    console.print(errors(verification))
+    if verification.detections:
+        console.print(detections(verification))
+    for found in verification.detections:
+        limits = found.limits
+        console.print(
+            f"Limits for {found.candidate}: {limits.lost:.1%} lost, and as many added; on average a score change of "
+            f"{limits.score_change:g} and an IoU of {limits.iou:g}"
+        )
+        for line in worst_image(found):
+            console.print(line)
+    for note in verification.notes:
+        console.print(f"Note: {note}", style="yellow")
+
+
+def detections(verification: Verification) -> Table:
+    """What became of the reference's detections, for each candidate."""
+    heads = "candidate", "images", "detections", "matched", "lost", "class changed", "added"
+    rows = table(*heads, "score change, mean, max", "IoU, mean, min", "", numeric=tuple(range(1, 10)))
+    for found in verification.detections:
+        counts = (len(found.images), found.expected, found.matched, found.lost, found.class_changes, found.added)
+        rows.add_row(
+            found.candidate,
+            *map(str, counts),
+            _two(found.mean_score_change, found.max_score_change, ".1e"),
+            _two(found.mean_iou, found.min_iou, ".3f"),
+            _VERDICTS[found.passed],
+        )
+    return rows
+
+
+def worst_image(found: DetectionComparison) -> list[str]:
+    """The image with the most mismatches, and what they are; nothing where every detection matches."""
+    worst = found.images[0]
+    mismatches = worst.having("class changed", "lost", "added")
+    if not mismatches:
+        return []
+    shown = [f"  {pair}" for pair in mismatches[:_SHOWN]]
+    rest = [f"  and {len(mismatches) - _SHOWN} more"] if len(mismatches) > _SHOWN else []
+    height, width = worst.size
+    return [f"Worst image of {found.candidate}: {worst.image.name} at {height}x{width}", *shown, *rest]
+
+
+def _two(first: float | None, second: float | None, form: str) -> str:
+    return "" if first is None or second is None else f"{first:{form}}, {second:{form}}"
