@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import BaseModel, Field, computed_field
+from pydantic import Field, computed_field
 
 from acmix_deploy.doctor import Diagnosis
+from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.plugin.library import Library
@@ -15,14 +14,6 @@ from acmix_deploy.profile import Profile, compare
 from acmix_deploy.report.inspection import Inspection
 from acmix_deploy.report.target import TargetReport
 from acmix_deploy.verify import Verification
-
-
-class Document(BaseModel):
-    """A JSON document with the version of its form."""
-
-    schema_version: Literal[1] = Field(
-        default=1, alias="schema", description="version of this form; grows when a field is renamed or changes meaning"
-    )
 
 
 class FuseDocument(FusionReport, Document):

@@ -8,6 +8,7 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.artifacts import Artifact
+from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.export import ExportResult
 from acmix_deploy.families import BlockReport
@@ -16,7 +17,6 @@ from acmix_deploy.graph import count_nodes
 from acmix_deploy.manifest import KIND as ENGINE
 from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.profile import Profile
-from acmix_deploy.report.documents import Document
 from acmix_deploy.report.target import Shapes, TargetReport, carry, engine_steps
 from acmix_deploy.targets import Precision
 from acmix_deploy.verify import Verification

@@ -1,0 +1,62 @@
+"""JSON documents with the version of their form: what verbs print with ``--json``, and what is read again later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import from_json
+
+from acmix_deploy.artifacts import replacing
+from acmix_deploy.errors import UserError
+
+
+class Document(BaseModel):
+    """A JSON document with the version of its form."""
+
+    schema_version: Literal[1] = Field(
+        default=1, alias="schema", description="version of this form; grows when a field is renamed or changes meaning"
+    )
+
+
+D = TypeVar("D", bound=Document)
+
+
+def write_document(document: Document, path: Path) -> None:
+    """Write a document as JSON. Raises UserError where it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(document.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What is in a JSON file, NaN included. Raises UserError: it cannot be read, or is not whole JSON."""
+    try:
+        return from_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON, or not all of it: {error}", "Was it copied or written to its end?"
+        ) from error
+
+
+def parse_document(kind: type[D], content: Any, path: Path) -> D:
+    """A document from what :func:`read_json` gave.
+
+    Raises:
+        UserError: the form is of another version, or something in it is missing or out of range, with its place.
+    """
+    version = content.get("schema") if isinstance(content, dict) else None
+    known = kind.model_fields["schema_version"].default
+    if version is not None and version != known:
+        raise UserError(
+            f"{path} is of version {version} of its form; this acmix-deploy reads version {known}",
+            "Use the acmix-deploy that wrote it, or write it again with this one.",
+        )
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the document"
+        raise UserError(f"{path} does not hold what it should: {place}: {first['msg']}") from error
