@@ -72,25 +72,25 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "half", "expected"),
     [
-        ({"position": "ours", "dep_bias": True}, False, set()),
-        ({"dep_bias": True}, False, {"linspace-position"}),
-        ({"dep_bias": True, "position": "cuda"}, False, {"linspace-position", "cuda-position"}),
-        ({"position": "ours"}, False, {"no-bias"}),
-        ({"position": "ours", "dep_bias": True, "rate_shape": ()}, False, {"scalar-rates"}),
-        ({"dep_bias": True}, True, {"linspace-position", "float32-position"}),
-        ({"dep_bias": True, "window": 512, "declare": "512"}, False, {"misplaced-argument"}),
-        ({"dep_bias": True, "window": 1, "declare": "1"}, False, {"misplaced-argument"}),
-        ({"dep_bias": True, "border": "zero"}, False, {"no-block"}),
+        ({"position": "ours", "dep_bias": True}, False, ""),
+        ({"dep_bias": True}, False, "linspace-position"),
+        ({"dep_bias": True, "position": "cuda"}, False, "linspace-position cuda-position"),
+        ({"position": "ours"}, False, "no-bias"),
+        ({"position": "ours", "dep_bias": True, "rate_shape": ()}, False, "scalar-rates"),
+        ({"dep_bias": True}, True, "linspace-position float32-position"),
+        ({"dep_bias": True, "window": 512, "declare": "512"}, False, "misplaced-argument"),
+        ({"dep_bias": True, "window": 1, "declare": "1"}, False, "misplaced-argument"),
+        ({"dep_bias": True, "border": "zero"}, False, "no-block"),
     ],
     ids=str,
 )
 def test_faults_of_blocks_in_a_checkpoint(
-    tmp_path: Path, options: dict[str, Any], half: bool, expected: set[str], mapped: None
+    tmp_path: Path, options: dict[str, Any], half: bool, expected: str, mapped: None
 ) -> None:
     block = port(**options)
     path = saved(tmp_path / "a.pt", nn.Sequential(nn.Conv2d(3, 4, 1), block.half() if half else block))
     found = look(path, trust=True)
-    assert faults(found) == expected
+    assert faults(found) == set(expected.split())
     assert {finding.where for finding in found.findings} <= {"1"}
     with pytest.raises(UserError, match="restricted load"):
         look(path)
