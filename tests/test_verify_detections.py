@@ -321,10 +321,10 @@ def test_the_worst_image_side_by_side(scenes: Scenes, tmp_path: Path) -> None:
     assert picture.shape == (640, 1280, 3), "an image of 64x64 is enlarged"
     (lost, *_) = worst.having("lost")
     left, _, _, bottom = (round(edge * 10) for edge in lost.reference.box)
-    red = np.array([40, 40, 230])
+    vermilion = np.array([0x00, 0x5E, 0xD5])
     near_corner = np.s_[bottom - 2 : bottom + 1, left : left + 9]
-    assert (picture[:, :640][near_corner] == red).all(axis=-1).any()
-    assert not (picture[:, 640:] == red).all(axis=-1).any()
+    assert (picture[:, :640][near_corner] == vermilion).all(axis=-1).any()
+    assert not (picture[:, 640:] == vermilion).all(axis=-1).any()
     with pytest.raises(UserError, match="does not end like a picture"):
         draw(worst, tmp_path / "worst.txt")
     with pytest.raises(UserError, match="cannot be read to draw"):

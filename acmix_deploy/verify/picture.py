@@ -7,17 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from acmix_deploy.artifacts import replacing
+from acmix_deploy.detection.boxes import Detection
 from acmix_deploy.detection.images import IMAGE_SUFFIXES, Image, opencv, read
 from acmix_deploy.errors import UserError
-from acmix_deploy.verify.detections import Detection, ImageComparison, Outcome
+from acmix_deploy.verify.detections import ImageComparison, Outcome
 
 _SMALLEST = 640  # pixels of each half's width, so that names can be read
-_COLOURS: dict[Outcome, tuple[int, int, int]] = {
-    "matched": (90, 160, 60),
-    "class changed": (0, 140, 255),
-    "lost": (40, 40, 230),
-    "added": (220, 60, 200),
-}  # BGR
+
+COLOURS: dict[Outcome, str] = {
+    "matched": "#009e73",
+    "class changed": "#56b4e9",
+    "lost": "#d55e00",
+    "added": "#cc79a7",
+}
+"""Of boxes: green, blue, vermilion and purple, apart for colour-blind eyes too (Okabe and Ito)."""
 
 
 def check_name(target: Path) -> None:
@@ -28,40 +31,52 @@ def check_name(target: Path) -> None:
 
 
 def draw(comparison: ImageComparison, target: Path) -> None:
-    """Write both halves side by side, the reference's on the left.
-
-    Boxes that match are green; on the left what is lost is red, on the right what is added is violet, and on both
-    sides what changed its class is orange.
+    """Write both :func:`halves` side by side.
 
     Raises:
         UserError: the image cannot be read any more, or the picture cannot be written.
         MissingComponent: OpenCV is not installed.
     """
     check_name(target)
-    image = read(comparison.image)
-    if image is None:
-        raise UserError(f"{comparison.image} cannot be read to draw on it")
-    cv2 = opencv()
-    factor = max(1.0, _SMALLEST / image.shape[1])
-    size = round(image.shape[1] * factor), round(image.shape[0] * factor)
-    halves = [np.asarray(cv2.resize(image, size)) for _ in range(2)]
-    for pair in sorted(comparison.pairs, key=lambda pair: pair.outcome != "matched"):
-        for half, detection in zip(halves, (pair.reference, pair.candidate), strict=True):
-            if detection:
-                _box(half, detection, factor, _COLOURS[pair.outcome])
-    done, data = cv2.imencode(target.suffix.lower(), np.hstack(halves))
+    done, data = opencv().imencode(target.suffix.lower(), np.hstack(halves(comparison)))
     assert done
     with replacing(target) as temporary:
         temporary.write_bytes(data.tobytes())
 
 
-def _box(image: Image, detection: Detection, factor: float, colour: tuple[int, int, int]) -> None:
-    cv2 = opencv()
+def halves(comparison: ImageComparison, longest: int | None = None) -> tuple[Image, Image]:
+    """The image twice, with what the reference detects and with what the candidate detects.
+
+    Boxes that match are green; in the first what is lost is vermilion, in the second what is added is purple, and in
+    both what changed its class is blue.
+
+    Args:
+        longest: longer side of each in pixels; by default the image's own, with a width of at least 640.
+
+    Raises:
+        UserError: the image cannot be read any more.
+        MissingComponent: OpenCV is not installed.
+    """
+    image = read(comparison.image)
+    if image is None:
+        raise UserError(f"{comparison.image} cannot be read to draw on it")
+    factor = longest / max(image.shape[:2]) if longest else max(1.0, _SMALLEST / image.shape[1])
+    size = max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor))
+    reference, candidate = (np.asarray(opencv().resize(image, size)) for _ in range(2))
+    for pair in sorted(comparison.pairs, key=lambda pair: pair.outcome != "matched"):
+        for half, detection in ((reference, pair.reference), (candidate, pair.candidate)):
+            if detection:
+                _box(half, detection, factor, COLOURS[pair.outcome])
+    return reference, candidate
+
+
+def _box(image: Image, detection: Detection, factor: float, colour: str) -> None:
+    cv2, bgr = opencv(), tuple(bytes.fromhex(colour[1:]))[::-1]
     left, top, right, bottom = (round(edge * factor) for edge in detection.box)
     text, width = f"{detection.name} {detection.score:.2f}", max(2, image.shape[1] // 400)
     scale = width / 4
-    cv2.rectangle(image, (left, top), (right, bottom), colour, width)
+    cv2.rectangle(image, (left, top), (right, bottom), bgr, width)
     (wide, high), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     base = max(top, high + below)
-    cv2.rectangle(image, (left, base - high - below), (left + wide, base), colour, cv2.FILLED)
-    cv2.putText(image, text, (left, base - below), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
+    cv2.rectangle(image, (left, base - high - below), (left + wide, base), bgr, cv2.FILLED)
+    cv2.putText(image, text, (left, base - below), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
