@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from acmix_deploy.cli import main
-from acmix_deploy.detection.boxes import Detections, decode
+from acmix_deploy.detection.boxes import Detection, Detections, decode
 from acmix_deploy.detection.images import Batch, Letterbox, find, placed_batches
 from acmix_deploy.detection.matching import Match, match
 from acmix_deploy.errors import CheckFailed, UserError
@@ -37,7 +37,7 @@ from acmix_deploy.verify import (
     verify,
 )
 from acmix_deploy.verify import detections as stage
-from acmix_deploy.verify.detections import Detection, DetectionPair, ImageComparison
+from acmix_deploy.verify.detections import DetectionPair, ImageComparison
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES, relative_at_most
 from acmix_deploy.verify.picture import draw
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.detection.images import Boxes, Placement, opencv
 
@@ -28,6 +29,28 @@ class Detections(NamedTuple):
     """[N]"""
     classes: NDArray[np.int64]
     """[N], indices of classes."""
+
+
+class Detection(BaseModel):
+    """A box in an image."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="name of the class")
+    score: float = Field(description="0 to 1")
+    box: tuple[float, float, float, float] = Field(description="x1, y1, x2, y2 in pixels of the original image")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.score:.2f} at {', '.join(f'{edge:.0f}' for edge in self.box)}"
+
+
+def named(found: Detections, names: Mapping[int, str]) -> list[Detection]:
+    """Detections one by one; a class without a name is called by its index."""
+    rows = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    return [
+        Detection(name=names.get(index, str(index)), score=round(score, 5), box=[round(edge, 2) for edge in box])
+        for index, score, box in rows
+    ]
 
 
 def names_of(metadata: Mapping[str, str]) -> dict[int, str]:

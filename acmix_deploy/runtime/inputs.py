@@ -13,7 +13,7 @@ Images = NDArray[np.float32]
 
 
 class Input(NamedTuple):
-    """One input of a model: its name, its axes (free ones are names or None) and its numpy type."""
+    """One input or output of a model: its name, its axes (free ones are names or None) and its numpy type."""
 
     name: str
     dims: tuple[int | str | None, ...]

@@ -34,10 +34,15 @@ class Model(NamedTuple):
     def usual_shape(self, name: str) -> Shape:
         """The shape to run an image input at where nobody says: what the engine is built for, else what the model was
         trained at, else [1, 3, 640, 640]. Only its free axes take their sizes from there."""
-        if name in self.profiles:
-            return self.profiles[name][1]
-        height, width = ast.literal_eval(self.metadata.get("imgsz", "[640, 640]"))
-        return 1, int(self.metadata.get("channels", 3)), height, width
+        return usual_shape(self.metadata, self.profiles.get(name))
+
+
+def usual_shape(metadata: Mapping[str, str], profile: tuple[Shape, Shape, Shape] | None = None) -> Shape:
+    """See :meth:`Model.usual_shape`."""
+    if profile:
+        return profile[1]
+    height, width = ast.literal_eval(metadata.get("imgsz", "[640, 640]"))
+    return 1, int(metadata.get("channels", 3)), height, width
 
 
 def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin: Path | None = None) -> Model:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-import onnx
 import onnxruntime
-from onnx import TensorProto
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
 from acmix_deploy.errors import MissingComponent, UserError
@@ -20,7 +19,10 @@ from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.targets import Precision
 
-Model = Path | bytes | onnx.ModelProto
+if TYPE_CHECKING:
+    import onnx
+
+Model: TypeAlias = "Path | bytes | onnx.ModelProto"
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
@@ -76,7 +78,7 @@ def open_session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if reduces:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    source = model if isinstance(model, (Path, bytes)) else model.SerializeToString()
     providers = _providers(provider, plugin)
     missing = _preload() if provider != "cpu" else ""
     try:
@@ -147,8 +149,17 @@ def onnx_runner(
 
 def inputs_of(session: onnxruntime.InferenceSession) -> list[Input]:
     """The inputs that a session wants, in their order."""
+    return _described(session.get_inputs())
+
+
+def outputs_of(session: onnxruntime.InferenceSession) -> list[Input]:
+    """What a session gives, in its order, described as inputs are."""
+    return _described(session.get_outputs())
+
+
+def _described(nodes: Sequence[onnxruntime.NodeArg]) -> list[Input]:
     types = {"float": "float32", "double": "float64"}
-    elements = [(node, node.type.removeprefix("tensor(").removesuffix(")")) for node in session.get_inputs()]
+    elements = [(node, node.type.removeprefix("tensor(").removesuffix(")")) for node in nodes]
     return [Input(node.name, tuple(node.shape), np.dtype(types.get(kind, kind))) for node, kind in elements]
 
 
@@ -158,6 +169,8 @@ def precision_of(model: Path | onnx.ModelProto) -> Precision:
     Raises:
         UserError: the file is not an ONNX file.
     """
+    import onnx
+
     if isinstance(model, Path):
         try:
             model = onnx.load(model, load_external_data=False)
@@ -169,4 +182,4 @@ def precision_of(model: Path | onnx.ModelProto) -> Precision:
     declared = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)]
     stored = [tensor.data_type for tensor in graph.initializer]
     cast = [attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute]
-    return "float16" if TensorProto.FLOAT16 in (*declared, *stored, *cast) else "float32"
+    return "float16" if onnx.TensorProto.FLOAT16 in (*declared, *stored, *cast) else "float32"

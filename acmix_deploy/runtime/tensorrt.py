@@ -20,7 +20,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
-from acmix_deploy.manifest import Manifest, Shape, read_fitting
+from acmix_deploy.manifest import EngineTensor, Manifest, Shape, read_fitting
 from acmix_deploy.runtime import cuda
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.metrics import Array
@@ -67,14 +67,17 @@ def numpy_dtype(tensor: str, name: str) -> np.dtype[Any]:
 
 def inputs_of(manifest: Manifest) -> tuple[Input, ...]:
     """The inputs of an engine; free axes are None. Raises UserError: a type that NumPy does not know."""
-    return tuple(
-        Input(
-            tensor.name,
-            tuple(None if size < 0 else size for size in tensor.shape),
-            numpy_dtype(f"input {tensor.name}", tensor.dtype),
-        )
-        for tensor in manifest.inputs
-    )
+    return tuple(_described(tensor, "input") for tensor in manifest.inputs)
+
+
+def outputs_of(manifest: Manifest) -> tuple[Input, ...]:
+    """What an engine gives, described as inputs are. Raises UserError: a type that NumPy does not know."""
+    return tuple(_described(tensor, "output") for tensor in manifest.outputs)
+
+
+def _described(tensor: EngineTensor, kind: str) -> Input:
+    dims = tuple(None if size < 0 else size for size in tensor.shape)
+    return Input(tensor.name, dims, numpy_dtype(f"{kind} {tensor.name}", tensor.dtype))
 
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]

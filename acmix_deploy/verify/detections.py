@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from acmix_deploy.detection.boxes import CONFIDENCE, Detections, decode
+from acmix_deploy.detection.boxes import CONFIDENCE, Detection, Detections, decode, named
 from acmix_deploy.detection.images import Batch
 from acmix_deploy.detection.matching import match
 from acmix_deploy.runtime.metrics import Array
@@ -30,19 +30,6 @@ class Scenes(NamedTuple):
     """Of the classes, by their indices; a class without a name is called by its index."""
     confidence: float = CONFIDENCE
     """Score above which there is a detection."""
-
-
-class Detection(BaseModel):
-    """A box in an image."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str = Field(description="name of the class")
-    score: float = Field(description="0 to 1")
-    box: tuple[float, float, float, float] = Field(description="x1, y1, x2, y2 in pixels of the original image")
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.score:.2f} at {', '.join(f'{edge:.0f}' for edge in self.box)}"
 
 
 class DetectionPair(BaseModel):
@@ -240,20 +227,14 @@ def compare_detections(
 def _compare(
     scenes: Scenes, path: Path, size: tuple[int, int], reference: Detections, candidate: Detections, near: float
 ) -> ImageComparison:
-    def detection(found: Detections, index: int | None) -> Detection | None:
-        if index is None:
-            return None
-        name = scenes.names.get(int(found.classes[index]), str(found.classes[index]))
-        x1, y1, x2, y2 = (round(float(edge), 2) for edge in found.boxes[index])
-        return Detection(name=name, score=round(float(found.scores[index]), 5), box=(x1, y1, x2, y2))
-
+    expected, actual = named(reference, scenes.names), named(candidate, scenes.names)
     return ImageComparison(
         image=path,
         size=size,
         pairs=tuple(
             DetectionPair(
-                reference=detection(reference, pair.reference),
-                candidate=detection(candidate, pair.candidate),
+                reference=None if pair.reference is None else expected[pair.reference],
+                candidate=None if pair.candidate is None else actual[pair.candidate],
                 iou=round(pair.iou, 5),
             )
             for pair in match(reference, candidate, scenes.confidence, near)

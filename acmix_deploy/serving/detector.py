@@ -1,0 +1,231 @@
+"""A file that detects, as one object: images in, boxes out; on ONNX Runtime or from an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from acmix_deploy.detection.boxes import CONFIDENCE, IOU, Array, Detections, decode, is_detector, names_of
+from acmix_deploy.detection.images import Image, Letterbox, tensor
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
+from acmix_deploy.runtime import onnxruntime, tensorrt
+from acmix_deploy.runtime.inputs import Input, Shape
+from acmix_deploy.runtime.models import open_model, usual_shape
+from acmix_deploy.runtime.onnxruntime import Provider, open_session
+from acmix_deploy.runtime.reason import reason
+from acmix_deploy.runtime.tensorrt import EngineRunner
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Feed = Mapping[str, Array]
+
+
+class Opened(NamedTuple):
+    """A file that is ready to run."""
+
+    run: Callable[[Feed], dict[str, Array]]
+    inputs: tuple[Input, ...]
+    outputs: tuple[Input, ...]
+    metadata: Mapping[str, str]
+    profiles: Mapping[str, tuple[Shape, Shape, Shape]]
+    """Smallest, usual and largest shape of an engine's inputs with free axes."""
+    close: Callable[[], None]
+    """Frees what it holds of a device."""
+
+
+class Detector:
+    """A detector that is loaded and has run once. For one caller at a time, of any thread.
+
+    Use it in a ``with`` statement, or call :meth:`close`: an engine holds memory of the device.
+    """
+
+    def __init__(self, name: str, opened: Opened, confidence: float, iou: float) -> None:
+        self.name = name
+        """Of the file, without its suffix."""
+        self.inputs, self.outputs = opened.inputs, opened.outputs
+        """What :meth:`infer` takes and gives; free axes are names or None."""
+        self.names: Mapping[int, str] = names_of(opened.metadata)
+        """Of the classes, by their indices."""
+        self.confidence, self.iou = confidence, iou
+        self._run, self._close = opened.run, opened.close
+        self._letterbox = Letterbox(**json.loads(opened.metadata.get("letterbox", "{}")))
+        if len(self.inputs) != 1 or len(self.inputs[0].dims) != 4:
+            raise _no_detector(name, f"takes {', '.join(map(_text, self.inputs))}")
+        (self._input,) = self.inputs
+        profile = opened.profiles.get(self._input.name)
+        wanted = usual_shape(opened.metadata, profile)
+        self.input_shape: Shape = tuple(
+            dim if isinstance(dim, int) else size for dim, size in zip(self._input.dims, wanted, strict=True)
+        )
+        """[B, 3, H, W]: the size that images are letterboxed to, and the batch, the usual one where it is free."""
+        batch = self._input.dims[0]
+        fixed = batch if isinstance(batch, int) else None
+        self.max_batch: int | None = profile[2][0] if profile else fixed
+        """Images in one run at most; None where there is no limit."""
+        self._min_batch = profile[0][0] if profile else fixed or 1
+        if self.input_shape[1] != 3:
+            raise _no_detector(name, f"takes {_text(self._input)}")
+        outputs = self.infer({self._input.name: self._empty(self._min_batch)})
+        if not is_detector(opened.metadata, outputs):
+            shapes = ", ".join(f"{key} {list(output.shape)}" for key, output in outputs.items())
+            raise _no_detector(name, f"gives {shapes}, and its task is {opened.metadata.get('task', 'not told')}")
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        plugin: Path | None = None,
+        confidence: float = CONFIDENCE,
+        iou: float = IOU,
+        threads: int | None = None,
+        provider: Provider = "cpu",
+    ) -> Self:
+        """Load a file and run it once.
+
+        Args:
+            path: an ONNX file (.onnx) or an engine with its manifest.
+            plugin: library with custom layers, for engines (where the manifest says, by default) and provider
+                "tensorrt".
+            confidence: score above which there is a detection.
+            iou: of two boxes of one class that overlap by more, as intersection over union, the better one stays.
+            threads: of ONNX Runtime on the CPU; all cores by default.
+            provider: what runs an ONNX file.
+
+        Raises:
+            UserError: the file cannot be used here, or is not a detector.
+            MissingComponent: what runs it, or OpenCV, is not here.
+            CheckFailed: it fails when it runs.
+        """
+        opened = _open_onnx(path, threads, provider, plugin) if path.suffix == ".onnx" else _open_engine(path, plugin)
+        try:
+            return cls(path.stem, opened, confidence, iou)
+        except BaseException:
+            opened.close()
+            raise
+
+    def __call__(self, images: Sequence[Image]) -> list[Detections]:
+        """What is in each of the images, which are taken in batches of at most :attr:`max_batch`.
+
+        Args:
+            images: each [h, w, 3], uint8 in BGR, as OpenCV reads them; of any size.
+
+        Raises:
+            UserError: an array is not such an image.
+            CheckFailed: the model fails.
+        """
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise UserError(f"an image is [h, w, 3] uint8, and {list(image.shape)} {image.dtype} is given")
+        most = self.max_batch or max(len(images), 1)
+        chunks = (images[start : start + most] for start in range(0, len(images), most))
+        return [found for chunk in chunks for found in self._detect(chunk)]
+
+    def infer(self, feed: Feed) -> dict[str, Array]:
+        """The raw outputs by name, in arrays of their own.
+
+        Args:
+            feed: an array for each of :attr:`inputs`.
+
+        Raises:
+            UserError: other inputs, types or shapes than the model takes.
+            CheckFailed: the model fails.
+        """
+        self._check(feed)
+        try:
+            return self._run(feed)
+        except AcmixDeployError:
+            raise
+        except Exception as error:  # ONNX Runtime's error types share no base of their own
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+            raise CheckFailed(f"{self.name} fails on {shapes}: {reason(error)}") from error
+
+    def close(self) -> None:
+        """Free what the model holds. It cannot run any more."""
+        self._run = _closed
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _empty(self, count: int) -> Array:
+        return np.zeros((count, *self.input_shape[1:]), self._input.dtype)
+
+    def _detect(self, images: Sequence[Image]) -> list[Detections]:
+        height, width = self.input_shape[2:]
+        batch = self._empty(max(len(images), self._min_batch))
+        for place, image in zip(batch, images, strict=False):
+            place[:] = tensor(self._letterbox(image, height, width))
+        (output,) = self.infer({self._input.name: batch}).values()
+        placements = [self._letterbox.place(image.shape, height, width) for image in images]
+        return decode(output[: len(images)], placements, confidence=self.confidence, iou=self.iou)
+
+    def _check(self, feed: Feed) -> None:
+        if feed.keys() != {node.name for node in self.inputs}:
+            raise UserError(
+                f"{self.name} takes {', '.join(map(_text, self.inputs))}, and is given {', '.join(feed) or 'nothing'}"
+            )
+        for node in self.inputs:
+            array = feed[node.name]
+            fits = len(array.shape) == len(node.dims) and all(
+                size == dim for size, dim in zip(array.shape, node.dims, strict=True) if isinstance(dim, int)
+            )
+            if not fits or array.dtype != node.dtype:
+                raise UserError(f"{self.name} takes {_text(node)}, and is given {list(array.shape)} {array.dtype}")
+
+
+def _open_onnx(path: Path, threads: int | None, provider: Provider, plugin: Path | None) -> Opened:
+    """Polygraphy's runner is not taken: it imports PyTorch wherever that is installed."""
+    session = open_session(path, threads, provider=provider, plugin=plugin)
+    outputs = tuple(onnxruntime.outputs_of(session))
+    names = [output.name for output in outputs]
+    return Opened(
+        run=lambda feed: dict(zip(names, session.run(None, feed), strict=True)),
+        inputs=tuple(onnxruntime.inputs_of(session)),
+        outputs=outputs,
+        metadata=session.get_modelmeta().custom_metadata_map,
+        profiles={},
+        close=lambda: None,
+    )
+
+
+def _open_engine(path: Path, plugin: Path | None) -> Opened:
+    model = open_model(path, plugin=plugin)
+    held = ExitStack()
+    runner: EngineRunner = held.enter_context(model.runner)
+    return Opened(
+        run=runner.infer,
+        inputs=model.inputs,
+        outputs=tensorrt.outputs_of(runner.manifest),
+        metadata=model.metadata,
+        profiles=model.profiles,
+        close=held.close,
+    )
+
+
+def _closed(feed: Feed) -> dict[str, Array]:
+    raise ValueError("the detector is closed")
+
+
+def _no_detector(name: str, found: str) -> UserError:
+    return UserError(
+        f"{name} is not a detector: it {found}; expected is one image input [B, 3, H, W], one output "
+        "[B, 4 + classes, anchors] and the task detect in its metadata",
+        "Export it from its checkpoint: acmix-deploy export",
+    )
+
+
+def _text(node: Input) -> str:
+    return f"{node.name} [{', '.join(map(str, node.dims))}] {node.dtype}"
