@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
+SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt")
+"""How the names of checkpoints end."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -96,6 +98,7 @@ def test_files_take_turns_with_one_live_session(tmp_path: Path, monkeypatch: pyt
         ("a.onnx", 9, 1),
         ("b.onnx", 9, 1),
     ]
+    assert [entry.round_samples for entry in found] == [(3, 3, 3)] * 2
 
 
 class Clock:
@@ -163,6 +166,34 @@ def test_what_cannot_be_profiled_is_a_user_error(tmp_path: Path) -> None:
     onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     with pytest.raises(UserError, match="does not run on"):
         profile_file(path, input_shape=(1, 3, 5, 5))
+
+
+class Doubled(torch.nn.Module):
+    """Notes what it is given."""
+
+    seen: ClassVar[list[tuple[torch.Tensor, int]]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append((images, torch.get_num_threads()))
+        return images * 2
+
+
+def test_a_checkpoint_runs_in_pytorch_on_the_same_noise(tmp_path: Path) -> None:
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), tmp_path / "model.pt")
+    before = torch.get_num_threads()
+    found = profile_file(tmp_path / "model.pt", input_shape=(2, 3, 8, 8), samples=5, threads=1)
+    assert (found.provider, found.precision, found.threads, len(found.samples_ms)) == ("PyTorch", "float32", 1, 5)
+    assert found.where.startswith("PyTorch, 1 threads of ")
+    assert found.input_shapes == {"images": (2, 3, 8, 8)}
+    torch.save(Doubled(), tmp_path / "doubled.pt")
+    profile_file(tmp_path / "doubled.pt", input_shape=(1, 3, 8, 8), samples=1, trust=True, threads=1)
+    images, threads = Doubled.seen[-1]
+    np.testing.assert_array_equal(images.numpy(), np.random.default_rng(0).random((1, 3, 8, 8), dtype=np.float32))
+    assert (threads, torch.get_num_threads()) == (1, before)
+    with pytest.raises(UserError, match=r"does not run on .*expected input.* to have 3 channels"):
+        profile_file(tmp_path / "model.pt", input_shape=(1, 4, 8, 8))
+    with pytest.raises(UserError, match="checkpoint, whose layers are not timed"):
+        profile_file(tmp_path / "model.pt", input_shape=(1, 3, 8, 8), samples=1, layers=True)
 
 
 def test_int8_that_gains_nothing_is_said() -> None:

@@ -120,6 +120,21 @@ def test_a_machine_that_tells_nothing(tmp_path: Path) -> None:
         Monitor(tmp_path, nvml=False).need_power()
 
 
+def test_clocks_and_load_of_the_cpu(tmp_path: Path) -> None:
+    write(tmp_path, {"devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": 7})
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/loadavg").write_text("1.25 0.50 0.10 2/345 6789\n")
+    (tmp_path / "proc/cpuinfo").write_text("model name\t: a CPU\ncpu MHz\t\t: 2000.5\n\ncpu MHz\t\t: 3000.5\n")
+    machine = Monitor(tmp_path, nvml=False)
+    assert machine.read() == Conditions(cpu_mhz=2500.5, load=1.25)
+    clocks = {
+        f"devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq": mhz * 1000 for core, mhz in ((0, 800), (1, 2200))
+    }
+    write(tmp_path, {**clocks, "devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": 8})
+    assert Monitor(tmp_path, nvml=False).read() == Conditions(cpu_mhz=1500, load=1.25)
+    assert machine.read().throttling == ("temperature of the CPU",)
+
+
 class NVMLError(Exception):
     pass
 

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
@@ -89,6 +90,22 @@ def add_input_shape(parser: argparse.ArgumentParser) -> None:
         metavar="B,C,H,W",
         help="sizes for axes that are free (default: the engine's usual ones, else of training, else 1,3,640,640)",
     )
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Options of the verbs that time models: fields of :class:`acmix_deploy.profile.subjects.Setup`."""
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads within an operator (default: all cores)")
+    parser.add_argument(
+        "--plugin", type=Path, metavar="FILE", help="plugin of the engines (default: where they were built with it)"
+    )
+    add_input_shape(parser)
+    add_checkpoint(parser)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Options of the verbs that load checkpoints."""
+    parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")
+    parser.add_argument("--trust", action="store_true", help="let the checkpoint run code; only for files you trust")
 
 
 def input_shape(text: str) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from acmix_deploy.cli.common import (
+    add_checkpoint,
     add_float32,
     add_fusion,
     add_target,
@@ -55,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-engine", action="store_true", help="write files alone, also where TensorRT is")
     add_fusion(parser)
-    parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")
-    parser.add_argument("--trust", action="store_true", help="let the checkpoint run code; only for files you trust")
+    add_checkpoint(parser)
 
 
 def run(options: argparse.Namespace) -> int:

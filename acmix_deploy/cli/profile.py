@@ -1,8 +1,9 @@
-"""Measure the latency of ONNX files on ONNX Runtime and of engines, in turn when there are several.
+"""Measure the latency of ONNX files, engines and checkpoints, in turn when there are several.
 
 example:
   acmix-deploy profile model.onnx
   acmix-deploy profile model.onnx model.fused.onnx --layers
+  acmix-deploy profile model.pt model.fused.onnx --input-shape 1,3,128,128
   acmix-deploy profile model.engine --layers --power
   acmix-deploy profile model.engine times.json
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_input_shape, console, duration, positive, print_json, progress
+from acmix_deploy.cli.common import add_running, console, duration, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,19 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         type=Path,
         nargs="+",
-        help="ONNX file, engine, or .json of trtexec --exportTimes; the first is what others are compared with",
+        help="ONNX file, engine, checkpoint, or .json of trtexec --exportTimes; the others are compared with the first",
     )
     parser.add_argument(
-        "--samples", type=positive, metavar="N", help="runs to count (default: 1000 of an engine, 50 of an ONNX file)"
+        "--samples", type=positive, metavar="N", help="runs to count (default: 1000 of an engine, 50 of another)"
     )
     parser.add_argument("--seconds", type=duration, default=30.0, metavar="S", help="time for each file (default: 30)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads within an operator (default: all cores)")
     parser.add_argument("--layers", action="store_true", help="also time every layer, and sum them up by block")
     parser.add_argument("--power", action="store_true", help="also measure power, and energy per inference")
-    parser.add_argument(
-        "--plugin", type=Path, metavar="FILE", help="plugin of the engines (default: where they were built with it)"
-    )
-    add_input_shape(parser)
+    add_running(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
             seconds=options.seconds,
             threads=options.threads,
             plugin=options.plugin,
+            arch=options.arch,
+            trust=options.trust,
             layers=options.layers,
             power=options.power,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from acmix_deploy import checkpoint
 from acmix_deploy.artifacts import read_artifact, sha256, sidecar
 from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
@@ -38,7 +39,7 @@ def examine(path: Path, *, trust: bool = False, plugin: Path | None = None, prog
         return _plugin(path)
     if head[1:] == b"trt" or path.suffix in (".engine", ".plan") or _kind(path) == KIND:
         return _engine(path, plugin)
-    if head[:2] in (b"PK", b"\x80\x02") or path.suffix in (".pt", ".pth", ".pt2", ".ckpt"):
+    if head[:2] in (b"PK", b"\x80\x02") or path.suffix in checkpoint.SUFFIXES:
         from acmix_deploy.doctor.checkpoints import examine_checkpoint
 
         return examine_checkpoint(path, trust, progress)

@@ -1,7 +1,7 @@
-"""What a machine says of its clocks, temperature and power: NVML on a PC, sysfs on a Jetson; nothing where neither is.
+"""What a machine says of its clocks, temperature, power and load: /proc and sysfs of any Linux, NVML for a GPU.
 
 References: NVIDIA's NVML API Reference Guide, "Device Queries"; Jetson Linux Developer Guide, "Platform Power and
-Performance"; the kernel's Documentation/hwmon/ina3221.rst.
+Performance"; the kernel's Documentation/hwmon/ina3221.rst and admin-guide/pm/cpufreq.rst.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Conditions(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    cpu_mhz: float | None = Field(default=None, description="mean clock of all CPU cores in MHz")
+    load: float | None = Field(default=None, description="load average of the last minute")
     gpu_mhz: float | None = Field(default=None, description="clock of the GPU in MHz")
     memory_mhz: float | None = Field(default=None, description="clock of its memory in MHz")
     temperature_c: float | None = Field(default=None, description="temperature of the GPU in degrees Celsius")
@@ -91,13 +93,15 @@ class Monitor:
 
     def __init__(self, root: Path = Path("/"), *, nvml: bool = True) -> None:
         self._nvml, self._nvml_problem = _nvml() if nvml else (None, "NVML knows the power of a GPU, not of the CPU")
-        self._jetson = _Jetson(root)
+        self._cpu, self._jetson = _Cpu(root), _Jetson(root)
         self._power_mode = _power_mode()
 
     def read(self) -> Conditions:
         """The conditions now; takes about a millisecond."""
-        told = {**self._jetson.read(), "power_mode": self._power_mode}
+        told = {**self._jetson.read(), **self._cpu.read(), "power_mode": self._power_mode}
         told |= {name: value for name, value in self._read_nvml().items() if value is not None}
+        if self._cpu.throttled:
+            told["throttling"] = (*(told["throttling"] or ()), "temperature of the CPU")
         return Conditions(**told)
 
     def need_power(self) -> None:
@@ -152,6 +156,29 @@ class Monitor:
         }
 
 
+class _Cpu:
+    """The cores: clocks, load, and how often x86 cores were too hot since this was made."""
+
+    def __init__(self, root: Path) -> None:
+        self._load, self._info = root / "proc/loadavg", root / "proc/cpuinfo"
+        cores = root / "sys/devices/system/cpu"
+        self._clocks = sorted(cores.glob("cpu*/cpufreq/scaling_cur_freq"))
+        self._too_hot = sorted(cores.glob("cpu*/thermal_throttle/core_throttle_count"))
+        self._before = sum(map(_number_or_0, self._too_hot))
+
+    @property
+    def throttled(self) -> bool:
+        """Whether a core was too hot since."""
+        return sum(map(_number_or_0, self._too_hot)) > self._before
+
+    def read(self) -> dict[str, Any]:
+        """Fields of :class:`Conditions`."""
+        clocks = [clock for file in self._clocks if (clock := _scaled(file, 1e-3)) is not None]
+        clocks = clocks or [float(mhz) for mhz in re.findall(r"^cpu MHz\s*: ([\d.]+)", _text(self._info) or "", re.M)]
+        load = (_text(self._load) or "").split()
+        return {"cpu_mhz": fmean(clocks) if clocks else None, "load": float(load[0]) if load else None}
+
+
 class _Jetson:
     """The sensors of a Jetson, looked for once: files of sysfs that hold one number each."""
 
@@ -192,7 +219,7 @@ class _Jetson:
         }
 
     def _count_over_currents(self) -> float:
-        return sum(_number(file) or 0 for file in self._over_currents)
+        return sum(map(_number_or_0, self._over_currents))
 
 
 def _rails(hwmon: Path) -> Iterator[tuple[str, tuple[Path, Path]]]:
@@ -262,6 +289,10 @@ def _text(file: Path) -> str | None:
 def _number(file: Path) -> float | None:
     text = _text(file)
     return float(text) if text else None
+
+
+def _number_or_0(file: Path) -> float:
+    return _number(file) or 0.0
 
 
 def _scaled(file: Path | None, factor: float) -> float | None:

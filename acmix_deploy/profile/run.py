@@ -1,4 +1,4 @@
-"""Time ONNX files and engines, fairly against each other."""
+"""Time ONNX files, engines and checkpoints, fairly against each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from acmix_deploy.errors import UserError
 from acmix_deploy.profile.layers import between_conversions
 from acmix_deploy.profile.monitor import Conditions, Monitor, Power
-from acmix_deploy.profile.subjects import Engine, OnnxFile, Sample
+from acmix_deploy.profile.subjects import Engine, Sample, Setup, Subject, open_subject
 from acmix_deploy.profile.timing import Profile
 from acmix_deploy.profile.trtexec import read_times
 
@@ -25,12 +25,14 @@ _LOAD_SECONDS = (1.0, 2.0)
 def profile(
     files: Sequence[Path],
     *,
-    input_shape: Sequence[int] | None = None,
+    input_shape: tuple[int, ...] | None = None,
     samples: int | None = None,
     rounds: int = 3,
     seconds: float = 6.0,
     threads: int | None = None,
     plugin: Path | None = None,
+    arch: str | None = None,
+    trust: bool = False,
     layers: bool = False,
     power: bool = False,
 ) -> list[Profile]:
@@ -41,40 +43,34 @@ def profile(
     an upload from and a download to pinned memory, with one inference in flight.
 
     Args:
-        files: ONNX files, engines, and times that trtexec exported (.json), which are only read.
-        input_shape: sizes for the axes that are free; by default each file's own, see
-            :meth:`acmix_deploy.runtime.models.Model.usual_shape`.
+        files: ONNX files, engines, checkpoints, and times that trtexec exported (.json), which are only read.
+        input_shape, threads, plugin, arch, trust: see :class:`acmix_deploy.profile.subjects.Setup`.
         samples: latencies to count for each file, over all rounds; fewer when the time is over, at least one a round.
-            By default 1000 of an engine, 50 of an ONNX file.
+            By default 1000 of an engine, 50 of another.
         rounds: how often each file has its turn.
         seconds: time for each file, warm-up included; opening it, layers and power not.
-        threads: threads within an operator; by default one for each core the process may use.
-        plugin: the plugin library for engines; by default where their manifests say.
         layers: also time every layer, after all rounds.
         power: also measure power, in each round after its latencies, under the same load.
 
     Raises:
         UserError: a file does not exist, cannot be loaded, or does not run at the shape.
-        MissingComponent: what an engine needs is not there, or nothing tells power.
+        MissingComponent: what an engine or a checkpoint needs is not there, or nothing tells power.
         CheckFailed: TensorRT does not run an engine.
     """
-    if plugin and all(file.suffix in (".json", ".onnx") for file in files):
-        raise UserError(f"{plugin} is for engines, and there is none among the files", "Leave out --plugin.")
+    setup = Setup(input_shape=input_shape, threads=threads, plugin=plugin, arch=arch, trust=trust)
     exported = {index: read_times(file) for index, file in enumerate(files) if file.suffix == ".json"}
-    subjects: dict[int, OnnxFile | Engine] = {
-        index: OnnxFile(file, input_shape, threads) if file.suffix == ".onnx" else Engine(file, input_shape, plugin)
-        for index, file in enumerate(files)
-        if index not in exported
-    }
+    subjects = {index: open_subject(file, setup) for index, file in enumerate(files) if index not in exported}
+    if plugin and not any(isinstance(subject, Engine) for subject in subjects.values()):
+        raise UserError(f"{plugin} is for engines, and there is none among the files", "Leave out --plugin.")
     monitors = {on_gpu: Monitor(nvml=on_gpu) for on_gpu in {subject.on_gpu for subject in subjects.values()}}
     for monitor in monitors.values():
         if power:
             monitor.need_power()
-    turns: dict[int, list[_Turn]] = {index: [] for index in subjects}
+    turns: dict[int, list[Taken]] = {index: [] for index in subjects}
     for _ in range(rounds):
         for index, subject in subjects.items():
             share = -(-(samples or subject.samples) // rounds)
-            turns[index].append(_take_turn(subject, monitors[subject.on_gpu], share, seconds / rounds, power))
+            turns[index].append(take_turn(subject, monitors[subject.on_gpu], share, seconds / rounds, power))
     timed = {index: _profile(subject, turns[index], layers) for index, subject in subjects.items()}
     profiles = [profile for _, profile in sorted({**exported, **timed}.items())]
     names = [file.name for file in files]
@@ -84,8 +80,8 @@ def profile(
     ]
 
 
-class _Turn(NamedTuple):
-    """One file's share of a round; fields as in :class:`Profile`."""
+class Taken(NamedTuple):
+    """One file's turn in a round; fields as in :class:`Profile`."""
 
     warmup_runs: int
     stable: bool
@@ -97,8 +93,16 @@ class _Turn(NamedTuple):
     """Under that load."""
 
 
-def _take_turn(subject: OnnxFile | Engine, monitor: Monitor, samples: int, seconds: float, power: bool) -> _Turn:
-    """Open a file, warm it up until its latency settles, count samples and close it."""
+def take_turn(subject: Subject, monitor: Monitor, samples: int, seconds: float, power: bool = False) -> Taken:
+    """Open a file, warm it up until its latency settles, count samples and close it.
+
+    Args:
+        subject: what is timed.
+        monitor: reads the conditions before and after.
+        samples: how many to count; fewer when the time is over, at least one.
+        seconds: time for warm-up, at most half of it, and samples.
+        power: also load it for :data:`_LOAD_SECONDS` and read conditions meanwhile.
+    """
     with subject.open() as run:
         before = monitor.read()
         start = time.perf_counter()
@@ -115,7 +119,7 @@ def _take_turn(subject: OnnxFile | Engine, monitor: Monitor, samples: int, secon
         after = monitor.read()
         readings, inference_ms = _under_load(run, monitor) if power else ([], 0.0)
     stable = _settled(warmup, window)
-    return _Turn(1 + len(warmup), stable, counted, (before, after), readings, inference_ms)
+    return Taken(1 + len(warmup), stable, counted, (before, after), readings, inference_ms)
 
 
 def _settled(warmup: Sequence[float], window: int) -> bool:
@@ -144,7 +148,7 @@ def _repeat(run: Callable[[], Sample], seconds: float) -> float:
     return (time.perf_counter() - start) * 1e3 / runs
 
 
-def _profile(subject: OnnxFile | Engine, taken: Sequence[_Turn], layers: bool) -> Profile:
+def _profile(subject: Subject, taken: Sequence[Taken], layers: bool) -> Profile:
     shapes = {name: array.shape for name, array in subject.feed.items()}
     samples = [sample for turn in taken for sample in turn.samples]
     transfers = tuple(sample.with_transfers for sample in samples if sample.with_transfers is not None)
@@ -162,6 +166,7 @@ def _profile(subject: OnnxFile | Engine, taken: Sequence[_Turn], layers: bool) -
         precision=subject.precision,
         threads=subject.threads,
         rounds=len(taken),
+        round_samples=tuple(len(turn.samples) for turn in taken),
         warmup_runs=sum(turn.warmup_runs for turn in taken),
         stable=all(turn.stable for turn in taken),
         samples_ms=tuple(sample.alone for sample in samples),

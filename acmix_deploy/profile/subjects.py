@@ -1,28 +1,34 @@
-"""What is timed: an ONNX file on ONNX Runtime's CPU provider, or an engine on its GPU."""
+"""What is timed: an ONNX file on ONNX Runtime's CPU provider, an engine on its GPU, or a checkpoint on PyTorch."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
 import onnx
+from pydantic import BaseModel, ConfigDict, Field
 
+from acmix_deploy import checkpoint
 from acmix_deploy.artifacts import read_artifact, sha256
+from acmix_deploy.detection.images import Letterbox, batches, find
 from acmix_deploy.errors import UserError
 from acmix_deploy.manifest import read_manifest, this_machine
 from acmix_deploy.profile.layers import Blocks, Layer, block_of, blocks_of, nodes_in, onnx_layers
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.runtime.cuda import Event
-from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.inputs import Input, random_images
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import PROVIDER, open_session, usable_cores
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.tensorrt import EngineRunner
+from acmix_deploy.targets import Precision
 
 FP16_NOTE = "CPU latency; FP16 on a CPU predicts nothing for a GPU"
 
@@ -34,6 +40,27 @@ class Sample(NamedTuple):
 
     alone: float
     with_transfers: float | None = None
+
+
+class Setup(BaseModel):
+    """How a model is run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    input_shape: tuple[int, ...] | None = Field(
+        default=None,
+        description="sizes for the axes that are free; by default the file's own, see "
+        ":meth:`acmix_deploy.runtime.models.Model.usual_shape`",
+    )
+    images: Path | None = Field(default=None, description="folder to fill a batch from; noise of a fixed seed without")
+    threads: int | None = Field(
+        default=None, description="threads within an operator on a CPU; by default one for each core it may use"
+    )
+    plugin: Path | None = Field(
+        default=None, description="the plugin library of an engine; by default where its manifest says"
+    )
+    arch: str | None = Field(default=None, description="see :func:`acmix_deploy.checkpoint.load`")
+    trust: bool = Field(default=False, description="see :func:`acmix_deploy.checkpoint.load`")
 
 
 class OnnxFile:
@@ -50,11 +77,11 @@ class OnnxFile:
     on_gpu = False
     provider = PROVIDER
 
-    def __init__(self, file: Path, input_shape: Sequence[int] | None, threads: int | None) -> None:
+    def __init__(self, file: Path, setup: Setup) -> None:
         opened = open_model(file)
         self.file, self.precision = file, opened.precision
-        self.feed = _feed(file, opened, input_shape)
-        self.threads: int | None = threads or usable_cores()
+        self.feed = _feed(file, opened, setup)
+        self.threads: int | None = setup.threads or usable_cores()
         self.machine = Machine.this()
         self.notes = (FP16_NOTE,) if self.precision == "float16" else ()
 
@@ -65,8 +92,7 @@ class OnnxFile:
         try:
             session.run(None, self.feed)  # memory is planned and allocated here
         except Exception as error:  # ONNX Runtime's error types share no base of their own
-            shapes = {name: array.shape for name, array in self.feed.items()}
-            raise UserError(f"{self.file} does not run on {shapes}: {reason(error)}") from error
+            raise _does_not_run(self.file, self.feed, error) from error
 
         def run() -> Sample:
             start = time.perf_counter()
@@ -90,10 +116,10 @@ class Engine:
 
     samples, window, on_gpu, threads, notes = 1000, 50, True, None, ()
 
-    def __init__(self, file: Path, input_shape: Sequence[int] | None, plugin: Path | None) -> None:
-        opened = open_model(file, plugin=plugin)
+    def __init__(self, file: Path, setup: Setup) -> None:
+        opened = open_model(file, plugin=setup.plugin)
         self.file, self.precision = file, opened.precision
-        self.feed = _feed(file, opened, input_shape)
+        self.feed = _feed(file, opened, setup)
         self.runner: EngineRunner = opened.runner
         device = this_machine(read_manifest(file).machine.backend)
         self.provider = device.tensorrt
@@ -142,15 +168,88 @@ class Engine:
         return tuple(found)
 
 
-def _feed(file: Path, opened: Model, input_shape: Sequence[int] | None) -> dict[str, Array]:
+class Checkpoint:
+    """A checkpoint as it was trained, in float32 on the CPU; attributes and methods as those of :class:`OnnxFile`.
+
+    Raises:
+        UserError: it cannot be loaded, see :func:`acmix_deploy.checkpoint.load`.
+        MissingComponent: PyTorch, or Ultralytics for a file that needs it, is not installed.
+    """
+
+    samples, window, on_gpu, provider, notes = OnnxFile.samples, OnnxFile.window, False, "PyTorch", ()
+    precision: Precision = "float32"
+
+    def __init__(self, file: Path, setup: Setup) -> None:
+        loaded = checkpoint.load(file, arch=setup.arch, trust=setup.trust)
+        from torch.export import ExportedProgram
+
+        from acmix_deploy.runtime.torch import TorchRunner
+
+        module = loaded.module.module() if isinstance(loaded.module, ExportedProgram) else loaded.module
+        self.file = file
+        self.runner = TorchRunner(module)
+        self.threads: int | None = setup.threads or usable_cores()
+        images = Input(self.runner.input_name, (None,) * 4, np.dtype(np.float32))
+        opened = Model(self.runner, (images,), self.precision, loaded.metadata, profiles={})
+        self.feed = _feed(file, opened, setup)
+        self.machine = Machine.this()
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[], Sample]]:
+        """See :class:`OnnxFile`."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            with self.runner as runner:
+                try:
+                    runner.infer(self.feed)
+                except Exception as error:  # whatever the module raises
+                    raise _does_not_run(self.file, self.feed, error) from error
+
+                def run() -> Sample:
+                    runner.infer(self.feed)
+                    return Sample(runner.last_inference_time() * 1e3)
+
+                yield run
+        finally:
+            torch.set_num_threads(before)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Raises UserError: layers are those of files that are deployed."""
+        raise UserError(f"{self.file} is a checkpoint, whose layers are not timed", "Leave out --layers, or export it.")
+
+
+Subject = OnnxFile | Engine | Checkpoint
+
+
+def open_subject(file: Path, setup: Setup) -> Subject:
+    """What is timed of a file, by its name. Raises what the constructors of the three raise."""
+    if file.suffix == ".onnx":
+        return OnnxFile(file, setup)
+    return Checkpoint(file, setup) if file.suffix in checkpoint.SUFFIXES else Engine(file, setup)
+
+
+def _feed(file: Path, opened: Model, setup: Setup) -> dict[str, Array]:
     feed: dict[str, Array] = {}
     for name, dims, dtype in opened.inputs:
-        wanted = input_shape or opened.usual_shape(name)
+        wanted = setup.input_shape or opened.usual_shape(name)
         if len(dims) != len(wanted):
             raise UserError(f"{file} takes {name} of {list(dims)}; a shape like {list(wanted)} is expected")
         shape = tuple(dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True))
-        feed[name] = random_images(shape).astype(dtype)
+        if setup.images:
+            letterbox = Letterbox(**json.loads(opened.metadata.get("letterbox", "{}")))
+            images = next(batches(find(setup.images, shape[0]).paths, [shape], letterbox))
+        else:
+            images = random_images(shape)
+        feed[name] = images.astype(dtype)
     return feed
+
+
+def _does_not_run(file: Path, feed: Mapping[str, Array], error: Exception) -> UserError:
+    shapes = {name: array.shape for name, array in feed.items()}
+    return UserError(f"{file} does not run on {shapes}: {reason(error)}")
 
 
 def _blocks_of_source(engine: Path) -> Blocks:

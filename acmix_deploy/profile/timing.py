@@ -50,10 +50,13 @@ class Profile(BaseModel):
 
     file: str = Field(description="name of the file measured; its path where several have that name")
     input_shapes: dict[str, tuple[int, ...]] = Field(default={}, description="shape of each input")
-    provider: str = Field(description="execution provider of ONNX Runtime, the TensorRT of an engine, or trtexec")
+    provider: str = Field(
+        description="ONNX Runtime's execution provider, the TensorRT of an engine, PyTorch, or trtexec"
+    )
     precision: Precision | None = Field(default=None, description="lowest type that the file computes in, if known")
     threads: int | None = Field(default=None, description="threads within an operator, on a CPU")
     rounds: int = Field(default=1, description="turns, one after the other; each gave a share of the samples")
+    round_samples: tuple[int, ...] = Field(default=(), description="how many of samples_ms each round gave, in order")
     warmup_runs: int = Field(default=0, description="runs that were not counted, over all rounds")
     stable: bool | None = Field(
         default=None, description="whether latency had settled before counting began, in every round"
@@ -114,7 +117,8 @@ class Profile(BaseModel):
             return self.provider
         if self.machine.gpu:
             return f"{self.provider} on {self.machine.gpu}, driver {self.machine.driver or 'unknown'}"
-        return f"ONNX Runtime, {self.threads} threads of {self.machine.cpu}"
+        runtime = "ONNX Runtime" if self.provider.endswith("ExecutionProvider") else self.provider
+        return f"{runtime}, {self.threads} threads of {self.machine.cpu}"
 
     def percentile(self, q: float) -> float:
         """Latency in milliseconds that ``q`` per cent of the samples do not exceed, interpolated linearly."""

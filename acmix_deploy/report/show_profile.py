@@ -61,27 +61,35 @@ def _blocks(profiles: Sequence[Profile]) -> Table:
 
 
 def _conditions(profiles: Sequence[Profile]) -> Table:
-    """Clocks and temperature at any reading, and power under load."""
-    rows = table("file", "GPU MHz", "memory MHz", "GPU C", "held down by", "mode", "W", "mJ per batch", numeric=(6, 7))
+    """Clocks, load and temperature at any reading, and power under load; without columns of which nothing is told."""
+    columns: dict[str, list[str]] = {}
     for profile in profiles:
         readings = (*profile.conditions, *(profile.power.readings if profile.power else ()))
-        held = profile.throttling
-        row = [
-            _range(reading.gpu_mhz for reading in readings),
-            _range(reading.memory_mhz for reading in readings),
-            _range(reading.temperature_c for reading in readings),
-            "" if held is None else ", ".join(held) or "nothing",
-            next((reading.power_mode for reading in readings if reading.power_mode), ""),
-        ]
-        power = profile.power
-        row += [f"{power.mean_w:.1f}", f"{power.energy_mj:.1f}"] if power else ["", ""]
-        rows.add_row(profile.file, *row)
+        held, power = profile.throttling, profile.power
+        cells = {
+            "file": profile.file,
+            "CPU MHz": _range(reading.cpu_mhz for reading in readings),
+            "load": _range((reading.load for reading in readings), digits=1),
+            "GPU MHz": _range(reading.gpu_mhz for reading in readings),
+            "memory MHz": _range(reading.memory_mhz for reading in readings),
+            "GPU C": _range(reading.temperature_c for reading in readings),
+            "held down by": "" if held is None else ", ".join(held) or "nothing",
+            "mode": next((reading.power_mode for reading in readings if reading.power_mode), ""),
+            "W": f"{power.mean_w:.1f}" if power else "",
+            "mJ per batch": f"{power.energy_mj:.1f}" if power else "",
+        }
+        for name, cell in cells.items():
+            columns.setdefault(name, []).append(cell)
+    told = {name: cells for name, cells in columns.items() if any(cells)}
+    rows = table(*told, numeric=tuple(index for index, name in enumerate(told) if name in ("W", "mJ per batch")))
+    for row in zip(*told.values(), strict=True):
+        rows.add_row(*row)
     return rows
 
 
-def _range(values: Iterator[float | None]) -> str:
+def _range(values: Iterator[float | None], digits: int = 0) -> str:
     known = [value for value in values if value is not None]
-    texts = dict.fromkeys(f"{value:.0f}" for value in (min(known), max(known))) if known else ()
+    texts = dict.fromkeys(f"{value:.{digits}f}" for value in (min(known), max(known))) if known else ()
     return " to ".join(texts)
 
 
