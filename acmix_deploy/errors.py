@@ -38,3 +38,9 @@ class MissingComponent(AcmixDeployError):
     """A package, library or device that the request needs is not there (exit code 3)."""
 
     exit_code = 3
+
+
+class Inconclusive(AcmixDeployError):
+    """What was measured does not tell, or cannot be compared (exit code 4)."""
+
+    exit_code = 4

@@ -13,17 +13,18 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 from acmix_deploy import __version__
-from acmix_deploy.cli import build, doctor, export, fuse, inspect, plugin, profile, quantize, verify
+from acmix_deploy.cli import build, doctor, export, fuse, gate, inspect, plugin, profile, quantize, verify
 from acmix_deploy.cli.common import add_common
 from acmix_deploy.errors import AcmixDeployError
 
-VERBS = (export, fuse, quantize, build, verify, profile, inspect, doctor, plugin)
+VERBS = (export, fuse, quantize, build, verify, profile, gate, inspect, doctor, plugin)
 
 EXIT_CODES = """exit codes:
   0  done
   1  a check failed: too large an error, another number of blocks than expected
   2  the command line or an input file cannot be used
   3  a package, library, compiler or device is missing
+  4  gate: what was measured is inconclusive, or cannot be compared
 """
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.document import Document
+from acmix_deploy.errors import Inconclusive
 from acmix_deploy.profile.monitor import Conditions
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.targets import Precision
@@ -99,6 +100,33 @@ class Measured(BaseModel):
         """Median of a clock after each turn, in MHz: before it the machine may have been idle."""
         told = [clock for turn in self.turns if (clock := getattr(turn.after, name)) is not None]
         return median(told) if told else None
+
+
+def merged(parts: Sequence[Measured], **known: Any) -> Measured:
+    """One model with the turns of all parts, by round.
+
+    Args:
+        parts: of one model, at least one.
+        known: fields to set.
+
+    Raises:
+        Inconclusive: the parts differ in what was measured or what ran it.
+    """
+    first = parts[0]
+    turns: dict[int, list[Turn]] = {}
+    for part in parts:
+        if different := [name for name in _IDENTITY if getattr(part, name) != getattr(first, name)]:
+            raise Inconclusive(
+                f"the rounds of {first.model} do not belong together: {', '.join(different)} changed on the way",
+                "Measure again, all rounds of one file on one machine.",
+            )
+        for one in part.rounds:
+            turns.setdefault(one.index, []).extend(one.turns)
+    rounds = tuple(Round(index=index, turns=tuple(found)) for index, found in sorted(turns.items()))
+    return first.model_copy(update={"rounds": rounds, **known})
+
+
+_IDENTITY = sorted(Measured.model_fields.keys() - {"rounds", "dropped", "parity", "notes"})
 
 
 class GateSamples(Document):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, computed_field
 
 from acmix_deploy.doctor import Diagnosis
 from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.fusion import FusionReport
+from acmix_deploy.gate.history import History
+from acmix_deploy.gate.verdict import Verdict
 from acmix_deploy.plugin.library import Library
 from acmix_deploy.precision import Int8Report
 from acmix_deploy.profile import Profile, compare
@@ -55,3 +59,21 @@ class InspectDocument(Inspection, Document):
 
 class DoctorDocument(Diagnosis, Document):
     """Result of ``acmix-deploy doctor``."""
+
+
+class HtmlDocument(Document):
+    """Result of ``acmix-deploy report``."""
+
+    file: Path = Field(description="the report")
+    documents: list[str] = Field(description="names of the files that it was made of")
+    notes: list[str] = Field(description="files that were left out, and why")
+
+
+class GateDocument(Verdict, Document):
+    """Result of ``acmix-deploy gate check``; ``gate run`` prints its :class:`GateSamples`."""
+
+
+class HistoryDocument(Document):
+    """Result of ``acmix-deploy gate history``."""
+
+    histories: list[History] = Field(description="one for each model, by the name of its file")

@@ -1,0 +1,31 @@
+"""Show how latency went over all measurements in a folder: by time, with steps, trends and what changed.
+
+example:
+  acmix-deploy gate history measurements
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acmix_deploy.cli.common import console, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of what `gate run` wrote, a file for each run")
+
+
+def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.gate.history import read_history
+
+    histories = read_history(options.folder)
+    if options.json:
+        from acmix_deploy.report.documents import HistoryDocument
+
+        print_json(HistoryDocument(histories=histories))
+    else:
+        from acmix_deploy.report.show_samples import show_histories
+
+        show_histories(histories, console())
+    return 0

@@ -1,0 +1,70 @@
+"""Measure a model, or two in turn, each turn in a fresh process, and keep every sample.
+
+example:
+  acmix-deploy gate run --baseline model.onnx --candidate model.fused.onnx -o gate.json
+  acmix-deploy gate run --baseline old.engine --candidate new.engine --rounds 20 --parity verify.json -o gate.json
+  acmix-deploy gate run --candidate model.fused.onnx --images photos -o baseline.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acmix_deploy.cli.common import add_running, console, duration, positive, print_json, progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--candidate", type=Path, required=True, metavar="FILE", help="ONNX file, engine or checkpoint to judge"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="the one before it (default: the candidate is measured alone)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="where every sample goes, round by round"
+    )
+    parser.add_argument("--rounds", type=positive, default=12, metavar="N", help="rounds of two turns (default: 12)")
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        metavar="N",
+        help="runs to count in a turn (default: 1000 of engines, else 50)",
+    )
+    parser.add_argument("--seconds", type=duration, default=2.0, metavar="S", help="time for each turn (default: 2)")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="take the input from images in a folder (default: noise)"
+    )
+    parser.add_argument(
+        "--parity",
+        type=Path,
+        metavar="FILE",
+        help="what `verify -o` wrote of the candidate (default: the report of `export` beside it, if there is one)",
+    )
+    add_running(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.gate.measure import measure
+    from acmix_deploy.profile.subjects import Setup
+
+    setup = Setup(**{name: getattr(options, name) for name in Setup.model_fields})
+    with progress() as report_progress:
+        samples = measure(
+            options.candidate,
+            options.output,
+            baseline=options.baseline,
+            rounds=options.rounds,
+            samples=options.samples,
+            seconds=options.seconds,
+            setup=setup,
+            parity=options.parity,
+            progress=report_progress,
+        )
+    if options.json:
+        print_json(samples)
+    else:
+        from acmix_deploy.report.show_samples import show_samples
+
+        show_samples(samples, options.output, console())
+    return 0

@@ -1,0 +1,142 @@
+"""How a model's latency went over many stored measurements: a step, a trend, or neither.
+
+References: Pettitt, Applied Statistics 28 (1979), for the step; Sen, Journal of the American Statistical Association 63
+(1968), for the slope. Probabilities are those of random permutations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from acmix_deploy.errors import UserError
+from acmix_deploy.gate.compare import differences
+from acmix_deploy.gate.read import read_samples
+from acmix_deploy.gate.samples import Measured
+
+_BY_CHANCE = 0.05
+"""Probability below which something is called a step or a trend."""
+_PERMUTATIONS = 9999
+
+_Floats = NDArray[np.float64]
+
+
+class Run(BaseModel):
+    """One measurement."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str = Field(description="the file that it is stored in")
+    started: datetime | None = Field(description="when it began; None where the samples do not tell")
+    median_ms: float = Field(description="median over its rounds of the median of each")
+    ratio: float = Field(description="that over the first run's")
+    changed: tuple[str, ...] = Field(description="what is not as in the run before: hashes, driver, clocks")
+
+
+class Drift(BaseModel):
+    """What the runs have besides noise: whichever of a step and a line fits them better."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["step", "trend"]
+    since: str = Field(description="the file of the first run behind the step; of a trend, of the first of all")
+    ratio: float = Field(description="of the medians behind and before the step; of the trend's end and start")
+    p: float = Field(description="how often the same runs in random order show as much")
+
+
+class History(BaseModel):
+    """One model over time."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str = Field(description="file name, without its folder")
+    runs: tuple[Run, ...] = Field(description="in the order of time")
+    drift: Drift | None = Field(description="None where noise explains all")
+
+
+def read_history(folder: Path) -> list[History]:
+    """The candidates of all measurements in a folder, by the name of their files.
+
+    Raises:
+        UserError: it is no folder, a file in it holds no samples, or it is empty.
+    """
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    if not files:
+        raise UserError(f"{folder} {'holds no .json file' if folder.is_dir() else 'is not a folder'}")
+    models: dict[str, list[tuple[str, Measured]]] = {}
+    for file in files:
+        for samples in read_samples(file):
+            if samples.candidate.rounds:
+                name = Path(samples.candidate.model).name
+                models.setdefault(name, []).append((file.name, samples.candidate))
+    return [_history(model, found) for model, found in models.items()]
+
+
+def _history(model: str, found: Sequence[tuple[str, Measured]]) -> History:
+    ordered = sorted(found, key=lambda entry: (_started(entry[1]) or datetime.max.astimezone(), entry[0]))
+    medians = [_median(measured) for _, measured in ordered]
+    runs = tuple(
+        Run(
+            file=file,
+            started=_started(measured),
+            median_ms=value,
+            ratio=value / medians[0],
+            changed=_changed(ordered[index - 1][1], measured) if index else (),
+        )
+        for index, ((file, measured), value) in enumerate(zip(ordered, medians, strict=True))
+    )
+    return History(model=model, runs=runs, drift=_drift([run.file for run in runs], medians))
+
+
+def _started(measured: Measured) -> datetime | None:
+    return next((turn.started for turn in measured.turns if turn.started), None)
+
+
+def _median(measured: Measured) -> float:
+    return median(median(one.samples_ms) for one in measured.rounds)
+
+
+def _changed(before: Measured, now: Measured) -> tuple[str, ...]:
+    def system(measured: Measured) -> str | None:
+        return measured.machine.system if measured.machine else None
+
+    names = {"model": (before.sha256, now.sha256), "plugin": (before.plugin_sha256, now.plugin_sha256)}
+    hashes = [f"{name}: another file" for name, (old, new) in names.items() if old != new]
+    systems = [f"system: {system(before)} against {system(now)}"] if system(before) != system(now) else []
+    return (*hashes, *map(str, differences(before, now)), *systems)
+
+
+def _drift(files: Sequence[str], medians: Sequence[float]) -> Drift | None:
+    """A step or a trend of the logarithms of medians, by ranks: one wild run has little weight."""
+    logs, time = np.log(medians), np.arange(len(medians))
+    if len(logs) < 2:
+        return None
+    _, place, count = np.unique(logs, return_inverse=True, return_counts=True)
+    ranks = (count.cumsum() - (count + len(logs)) / 2)[place]  # means where equal; their own mean is 0
+    shuffled = np.random.default_rng(0).permuted(np.tile(ranks, (_PERMUTATIONS, 1)), axis=1)
+    ranks = np.vstack([ranks, shuffled])
+    steps, trends = np.abs(ranks.cumsum(axis=1)), np.abs(ranks @ time)
+    first = int(steps[0, :-1].argmax()) + 1  # behind the step
+    step = np.where(time < first, np.median(logs[:first]), np.median(logs[first:]))
+    earlier, later = np.triu_indices(len(logs), 1)
+    line = np.median((logs[later] - logs[earlier]) / (later - earlier)) * time
+    line += np.median(logs - line)
+    fits: tuple[tuple[Literal["step", "trend"], str, _Floats, _Floats], ...] = (
+        ("step", files[first], step, steps.max(axis=1)),
+        ("trend", files[0], line, trends),
+    )
+    found = [
+        Drift(kind=kind, since=since, ratio=math.exp(fit[-1] - fit[0]), p=float(np.mean(statistic >= statistic[0])))
+        for kind, since, fit, statistic in fits
+    ]
+    likely = [drift for drift in found if drift.p < _BY_CHANCE]
+    misfit = {"step": np.abs(logs - step).sum(), "trend": np.abs(logs - line).sum()}
+    return min(likely, key=lambda drift: float(misfit[drift.kind]), default=None)

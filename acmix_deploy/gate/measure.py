@@ -1,0 +1,157 @@
+"""Measure a candidate and its baseline in turn, each turn in a fresh process.
+
+A round is baseline, candidate, candidate, baseline, and the next one the other way round, so that drift of the machine
+meets both alike. A round in which something held the clocks down is repeated, then dropped and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from acmix_deploy.document import write_document
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
+from acmix_deploy.gate import worker
+from acmix_deploy.gate.parity import parity_of
+from acmix_deploy.gate.samples import GateSamples, Measured, merged
+from acmix_deploy.gate.worker import Answer, Request
+from acmix_deploy.profile.subjects import Setup
+
+Progress = Callable[[str], None]
+
+ROUNDS, SECONDS = 12, 2.0
+_REPEATS = 2
+"""How often a round that throttled is measured again."""
+_ERRORS = {error.exit_code: error for error in (CheckFailed, UserError, MissingComponent)}
+
+
+def measure(
+    candidate: Path,
+    output: Path,
+    *,
+    baseline: Path | None = None,
+    rounds: int = ROUNDS,
+    samples: int | None = None,
+    seconds: float = SECONDS,
+    setup: Setup | None = None,
+    parity: Path | None = None,
+    progress: Progress = lambda step: None,
+) -> GateSamples:
+    """Measure in rounds of two turns for each model, in ABBA order.
+
+    Args:
+        candidate, baseline: ONNX files, engines or checkpoints; without a baseline the candidate is measured alone.
+        output: written after every round, so that an interruption leaves the rounds before it.
+        rounds: how many.
+        samples: to count in each turn; by default 1000 of an engine, 50 of another; fewer when the time is over.
+        seconds: time of a turn, warm-up included; opening the file not.
+        setup: how both are run.
+        parity: result of a verification of the candidate, see :func:`acmix_deploy.gate.parity.parity_of`.
+        progress: told what is being done.
+
+    Raises:
+        UserError, MissingComponent, CheckFailed: a model cannot be run at all.
+        Inconclusive: a turn broke off in a later round, or its process crashed; or every round throttled.
+    """
+    files = {"baseline": baseline, "candidate": candidate} if baseline else {"candidate": candidate}
+    names = [file.name for file in files.values()]
+    known: dict[str, dict[str, Any]] = {
+        role: {"model": str(file) if names.count(file.name) > 1 else file.name} for role, file in files.items()
+    }
+    known["candidate"]["parity"] = parity_of(candidate, parity)
+    requests = {
+        role: Request(file=file, setup=setup or Setup(), samples=samples, seconds=seconds)
+        for role, file in files.items()
+    }
+    kept: dict[str, list[Measured]] = {role: [] for role in files}
+    dropped = 0
+    document = None
+    for index in range(rounds):
+        progress(f"round {index + 1} of {rounds}")
+        try:
+            taken = _take_round(requests, index)
+            for _ in range(_REPEATS):
+                if not (causes := _throttling(taken)):
+                    break
+                progress(f"round {index + 1} of {rounds} again: clocks were held down by {causes}")
+                taken = _take_round(requests, index)
+            if causes := _throttling(taken):
+                dropped += 1
+            else:
+                kept = {role: [*turns, *taken[role]] for role, turns in kept.items()}
+            models = {role: merged(turns, dropped=dropped, **known[role]) for role, turns in kept.items() if turns}
+        except AcmixDeployError as error:
+            if not document:
+                raise
+            raise Inconclusive(
+                f"round {index + 1} of {rounds} broke off: {error.message}",
+                f"The rounds before it, {len(document.candidate.rounds)}, are in {output}.",
+            ) from error
+        if models:
+            document = GateSamples(
+                baseline=models.get("baseline"), candidate=models["candidate"], interleaved=baseline is not None
+            )
+            write_document(document, output)
+    if not document:
+        raise Inconclusive(
+            f"no round counts: in every one clocks were held down by {causes}",
+            "Cool the machine, or set clocks or a power mode that it can hold.",
+        )
+    return document
+
+
+def _take_round(requests: Mapping[str, Request], index: int) -> dict[str, list[Measured]]:
+    """The turns of every model, by its role: in the order ABBA, or BAAB where the index is odd."""
+    roles = [*requests][:: -1 if index % 2 else 1]
+    taken: dict[str, list[Measured]] = {role: [] for role in roles}
+    for position, role in enumerate((*roles, *roles[::-1])):
+        request = requests[role].model_copy(update={"index": index, "position": position})
+        taken[role].append(_ask(request))
+    return taken
+
+
+def _throttling(taken: Mapping[str, Sequence[Measured]]) -> str:
+    """What held clocks down in a round, in words."""
+    turns = (turn for measured in taken.values() for one in measured for turn in one.turns)
+    return ", ".join(dict.fromkeys(cause for turn in turns for cause in turn.throttling))
+
+
+def _ask(request: Request) -> Measured:
+    """A turn in a process of its own, which ends when this is interrupted.
+
+    Raises:
+        Inconclusive: the process ended without an answer.
+        UserError, MissingComponent, CheckFailed: what it refused.
+    """
+    # By its path: with -m a module of the user's folder could stand in for one of the standard library.
+    done = subprocess.run(
+        [sys.executable, worker.__file__],
+        input=request.model_dump_json(),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    try:
+        answer = Answer.model_validate_json(done.stdout)
+    except ValidationError as error:
+        code = done.returncode
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing on stderr")
+        raise Inconclusive(
+            f"the process with {request.file} crashed ({how}): {last}",
+            "SIGKILL is what the system sends when memory runs out." if code == -signal.SIGKILL else "",
+        ) from error
+    if answer.measured is None:
+        assert answer.refusal
+        code, message, hint = answer.refusal
+        raise _ERRORS[code](message, hint)
+    return answer.measured

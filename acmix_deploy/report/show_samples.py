@@ -1,0 +1,59 @@
+"""What the gate measured, and how it went over time, for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from rich.console import Console
+
+from acmix_deploy.gate.history import Drift, History
+from acmix_deploy.gate.samples import GateSamples
+from acmix_deploy.report.tables import milliseconds, table
+
+
+def show_samples(samples: GateSamples, file: Path, console: Console) -> None:
+    """Print medians and spread of what was measured, and what to do next."""
+    rows = table(
+        "model", "rounds", "samples", "median ms", "p99 ms", "rounds from", "to", "dropped", numeric=tuple(range(1, 8))
+    )
+    models = [measured for measured in (samples.baseline, samples.candidate) if measured]
+    for measured in models:
+        medians = [median(one.samples_ms) for one in measured.rounds]
+        latencies = [sample for one in measured.rounds for sample in one.samples_ms]
+        times = (median(latencies), float(np.percentile(latencies, 99)), min(medians), max(medians))
+        counts = (str(len(measured.rounds)), str(len(latencies)))
+        rows.add_row(measured.model, *counts, *map(milliseconds, times), str(measured.dropped or ""))
+    console.print(rows)
+    for note in dict.fromkeys(note for measured in models for note in measured.notes):
+        console.print(f"Note: {note}", style="yellow")
+    for measured in models:
+        if unsettled := sum(turn.stable is False for turn in measured.turns):
+            console.print(
+                f"Note: {measured.model}: latency had not settled when counting began, in {unsettled} turns",
+                style="yellow",
+            )
+    console.print(f"\nEvery sample is in {file}")
+    others = "" if samples.baseline else " CANDIDATE.json"
+    console.print(f"Next: acmix-deploy gate check {file}{others}")
+
+
+def show_histories(histories: Sequence[History], console: Console) -> None:
+    """Print the runs of each model in the order of time."""
+    for history in histories:
+        rows = table("started", "file", "median ms", "to the first", "changed since the run before", numeric=(2, 3))
+        for run in history.runs:
+            when = run.started.strftime("%Y-%m-%d %H:%M") if run.started else ""
+            rows.add_row(when, run.file, milliseconds(run.median_ms), f"{run.ratio:.3f}", "; ".join(run.changed))
+        console.print(history.model)
+        console.print(rows)
+        console.print(_drift(history.drift), style="yellow" if history.drift else "dim")
+
+
+def _drift(drift: Drift | None) -> str:
+    if drift is None:
+        return "No step and no trend beyond the noise between runs"
+    times = f"{drift.ratio:.3f} times the time (p = {drift.p:.2g})"
+    return f"A step: from {drift.since} on {times}" if drift.kind == "step" else f"A trend: from first to last {times}"
