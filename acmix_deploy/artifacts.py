@@ -74,16 +74,27 @@ def replacing(path: Path) -> Iterator[Path]:
             f"cannot write {path}: {error.strerror} ({error.filename})", "Choose a folder that you may write to."
         ) from error
     try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"cannot write {path}: {error.strerror}", "Free some space or choose another disk."
-            ) from error
-        raise
+        with writing(path):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(target: object) -> Iterator[None]:
+    """Raise UserError, naming the ``target``, where what is done within ends with a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_space(target, str(error.strerror)) from error
+        raise
+
+
+def no_space(target: object, found: str) -> UserError:
+    """A full disk as an error."""
+    return UserError(f"cannot write {target}: {found}", "Free some space or choose another disk.")
 
 
 def sha256(path: Path) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +16,14 @@ from typing import get_args
 from pydantic import BaseModel
 from rich.console import Console
 
+from acmix_deploy.artifacts import writing
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.targets import Form, Target, target_named
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every verb."""
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout instead of tables")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of tables")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
 
@@ -132,6 +135,25 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
 def duration(text: str) -> float:
     """Seconds, more than 0."""
     value = float(text)
@@ -148,6 +170,16 @@ def console() -> Console:
 def print_json(document: BaseModel) -> None:
     """Print a document of :mod:`acmix_deploy.report` on stdout."""
     print(document.model_dump_json(by_alias=True, indent=2))
+
+
+def print_line(text: str) -> None:
+    """Print a line on stdout at once. Raises UserError: the disk that it goes to is full."""
+    try:
+        with writing("the output"):
+            print(text, flush=True)
+    except (UserError, BrokenPipeError):  # nor can what is left be written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 @contextmanager

@@ -9,11 +9,10 @@ example:
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acmix_deploy.cli.common import add_input_shape, console, positive, print_json, progress
+from acmix_deploy.cli.common import add_input_shape, console, not_negative, positive, print_json, progress, share
 from acmix_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,25 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write what --json prints to a file")
     parser.add_argument("--worst", type=Path, metavar="FILE", help="draw the worst image, both detectors side by side")
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """A number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:

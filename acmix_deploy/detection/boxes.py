@@ -46,11 +46,9 @@ class Detection(BaseModel):
 
 def named(found: Detections, names: Mapping[int, str]) -> list[Detection]:
     """Detections one by one; a class without a name is called by its index."""
-    rows = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
-    return [
-        Detection(name=names.get(index, str(index)), score=round(score, 5), box=[round(edge, 2) for edge in box])
-        for index, score, box in rows
-    ]
+    boxes = found.boxes.astype(np.float64).round(2).tolist()
+    rows = zip(found.classes.tolist(), found.scores.tolist(), boxes, strict=True)
+    return [Detection(name=names.get(kind, str(kind)), score=round(score, 5), box=box) for kind, score, box in rows]
 
 
 def names_of(metadata: Mapping[str, str]) -> dict[int, str]:

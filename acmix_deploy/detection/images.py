@@ -84,10 +84,8 @@ def find(folder: Path, limit: int | None = None) -> Photos:
         UserError: the folder does not exist or holds no readable image.
         MissingComponent: OpenCV is not installed.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder", "Give the folder that the images lie in.")
     photos = Photos([], [])
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES):
+    for path in in_folder(folder):
         if limit is not None and len(photos.paths) == limit:
             break
         if read(path) is None:
@@ -103,8 +101,21 @@ def find(folder: Path, limit: int | None = None) -> Photos:
     return photos
 
 
+def in_folder(folder: Path) -> list[Path]:
+    """The files of a folder that look like images by their suffix, in the order of their names.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", "Give the folder that the images lie in.")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def read(path: Path) -> Image | None:
     """An image [h, w, 3] in BGR, as OpenCV has it; None where the file holds none that can be decoded.
+
+    That is also so where it has more pixels than OpenCV takes: 2^30, or OPENCV_IO_MAX_IMAGE_PIXELS in the environment.
 
     Raises:
         MissingComponent: OpenCV is not installed.
@@ -112,9 +123,9 @@ def read(path: Path) -> Image | None:
     cv2 = opencv()
     try:
         data = np.frombuffer(path.read_bytes(), np.uint8)
-    except OSError:
+        image: Any = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except (OSError, cv2.error):
         return None
-    image: Any = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
     return image if image is None else np.asarray(image)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from acmix_deploy.artifacts import replacing
-from acmix_deploy.detection.boxes import Detection
+from acmix_deploy.detection.drawing import draw_box
 from acmix_deploy.detection.images import IMAGE_SUFFIXES, Image, opencv, read
 from acmix_deploy.errors import UserError
 from acmix_deploy.verify.detections import ImageComparison, Outcome
@@ -66,17 +66,6 @@ def halves(comparison: ImageComparison, longest: int | None = None) -> tuple[Ima
     for pair in sorted(comparison.pairs, key=lambda pair: pair.outcome != "matched"):
         for half, detection in ((reference, pair.reference), (candidate, pair.candidate)):
             if detection:
-                _box(half, detection, factor, COLOURS[pair.outcome])
+                corners = [edge * factor for edge in detection.box]
+                draw_box(half, corners, f"{detection.name} {detection.score:.2f}", COLOURS[pair.outcome])
     return reference, candidate
-
-
-def _box(image: Image, detection: Detection, factor: float, colour: str) -> None:
-    cv2, bgr = opencv(), tuple(bytes.fromhex(colour[1:]))[::-1]
-    left, top, right, bottom = (round(edge * factor) for edge in detection.box)
-    text, width = f"{detection.name} {detection.score:.2f}", max(2, image.shape[1] // 400)
-    scale = width / 4
-    cv2.rectangle(image, (left, top), (right, bottom), bgr, width)
-    (wide, high), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
-    base = max(top, high + below)
-    cv2.rectangle(image, (left, base - high - below), (left + wide, base), bgr, cv2.FILLED)
-    cv2.putText(image, text, (left, base - below), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)

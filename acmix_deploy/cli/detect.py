@@ -1,0 +1,90 @@
+"""Detect in images, folders, videos and cameras: boxes as text or JSON lines, and drawn.
+
+example:
+  acmix-deploy detect model.fused.onnx photos -o found
+  acmix-deploy detect model.engine street.mp4 --json -o found.mp4 > found.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from acmix_deploy.cli.common import print_line, progress, share
+from acmix_deploy.errors import UserError
+
+_EVERY = 2.0  # seconds between two lines of progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="ONNX file, or engine with its manifest")
+    parser.add_argument("source", help="image, folder of images, video, index of a camera, or URL of a stream")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="also draw the boxes: a folder for images, an .mp4 or .avi else",
+    )
+    parser.add_argument(
+        "--confidence", type=share, default=0.25, metavar="X", help="score above which there is one (default: 0.25)"
+    )
+    parser.add_argument(
+        "--provider",
+        choices=["cpu", "cuda", "tensorrt"],
+        default="cpu",
+        help="what ONNX Runtime runs an ONNX file on (default: cpu)",
+    )
+    parser.add_argument("--plugin", type=Path, metavar="FILE", help="library with custom layers of the model")
+
+
+def run(options: argparse.Namespace) -> int:
+    # Broken images are told of in our own words.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    from acmix_deploy.serving.annotate import annotate, open_output
+    from acmix_deploy.serving.detector import Detector
+    from acmix_deploy.serving.sources import DetectDocument, detect, open_source
+
+    source = open_source(options.source)
+    output = open_output(options.output, source) if options.output else nullcontext()
+    done = skipped = 0
+    start = told = time.perf_counter()
+    with progress() as report_progress:
+        report_progress(f"loading {options.model}")
+        with (
+            Detector.load(
+                options.model, plugin=options.plugin, confidence=options.confidence, provider=options.provider
+            ) as detector,
+            output as write,
+        ):
+            start = told = time.perf_counter()
+            try:
+                for frame, found in detect(detector, source.frames):
+                    line = DetectDocument.of(frame, found, detector.names)
+                    if options.json:
+                        print_line(line.model_dump_json(by_alias=True, exclude_none=True))
+                    if line.problem:
+                        skipped += frame.lost
+                        print(line, file=sys.stderr)
+                    elif not options.json:
+                        print_line(str(line))
+                    if frame.image is not None and found is not None:
+                        done += 1
+                        if write:
+                            write(frame.source, annotate(frame.image, found, detector.names))
+                    if time.perf_counter() - told > _EVERY:
+                        told = time.perf_counter()
+                        total = f" of {source.total}" if source.total else ""
+                        report_progress(f"{done}{total} images, {done / (told - start):.1f} a second")
+            finally:
+                seconds = time.perf_counter() - start
+                left_out = f", {skipped} skipped" if skipped else ""
+                print(f"{done} images{left_out}, {done / seconds:.1f} a second", file=sys.stderr)
+    if not done:
+        raise UserError(f"nothing in {source.name} can be read")
+    return 0

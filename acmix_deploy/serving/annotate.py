@@ -1,0 +1,130 @@
+"""Detections drawn into the images they were made in, as image files or as a video."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acmix_deploy.artifacts import no_space, replacing
+from acmix_deploy.detection.boxes import Detections, named
+from acmix_deploy.detection.drawing import PALETTE, draw_box
+from acmix_deploy.detection.images import IMAGE_SUFFIXES, Image, opencv
+from acmix_deploy.errors import UserError
+from acmix_deploy.serving.sources import Source
+
+Write = Callable[[str, Image], None]
+"""Writes an annotated image that came from a file of a name; frames of a video in their order."""
+
+CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
+"""What OpenCV's own packages can write, by the file's suffix."""
+
+_RESERVE = 1 << 20  # bytes that a video leaves free on the disk, to be finished with
+
+
+def annotate(image: Image, found: Detections, names: Mapping[int, str]) -> Image:
+    """A copy of an image [h, w, 3] in BGR with boxes, names and scores; the highest score on top."""
+    drawn: Image = image.copy()
+    for kind, detection in reversed(list(zip(found.classes.tolist(), named(found, names), strict=True))):
+        text = f"{detection.name} {detection.score:.2f}"
+        draw_box(drawn, detection.box, text, PALETTE[kind % len(PALETTE)])
+    return drawn
+
+
+def open_output(out: Path, source: Source) -> AbstractContextManager[Write]:
+    """Where annotated images go: of a video to a video, of a folder to a folder, of an image to either of its kind.
+
+    What was written before something fails or is interrupted stays, a video up to its last frame.
+
+    Raises:
+        UserError: it does not fit the source, would overwrite it, or cannot be written; the disk is full.
+    """
+    suffix = out.suffix.lower()
+    if source.fps:
+        if suffix not in CODECS:
+            raise UserError(f"{out} does not end like a video", f"Videos end in one of {', '.join(sorted(CODECS))}.")
+        return _video(out, source.fps)
+    if suffix in CODECS:
+        raise UserError(f"{out} ends like a video, and {source.name} is none", "Name a folder.")
+    is_file = suffix in IMAGE_SUFFIXES and len(source.files) == 1 and not out.is_dir()
+    targets = {file.name: out if is_file else out / file.name for file in source.files}
+    for file in source.files:
+        if targets[file.name].resolve() == file.resolve():
+            raise UserError(f"{file} would be overwritten", "Name another folder.")
+    return _pictures(targets)
+
+
+@contextmanager
+def _pictures(targets: Mapping[str, Path]) -> Iterator[Write]:
+    def write(name: str, image: Image) -> None:
+        target = targets[name]
+        done, data = opencv().imencode(target.suffix.lower(), image)
+        assert done
+        with replacing(target) as temporary:
+            temporary.write_bytes(data.tobytes())
+
+    yield write
+
+
+@contextmanager
+def _video(path: Path, fps: float) -> Iterator[Write]:
+    """OpenCV tells nothing of a full disk: there has to be room before each frame, and all frames in the end."""
+    cv2 = opencv()
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    writer: Any = None
+    size, written = (0, 0), 0
+
+    def write(_: str, image: Image) -> None:
+        nonlocal writer, size, written
+        if writer is None:
+            height, width = image.shape[:2]
+            size = width + width % 2, height + height % 2  # codecs cut off what is odd
+            writer = _writer(temporary, path, fps, size)
+        if shutil.disk_usage(path.parent).free < image.nbytes + _RESERVE:
+            raise no_space(path, f"less than {(image.nbytes + _RESERVE) / 1e6:.1f} MB are free")
+        if (image.shape[1], image.shape[0]) != size:
+            image = _fitted(image, size)
+        writer.write(image)
+        written += 1
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.release()
+            temporary.replace(path)
+    if writer is not None:
+        capture = cv2.VideoCapture(str(path.resolve()))
+        there = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        capture.release()
+        if there != written:
+            raise no_space(path, f"of {written} frames {there} have arrived")
+
+
+def _writer(temporary: Path, path: Path, fps: float, size: tuple[int, int]) -> Any:
+    cv2 = opencv()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", "Choose a folder that you may write to.") from error
+    code = cv2.VideoWriter_fourcc(*CODECS[path.suffix.lower()])
+    writer = cv2.VideoWriter(str(temporary.resolve()), code, fps, size)
+    if not writer.isOpened():
+        temporary.unlink()
+        raise UserError(f"OpenCV here cannot write {path}", f"Try another of {', '.join(sorted(CODECS))}.")
+    return writer
+
+
+def _fitted(image: Image, size: tuple[int, int]) -> Image:
+    """The image in another size: a row or a column repeated where that suffices, else resized."""
+    cv2 = opencv()
+    right, below = size[0] - image.shape[1], size[1] - image.shape[0]
+    if {right, below} <= {0, 1}:
+        return np.asarray(cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REPLICATE))
+    return np.asarray(cv2.resize(image, size))
