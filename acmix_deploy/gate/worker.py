@@ -18,13 +18,16 @@ from acmix_deploy.profile.monitor import Monitor
 from acmix_deploy.profile.run import take_turn
 from acmix_deploy.profile.subjects import Checkpoint, Engine, OnnxFile, Setup, Subject, open_subject
 
+FEWEST_SAMPLES = 100
+"""That are counted by default: as many as the 99th percentile of a turn needs."""
+
 
 class Request(BaseModel):
     """What to measure."""
 
     file: Path
     setup: Setup
-    samples: int | None = Field(description="how many to count; by default as many as `profile` does in all")
+    samples: int | None = Field(description="how many to count; by default as many as `profile` does, at least 100")
     seconds: float = Field(description="time for the turn, opening it not included")
     index: int = Field(default=0, description="number of the round")
     position: int = Field(default=0, description="see :class:`Turn`")
@@ -44,7 +47,7 @@ def measure(request: Request) -> Measured:
     subject = open_subject(request.file, request.setup)
     plugin = read_manifest(request.file).plugin if isinstance(subject, Engine) else None
     monitor = Monitor(nvml=subject.on_gpu)
-    taken = take_turn(subject, monitor, request.samples or subject.samples, request.seconds)
+    taken = take_turn(subject, monitor, request.samples or max(subject.samples, FEWEST_SAMPLES), request.seconds)
     before, after = taken.conditions
     turn = Turn(
         samples_ms=tuple(sample.alone for sample in taken.samples),

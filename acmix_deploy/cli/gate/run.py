@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=positive,
         metavar="N",
-        help="runs to count in a turn (default: 1000 of engines, else 50)",
+        help="runs to count in a turn (default: 1000 of engines, else 100)",
     )
     parser.add_argument("--seconds", type=duration, default=2.0, metavar="S", help="time for each turn (default: 2)")
     parser.add_argument(
