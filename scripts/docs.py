@@ -31,6 +31,7 @@ from acmix_deploy.report.documents import (
     VerifyDocument,
 )
 from acmix_deploy.report.model import ExportReport
+from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.targets import TARGETS, Target
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolerance_of
 
@@ -46,6 +47,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "build": BuildDocument,
     "inspect": InspectDocument,
     "doctor": DoctorDocument,
+    "detect": DetectDocument,
 }
 """What the verbs print with ``--json``, by the name of its schema."""
 

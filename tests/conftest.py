@@ -61,3 +61,21 @@ def empty_library(tmp_path):
         pytest.skip("no C compiler")
     subprocess.run([compiler, "-shared", "-o", tmp_path / "empty.so", "-x", "c", os.devnull], check=True)
     return tmp_path / "empty.so"
+
+
+@pytest.fixture(scope="session")
+def shapes_model(tmp_path_factory):
+    """The trained detector (docs/detector.md) as a fused ONNX file for any number of images of 160x160 pixels."""
+    pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    from acmix_deploy import families, yolo
+    from acmix_deploy.checkpoint import load
+    from acmix_deploy.export import export
+    from acmix_deploy.fusion import fuse
+
+    folder = tmp_path_factory.mktemp("shapes")
+    model = load(Path(__file__).parent / "data/shapes.pt")
+    module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
+    options = {"input_shape": (1, 3, 160, 160), "opset": 17, "divisor": 32, "dynamic": ("batch",)}
+    export(module, folder / "plain.onnx", metadata=model.metadata, **options)
+    fuse(folder / "plain.onnx", folder / "shapes.fused.onnx", expect=3)
+    return folder / "shapes.fused.onnx"

@@ -55,12 +55,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_commands_and_code_run(
-    name: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     page = PAGES[name]
     if re.search("yolo|tests/data/shapes.pt", "".join(code for _, code in blocks(page, "python", "console"))):
         pytest.importorskip("ultralytics", reason="needs ultralytics")
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    if re.search(r" detect shapes.fused.onnx|load\(Path\(\"shapes.fused.onnx", page.read_text(encoding="utf-8")):
+        shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(pipeline, "_SECONDS", 0.3)

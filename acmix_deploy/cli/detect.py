@@ -1,7 +1,7 @@
 """Detect in images, folders, videos and cameras: boxes as text or JSON lines, and drawn.
 
 example:
-  acmix-deploy detect model.fused.onnx photos -o found
+  acmix-deploy detect model.engine photos -o found
   acmix-deploy detect model.engine street.mp4 --json -o found.mp4 > found.jsonl
 """
 
