@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from family_parts import randomised, relative_l2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,20 +20,6 @@ from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 
 FLOAT32_LIMIT = LOCAL_ATTENTION.tolerances["float32"].limit()
-
-
-def randomised(block: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter drawn anew, so that none is at a value where it has no effect."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.normal_(0, 0.4, generator=generator)
-    return block
-
-
-def relative_l2(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().double(), expected.detach().double()
-    return float((actual - expected).norm() / expected.norm())
 
 
 def pixel_by_pixel(block: ACmix, x: Tensor) -> Tensor:
@@ -225,7 +212,7 @@ def test_a_map_that_does_not_fit_is_refused_with_its_size(size: tuple[int, int],
 
 
 def test_torch_compile_makes_one_graph_of_any_size() -> None:
-    block = randomised(ACmix(4, 8, 5, 2, stride=2)).eval()
+    block = randomised(ACmix(4, 8, 5, 2, stride=2))
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in ((2, 4, 6, 8), (1, 4, 10, 4)):
         x = torch.randn(*shape)
@@ -235,7 +222,7 @@ def test_torch_compile_makes_one_graph_of_any_size() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 def test_exports_with_every_axis_dynamic(dynamo: bool, stride: int) -> None:
-    block = randomised(ACmix(4, 8, 5, 2, stride=stride)).eval()
+    block = randomised(ACmix(4, 8, 5, 2, stride=stride))
     if dynamo:
         height, width = (stride * torch.export.Dim(axis, min=4) for axis in ("h", "w"))
         dynamic = {"dynamic_shapes": {"x": {0: torch.export.Dim("b"), 2: height, 3: width}}}

@@ -7,11 +7,13 @@ import copy
 import onnx
 import pytest
 import torch
-from test_fusion import Published, export, outputs
+from family_parts import export, outputs
+from test_fusion import Published
 from test_recognise_module import Port
 from torch import nn
 
 from acmix_deploy import pipeline
+from acmix_deploy.export import AXES
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
@@ -139,7 +141,7 @@ def test_foreign_modules_are_replaced_where_they_stand(surroundings):
 def test_blocks_fuse_where_they_stand(tmp_path, surroundings, exporter, dynamic, block):
     """With linspace, axes are free by TorchScript alone: dynamo freezes its length."""
     model, x = lived_in(surroundings(block)), torch.randn(2, 3, 12, 16)
-    source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic)
+    source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=AXES if dynamic else ())
     report = fuse(source, tmp_path / "fused.onnx", expect=SURROUNDINGS[surroundings])
     assert {found.family for found in report.blocks} == {"acmix"}
     assert attentions(tmp_path / "fused.onnx") == SURROUNDINGS[surroundings]

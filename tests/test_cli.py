@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from family_parts import export
 from onnx import numpy_helper
-from test_fusion import export, randomised
+from test_fusion import randomised
 from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import commands, main
+from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.report.model import ExportReport
 
@@ -37,7 +39,7 @@ def checkpoint(folder):
 
 @pytest.fixture
 def plain(folder):
-    return export(randomised(ACmix(3, 8, head=2)), torch.randn(1, 3, 10, 12), folder / "plain.onnx", dynamic=True)
+    return export(randomised(ACmix(3, 8, head=2)), torch.randn(1, 3, 10, 12), folder / "plain.onnx", dynamic=AXES)
 
 
 def fails(capsys, code, *command):

@@ -18,9 +18,9 @@ import pytest
 import test_swin_acmix as swin
 import torch
 import torch.nn.functional as F
+from family_parts import export as traced
 from onnx import TensorProto, helper
 from test_fusion import Frozen, Published, position_map, randomised
-from test_fusion import export as traced
 from test_recognise_module import Port, port
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from acmix_deploy.artifacts import write_artifact
 from acmix_deploy.doctor import Examination, environment, examine, machine
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.manifest import Machine, Manifest
@@ -72,25 +73,25 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "half", "expected"),
     [
-        ({"position": "ours", "dep_bias": True}, False, ""),
-        ({"dep_bias": True}, False, "linspace-position"),
-        ({"dep_bias": True, "position": "cuda"}, False, "linspace-position cuda-position"),
-        ({"position": "ours"}, False, "no-bias"),
-        ({"position": "ours", "dep_bias": True, "rate_shape": ()}, False, "scalar-rates"),
-        ({"dep_bias": True}, True, "linspace-position float32-position"),
-        ({"dep_bias": True, "window": 512, "declare": "512"}, False, "misplaced-argument"),
-        ({"dep_bias": True, "window": 1, "declare": "1"}, False, "misplaced-argument"),
-        ({"dep_bias": True, "border": "zero"}, False, "no-block"),
+        ({"position": "ours", "dep_bias": True}, False, []),
+        ({"dep_bias": True}, False, ["linspace-position"]),
+        ({"dep_bias": True, "position": "cuda"}, False, ["linspace-position", "cuda-position"]),
+        ({"position": "ours"}, False, ["no-bias"]),
+        ({"position": "ours", "dep_bias": True, "rate_shape": ()}, False, ["scalar-rates"]),
+        ({"dep_bias": True}, True, ["linspace-position", "float32-position"]),
+        ({"dep_bias": True, "window": 512, "declare": "512"}, False, ["misplaced-argument"]),
+        ({"dep_bias": True, "window": 1, "declare": "1"}, False, ["misplaced-argument"]),
+        ({"dep_bias": True, "border": "zero"}, False, ["no-block"]),
     ],
     ids=str,
 )
 def test_faults_of_blocks_in_a_checkpoint(
-    tmp_path: Path, options: dict[str, Any], half: bool, expected: str, mapped: None
+    tmp_path: Path, options: dict[str, Any], half: bool, expected: list[str], mapped: None
 ) -> None:
     block = port(**options)
     path = saved(tmp_path / "a.pt", nn.Sequential(nn.Conv2d(3, 4, 1), block.half() if half else block))
     found = look(path, trust=True)
-    assert faults(found) == set(expected.split())
+    assert faults(found) == set(expected)
     assert {finding.where for finding in found.findings} <= {"1"}
     with pytest.raises(UserError, match="restricted load"):
         look(path)
@@ -191,7 +192,7 @@ def test_a_class_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_healthy_file(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), ACmix(8, 8, 3, 2)).eval()
-    traced(model, torch.rand(1, 3, 64, 64), tmp_path / "a.onnx", dynamic=True)
+    traced(model, torch.rand(1, 3, 64, 64), tmp_path / "a.onnx", dynamic=AXES)
     found = look(tmp_path / "a.onnx")
     assert (found.kind, faults(found), found.graph_blocks[0].fused) == ("onnx", set(), True)
     fuse(tmp_path / "a.onnx", tmp_path / "b.onnx")
@@ -218,7 +219,7 @@ def test_a_size_that_froze(tmp_path: Path) -> None:
     """As linspace does in the dynamo exporter: the signature stays dynamic, other sizes fail."""
     block = randomised(ACmix(2, 2, 3, 1))
     block.conv_p = Frozen(position_map(block, 320, 320))
-    path = traced(block, torch.rand(1, 2, 320, 320), tmp_path / "a.onnx", dynamic=True)
+    path = traced(block, torch.rand(1, 2, 320, 320), tmp_path / "a.onnx", dynamic=AXES)
     found = look(path)
     assert faults(found) == {"frozen-size"}
     assert {finding.where for finding in found.findings} == {"height", "width"}
@@ -282,7 +283,7 @@ class WindowReverse(nn.Module):
 
 
 def test_windows_that_are_put_back_into_one_image(tmp_path: Path) -> None:
-    path = traced(WindowReverse(), torch.rand(1, 4, 16, 16), tmp_path / "a.onnx", dynamic=True)
+    path = traced(WindowReverse(), torch.rand(1, 4, 16, 16), tmp_path / "a.onnx", dynamic=AXES)
     model = onnx.load(path)
     for axis in (2, 3):
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 16

@@ -8,14 +8,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from family_parts import export
 from onnx import numpy_helper
 from test_cli import fails
-from test_fusion import export, randomised
+from test_fusion import randomised
 from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main
 from acmix_deploy.errors import UserError
+from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
@@ -49,7 +51,7 @@ def files(tmp_path_factory):
     for dynamic in (False, True):
         name = "dynamic" if dynamic else "static"
         plain, fused, half = (folder / f"{name}{suffix}.onnx" for suffix in ("", ".fused", ".fp16"))
-        export(Two().eval(), torch.rand(SHAPES[0]), plain, dynamic=dynamic)
+        export(Two().eval(), torch.rand(SHAPES[0]), plain, dynamic=AXES if dynamic else ())
         model = onnx.load(plain)
         onnx.helper.set_model_props(model, {"stride": "2"})
         onnx.save(model, plain)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import io
 import math
 import re
-import warnings
 
+import family_parts
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
+from family_parts import export, operators, outputs
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import nn
 
 from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -25,46 +27,13 @@ from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 
 FLOAT32 = LOCAL_ATTENTION.tolerances["float32"].floor
-AXES = {0: "batch", 2: "height", 3: "width"}
 
 
 def randomised(block: ACmix, *, conv_bias: bool = True) -> ACmix:
-    """The block with every weight random, none at a special value such as the shift kernels."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        if conv_bias:
-            block.dep_conv.bias = nn.Parameter(torch.empty(block.out_planes))
-        for parameter in block.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return block.eval()
-
-
-def export(module, x, path, *, exporter="torchscript", dynamic=False, opset=17, fold=True):
-    """Write ``module`` as ONNX by one of PyTorch's exporters."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if exporter == "dynamo":
-            auto = torch.export.Dim.AUTO
-            shapes = ({0: auto, 2: auto, 3: auto},) if dynamic else None
-            torch.onnx.export(
-                module, (x,), path, dynamo=True, opset_version=18, dynamic_shapes=shapes, verbose=False,
-                external_data=False,
-            )  # fmt: skip
-        else:
-            torch.onnx.export(
-                module, (x,), path, dynamo=False, opset_version=opset, input_names=["x"], do_constant_folding=fold,
-                dynamic_axes={"x": AXES} if dynamic else None,
-            )  # fmt: skip
-    return path
-
-
-def outputs(path, x):
-    session = open_session(path)
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-
-
-def operators(path):
-    return [node.op_type for node in onnx.load(path).graph.node]
+    """The block with every weight random, a bias of ``dep_conv`` among them."""
+    if conv_bias:
+        block.dep_conv.bias = nn.Parameter(torch.empty(block.out_planes))
+    return family_parts.randomised(block)
 
 
 def assert_fused(module, x, source, *more_inputs, limit=FLOAT32, **options):
@@ -83,7 +52,7 @@ def assert_fused(module, x, source, *more_inputs, limit=FLOAT32, **options):
 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [(), AXES], ids=["static", "dynamic"])
 @pytest.mark.parametrize("conv_branch", ["dense", "grouped"])
 def test_both_exporters(tmp_path, exporter, dynamic, conv_branch):
     block, x = randomised(ACmix(6, 8, head=2, stride=2)), torch.randn(1, 6, 10, 12)
@@ -113,14 +82,14 @@ def test_both_exporters(tmp_path, exporter, dynamic, conv_branch):
     stride=st.sampled_from([1, 1, 2]),
     batch=st.integers(1, 2),
     more=st.tuples(st.integers(0, 6), st.integers(0, 6)),
-    dynamic=st.booleans(),
+    dynamic=st.sampled_from([(), AXES]),
     fold=st.booleans(),
     opset=st.sampled_from([13, 16, 17]),
     conv_bias=st.booleans(),
     conv_branch=st.sampled_from(["dense", "grouped"]),
 )
 @example(  # four pixels: fewer queries than position_weight has rows
-    heads=1, head_dim=8, in_planes=1, kernel=3, stride=1, batch=1, more=(0, 0), dynamic=False, fold=False, opset=17,
+    heads=1, head_dim=8, in_planes=1, kernel=3, stride=1, batch=1, more=(0, 0), dynamic=(), fold=False, opset=17,
     conv_bias=False, conv_branch="dense",
 )  # fmt: skip
 def test_any_geometry(
@@ -211,7 +180,7 @@ class OnLinspace(nn.Module):
         return self.conv(torch.cat([x.unsqueeze(0), y.unsqueeze(0)], 0).unsqueeze(0))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [(), AXES], ids=["static", "dynamic"])
 @pytest.mark.parametrize("fold", [False, True], ids=["unfolded", "folded"])
 @pytest.mark.parametrize("opset", [13, 17])
 def test_published_code_as_it_is(tmp_path, dynamic, fold, opset):
@@ -235,7 +204,7 @@ def test_size_frozen_by_the_exporter(tmp_path):
     """The signature is dynamic and the graph holds for one size alone; the fused block takes any."""
     block, x = randomised(ACmix(4, 8, head=2)), torch.randn(1, 4, 320, 320)
     block.conv_p = Frozen(position_map(block, 320, 320))
-    source = export(block, x, tmp_path / "plain.onnx", dynamic=True)
+    source = export(block, x, tmp_path / "plain.onnx", dynamic=AXES)
     assert_fused(block, x, source)
     block.conv_p = Frozen(position_map(randomised(ACmix(4, 8, head=2)), 7, 9))
     assert outputs(tmp_path / "fused.onnx", torch.randn(1, 4, 7, 9)).shape == (1, 8, 7, 9)

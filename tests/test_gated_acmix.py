@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import family_parts
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
 import torch.nn.functional as F
+from family_parts import export, outputs, randomised, relative_l2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
@@ -21,30 +23,16 @@ from torch import Tensor, nn
 
 from acmix_deploy import families
 from acmix_deploy.errors import UserError
+from acmix_deploy.export import AXES
 from acmix_deploy.families.gated_acmix.graph import TOLERANCES
 from acmix_deploy.families.gated_acmix.module import GatedACmix
 from acmix_deploy.families.gated_acmix.recognise import canonicalise
 from acmix_deploy.fusion import fuse
 from acmix_deploy.pipeline import deploy
 from acmix_deploy.runtime.metrics import deviation
-from acmix_deploy.runtime.onnxruntime import open_session
 
 FLOAT32 = TOLERANCES["float32"].floor
-
-
-def randomised(block: nn.Module) -> Any:
-    """The block with every weight and statistic random, in eval mode."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in block.state_dict().items():
-            if tensor.is_floating_point():
-                random = torch.randn(tensor.shape, generator=generator) * 0.5
-                tensor.copy_(random.abs() + 0.5 if name.endswith("running_var") else random)
-    return block.eval()
-
-
-def relative_l2(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm().detach() / expected.double().norm().detach())
+assert_fused = partial(family_parts.assert_fused, "gated_acmix")
 
 
 def pixel_by_pixel(block: GatedACmix, x: Tensor) -> Tensor:
@@ -278,54 +266,25 @@ class Detector(nn.Module):
         return self.head(x + self.block(x))
 
 
-def export(module: nn.Module, x: Tensor, path: Path, exporter: str = "torchscript", free: tuple[int, ...] = ()) -> Path:
-    """Write ``module`` as ONNX by one of PyTorch's exporters, with the axes ``free``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if exporter == "dynamo":
-            shapes = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),) if free else None
-            torch.onnx.export(
-                module, (x,), path, dynamo=True, opset_version=18, dynamic_shapes=shapes, verbose=False,
-                external_data=False,
-            )  # fmt: skip
-        else:
-            axes = {"x": {axis: f"axis{axis}" for axis in free}} if free else None
-            torch.onnx.export(
-                module, (x,), path, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes
-            )  # fmt: skip
-    return path
-
-
-def output(path: Path, x: Tensor) -> Any:
-    session = open_session(path)
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-
-
-def assert_fused(model: nn.Module, source: Path, *inputs: Tensor) -> onnx.ModelProto:
-    target = source.with_name("fused.onnx")
-    report = fuse(source, target, expect=1)
-    assert [block.family for block in report.blocks if block.fused] == ["gated_acmix"]
-    for x in inputs:
-        with torch.no_grad():
-            found = deviation(model(x).numpy(), output(target, x))
-        assert not found.problem
-        assert found.relative_l2 < FLOAT32
-    return onnx.load(target)
-
-
 @pytest.mark.parametrize(
-    ("exporter", "free", "options"),
+    ("exporter", "dynamic", "options"),
     [
-        *(("torchscript", free, options) for free in ((), (0,)) for options in [*SPELLINGS, {"own_qkv": True}]),
-        *(("dynamo", free, options) for free in ((), (0,)) for options in SPELLINGS[:2]),
+        *(
+            ("torchscript", dynamic, options)
+            for dynamic in ((), ("batch",))
+            for options in [*SPELLINGS, {"own_qkv": True}]
+        ),
+        *(("dynamo", dynamic, options) for dynamic in ((), ("batch",)) for options in SPELLINGS[:2]),
     ],
     ids=str,
 )
-def test_a_port_fuses(tmp_path: Path, exporter: str, free: tuple[int, ...], options: dict[str, Any]) -> None:
+def test_a_port_fuses(tmp_path: Path, exporter: str, dynamic: tuple[str, ...], options: dict[str, Any]) -> None:
     model = Detector(randomised(Port(**options)))
-    source = export(model, torch.randn(2 if free else 1, 3, 5, 7), tmp_path / "plain.onnx", exporter, free)
+    source = export(
+        model, torch.randn(2 if dynamic else 1, 3, 5, 7), tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic
+    )
     # nn.MultiheadAttention freezes the batch in TorchScript; fusing frees it.
-    assert_fused(model, source, *(torch.randn(n, 3, 5, 7) for n in ((1, 2, 3) if free else (1,))))
+    assert_fused(model, source, *(torch.randn(n, 3, 5, 7) for n in ((1, 2, 3) if dynamic else (1,))))
 
 
 def test_a_batch_norm_that_the_exporter_left(tmp_path: Path) -> None:
@@ -341,7 +300,7 @@ def test_a_batch_norm_that_the_exporter_left(tmp_path: Path) -> None:
 )
 def test_every_axis_free(tmp_path: Path, exporter: str, sequence_first: bool) -> None:
     model = Detector(randomised(GatedACmix(8, 2, sequence_first=sequence_first)))
-    source = export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx", exporter, (0, 2, 3))
+    source = export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx", exporter=exporter, dynamic=AXES)
     assert_fused(model, source, *(torch.randn(size) for size in ((1, 3, 6, 5), (3, 3, 4, 7), (2, 3, 1, 2))))
 
 
@@ -392,7 +351,7 @@ def test_onnxruntime_makes_one_multi_head_attention_of_it(tmp_path: Path) -> Non
     ]
     fused.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(fused, tmp_path / "mha.onnx")
-    assert deviation(model(x).detach().numpy(), output(tmp_path / "mha.onnx", x)).relative_l2 < FLOAT32
+    assert deviation(model(x).detach().numpy(), outputs(tmp_path / "mha.onnx", x)).relative_l2 < FLOAT32
 
 
 def test_alone_in_a_batch_sequence_first_is_one_convolution(tmp_path: Path) -> None:
@@ -412,7 +371,7 @@ def test_float16_weights(tmp_path: Path) -> None:
     assert {tensor.data_type for tensor in onnx.load(tmp_path / "fused.onnx").graph.initializer} <= {10, 7}
     exact = block(x).detach().numpy()
     eager = deviation(exact, half(x.half()).detach().float().numpy()).relative_l2
-    found = deviation(exact, output(tmp_path / "fused.onnx", x.half()).astype(np.float32))
+    found = deviation(exact, outputs(tmp_path / "fused.onnx", x.half()).astype(np.float32))
     assert found.relative_l2 < TOLERANCES["float16"].limit(eager)
 
 
@@ -424,7 +383,7 @@ def test_near_misses_do_not_fuse(tmp_path: Path, options: dict[str, Any], _: str
     (block,) = report.blocks
     assert block.family == "gated_acmix"
     assert re.search(reason, block.reason), block.reason
-    assert deviation(model(x).detach().numpy(), output(tmp_path / "fused.onnx", x)).relative_l2 < FLOAT32
+    assert deviation(model(x).detach().numpy(), outputs(tmp_path / "fused.onnx", x)).relative_l2 < FLOAT32
 
 
 def test_values_of_another_width(tmp_path: Path) -> None:
@@ -466,5 +425,5 @@ def test_from_checkpoint_to_verified_files(tmp_path: Path, tokens: str) -> None:
     assert block.settings == {"num_heads": 2, "kernel_size": 3, "sequence_first": tokens != "batch first"}
     for batch in (1, 2, 3):
         x = torch.rand(batch, 3, 8, 12)
-        found = deviation(model(x).detach().numpy(), output(tmp_path / "out" / "model.fused.onnx", x))
+        found = deviation(model(x).detach().numpy(), outputs(tmp_path / "out" / "model.fused.onnx", x))
         assert found.relative_l2 < FLOAT32

@@ -14,14 +14,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from family_parts import export
 from onnx import TensorProto, helper, numpy_helper
-from test_fusion import export, randomised
+from test_fusion import randomised
 from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main
 from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import UserError
+from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -376,7 +378,7 @@ def plain(tmp_path):
         nn.Flatten(), nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10),
     ).eval()  # fmt: skip
     torch.manual_seed(0)
-    path = export(model, torch.rand(1, 3, 32, 32), tmp_path / "plain.onnx", dynamic=True)
+    path = export(model, torch.rand(1, 3, 32, 32), tmp_path / "plain.onnx", dynamic=AXES)
     file = onnx.load(path)
     for tensor in list(file.graph.initializer):
         if len(tensor.dims) > 1:

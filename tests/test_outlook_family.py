@@ -7,20 +7,20 @@ import itertools
 import math
 import re
 import warnings
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from family_parts import export, operators, outputs, randomised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_fusion import export, operators, outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acmix_deploy.engine.onnx_file import describe
 from acmix_deploy.errors import UserError
+from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.outlook.module import OutlookAttention
 from acmix_deploy.families.outlook.recognise import by_parts, canonicalise
@@ -99,15 +99,6 @@ class Published(nn.Module):
         if self.residual:
             y = y + v(x).permute(0, 3, 1, 2)
         return self.drop(proj(y.permute(0, 2, 3, 1)))
-
-
-def randomised(module: nn.Module, seed: int = 0) -> Any:
-    """The module in eval mode with every parameter random."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0, 0.5, generator=generator)
-    return module.eval()
 
 
 def one_window_at_a_time(block: OutlookAttention, x: np.ndarray) -> np.ndarray:
@@ -350,7 +341,7 @@ def assert_fused(model, x, source, *more, limit=FLOAT32):
 )
 def test_the_module_exports_without_col2im_and_fuses(tmp_path, exporter, dynamic, stride):
     model, x = randomised(Net(OutlookAttention(16, 2, stride=stride, qkv_bias=True))), torch.randn(2, 3, 14, 18)
-    source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic)
+    source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=AXES if dynamic else ())
     assert "Col2Im" not in operators(source)
     more = [torch.randn(1, 3, 10, 8), torch.randn(3, 3, 18, 24)] if dynamic else []
     for value in (x, *more):
@@ -371,7 +362,7 @@ def test_the_module_exports_without_col2im_and_fuses(tmp_path, exporter, dynamic
 def test_the_published_code_fuses(tmp_path, dynamic, stride):
     """The dynamo exporter writes Col2Im, which TensorRT cannot read; fusing takes it away."""
     model, x = randomised(Net(Published(stride=stride))), torch.randn(2, 3, 14, 18)
-    source = export(model, x, tmp_path / "plain.onnx", exporter="dynamo", dynamic=dynamic)
+    source = export(model, x, tmp_path / "plain.onnx", exporter="dynamo", dynamic=AXES if dynamic else ())
     assert "Col2Im" in operators(source)
     assert_fused(model, x, source, *[torch.randn(1, 3, 10, 8), torch.randn(3, 3, 18, 24)] * dynamic)
 
@@ -419,7 +410,7 @@ def test_other_layouts_and_folds_fuse(tmp_path, exporter):
     kernel=st.sampled_from([3, 5]),
     stride=st.sampled_from([1, 2, 3]),
     size=st.tuples(st.integers(2, 7), st.integers(2, 7)),
-    dynamic=st.booleans(),
+    dynamic=st.sampled_from([(), AXES]),
     fold=st.booleans(),
     opset=st.sampled_from([13, 17]),
     bias=st.booleans(),
@@ -523,7 +514,7 @@ def files(tmp_path_factory):
     found = {}
     for dynamic in (False, True):
         plain, fused, half = (folder / f"{dynamic}{suffix}.onnx" for suffix in ("", ".fused", ".fp16"))
-        export(randomised(Two()), torch.rand(SHAPES[0]), plain, dynamic=dynamic)
+        export(randomised(Two()), torch.rand(SHAPES[0]), plain, dynamic=AXES if dynamic else ())
         fuse(plain, fused, expect=2)
         to_fp16(fused, half)
         found |= {("float32", dynamic): fused, ("float16", dynamic): half}
@@ -580,7 +571,7 @@ def test_both_operators_in_one_file(tmp_path):
     model[1].stem = nn.Identity()
     randomised(model)
     x = torch.rand(1, 3, 10, 12)
-    fuse(export(model, x, tmp_path / "plain.onnx", dynamic=True), tmp_path / "fused.onnx", expect=2)
+    fuse(export(model, x, tmp_path / "plain.onnx", dynamic=AXES), tmp_path / "fused.onnx", expect=2)
     fused = onnx.load(tmp_path / "fused.onnx")
     assert sorted(function.name for function in fused.functions) == ["AcmixLocalAttention", OPERATOR]
     assert deviation(model(x).detach().numpy(), outputs(tmp_path / "fused.onnx", x)).relative_l2 < FLOAT32

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from family_parts import export, outputs
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from test_fusion import Detector, export, outputs, randomised
+from test_fusion import Detector, randomised
 
 from acmix_deploy.cli.common import add_float32
 from acmix_deploy.errors import UserError

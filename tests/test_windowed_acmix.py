@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
+from functools import partial
 from typing import Any
 
+import family_parts
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
 import torch.nn.functional as F
+from family_parts import export, outputs, randomised, relative_l2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from acmix_deploy import families
 from acmix_deploy.errors import UserError
+from acmix_deploy.export import AXES
 from acmix_deploy.families.windowed_acmix.graph import TOLERANCES
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.families.windowed_acmix.recognise import canonicalise
 from acmix_deploy.fusion import fuse
 from acmix_deploy.pipeline import deploy
 from acmix_deploy.runtime.metrics import deviation
-from acmix_deploy.runtime.onnxruntime import open_session
 
 FLOAT32 = TOLERANCES["float32"].floor
-
-
-def randomised(block: nn.Module) -> Any:
-    """The block with every weight random, in eval mode."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return block.eval()
-
-
-def relative_l2(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm().detach() / expected.double().norm().detach())
+assert_fused = partial(family_parts.assert_fused, "windowed_acmix")
 
 
 def pixel_by_pixel(block: WindowedACmix, x: Tensor) -> Tensor:
@@ -325,63 +315,30 @@ class ChannelsFirst(nn.Module):
         return self.head(x + self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
-def export(module: nn.Module, x: Tensor, path: Any, exporter: str = "torchscript", free: tuple[int, ...] = ()) -> Any:
-    """Write ``module`` as ONNX by one of PyTorch's exporters, with the axes ``free``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if exporter == "dynamo":
-            shapes = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),) if free else None
-            torch.onnx.export(
-                module, (x,), path, dynamo=True, opset_version=18, dynamic_shapes=shapes, verbose=False,
-                external_data=False,
-            )  # fmt: skip
-        else:
-            axes = {"x": {axis: f"axis{axis}" for axis in free}} if free else None
-            torch.onnx.export(
-                module, (x,), path, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes
-            )  # fmt: skip
-    return path
-
-
-def output(path: Any, x: Tensor) -> Any:
-    session = open_session(path)
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-
-
-def assert_fused(model: nn.Module, source: Any, *inputs: Tensor) -> onnx.GraphProto:
-    target = source.with_name("fused.onnx")
-    report = fuse(source, target, expect=1)
-    assert [block.family for block in report.blocks if block.fused] == ["windowed_acmix"]
-    for x in inputs:
-        with torch.no_grad():
-            found = deviation(model(x).numpy(), output(target, x))
-        assert not found.problem
-        assert found.relative_l2 < FLOAT32
-    return onnx.load(target).graph
-
-
 # What is measured, or lies behind the block, may be anything.
 IN_GRAPHS = [*SPELLINGS, {"scale": 1.0}, {"residual": True}]
 
 
 @pytest.mark.parametrize(
-    ("exporter", "free", "options"),
+    ("exporter", "dynamic", "options"),
     [
-        *(("torchscript", free, options) for free in ((), (0,)) for options in IN_GRAPHS),
+        *(("torchscript", dynamic, options) for dynamic in ((), ("batch",)) for options in IN_GRAPHS),
         *(("dynamo", (), options) for options in SPELLINGS[1:3]),
-        *(("dynamo", (0,), options) for options in (SPELLINGS[0], SPELLINGS[4])),
+        *(("dynamo", ("batch",), options) for options in (SPELLINGS[0], SPELLINGS[4])),
     ],
     ids=str,
 )
-def test_a_port_fuses(tmp_path: Any, exporter: str, free: tuple[int, ...], options: dict[str, Any]) -> None:
+def test_a_port_fuses(tmp_path: Any, exporter: str, dynamic: tuple[str, ...], options: dict[str, Any]) -> None:
     port = randomised(Port(**options))
     size = (13, 9) if options.get("pad") == "masked" else (2 * port.window, port.window)
     model = ChannelsFirst(port)
-    source = export(model, torch.randn(2 if free else 1, 3, *size), tmp_path / "plain.onnx", exporter, free)
-    if free and options.get("freeze"):
+    source = export(
+        model, torch.randn(2 if dynamic else 1, 3, *size), tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic
+    )
+    if dynamic and options.get("freeze"):
         with pytest.raises(Exception, match=r"Reshape|reshape|broadcast"):
-            output(source, torch.randn(3, 3, *size))
-    assert_fused(model, source, *(torch.randn(n, 3, *size) for n in ((1, 2, 3) if free else (1,))))
+            outputs(source, torch.randn(3, 3, *size))
+    assert_fused(model, source, *(torch.randn(n, 3, *size) for n in ((1, 2, 3) if dynamic else (1,))))
 
 
 @pytest.mark.parametrize(
@@ -391,7 +348,7 @@ def test_a_port_fuses(tmp_path: Any, exporter: str, free: tuple[int, ...], optio
 )
 def test_every_axis_free(tmp_path: Any, exporter: str, options: dict[str, Any]) -> None:
     model = ChannelsFirst(randomised(WindowedACmix(8, **{"num_heads": 2, **options})))
-    source = export(model, torch.randn(2, 3, 9, 16), tmp_path / "plain.onnx", exporter, (0, 2, 3))
+    source = export(model, torch.randn(2, 3, 9, 16), tmp_path / "plain.onnx", exporter=exporter, dynamic=AXES)
     sizes = [(1, 9, 16), (3, 14, 21), (2, 5, 4), (1, 8, 6)]
     assert_fused(model, source, *(torch.randn(n, 3, h, w) for n, h, w in sizes))
 
@@ -405,7 +362,7 @@ def test_a_block_on_its_own(tmp_path: Any) -> None:
     assert {tensor.data_type for tensor in onnx.load(tmp_path / "fused.onnx").graph.initializer} <= {10, 7}
     with torch.no_grad():
         eager = deviation(block(x).numpy(), copy.deepcopy(block).half()(x.half()).float().numpy()).relative_l2
-    found = deviation(block(x).detach().numpy(), output(tmp_path / "fused.onnx", x.half()).astype(np.float32))
+    found = deviation(block(x).detach().numpy(), outputs(tmp_path / "fused.onnx", x.half()).astype(np.float32))
     assert found.relative_l2 < TOLERANCES["float16"].limit(eager)
 
 
@@ -415,7 +372,7 @@ def test_attention_has_the_form_that_runtimes_fuse(tmp_path: Any, size: tuple[in
     """q [B, heads, N, d] x k^T, at most one Add, Softmax over the last axis, x v, and back to [B, N, C]."""
     model = ChannelsFirst(randomised(WindowedACmix(8, 7, 2, position_bias=table)))
     source = export(model, torch.randn(1, 3, *size), tmp_path / "plain.onnx")
-    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(onnx.helper.make_model(assert_fused(model, source))))
+    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(assert_fused(model, source)))
     (softmax,) = (node for node in graph.nodes if node.op == "Softmax")
     logits, attended = softmax.i(), softmax.o()
     adds = table or size == (9, 8)
@@ -443,7 +400,7 @@ def test_near_misses_do_not_fuse(tmp_path: Any, options: dict[str, Any], _: str,
     fused, reasons = fused_reasons(model, x, tmp_path)
     assert fused == 0
     assert all(re.search(reason, found) for found in reasons), reasons
-    assert deviation(model(x).detach().numpy(), output(tmp_path / "fused.onnx", x)).relative_l2 < FLOAT32
+    assert deviation(model(x).detach().numpy(), outputs(tmp_path / "fused.onnx", x)).relative_l2 < FLOAT32
 
 
 def test_an_intermediate_that_is_also_an_output(tmp_path: Any) -> None:
@@ -478,5 +435,5 @@ def test_from_checkpoint_to_verified_files(tmp_path: Any) -> None:
     model = torch.load(tmp_path / "model.pt", weights_only=False)
     for batch in (1, 2, 3):
         x = torch.rand(batch, 3, 16, 24)
-        found = deviation(model(x).detach().numpy(), output(tmp_path / "out" / "model.fused.onnx", x))
+        found = deviation(model(x).detach().numpy(), outputs(tmp_path / "out" / "model.fused.onnx", x))
         assert found.relative_l2 < FLOAT32
