@@ -7,8 +7,8 @@ References: Pettitt, Applied Statistics 28 (1979), for the step; Sen, Journal of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -25,6 +25,8 @@ from acmix_deploy.gate.samples import Measured
 _BY_CHANCE = 0.05
 """Probability below which something is called a step or a trend."""
 _PERMUTATIONS = 9999
+
+_LAST = datetime.max.replace(tzinfo=timezone.utc)
 
 _Floats = NDArray[np.float64]
 
@@ -71,22 +73,25 @@ def read_history(folder: Path) -> list[History]:
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if not files:
         raise UserError(f"{folder} {'holds no .json file' if folder.is_dir() else 'is not a folder'}")
+    return histories((file.name, samples.candidate) for file in files for samples in read_samples(file))
+
+
+def histories(named: Iterable[tuple[str, Measured]]) -> list[History]:
+    """The same of measurements, each with the name of its file."""
     models: dict[str, list[tuple[str, Measured]]] = {}
-    for file in files:
-        for samples in read_samples(file):
-            if samples.candidate.rounds:
-                name = Path(samples.candidate.model).name
-                models.setdefault(name, []).append((file.name, samples.candidate))
+    for file, measured in named:
+        if measured.rounds:
+            models.setdefault(Path(measured.model).name, []).append((file, measured))
     return [_history(model, found) for model, found in models.items()]
 
 
 def _history(model: str, found: Sequence[tuple[str, Measured]]) -> History:
-    ordered = sorted(found, key=lambda entry: (_started(entry[1]) or datetime.max.astimezone(), entry[0]))
+    ordered = sorted(found, key=lambda entry: (entry[1].started or _LAST, entry[0]))
     medians = [_median(measured) for _, measured in ordered]
     runs = tuple(
         Run(
             file=file,
-            started=_started(measured),
+            started=measured.started,
             median_ms=value,
             ratio=value / medians[0],
             changed=_changed(ordered[index - 1][1], measured) if index else (),
@@ -94,10 +99,6 @@ def _history(model: str, found: Sequence[tuple[str, Measured]]) -> History:
         for index, ((file, measured), value) in enumerate(zip(ordered, medians, strict=True))
     )
     return History(model=model, runs=runs, drift=_drift([run.file for run in runs], medians))
-
-
-def _started(measured: Measured) -> datetime | None:
-    return next((turn.started for turn in measured.turns if turn.started), None)
 
 
 def _median(measured: Measured) -> float:

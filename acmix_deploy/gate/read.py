@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from acmix_deploy.document import Document, parse_document, read_json
 from acmix_deploy.errors import UserError
@@ -17,7 +17,7 @@ from acmix_deploy.profile.trtexec import read_times
 
 
 class _Profiles(Document):
-    profiles: list[Profile]
+    profiles: list[Profile] = Field(min_length=1)
 
 
 def read_pairs(paths: Sequence[Path]) -> list[GateSamples]:
@@ -59,10 +59,9 @@ def read_samples(path: Path) -> list[GateSamples]:
     if isinstance(content, list):
         return [GateSamples(candidate=_measured(path, read_times(path)), interleaved=False)]
     if isinstance(content, dict) and "profiles" in content:
-        found = [_measured(path, profile) for profile in parse_document(_Profiles, content, path).profiles]
-        if len(found) == 1:
-            return [GateSamples(candidate=found[0], interleaved=False)]
-        first, *others = found
+        first, *others = (_measured(path, profile) for profile in parse_document(_Profiles, content, path).profiles)
+        if not others:
+            return [GateSamples(candidate=first, interleaved=False)]
         return [
             GateSamples(baseline=first, candidate=other, interleaved="trtexec" not in (first.kind, other.kind))
             for other in others

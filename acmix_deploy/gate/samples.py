@@ -7,7 +7,7 @@ from datetime import datetime
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from acmix_deploy.document import Document
 from acmix_deploy.errors import Inconclusive
@@ -31,7 +31,7 @@ class Turn(BaseModel):
     stable: bool | None = Field(default=None, description="whether latency had settled before counting began")
     before: Conditions = Field(default=Conditions(), description="the machine before the first sample")
     after: Conditions = Field(default=Conditions(), description="the machine after the last sample")
-    started: datetime | None = Field(default=None, description="when the process began")
+    started: AwareDatetime | None = Field(default=None, description="when the process began")
     position: int = Field(default=0, ge=0, description="place among the turns of its round, of both models, from 0")
 
     @property
@@ -89,6 +89,11 @@ class Measured(BaseModel):
     def turns(self) -> Iterator[Turn]:
         """The turns of all rounds."""
         return (turn for one in self.rounds for turn in one.turns)
+
+    @property
+    def started(self) -> datetime | None:
+        """When the first turn that tells it began."""
+        return next((turn.started for turn in self.turns if turn.started), None)
 
     @property
     def power_mode(self) -> str | None:
