@@ -138,7 +138,7 @@ SAMPLE = "candidate.rounds.3.turns.1.samples_ms.7"
         (json.dumps(trtexec([1.0, 0.0])), "holds latencies that no clock gives: 0.0"),
         ('{"schema": 1, "profiles": [{"file": "a.onnx", "provider": "x", "samples_ms": [1.0, NaN]}]}', "nan"),
         ('{"schema": 2, "profiles": []}', "is of version 2"),
-        ('{"schema": 1, "profiles": []}', "holds no latencies"),
+        ('{"schema": 1, "profiles": []}', "profiles: List should have at least 1 item"),
     ],
 )
 def test_bad_input(content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
