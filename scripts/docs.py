@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
 from acmix_deploy.doctor.faults import FAULTS
+from acmix_deploy.gate.samples import GateSamples
 from acmix_deploy.manifest import Manifest
 from acmix_deploy.operators.header import cpp_header
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -24,6 +25,8 @@ from acmix_deploy.report.documents import (
     BuildDocument,
     DoctorDocument,
     FuseDocument,
+    GateDocument,
+    HistoryDocument,
     InspectDocument,
     PluginDocument,
     ProfileDocument,
@@ -45,6 +48,9 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "profile": ProfileDocument,
     "plugin": PluginDocument,
     "build": BuildDocument,
+    "gate-run": GateSamples,
+    "gate-check": GateDocument,
+    "gate-history": HistoryDocument,
     "inspect": InspectDocument,
     "doctor": DoctorDocument,
     "detect": DetectDocument,

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
+import gate_parts
 import pytest
 import torch
 from torch import nn
@@ -50,7 +51,20 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("cv2", reason="needs opencv")
     shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
     shutil.copytree(ROOT / "tests/data", folder / "tests/data")
+    write_measurements(folder)
     return folder
+
+
+def write_measurements(folder: Path) -> None:
+    """What `gate run` would have written."""
+    alone = gate_parts.text(gate_parts.alone())
+    for name in ("baseline.json", "candidate.json"):
+        (folder / name).write_text(alone)
+    (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
+    for name, files in (("old", 6), ("new", 6), ("measurements", 3)):
+        (folder / name).mkdir()
+        for index in range(files):
+            (folder / name / f"{index}.json").write_text(alone)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -80,10 +94,11 @@ def test_commands_and_code_run(
             continue
         for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
             command, _, shown = session.partition("\n")
-            # Run by tests that have the compiler and TensorRT, or something in their place.
+            # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
             if not command.startswith("acmix-deploy "):
                 continue
-            if command.startswith(("acmix-deploy plugin ", "acmix-deploy build ")) or ".engine" in command:
+            elsewhere = ("acmix-deploy plugin ", "acmix-deploy build ", "acmix-deploy gate run ")
+            if command.startswith(elsewhere) or ".engine" in command:
                 cli.parser().parse_args(shlex.split(command)[1:])
             else:
                 capsys.readouterr()
