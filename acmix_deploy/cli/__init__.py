@@ -13,11 +13,24 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 from acmix_deploy import __version__
-from acmix_deploy.cli import build, detect, doctor, export, fuse, gate, inspect, plugin, profile, quantize, verify
+from acmix_deploy.cli import (
+    build,
+    detect,
+    doctor,
+    export,
+    fuse,
+    gate,
+    inspect,
+    plugin,
+    profile,
+    quantize,
+    report,
+    verify,
+)
 from acmix_deploy.cli.common import add_common
 from acmix_deploy.errors import AcmixDeployError
 
-VERBS = (export, fuse, quantize, build, verify, profile, gate, detect, inspect, doctor, plugin)
+VERBS = (export, fuse, quantize, build, verify, profile, gate, report, detect, inspect, doctor, plugin)
 
 EXIT_CODES = """exit codes:
   0  done

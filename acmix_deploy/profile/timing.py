@@ -62,7 +62,7 @@ class Profile(BaseModel):
         default=None, description="whether latency had settled before counting began, in every round"
     )
     samples_ms: tuple[float, ...] = Field(
-        description="every latency counted, in milliseconds and in order; of an engine on the GPU alone"
+        min_length=1, description="every latency counted, in milliseconds and in order; of an engine on the GPU alone"
     )
     with_transfers_ms: tuple[float, ...] | None = Field(
         default=None, description="the same inferences with upload and download; None where there are none"

@@ -24,12 +24,12 @@ def show_export(report: ExportReport, console: Console) -> None:
             *_titled("Blocks in the graph", graph_blocks(report.fusion)),
             *(_titled("Layers in INT8", quantized_layers(report.int8, most=_WORST)) if report.int8 else ()),
             *(line for built in report.engines.values() for line in _engine(built)),
-            *_titled("Files", _files(report)),
+            *_titled("Files", files(report)),
             *_titled("Error against the PyTorch model, worst over all inputs", errors(report.verification)),
             *_detections(report.verification),
         )
     )
-    for note in _notes(report):
+    for note in notes(report):
         console.print(f"Note: {note}", style="yellow")
     console.print(f"\nFiles and report.json are in {_folder(report)}")
     console.print("Next:")
@@ -48,23 +48,25 @@ def _detections(verification: Verification) -> list[RenderableType]:
     return [*_titled("Detections against the PyTorch model", detections(verification)), *worst]
 
 
-def _notes(report: ExportReport) -> list[str]:
-    notes = [*report.notes, *report.export.notes]
+def notes(report: ExportReport) -> list[str]:
+    """What the tables of an export do not say."""
+    found = [*report.notes, *report.export.notes]
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped
-        notes.append(f"{len(skipped)} calibration images could not be read: {', '.join(skipped)}")
+        found.append(f"{len(skipped)} calibration images could not be read: {', '.join(skipped)}")
     if report.target:
-        notes += report.target.notes
+        found += report.target.notes
     for built in report.engines.values():
         name = built.artifact.path.name
-        notes.append(f"{len(built.plugin_layers)} of the {built.layers} layers of {name} are computed by the plugin")
-        notes += [f"{name}: {node} has {why}, which the plugin does not take" for node, why in built.inlined.items()]
-        notes += built.notes
-    notes += compare([file.profile for role, file in report.files.items() if file.profile and role.endswith("engine")])
-    return [*notes, *report.verification.notes, *_latency_notes(report)]
+        found.append(f"{len(built.plugin_layers)} of the {built.layers} layers of {name} are computed by the plugin")
+        found += [f"{name}: {node} has {why}, which the plugin does not take" for node, why in built.inlined.items()]
+        found += built.notes
+    found += compare([file.profile for role, file in report.files.items() if file.profile and role.endswith("engine")])
+    return [*found, *report.verification.notes, *_latency_notes(report)]
 
 
-def _files(report: ExportReport) -> Table:
+def files(report: ExportReport) -> Table:
+    """The files with their sizes and latencies."""
     rows = table("file", "nodes", "MB", "median ms", "p99 ms", "times faster", numeric=(1, 2, 3, 4, 5))
     plain = report.files["plain"].profile
     for file in report.files.values():

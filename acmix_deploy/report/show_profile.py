@@ -18,17 +18,17 @@ def show_profiles(profiles: Sequence[Profile], console: Console) -> None:
     console.print(latencies(profiles))
     if with_layers := [profile for profile in profiles if profile.layers]:
         console.print("\nLayers, by block")
-        console.print(_blocks(with_layers))
+        console.print(blocks(with_layers))
     if watched := [profile for profile in profiles if profile.conditions or profile.power]:
         console.print("\nThe machine meanwhile")
-        console.print(_conditions(watched))
+        console.print(conditions(watched))
     for where in dict.fromkeys(profile.where for profile in profiles):
         console.print(where, style="dim")
-    for note in dict.fromkeys((*_notes(profiles), *compare(profiles))):
+    for note in dict.fromkeys((*notes(profiles), *compare(profiles))):
         console.print(f"Note: {note}", style="yellow")
 
 
-def _blocks(profiles: Sequence[Profile]) -> Table:
+def blocks(profiles: Sequence[Profile]) -> Table:
     """The time of each block in each file, of all blocks of a family, and of the rest, longest first."""
     heads = [head for profile in profiles for head in (f"{profile.file} ms", "share")]
     rows = table("block", *heads, numeric=tuple(range(1, 1 + len(heads))))
@@ -60,7 +60,7 @@ def _blocks(profiles: Sequence[Profile]) -> Table:
     return rows
 
 
-def _conditions(profiles: Sequence[Profile]) -> Table:
+def conditions(profiles: Sequence[Profile]) -> Table:
     """Clocks, load and temperature at any reading, and power under load; without columns of which nothing is told."""
     columns: dict[str, list[str]] = {}
     for profile in profiles:
@@ -93,7 +93,8 @@ def _range(values: Iterator[float | None], digits: int = 0) -> str:
     return " to ".join(texts)
 
 
-def _notes(profiles: Sequence[Profile]) -> Iterator[str]:
+def notes(profiles: Sequence[Profile]) -> Iterator[str]:
+    """What the tables of profiles do not say."""
     for profile in profiles:
         yield from profile.notes
         if profile.stable is False:

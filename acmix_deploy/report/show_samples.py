@@ -8,6 +8,7 @@ from statistics import median
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from acmix_deploy.gate.history import Drift, History
 from acmix_deploy.gate.samples import GateSamples
@@ -43,17 +44,23 @@ def show_samples(samples: GateSamples, file: Path, console: Console) -> None:
 def show_histories(histories: Sequence[History], console: Console) -> None:
     """Print the runs of each model in the order of time."""
     for history in histories:
-        rows = table("started", "file", "median ms", "to the first", "changed since the run before", numeric=(2, 3))
-        for run in history.runs:
-            when = run.started.strftime("%Y-%m-%d %H:%M") if run.started else ""
-            rows.add_row(when, run.file, milliseconds(run.median_ms), f"{run.ratio:.3f}", "; ".join(run.changed))
         console.print(history.model)
-        console.print(rows)
-        console.print(_drift(history.drift), style="yellow" if history.drift else "dim")
+        console.print(runs(history))
+        console.print(drift(history.drift), style="yellow" if history.drift else "dim")
 
 
-def _drift(drift: Drift | None) -> str:
-    if drift is None:
+def runs(history: History) -> Table:
+    """The runs of one model."""
+    rows = table("started", "file", "median ms", "to the first", "changed since the run before", numeric=(2, 3))
+    for run in history.runs:
+        when = run.started.strftime("%Y-%m-%d %H:%M") if run.started else ""
+        rows.add_row(when, run.file, milliseconds(run.median_ms), f"{run.ratio:.3f}", "; ".join(run.changed))
+    return rows
+
+
+def drift(found: Drift | None) -> str:
+    """A step or a trend in words."""
+    if found is None:
         return "No step and no trend beyond the noise between runs"
-    times = f"{drift.ratio:.3f} times the time (p = {drift.p:.2g})"
-    return f"A step: from {drift.since} on {times}" if drift.kind == "step" else f"A trend: from first to last {times}"
+    times = f"{found.ratio:.3f} times the time (p = {found.p:.2g})"
+    return f"A step: from {found.since} on {times}" if found.kind == "step" else f"A trend: from first to last {times}"
