@@ -13,13 +13,13 @@ from acmix_deploy.cli.common import console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of what `gate run` wrote, a file for each run")
+    parser.add_argument("dir", type=Path, help="folder of what `gate run` wrote, a file for each run")
 
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.gate.history import read_history
 
-    histories = read_history(options.folder)
+    histories = read_history(options.dir)
     if options.json:
         from acmix_deploy.report.documents import HistoryDocument
 
