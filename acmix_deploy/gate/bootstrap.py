@@ -92,6 +92,11 @@ def estimate(baseline: Sequence[Round], candidate: Sequence[Round], q: float, *,
         q: the percentile.
         paired: whether rounds pair.
     """
+    if paired:
+        both = sorted(zip(candidate, baseline, strict=True), key=lambda two: [_samples(one) for one in two])
+        candidate, baseline = [one for one, _ in both], [one for _, one in both]
+    else:
+        candidate, baseline = sorted(candidate, key=_samples), sorted(baseline, key=_samples)
     up, down = _levels(candidate, q), _levels(baseline, q)
     values = [up - down] if paired else [up, -down]
     log_ratio, error = _sum(map(_location, values))
@@ -115,6 +120,10 @@ def estimate(baseline: Sequence[Round], candidate: Sequence[Round], q: float, *,
     )
 
 
+def _samples(one: Round) -> list[tuple[float, ...]]:
+    return [turn.samples_ms for turn in one.turns]
+
+
 def _levels(rounds: Sequence[Round], q: float) -> _Floats:
     """Logarithm of the percentile in each round, the mean of its turns': [rounds]."""
     return np.array(
@@ -124,13 +133,12 @@ def _levels(rounds: Sequence[Round], q: float) -> _Floats:
 
 def _draw(rows: Sequence[_Row], values: _Floats, q: float, rng: np.random.Generator) -> tuple[_Floats, _Floats]:
     """Location of draws of rounds with its standard errors, both [draws]."""
-    order = np.argsort(values)
-    noise = np.array([_noise(rows[index], q, rng) for index in order])
+    noise = np.array([_noise(row, q, rng) for row in rows])
     shape = _DRAWS, len(rows)
     picked = rng.integers(len(rows), size=shape)
     _, error = _location(values)
     width = 0.9 * len(rows) ** -0.2 * error * math.sqrt(len(rows))
-    drawn = values[order][picked] + noise[picked, rng.integers(_DRAWS_OF_TURN, size=shape)]
+    drawn = values[picked] + noise[picked, rng.integers(_DRAWS_OF_TURN, size=shape)]
     return _location(drawn + width * rng.standard_normal(shape))
 
 

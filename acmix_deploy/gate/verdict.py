@@ -24,7 +24,7 @@ FEWEST_ROUNDS = 5
 _Key = tuple[int, str]
 """Index of a pair, and metric."""
 _MOST_TIMES = 20
-"""More rounds than this many times those measured are not asked for: the ratio is at the tolerance."""
+"""More rounds than this many times those measured are not asked for."""
 
 
 class Judged(BaseModel):
@@ -212,7 +212,7 @@ def _judged(metric: str, found: Estimate | str, tolerance: float, slower: bool, 
             more = max(1, math.ceil(wanted) - few)
             reason += f"; {more} more rounds would probably settle it"
         else:
-            reason += "; too close to what is tolerated for more rounds to settle"
+            reason += f"; it would take more than {_MOST_TIMES * few} rounds to settle it"
     return Judged(
         metric=metric,
         outcome=outcome,
