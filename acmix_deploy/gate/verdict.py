@@ -171,7 +171,8 @@ def _estimate(baseline: Measured, candidate: Measured, paired: bool, metric: str
     """The ratio of a percentile, or why there are not enough samples for it."""
     for side in (baseline, candidate):
         if len(side.rounds) < FEWEST_ROUNDS:
-            return f"{side.model} has {len(side.rounds)} rounds; at least {FEWEST_ROUNDS} are needed"
+            found = f"{len(side.rounds)} rounds" + (" that pair" if paired else "")
+            return f"{side.model} has {found}; at least {FEWEST_ROUNDS} are needed"
         fewest = min(len(turn.samples_ms) for turn in side.turns)
         needed = math.ceil(round(100 / min(q, 100 - q), 6))
         if fewest < needed:
