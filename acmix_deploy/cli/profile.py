@@ -3,7 +3,7 @@
 example:
   acmix-deploy profile model.onnx
   acmix-deploy profile model.onnx model.fused.onnx --layers
-  acmix-deploy profile model.pt model.fused.onnx --input-shape 1,3,320,320
+  acmix-deploy profile model.pt model.engine --input-shape 1,3,320,320
   acmix-deploy profile model.engine --layers --power
   acmix-deploy profile model.engine times.json
 """
