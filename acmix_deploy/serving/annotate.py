@@ -45,18 +45,16 @@ def open_output(out: Path, source: Source) -> AbstractContextManager[Write]:
         UserError: it does not fit the source, would overwrite it, or cannot be written; the disk is full.
     """
     suffix = out.suffix.lower()
-    if source.fps:
-        if suffix not in CODECS:
-            raise UserError(f"{out} does not end like a video", f"Videos end in one of {', '.join(sorted(CODECS))}.")
-        return _video(out, source.fps)
-    if suffix in CODECS:
+    if source.fps and suffix not in CODECS:
+        raise UserError(f"{out} does not end like a video", f"Videos end in one of {', '.join(sorted(CODECS))}.")
+    if not source.fps and suffix in CODECS:
         raise UserError(f"{out} ends like a video, and {source.name} is none", "Name a folder.")
-    is_file = suffix in IMAGE_SUFFIXES and len(source.files) == 1 and not out.is_dir()
-    targets = {file.name: out if is_file else out / file.name for file in source.files}
+    one = source.fps or (suffix in IMAGE_SUFFIXES and len(source.files) == 1 and not out.is_dir())
+    targets = {file.name: out if one else out / file.name for file in source.files}
     for file in source.files:
         if targets[file.name].resolve() == file.resolve():
-            raise UserError(f"{file} would be overwritten", "Name another folder.")
-    return _pictures(targets)
+            raise UserError(f"{file} would be overwritten", "Name another place.")
+    return _video(out, source.fps) if source.fps else _pictures(targets)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Source(NamedTuple):
     name: str
     frames: Iterator[Frame]
     files: Sequence[Path] = ()
-    """Where the frames come from, if they are image files."""
+    """Where the frames come from, if they are of files."""
     fps: float | None = None
     """Frames in a second of a video or camera."""
     total: int | None = None
@@ -176,7 +176,7 @@ def _video(path: Path) -> Source:
         if read < total:
             yield Frame(path.name, None, f"{total - read} of {total} frames cannot be read", lost=total - read)
 
-    return Source(path.name, _released(capture, frames), fps=_fps(capture), total=total if total > 0 else None)
+    return Source(path.name, _released(capture, frames), [path], _fps(capture), total if total > 0 else None)
 
 
 def _live(name: str, address: int | str) -> Source:
