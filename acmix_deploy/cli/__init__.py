@@ -25,12 +25,13 @@ from acmix_deploy.cli import (
     profile,
     quantize,
     report,
+    serve,
     verify,
 )
 from acmix_deploy.cli.common import add_common
 from acmix_deploy.errors import AcmixDeployError
 
-VERBS = (export, fuse, quantize, build, verify, profile, gate, report, detect, inspect, doctor, plugin)
+VERBS = (export, fuse, quantize, build, verify, profile, gate, report, detect, serve, inspect, doctor, plugin)
 
 EXIT_CODES = """exit codes:
   0  done

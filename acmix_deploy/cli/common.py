@@ -105,6 +105,20 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
 
 
+def add_detector(parser: argparse.ArgumentParser) -> None:
+    """Options of the verbs that open a detector: arguments of :meth:`acmix_deploy.serving.detector.Detector.load`."""
+    parser.add_argument(
+        "--confidence", type=share, default=0.25, metavar="X", help="score above which there is one (default: 0.25)"
+    )
+    parser.add_argument(
+        "--provider",
+        choices=["cpu", "cuda", "tensorrt"],
+        default="cpu",
+        help="what ONNX Runtime runs an ONNX file on (default: cpu)",
+    )
+    parser.add_argument("--plugin", type=Path, metavar="FILE", help="library with custom layers of the model")
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Options of the verbs that load checkpoints."""
     parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")

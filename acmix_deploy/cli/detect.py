@@ -14,7 +14,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from acmix_deploy.cli.common import print_line, progress, share
+from acmix_deploy.cli.common import add_detector, print_line, progress
 from acmix_deploy.errors import UserError
 
 _EVERY = 2.0  # seconds between two lines of progress
@@ -30,16 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="also draw the boxes: a folder for images, an .mp4 or .avi else",
     )
-    parser.add_argument(
-        "--confidence", type=share, default=0.25, metavar="X", help="score above which there is one (default: 0.25)"
-    )
-    parser.add_argument(
-        "--provider",
-        choices=["cpu", "cuda", "tensorrt"],
-        default="cpu",
-        help="what ONNX Runtime runs an ONNX file on (default: cpu)",
-    )
-    parser.add_argument("--plugin", type=Path, metavar="FILE", help="library with custom layers of the model")
+    add_detector(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,0 +1,183 @@
+"""A detector in a process of its own: what kills or hangs a model stops there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from acmix_deploy.artifacts import read_artifact, sidecar
+from acmix_deploy.detection.boxes import Array, Detections
+from acmix_deploy.detection.images import Image
+from acmix_deploy.errors import AcmixDeployError, CheckFailed
+from acmix_deploy.runtime.inputs import Input, Shape
+
+if TYPE_CHECKING:
+    from acmix_deploy.serving.detector import Detector, Feed
+
+
+class Setup(NamedTuple):
+    """What to serve."""
+
+    path: Path
+    """An ONNX file, or an engine with its manifest."""
+    options: Mapping[str, Any] = {}
+    """Other arguments of :meth:`acmix_deploy.serving.detector.Detector.load`."""
+    max_batch: int = 8
+    """Images in one run at most; fewer where the model takes fewer."""
+
+
+class Served(NamedTuple):
+    """What a detector tells of itself: the contract with its clients."""
+
+    name: str
+    names: dict[int, str]
+    inputs: tuple[Input, ...]
+    outputs: tuple[Input, ...]
+    input_shape: Shape
+    max_batch: int
+    """Images in one run."""
+
+
+class Died(Exception):
+    """The process is gone."""
+
+
+class Worker:
+    """A process with a detector. For one caller at a time, but :meth:`kill` and :meth:`close` may come from any thread.
+
+    It outlives neither this object's :meth:`close` nor the process that made it, and it leaves signals for a process
+    group to that process, so that what has begun can be finished.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        """Start the process, without waiting for the model."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _MAIN, str(theirs.fileno()), json.dumps(sys.path)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._setup = setup
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def load(self) -> Served:
+        """Load the model and try it.
+
+        Raises:
+            AcmixDeployError: what :meth:`Detector.load` raises, or the file fails :func:`tried`.
+            Died: the process ended.
+        """
+        served: Served = self._ask(self._setup)
+        return served
+
+    def detect(self, images: Sequence[Image]) -> list[Detections]:
+        """What is in each of the images; see :class:`Detector` for what this raises, and Died."""
+        found: list[Detections] = self._ask(("detect", list(images)))
+        return found
+
+    def infer(self, feed: Feed) -> dict[str, Array]:
+        """The raw outputs; see :meth:`Detector.infer` for what this raises, and Died."""
+        outputs: dict[str, Array] = self._ask(("infer", dict(feed)))
+        return outputs
+
+    def kill(self) -> None:
+        """End the process at once; whoever waits for it is told that it died."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process and wait until it is gone."""
+        self.kill()
+        self._process.wait()
+        self._connection.close()
+
+    def _ask(self, request: object) -> Any:
+        try:
+            self._connection.send(request)
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            code = self._process.wait()
+            raise Died(f"the model's process ended ({_ending(code)})") from error
+        if isinstance(answer, AcmixDeployError):
+            raise answer
+        return answer
+
+
+def serve(connection: Connection) -> None:
+    """The work of the process: a detector as the first message says, then images and arrays, until the other side ends.
+
+    Answers are results or the :class:`AcmixDeployError` that stands for them.
+    """
+    from acmix_deploy.serving.detector import Detector
+
+    detector: Detector | None = None
+    with connection, suppress(EOFError, OSError):
+        while True:
+            request = connection.recv()
+            answer: object
+            try:
+                if isinstance(request, Setup):
+                    if sidecar(request.path).is_file():
+                        read_artifact(request.path)
+                    detector = Detector.load(request.path, **request.options)
+                    answer = tried(detector, request.max_batch)
+                else:
+                    assert detector
+                    kind, given = request
+                    answer = detector(given) if kind == "detect" else detector.infer(given)
+            except AcmixDeployError as error:
+                answer = error
+            except Exception as error:
+                sys.excepthook(*sys.exc_info())
+                answer = CheckFailed(f"the model fails: {type(error).__name__}: {error}")
+            connection.send(answer)
+
+
+def tried(detector: Detector, max_batch: int) -> Served:
+    """A detector after a run of one image and of as many as will come together, on noise.
+
+    Raises:
+        CheckFailed: it fails, or an output is not finite.
+    """
+    (node,) = detector.inputs
+    noise = np.random.default_rng(0).random(detector.input_shape, np.float32).astype(node.dtype)
+    for name, output in detector.infer({node.name: noise}).items():
+        if not np.isfinite(output).all():
+            raise CheckFailed(f"{detector.name} gives {name} that is not finite on noise {list(noise.shape)}")
+    most = min(max_batch, detector.max_batch or max_batch)
+    detector([np.zeros((*detector.input_shape[2:], 3), np.uint8)] * most)
+    return Served(detector.name, dict(detector.names), detector.inputs, detector.outputs, detector.input_shape, most)
+
+
+def main() -> None:
+    """The process itself."""
+    for of_a_group in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(of_a_group, signal.SIG_IGN)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(Connection(int(sys.argv[1])))
+
+
+# Not `-m`, which would look for modules in the working directory before all others.
+_MAIN = f"import json, sys; sys.path[:] = json.loads(sys.argv[2]); from {__name__} import main; main()"
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
