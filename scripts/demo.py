@@ -33,12 +33,14 @@ def main() -> int:
             FOLDER,
         ],
         ["verify", *files, "--images", unseen, "--worst", picture],
+        ["report", FOLDER],
     ):
         arguments = [*map(str, command)]
         print(f"$ acmix-deploy {' '.join(arguments)}", flush=True)
         if code := cli.main(arguments):
             return code
-    print(f"\n{picture} shows what the float32 file finds (left) and the INT8 file (right), where they differ most")
+    print(f"\n{FOLDER / 'report.html'} tells everything in a browser")
+    print(f"{picture} shows what the float32 file finds (left) and the INT8 file (right), where they differ most")
     return 0
 
 

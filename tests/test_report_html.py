@@ -23,11 +23,13 @@ from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.fusion.fuse import FusedBlock
 from acmix_deploy.gate.samples import GateSamples, Measured, Round, Turn
+from acmix_deploy.gate.verdict import Comparison as GateVerdict
+from acmix_deploy.gate.verdict import Judged
 from acmix_deploy.profile import Machine, Profile
 from acmix_deploy.profile.layers import Layer
 from acmix_deploy.profile.monitor import Conditions, Power
 from acmix_deploy.report import plots
-from acmix_deploy.report.documents import ProfileDocument, VerifyDocument
+from acmix_deploy.report.documents import GateDocument, ProfileDocument, VerifyDocument
 from acmix_deploy.report.folder import read_folder
 from acmix_deploy.report.html import write_html
 from acmix_deploy.report.model import ExportReport, FileReport
@@ -160,6 +162,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             baseline=measured(FILE, 5.0, when), candidate=measured(HOSTILE, 5.0 + (index > 3), when), interleaved=True
         )
         write(pair, path / f"gate-{7 - index}.json")
+    judged = Judged(
+        metric="p50", outcome="fail", reason="too slow", rounds=(6, 6), ratio=1.2, low=1.1, high=1.3, spread=0.01
+    )
+    verdict = GateVerdict(baseline=FILE, candidate=HOSTILE, paired=True, judged=(judged,))
+    write(GateDocument(tolerance=0.03, comparisons=(verdict,)), path / "verdict.json")
     return path
 
 
@@ -222,6 +229,10 @@ def test_tells_what_the_documents_say(parsed: Parsed) -> None:
     assert parsed.row(f"fused {FILE}", "10")[2] == "4.94"
     assert ["CPU", MACHINE.cpu] in parsed.rows
     assert ["GPU", "Orin (sm_87)"] in parsed.rows
+    assert parsed.row(HOSTILE, "p50")[4:] == ["+20.0%", "+10.0% to +30.0%", "1.0%", "6", "fail"]
+    history = [row for row in parsed.rows if row[1:2] and row[1].startswith("gate-")]
+    assert [row[:2] for row in history] == [[f"2026-05-0{day} 09:00", f"gate-{8 - day}.json"] for day in range(1, 9)]
+    assert re.search(r"A step: from gate-3\.json on 1\.(19|20)\d times the time", parsed.text)
     for words in (f"note of {HOSTILE}", "acmix-deploy plugin build", "gone.png cannot be read to draw"):
         assert words in parsed.text
 

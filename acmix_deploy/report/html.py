@@ -20,10 +20,11 @@ from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.history import histories
 from acmix_deploy.gate.samples import GateSamples, Measured
 from acmix_deploy.profile import Machine, Profile, compare
-from acmix_deploy.report import plots, show, show_profile, show_samples, tables
+from acmix_deploy.report import plots, show, show_gate, show_profile, show_samples, tables
 from acmix_deploy.report.documents import (
     BuildDocument,
     FuseDocument,
+    GateDocument,
     HtmlDocument,
     ProfileDocument,
     QuantizeDocument,
@@ -45,6 +46,7 @@ _BLOCKS = 6  # of a model, each with a colour
 _GROUPS = 3  # of the other layers, each with a grey
 _LAYERS = 15  # the longest
 _REST = plots.GREYS[-1]
+_STATES = {"ok": "good", "pass": "good", "FAILED": "bad", "fail": "bad"}
 
 
 class Grid(NamedTuple):
@@ -143,6 +145,9 @@ def _tiles(folder: Folder) -> Iterator[Tile]:
         yield Tile("Smallest", f"{small.size_bytes / 1e6:.2f} MB", detail)
     for found in folder.of(VerifyDocument).values():
         yield _accuracy(found)
+    for verdict in folder.of(GateDocument).values():
+        candidates = ", ".join(comparison.candidate for comparison in verdict.comparisons)
+        yield Tile("Latency gate", verdict.outcome, candidates, _STATES.get(verdict.outcome, ""))
 
 
 def _accuracy(found: Verification) -> Tile:
@@ -308,12 +313,16 @@ def _meanwhile(folder: Folder) -> Iterator[Part]:
 
 
 def _gate(folder: Folder) -> Iterator[Part]:
+    for name, verdict in folder.of(GateDocument).items():
+        yield Part(show_gate.title(verdict), name, lines=[*show_gate.reasons(verdict)])
+        for rows in show_gate.findings(verdict):
+            yield Part("", "", table=_grid(rows))
     measured = folder.of(GateSamples)
     for history in histories((name, samples.candidate) for name, samples in measured.items()):
         rounds = [[median(one.samples_ms) for one in measured[run.file].candidate.rounds] for run in history.runs]
         bounds = np.array([(min(medians), max(medians)) for medians in rounds])
         names = [f"{run.started:%Y-%m-%d %H:%M}" if run.started else run.file for run in history.runs]
-        plot = plots.history([run.median_ms for run in history.runs], bounds, names)
+        plot = plots.history([run.median_ms for run in history.runs], bounds, names) if len(names) > 1 else None
         caption = (
             f"Median of each run, and the range of the medians of its rounds. {show_samples.drift(history.drift)}."
         )
@@ -424,7 +433,7 @@ def _grid(table: rich.table.Table) -> Grid:
 def _cell(cell: object) -> tuple[str, str]:
     """Text and class of a cell."""
     text = str(cell)
-    return text, {"ok": "good", "FAILED": "bad"}.get(text, "")
+    return text, _STATES.get(text, "")
 
 
 def _uri(image: Image) -> str:

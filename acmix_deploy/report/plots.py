@@ -152,12 +152,12 @@ def history(medians: Sequence[float], bounds: Floats, names: Sequence[str]) -> P
 
     def paint(axes: Axes, width: int) -> None:
         axes.set_ylim(low - pad, high + pad)
-        axes.set_xlim(-0.5, len(names) - 0.5)
+        step = (len(names) - 1 or 1) / (width - 150)
+        axes.set_xlim(-90 * step, len(names) - 1 + 30 * step)  # numbers of the other axis stand at the left
         axes.vlines(steps, *bounds.T, color=_light("accent"), alpha=0.3, lw=5)
         axes.plot(steps, medians, "o-", color=_light("accent"), ms=7, lw=1.5, mew=0)
         shown = np.unique(np.linspace(0, len(names) - 1, max(2, width // 160)).round().astype(int))
         axes.set_xticks(shown, [_shortened(names[index], 18) for index in shown])
-        axes.get_xticklabels()[0].set_horizontalalignment("left")
         axes.get_xticklabels()[-1].set_horizontalalignment("right")
         axes.grid(axis="x", visible=False)
         axes.grid(axis="y", color=_light("line"), lw=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from acmix_deploy.artifacts import replacing
@@ -28,18 +29,24 @@ _PARITY = ("candidate", "exactness", "found", "limit", "")
 
 def show_verdict(verdict: Verdict, console: Console) -> None:
     """Print the verdict with everything that it rests on."""
+    for rows in findings(verdict):
+        console.print(rows)
+        console.print()
+    for line in reasons(verdict):
+        console.print(line, soft_wrap=True)
+    for note in _notes(verdict):
+        console.print(f"Note: {note}", style="yellow", soft_wrap=True)
+    console.print(title(verdict), style=_STYLES[verdict.outcome])
+
+
+def findings(verdict: Verdict) -> Iterator[Table]:
+    """The latencies and the exactness that were judged, as far as there are any."""
     for columns, found in ((_LATENCY, _latencies(verdict)), (_PARITY, _parities(verdict))):
         rows = table(*columns, numeric=tuple(range(2, len(columns) - 1)))
         for *cells, outcome in found:
             rows.add_row(*cells, Text(outcome, style=_STYLES[outcome]))
         if rows.row_count:
-            console.print(rows)
-            console.print()
-    for line in _reasons(verdict):
-        console.print(line, soft_wrap=True)
-    for note in _notes(verdict):
-        console.print(f"Note: {note}", style="yellow", soft_wrap=True)
-    console.print(_title(verdict), style=_STYLES[verdict.outcome])
+            yield rows
 
 
 def write_junit(verdict: Verdict, path: Path) -> None:
@@ -69,12 +76,12 @@ def write_junit(verdict: Verdict, path: Path) -> None:
 
 def write_summary(verdict: Verdict, path: Path) -> None:
     """Append the verdict as Markdown. Raises UserError where the file cannot be written."""
-    parts = [f"### {_title(verdict)}"]
+    parts = [f"### {title(verdict)}"]
     for columns, found in ((_LATENCY, _latencies(verdict)), (_PARITY, _parities(verdict))):
         if rows := list(found):
             aligned = ["---", "---", *["---:"] * (len(columns) - 3), "---"]
             parts.append("\n".join(map(_row, (columns, aligned, *rows))))
-    lines = [*_reasons(verdict), *(f"Note: {note}" for note in _notes(verdict))]
+    lines = [*reasons(verdict), *(f"Note: {note}" for note in _notes(verdict))]
     parts.append("\n".join(f"- {_escaped(line)}" for line in lines))
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -83,7 +90,8 @@ def write_summary(verdict: Verdict, path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}", "Choose a file that you may write to.") from error
 
 
-def _title(verdict: Verdict) -> str:
+def title(verdict: Verdict) -> str:
+    """The outcome in words."""
     return f"Latency gate: {verdict.outcome} ({100 * verdict.tolerance:+.3g}% is tolerated)"
 
 
@@ -132,7 +140,8 @@ def _cases(comparison: Comparison) -> Iterator[tuple[str, Outcome, str]]:
         yield found.metric, _outcome(found), f"{value} found, at most {found.limit:.1e} is accepted"
 
 
-def _reasons(verdict: Verdict) -> Iterator[str]:
+def reasons(verdict: Verdict) -> Iterator[str]:
+    """Why, for everything that did not pass, and for every latency."""
     for comparison in verdict.comparisons:
         for name, outcome, reason in _cases(comparison):
             if outcome == "not comparable":
