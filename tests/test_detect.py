@@ -128,12 +128,16 @@ def test_boxes_are_drawn_where_they_are(shapes_model: Path, photos: Path, tmp_pa
     colours = np.array([list(bytes.fromhex(PALETTE[kind][1:]))[::-1] for kind in found.classes])
     left, top, right, bottom = found.boxes[0].round().astype(int)
     middle = (top + bottom) // 2
-    assert (drawn[middle, [left, right]] == colours[0]).all(), "the best one is on top"
+    assert (drawn[middle, [left, right]] == colours[0]).all()
     changed = (before != drawn).any(axis=2)
     margin = np.ones((160, 160), bool)
     for box in found.boxes.round().astype(int):
         margin[max(box[1] - 25, 0) : box[3] + 3, max(box[0] - 3, 0) :] = False
     assert not changed[margin].any(), "nothing is drawn elsewhere"
+
+    box = np.array([[20, 40, 90, 130]] * 2, np.float32)
+    drawn = annotate.annotate(before, Detections(box, np.array([0.9, 0.3], np.float32), np.array([8, 2])), {})
+    assert drawn[80, 20].tolist() == [*bytes.fromhex(PALETTE[1][1:])][::-1], "the best one is on top"
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
