@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from acmix_deploy.errors import UserError
+from acmix_deploy.gate import bootstrap
 from acmix_deploy.gate.bootstrap import Estimate, estimate
 from acmix_deploy.gate.samples import GateSamples, Measured, Parity, Round, Turn
 from acmix_deploy.gate.verdict import Judged, judge
@@ -256,3 +257,15 @@ def test_equal_samples_make_no_difference() -> None:
     exact = estimate(constant, constant, 50, paired=True)
     assert exact.interval() == (0, 0)
     assert isinstance(exact, Estimate)
+
+
+def test_blocks_are_as_noisy_as_samples_that_resemble_their_neighbours() -> None:
+    """Against the median's true deviation, from many turns; single samples drawn at random show less than half of it."""
+    random = np.random.default_rng(8)
+    steps = random.normal(0, 0.05, (400, 1000))
+    for index in range(1, 1000):
+        steps[:, index] += 0.8 * steps[:, index - 1]
+    truth = np.std(np.median(steps, axis=1))
+    turns = [[(1, a_round(0, [times.tolist()]))] for times in np.exp(steps[:20])]
+    drawn = np.mean([bootstrap._noise(turn, 50, random).std() for turn in turns])
+    assert drawn == pytest.approx(truth, rel=0.35)
