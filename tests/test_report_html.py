@@ -39,6 +39,7 @@ from acmix_deploy.verify.limits import DETECTION_LIMITS
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert('1')</script>\"&amp;$\\frac{1}{0}$ {{ 7 * 7 }}\x07\u202e注意力" + "_long" * 40
+SHOWN = HOSTILE.replace("\x07\u202e", "··")
 MACHINE = Machine(
     cpu="CPU & <b>Sons</b>", cores=2, system="Linux", versions={"onnxruntime": "1.31"}, gpu="Orin (sm_87)"
 )
@@ -215,25 +216,25 @@ def parsed(page: Path) -> Parsed:
 
 def test_tells_what_the_documents_say(parsed: Parsed) -> None:
     assert parsed.row("Softmax_7")[-1] == "its scale is not that of head_dim", "why something was not fused"
-    assert parsed.row(HOSTILE, "ACmix")[-1] == "no bias"
+    assert parsed.row(SHOWN, "ACmix")[-1] == "no bias"
     assert "363 nodes became 253" in parsed.text
-    assert parsed.row(f"fused {HOSTILE}", "boxes")[2:] == ["3.0e-02", "3.0e-02", "1.0e-05", "1.0000000", "FAILED"]
-    assert parsed.row(f"plain {HOSTILE}", "boxes")[-1] == "ok"
-    assert parsed.row(f"fused {HOSTILE}", "1")[1:7] == ["1", "2", "1", "1", "0", "0"], "detections"
+    assert parsed.row(f"fused {SHOWN}", "boxes")[2:] == ["3.0e-02", "3.0e-02", "1.0e-05", "1.0000000", "FAILED"]
+    assert parsed.row(f"plain {SHOWN}", "boxes")[-1] == "ok"
+    assert parsed.row(f"fused {SHOWN}", "1")[1:7] == ["1", "2", "1", "1", "0", "0"], "detections"
     figures = [f"{np.percentile(samples(4.0), q):.3f}" for q in (50, 90, 95, 99)]
     assert parsed.row(FILE, figures[0])[1:5] == figures
     assert parsed.rows.count(["acmix_0.attention", "Conv", "acmix_0", "3.000", "30.0%"]) == 2
     assert ["acmix_0", "3.000", "30.0%", "3.000", "30.0%"] in parsed.rows
     assert ["acmix, all 2", "5.000", "50.0%", "5.000", "50.0%"] in parsed.rows
-    assert parsed.row(HOSTILE, "1300")[-2:] == ["12.5", "50.0"], "W and mJ"
+    assert parsed.row(SHOWN, "1300")[-2:] == ["12.5", "50.0"], "W and mJ"
     assert parsed.row(f"fused {FILE}", "10")[2] == "4.94"
     assert ["CPU", MACHINE.cpu] in parsed.rows
     assert ["GPU", "Orin (sm_87)"] in parsed.rows
-    assert parsed.row(HOSTILE, "p50")[4:] == ["+20.0%", "+10.0% to +30.0%", "1.0%", "6", "fail"]
+    assert parsed.row(SHOWN, "p50")[4:] == ["+20.0%", "+10.0% to +30.0%", "1.0%", "6", "fail"]
     history = [row for row in parsed.rows if row[1:2] and row[1].startswith("gate-")]
     assert [row[:2] for row in history] == [[f"2026-05-0{day} 09:00", f"gate-{8 - day}.json"] for day in range(1, 9)]
     assert re.search(r"A step: from gate-3\.json on 1\.(19|20)\d times the time", parsed.text)
-    for words in (f"note of {HOSTILE}", "acmix-deploy plugin build", "gone.png cannot be read to draw"):
+    for words in (f"note of {SHOWN}", "acmix-deploy plugin build", "gone.png cannot be read to draw"):
         assert words in parsed.text
 
 
@@ -291,6 +292,26 @@ def test_dots_stand_where_the_axis_says() -> None:
         plots.errors([plots.Error("a", 1e-3, 1e-2, True), plots.Error("b", 1.0, 1e-2, False)]).narrow
     )
     assert dots == pytest.approx([axis["1e-03"], axis["1e+00"]], abs=0.1)
+
+
+def test_bars_are_as_long_as_what_they_stand_for(page: Path) -> None:
+    svg = plots.bars({"$\\alpha$": [("hue-1", 1.0), ("grey-3", 3.0)], "b": [("hue-1", 2.0)]}, "ms").wide
+    assert "$\\alpha$" in svg, "a name is no formula"
+    paths = re.findall(r'<path d="([^"]+)"[^>]*style="fill: var\(--(?:hue-1|grey-3)\)', svg)
+    ends = [[float(x) for x in re.findall(r"[ML] ([\d.]+)", path)] for path in paths]
+    lengths = [max(xs) - min(xs) for xs in ends]
+    assert [length / lengths[0] for length in lengths] == pytest.approx([1, 3, 2])
+    assert {f"fill: var(--{name})" in page.read_text(encoding="utf-8") for name in ("hue-0", "hue-1", "grey-0")} == {
+        True
+    }
+
+
+def test_the_longest_layers_come_first(tmp_path: Path) -> None:
+    many = tuple(Layer(name=f"layer {ms}", kind="Conv", block="other", median_ms=ms) for ms in range(1, 21))
+    write(ProfileDocument(profiles=[profile(FILE, 4.0, layers=many)]), tmp_path / "profile.json")
+    write_html(tmp_path, tmp_path / "report.html")
+    rows = [row for row in Parsed((tmp_path / "report.html").read_text(encoding="utf-8")).rows if "Conv" in row]
+    assert [row[0] for row in rows] == [f"layer {ms}" for ms in range(20, 5, -1)]
 
 
 @pytest.mark.filterwarnings("error")

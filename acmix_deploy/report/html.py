@@ -106,6 +106,7 @@ def write_html(folder: Path, target: Path) -> HtmlDocument:
     environment = Environment(
         loader=PackageLoader("acmix_deploy.report"),
         autoescape=True,
+        finalize=lambda value: plots.printable(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -171,6 +171,11 @@ def history(medians: Sequence[float], bounds: Floats, names: Sequence[str]) -> P
     return _draw(_HEIGHT, paint)
 
 
+def printable(text: str) -> str:
+    """A text without control characters, which XML does not have, and without those that turn the direction."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "·" for letter in text)
+
+
 def _draw(height: float, paint: Callable[[Axes, int], None]) -> Plot:
     """Run ``paint`` for both widths on axes whose y is in pixels, downwards."""
     settings: dict[Any, Any] = {
@@ -235,9 +240,7 @@ def _label(axes: Axes, index: int, width: int, label: str, value: str) -> None:
 
 
 def _shortened(text: str, most: int) -> str:
-    """At most so many characters, and none that XML has not."""
-    text = "".join(letter if letter.isprintable() else "·" for letter in text)
-    half = (most - 1) // 2
+    text, half = printable(text), (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
