@@ -21,7 +21,8 @@ from acmix_deploy.families.reduction import Writer
 from acmix_deploy.graph import RESHAPING, Array, Feeds, NoMatch, constant_value, nearest, producer, way_down
 
 MASKED = -1e4
-"""Added to the logits of keys that nothing attends to: exp of it is 0, and float16 holds it."""
+"""Added to the logits of keys that nothing attends to: exp of it is 0, and float16 holds it. Of Swin's -100 it is a
+denormal number in float32, which processors are slow with."""
 
 _MASKED_BELOW = -50.0  # what a graph adds to hide a key; exp of it is lost in float32
 _MOVING = RESHAPING | {"Expand", "Gather", "Pad", "Slice", "Split"}

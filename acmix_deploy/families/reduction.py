@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families import FUSED_NODE
 from acmix_deploy.graph import Array, Feeds
+from acmix_deploy.operators.spec import Operator, Tolerance
 
 ConvBranch = Literal["dense", "grouped"]
+
+Operators: TypeAlias = "tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...]"
+"""The custom operators that a family's reduced form uses, with their bodies by opset."""
+
+TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
+"""How far a block in standard operators may be from the original, by the type of its output."""
 
 
 class Request(NamedTuple):

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from acmix_deploy.operators.spec import Operator
+
 OPSETS = range(17, 22)
 """Opsets that function bodies are valid in as they stand: they use operators as opset 17 defines them."""
 
@@ -94,13 +96,13 @@ class FunctionBuilder:
         fixed = [size for size in sizes if isinstance(size, int)]
         return self("Reshape", value, fixed if len(fixed) == len(sizes) else self.shape(*sizes))
 
-    def function(
-        self, name: str, domain: str, opset: int, inputs: list[str], result: Value, attributes: list[str]
-    ) -> onnx.FunctionProto:
-        """The finished function with one output, ``y``."""
+    def function(self, operator: Operator, opset: int, result: Value) -> onnx.FunctionProto:
+        """The finished body of ``operator`` with one output, ``y``."""
         nodes = [*self.nodes, helper.make_node("Identity", [result.name], ["y"])]
         opsets = [helper.make_opsetid("", opset)]
-        return helper.make_function(domain, name, inputs, ["y"], nodes, opsets, attributes)
+        inputs = [tensor.name for tensor in operator.inputs]
+        attributes = [attribute.name for attribute in operator.attributes]
+        return helper.make_function(operator.domain, operator.op_type, inputs, ["y"], nodes, opsets, attributes)
 
     def _append(self, node: onnx.NodeProto) -> Value:
         node.output[0] = f"{node.op_type.lower()}_{len(self.nodes)}"

@@ -14,7 +14,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.acmix.algebra import (
@@ -24,7 +23,7 @@ from acmix_deploy.families.acmix.algebra import (
     grouped_order,
     qkv_conv,
 )
-from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, Writer
+from acmix_deploy.families.reduction import ConvBranch, Operators, Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     Feeds,
@@ -40,12 +39,10 @@ from acmix_deploy.graph import (
 )
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.local_attention.body import function_body
-from acmix_deploy.operators.spec import Operator
 
 ANCHOR = "Softmax"
 
-OPERATORS: tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...] = ((LOCAL_ATTENTION, function_body),)
-"""The custom operators that :func:`reduce` uses, with their bodies by opset."""
+OPERATORS: Operators = ((LOCAL_ATTENTION, function_body),)
 
 TOLERANCES = LOCAL_ATTENTION.tolerances
 """How far a reduced block may be from the original, by the type of its output."""

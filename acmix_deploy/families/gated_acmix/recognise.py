@@ -7,8 +7,8 @@ from itertools import product
 import torch
 from torch import nn
 
-from acmix_deploy.families.gated_acmix.graph import TOLERANCES
 from acmix_deploy.families.gated_acmix.module import GatedACmix
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 
 

@@ -8,15 +8,14 @@ spelt, does not matter: both forms are compared as they compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.reduction import Reduced, Request, Writer
+from acmix_deploy.families.reduction import Operators, Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -31,12 +30,10 @@ from acmix_deploy.graph import (
 )
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.outlook_attention.body import function_body
-from acmix_deploy.operators.spec import Operator
 
 ANCHOR = "Softmax"
 
-OPERATORS: tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...] = ((OUTLOOK_ATTENTION, function_body),)
-"""The custom operators that :func:`reduce` uses, with their bodies by opset."""
+OPERATORS: Operators = ((OUTLOOK_ATTENTION, function_body),)
 
 TOLERANCES = OUTLOOK_ATTENTION.tolerances
 """How far a reduced block may be from the original, by the type of its output."""

@@ -13,10 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from acmix_deploy.graph import Array, NoMatch
-from acmix_deploy.operators.spec import Tolerance
-
-TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
-"""How far the one convolution may be from the block, by the type of its output."""
 
 _MOST_MULTIPLICATIONS = 2.0
 """Of the one convolution, in those of the 1x1 convolutions: what was no slower on the CPU (docs/families.md)."""

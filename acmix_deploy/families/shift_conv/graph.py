@@ -13,18 +13,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.reduction import Reduced, Request, Writer
-from acmix_deploy.families.shift_conv.algebra import TOLERANCES as TOLERANCES
+from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
+from acmix_deploy.families.reduction import Operators, Reduced, Request, Writer
 from acmix_deploy.families.shift_conv.algebra import collapse, is_shift, read_shifts
 from acmix_deploy.graph import Array, NoMatch, Region, constant_value, conv_bias, conv_weight, producer, region_between
-from acmix_deploy.operators.spec import Operator
 
 ANCHOR = "Conv"
 
-OPERATORS: tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...] = ()
+OPERATORS: Operators = ()
 
 _SUMS = frozenset({"Add", "Concat", "Sum"})
 _MOVES = frozenset({"Gather", "Identity", "Pad", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze"})

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 from acmix_deploy.families.shift_conv.algebra import (
-    TOLERANCES,
     UNSHIFTED,
     OneConvolution,
     collapse,

@@ -7,16 +7,15 @@ bias and mask together, are measured on the graph, so that it does not matter ho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.attention import MASKED
-from acmix_deploy.families.reduction import Reduced, Request
+from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
+from acmix_deploy.families.reduction import Operators, Reduced, Request
 from acmix_deploy.families.swin_acmix.algebra import SwinAcmixWeights
 from acmix_deploy.families.swin_acmix.write import Mask, write
 from acmix_deploy.graph import (
@@ -33,14 +32,10 @@ from acmix_deploy.graph import (
     scalar_factor,
     way_down,
 )
-from acmix_deploy.operators.spec import Operator, Tolerance
 
 ANCHOR = "Softmax"
 
-OPERATORS: tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...] = ()
-
-TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
-"""How far a reduced block may be from the original, by the type of its output."""
+OPERATORS: Operators = ()
 
 _RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
 _HIDDEN = 50.0  # below the largest number added for a query: what is lost in float32 after exp

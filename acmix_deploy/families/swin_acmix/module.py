@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
-
-MASKED = -1e4
-"""Added to the logit of two pixels that only the roll has put into one window. exp of it is 0 and float16 holds it;
-with the authors' -100 it is a denormal number in float32, which processors are slow with."""
+from acmix_deploy.families.attention import MASKED
 
 
 class SwinACmix(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
-from acmix_deploy.families.swin_acmix.graph import TOLERANCES
 from acmix_deploy.families.swin_acmix.module import SwinACmix, relative_positions
 
 

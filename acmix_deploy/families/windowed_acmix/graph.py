@@ -4,11 +4,9 @@ form that runtimes know, one convolution and the projection. No PyTorch here."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.attention import (
@@ -25,7 +23,8 @@ from acmix_deploy.families.attention import (
     next_node,
     origins,
 )
-from acmix_deploy.families.reduction import Reduced, Request
+from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
+from acmix_deploy.families.reduction import Operators, Reduced, Request
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -37,15 +36,10 @@ from acmix_deploy.graph import (
     region_between,
     way_down,
 )
-from acmix_deploy.operators.spec import Operator, Tolerance
 
 ANCHOR = "Softmax"
 
-OPERATORS: tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...] = ()
-"""The reduced form has standard operators only."""
-
-TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
-"""How far a reduced block may be from the original, by the type of its output."""
+OPERATORS: Operators = ()
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
-from acmix_deploy.families.windowed_acmix.graph import TOLERANCES
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 
 _COMMON_WINDOWS = (7, 14, 8)  # tried where a block does not tell

@@ -106,14 +106,7 @@ def function_body(opset: int = OPSETS[0], tile: int = TILE) -> onnx.FunctionProt
     maps = f("Transpose", f.reshape(in_order, 0, -1, channels), perm=[0, 2, 1])
     y = f.reshape(maps, 0, 0, h.out, w.out)
 
-    return f.function(
-        LOCAL_ATTENTION.op_type,
-        LOCAL_ATTENTION.domain,
-        opset,
-        [tensor.name for tensor in LOCAL_ATTENTION.inputs],
-        y,
-        [attribute.name for attribute in LOCAL_ATTENTION.attributes],
-    )
+    return f.function(LOCAL_ATTENTION, opset, y)
 
 
 def _key_offset(

@@ -63,14 +63,7 @@ def function_body(opset: int = OPSETS[0]) -> onnx.FunctionProto:
     pixels = f.reshape(f("ReduceSum", by_place, [2], keepdims=0), 0, -1, channels)
     y = f.reshape(f("Transpose", pixels, perm=[0, 2, 1]), 0, 0, height, width)
 
-    return f.function(
-        OUTLOOK_ATTENTION.op_type,
-        OUTLOOK_ATTENTION.domain,
-        opset,
-        [tensor.name for tensor in OUTLOOK_ATTENTION.inputs],
-        y,
-        [attribute.name for attribute in OUTLOOK_ATTENTION.attributes],
-    )
+    return f.function(OUTLOOK_ATTENTION, opset, y)
 
 
 def _covering(
