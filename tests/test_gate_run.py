@@ -207,6 +207,17 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     assert len(next(found.turns).samples_ms) == 3
 
 
+def test_what_a_model_prints_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("talkative.py").write_text(
+        "from torch import nn\n\ndef make():\n    print('{}')\n    return nn.Conv2d(3, 4, 3)"
+    )
+    torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), "weights.pt")
+    setup = Setup(input_shape=(1, 3, 8, 8), threads=1, arch="talkative:make")
+    found = measure_module._ask(Request(file=Path("weights.pt"), setup=setup, samples=3, seconds=5))
+    assert (found.model, found.kind) == ("weights.pt", "pytorch")
+
+
 def test_the_input_may_come_from_images_and_its_type_does_not_matter(tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2", reason="needs opencv")
 
