@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=duration,
         default=10_000.0,
         metavar="MS",
-        help="for an answer; a model that takes longer is started again (default: 10000)",
+        help="for a request to arrive, and for its answer; a model that takes longer is started again (default: 10000)",
     )
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="holds the token that clients bring; also allows reloading"

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from acmix_deploy.detection.boxes import Detection, named
 from acmix_deploy.document import Document
-from acmix_deploy.errors import AcmixDeployError, UserError
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.serving import kserve, pictures
 from acmix_deploy.serving.batching import Batcher, Budget, Expired, Limits, Overloaded, Unavailable
 from acmix_deploy.serving.worker import Setup
@@ -44,8 +44,6 @@ MAX_DECODED = 4 * pictures.MAX_PIXELS
 """Pixels in all pictures that are being decoded, wait or run."""
 MAX_PICTURES = 16
 """In a request."""
-BODY_SECONDS = 10.0
-"""For a body to arrive."""
 
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _OPEN = frozenset({"/", "/healthz", "/readyz"})  # to everyone, also where there is a token
@@ -175,7 +173,7 @@ class Api:
 
     async def detect(self, request: Request) -> Response:
         """Pictures in, boxes out."""
-        async with _body(request, self._bodies) as body:
+        async with _body(request, self._bodies, self.batcher.limits.deadline) as body:
             files = await _files(request, body, self._most)
             pixels = sum(map(pictures.pixels, files))
             with self.batcher.places.hold(len(files)), self._decoded.hold(pixels):
@@ -214,11 +212,14 @@ class Api:
         """Arrays in, arrays out."""
         self._named(request)
         served = self.batcher.served
-        async with _body(request, self._bodies) as body:
+        async with _body(request, self._bodies, self.batcher.limits.deadline) as body:
             asked = await run_sync(kserve.parse, body, request.headers.get(kserve.HEADER_LENGTH), served)
             batch = max((len(array) for array in asked.feed.values() if array.ndim), default=1)
             with self.batcher.places.hold(batch):
-                outputs = await self.batcher.infer(asked.feed)
+                try:
+                    outputs = await self.batcher.infer(asked.feed)
+                except CheckFailed as error:  # such as a size that does not fit the model's strides
+                    raise HTTPException(422, error.message) from error
         content, headers = await run_sync(kserve.answer, asked, outputs, served)
         return Response(content, headers=headers)
 
@@ -283,11 +284,11 @@ def _refusal(request: Request, status: int, why: str, headers: Mapping[str, str]
 
 
 @asynccontextmanager
-async def _body(request: Request, budget: Budget) -> AsyncIterator[bytes]:
+async def _body(request: Request, budget: Budget, seconds: float) -> AsyncIterator[bytes]:
     """The body of a request, which counts for as long as the block lasts.
 
     Raises:
-        HTTPException: it is compressed, larger than :data:`MAX_BODY`, or not there in :data:`BODY_SECONDS`.
+        HTTPException: it is compressed, larger than :data:`MAX_BODY`, or not there in as many seconds.
         Overloaded: there are too many others.
         ClientDisconnect: the client is gone.
     """
@@ -299,14 +300,14 @@ async def _body(request: Request, budget: Budget) -> AsyncIterator[bytes]:
     body = bytearray()
     with ExitStack() as held:
         try:
-            with anyio.fail_after(BODY_SECONDS):
+            with anyio.fail_after(seconds):
                 async for chunk in request.stream():
                     held.enter_context(budget.hold(len(chunk)))
                     body += chunk
                     if len(body) > MAX_BODY:
                         raise too_large
         except TimeoutError as error:
-            raise HTTPException(408, f"the body was not there in {BODY_SECONDS:g} s") from error
+            raise HTTPException(408, f"the body was not there in {seconds:g} s") from error
         request.state.read = True
         yield bytes(body)
 

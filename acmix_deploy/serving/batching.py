@@ -69,7 +69,7 @@ class Limits(NamedTuple):
     max_queue: int = 64
     """Images that are waiting or running at most."""
     deadline: float = 10.0
-    """Seconds from a request to its answer; a model that takes longer is taken for hung and started again."""
+    """Seconds for a head, for a body and for an answer; a model that takes longer is taken for hung."""
 
 
 class _Job(NamedTuple):
@@ -139,8 +139,8 @@ class Batcher:
         return outputs
 
     async def ready(self) -> bool:
-        """Whether the model answers: it has within the last seconds, or does now."""
-        if _now() - self._answered < _FRESH:
+        """Whether the model answers: it has within the last seconds, with nobody left waiting, or does now."""
+        if self._worker and _now() - self._answered < _FRESH:
             return True
         height, width = self.served.input_shape[2:]
         try:
@@ -170,6 +170,7 @@ class Batcher:
         try:
             return await asyncio.wait_for(job.answer, self.limits.deadline)
         except asyncio.TimeoutError as error:
+            self._answered = float("-inf")
             raise Expired(f"there was no answer in {self.limits.deadline:g} s") from error
 
     async def _dispatch(self) -> None:

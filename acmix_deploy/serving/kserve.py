@@ -34,7 +34,7 @@ class Tensor(BaseModel):
     """An input of a request."""
 
     name: str
-    shape: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    shape: list[Annotated[int, Field(gt=0, lt=2**31)]]
     datatype: str
     parameters: dict[str, Any] = {}
     data: list[Any] | None = None

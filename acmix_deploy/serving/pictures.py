@@ -15,7 +15,7 @@ from acmix_deploy.detection.images import Image, opencv
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 MAX_PIXELS = 1 << 25
-"""In a picture: 33.5 million, as in 8K video. Three bytes each when it is decoded."""
+"""In a picture: 33.6 million, as in 8K video. Three bytes each when it is decoded."""
 
 
 class NoPicture(Exception):

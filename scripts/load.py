@@ -1,0 +1,152 @@
+"""Load on a server of a detector, from a process of its own, with every answer compared with what the model finds.
+
+Requests arrive at a constant rate whether the ones before them were answered or not, and their latency counts from when
+they were to arrive; without --rate some clients ask one after another, and what they get is the capacity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+
+from acmix_deploy.detection.boxes import Detection, named
+from acmix_deploy.detection.images import find, read
+from acmix_deploy.serving.detector import Detector
+
+SCORE, EDGE = 1e-3, 0.1
+"""How far an answer may be from the model's: alone and in a batch it computes in another order. EDGE is in pixels."""
+
+_PATIENCE = 60.0
+
+
+class Picture(NamedTuple):
+    """A file and what the model finds in it."""
+
+    data: bytes
+    detections: list[Detection]
+
+
+class Load:
+    """Requests for pictures in turn, and what came of them."""
+
+    def __init__(self, client: httpx.AsyncClient, pictures: Sequence[Picture]) -> None:
+        self._client, self._pictures = client, pictures
+        self.statuses: Counter[str] = Counter()
+        self.wrong = 0
+        self.seconds: list[float] = []
+        """Of those that were answered with boxes."""
+        self._sent = 0
+
+    async def ask(self, arrival: float) -> None:
+        """One request that was to arrive at a time of :func:`time.perf_counter`."""
+        picture = self._pictures[self._sent % len(self._pictures)]
+        self._sent += 1
+        try:
+            response = await self._client.post("/v1/detect", content=picture.data)
+        except httpx.HTTPError as error:
+            self.statuses[type(error).__name__] += 1
+            return
+        took = time.perf_counter() - arrival
+        self.statuses[str(response.status_code)] += 1
+        if response.status_code == 200:
+            self.seconds.append(took)
+            self.wrong += not same(response.json()["images"][0]["detections"], picture.detections)
+
+    async def at_rate(self, rate: float, seconds: float) -> None:
+        """Requests at a constant rate."""
+        start = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for index in range(round(rate * seconds)):
+                arrival = start + index / rate
+                await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
+                group.create_task(self.ask(arrival))
+
+    async def by_clients(self, clients: int, seconds: float) -> None:
+        """Requests of clients each of which waits for its answer."""
+        end = time.perf_counter() + seconds
+
+        async def client() -> None:
+            while (now := time.perf_counter()) < end:
+                await self.ask(now)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+
+
+def same(answer: list[dict[str, Any]], right: Sequence[Detection]) -> bool:
+    """Whether an answer has the same boxes, in any order."""
+    left = list(right)
+    for one in answer:
+        fitting = [
+            other
+            for other in left
+            if other.name == one["name"]
+            and abs(other.score - one["score"]) <= SCORE
+            and np.abs(np.subtract(other.box, one["box"])).max() <= EDGE
+        ]
+        if not fitting:
+            return False
+        left.remove(fitting[0])
+    return not left
+
+
+def known(model: Path, photos: Path) -> list[Picture]:
+    """The pictures of a folder with what the model finds in each alone."""
+    pictures = []
+    with Detector.load(model, threads=1) as detector:
+        for path in find(photos).paths:
+            image = read(path)
+            assert image is not None
+            (found,) = detector([image])
+            pictures.append(Picture(path.read_bytes(), named(found, detector.names)))
+    return pictures
+
+
+async def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The load that is asked for, and its outcome."""
+    pictures = known(options.model, options.photos)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=options.clients if not options.rate else 200)
+    async with httpx.AsyncClient(base_url=options.url, timeout=_PATIENCE, limits=limits) as client:
+        load = Load(client, pictures)
+        start = time.perf_counter()
+        if options.rate:
+            await load.at_rate(options.rate, options.seconds)
+        else:
+            await load.by_clients(options.clients, options.seconds)
+        took = time.perf_counter() - start
+    p50, p90, p99 = np.percentile(load.seconds or [np.nan], [50, 90, 99]) * 1e3
+    return {
+        "requests": sum(load.statuses.values()),
+        "statuses": dict(load.statuses),
+        "wrong": load.wrong,
+        "answers_per_second": round(len(load.seconds) / took, 2),
+        "median_ms": round(p50, 2),
+        "p90_ms": round(p90, 2),
+        "p99_ms": round(p99, 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("model", type=Path, help="the file that is served")
+    parser.add_argument("photos", type=Path, help="folder of images")
+    parser.add_argument("--rate", type=float, metavar="R", help="requests in a second")
+    parser.add_argument("--clients", type=int, default=16, metavar="N", help="without --rate (default: 16)")
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="S")
+    outcome = asyncio.run(run(parser.parse_args()))
+    print(json.dumps(outcome))
+    return int(bool(outcome["wrong"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
