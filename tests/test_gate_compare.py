@@ -15,7 +15,7 @@ from gate_parts import CPU, GPU, START, alone, measured, pair, text, trtexec
 
 from acmix_deploy import cli
 from acmix_deploy.errors import Inconclusive, UserError
-from acmix_deploy.gate.compare import FIELDS, differences
+from acmix_deploy.gate.compare import CLOCKS_APART, FIELDS, differences
 from acmix_deploy.gate.history import read_history
 from acmix_deploy.gate.read import read_pairs, read_samples
 from acmix_deploy.gate.samples import GateSamples
@@ -305,3 +305,4 @@ def test_the_workflows_are_yaml_whose_commands_parse() -> None:
 def test_every_field_that_may_be_allowed_is_described() -> None:
     section = re.search(r"^## Not comparable\n(.*?)^## ", PAGE, re.M | re.S)[1]
     assert set(re.findall(r"^\| `(\w+)`", section, re.M)) == set(FIELDS)
+    assert f"{CLOCKS_APART:.0%} apart or less" in section

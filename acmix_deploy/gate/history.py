@@ -130,14 +130,14 @@ def _drift(files: Sequence[str], medians: Sequence[float]) -> Drift | None:
     earlier, later = np.triu_indices(len(logs), 1)
     line = np.median((logs[later] - logs[earlier]) / (later - earlier)) * time
     line += np.median(logs - line)
-    fits: tuple[tuple[Literal["step", "trend"], str, _Floats, _Floats], ...] = (
-        ("step", files[first], step, steps.max(axis=1)),
-        ("trend", files[0], line, trends),
-    )
-    found = [
-        Drift(kind=kind, since=since, ratio=math.exp(fit[-1] - fit[0]), p=float(np.mean(statistic >= statistic[0])))
-        for kind, since, fit, statistic in fits
-    ]
-    likely = [drift for drift in found if drift.p < _BY_CHANCE]
-    misfit = {"step": np.abs(logs - step).sum(), "trend": np.abs(logs - line).sum()}
-    return min(likely, key=lambda drift: float(misfit[drift.kind]), default=None)
+    if np.abs(logs - step).sum() < np.abs(logs - line).sum():
+        found = _found("step", files[first], step, steps.max(axis=1))
+    else:
+        found = _found("trend", files[0], line, trends)
+    return found if found.p < _BY_CHANCE else None
+
+
+def _found(kind: Literal["step", "trend"], since: str, fit: _Floats, statistic: _Floats) -> Drift:
+    """Args: the logarithm of each run as it should be; the statistic of the runs, then of their permutations."""
+    p = float(np.mean(statistic >= statistic[0]))
+    return Drift(kind=kind, since=since, ratio=math.exp(fit[-1] - fit[0]), p=p)
