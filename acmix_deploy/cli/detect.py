@@ -2,7 +2,7 @@
 
 example:
   acmix-deploy detect model.engine photos -o found
-  acmix-deploy detect model.engine street.mp4 --json -o found.mp4 > found.jsonl
+  acmix-deploy detect model.engine street.mp4 --json -o found.mp4
 """
 
 from __future__ import annotations
