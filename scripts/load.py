@@ -65,11 +65,13 @@ class Load:
     async def at_rate(self, rate: float, seconds: float) -> None:
         """Requests at a constant rate."""
         start = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for index in range(round(rate * seconds)):
-                arrival = start + index / rate
-                await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
-                group.create_task(self.ask(arrival))
+        waiting: set[asyncio.Task[None]] = set()
+        for index in range(round(rate * seconds)):
+            arrival = start + index / rate
+            await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
+            waiting.add(task := asyncio.create_task(self.ask(arrival)))
+            task.add_done_callback(waiting.discard)
+        await asyncio.gather(*waiting)
 
     async def by_clients(self, clients: int, seconds: float) -> None:
         """Requests of clients each of which waits for its answer."""

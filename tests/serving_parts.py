@@ -17,9 +17,13 @@ import httpx
 import numpy as np
 import onnx
 import psutil
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).parents[1]
+SOAK = bool(os.environ.get("ACMIX_SOAK"))
+soak_form = pytest.mark.soak if SOAK else pytest.mark.filterwarnings()
+"""For tests that have a short form, and a long one for `make soak`, which asks for the mark."""
 TOKEN = "a token of tests".replace(" ", "-")
 
 

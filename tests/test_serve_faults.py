@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import shutil
 import signal
@@ -18,14 +17,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from serving_parts import TOKEN, Server, gone, serving, tiny, wait_until
+from serving_parts import SOAK, TOKEN, Server, gone, serving, soak_form, tiny, wait_until
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 PICTURE = bytes(cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))[1])
 BEARER = {"authorization": f"Bearer {TOKEN}"}
-MALFORMED = 10_000 if os.environ.get("ACMIX_SOAK") else 500
+MALFORMED = 10_000 if SOAK else 500
 
 
 @pytest.fixture
@@ -242,6 +241,7 @@ def malformed(source: random.Random) -> Iterator[tuple[str, bytes, dict[str, str
         yield path, body, {name: value for name, value in headers.items() if value.isprintable() and value.isascii()}
 
 
+@soak_form
 def test_malformed_bodies(model: Path, tmp_path: Path) -> None:
     """Each is answered as what it is; none with a fault of the server, nor with its traceback."""
     allowed = {200, 400, 413, 415, 422}
@@ -264,6 +264,7 @@ def test_malformed_bodies(model: Path, tmp_path: Path) -> None:
         assert not any("traceback" in line for line in server.log)
 
 
+@soak_form
 def test_malformed_http(model: Path, tmp_path: Path) -> None:
     source = random.Random(6)
     head = b"POST /v1/detect?a=b HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n\r\n"
