@@ -48,7 +48,7 @@ def gate(*arguments: object) -> int:
 def test_two_models_are_measured_in_turn(tmp_path: Path) -> None:
     old, new = chain(tmp_path / "old.onnx"), chain(tmp_path / "new.onnx", 2)
     output = tmp_path / "gate.json"
-    options = ("--rounds", 2, "--samples", 7, "--seconds", 0.2, "--threads", 1)
+    options = ("--rounds", 2, "--samples", 7, "--seconds", 5, "--threads", 1)
     assert gate("run", "--baseline", old, "--candidate", new, "-o", output, *options) == 0
     (found,) = read_samples(output)
     assert found.interleaved
@@ -223,7 +223,7 @@ def test_the_input_may_come_from_images_and_its_type_does_not_matter(tmp_path: P
 
     def fed_with(folder: Path, elements: int) -> str | None:
         model = chain(tmp_path / "model.onnx", elements=elements)
-        return worker.measure(Request(file=model, setup=Setup(images=folder), samples=1, seconds=1)).fed_with
+        return worker.measure(Request(file=model, setup=Setup(images=folder), samples=1, seconds=5)).fed_with
 
     found = set()
     for name, grey in (("dark", 10), ("light", 200)):
