@@ -83,8 +83,8 @@ class Estimate(NamedTuple):
 def estimate(baseline: Sequence[Round], candidate: Sequence[Round], q: float, *, paired: bool) -> Estimate:
     """Compare percentile ``q``, 0 to 100, of two models.
 
-    Equal samples give equal estimates, in any order of rounds and any unit; to change the places of the models negates
-    ratio and interval.
+    Equal samples give equal estimates, in any unit and, unless rounds pair, in any order; to change the places of the
+    models negates ratio and interval.
 
     Args:
         baseline: its rounds, two or more.
@@ -92,11 +92,8 @@ def estimate(baseline: Sequence[Round], candidate: Sequence[Round], q: float, *,
         q: the percentile.
         paired: whether rounds pair.
     """
-    if paired:
-        both = sorted(zip(candidate, baseline, strict=True), key=lambda two: [_samples(one) for one in two])
-        candidate, baseline = [one for one, _ in both], [one for _, one in both]
-    else:
-        candidate, baseline = sorted(candidate, key=_samples), sorted(baseline, key=_samples)
+    if not paired:
+        baseline, candidate = sorted(baseline, key=_samples), sorted(candidate, key=_samples)
     up, down = _levels(candidate, q), _levels(baseline, q)
     values = [up - down] if paired else [up, -down]
     log_ratio, error = _sum(map(_location, values))
