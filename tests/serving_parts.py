@@ -22,9 +22,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).parents[1]
 SOAK = bool(os.environ.get("ACMIX_SOAK"))
-soak_form = pytest.mark.soak if SOAK else pytest.mark.filterwarnings()
-"""For tests that have a short form, and a long one for `make soak`, which asks for the mark."""
-TOKEN = "a token of tests".replace(" ", "-")
+SOAK_FORM = [pytest.mark.soak] if SOAK else []
+"""Of tests with a short form, and a long one for `make soak`, which asks for the mark."""
+
+TOKEN = "a-token-for-tests"
+
+cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+PICTURE = bytes(cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))[1])
 
 
 class Server:
@@ -128,3 +132,14 @@ def tiny(path: Path, *, names: str = "{0: 'thing'}", batch: int | str = "batch",
     helper.set_model_props(model, {"task": "detect", "names": names, "imgsz": "[32, 32]"})
     onnx.save(model, path)
     return path
+
+
+def score(response: httpx.Response) -> float:
+    """Of the one box that the tiny model finds."""
+    assert response.status_code == 200, response.text
+    ((detection,),) = [image["detections"] for image in response.json()["images"]]
+    return float(detection["score"])
+
+
+def assert_answers(server: Server, **options: object) -> None:
+    assert score(server.detect(PICTURE, **options)) == pytest.approx(0.9)

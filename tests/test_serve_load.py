@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving_parts import ROOT, SOAK, Server, serving, soak_form
+from serving_parts import ROOT, SOAK, SOAK_FORM, Server, serving
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -20,7 +20,7 @@ import shapes
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
-pytestmark = soak_form
+pytestmark = SOAK_FORM
 MEASURE, HALF, HIGH, OVER = (20, 60, 600, 300) if SOAK else (1.5, 3, 3, 3)
 """Seconds for capacity and single requests, and at 50, 80 and 200% of it."""
 

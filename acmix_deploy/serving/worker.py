@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -129,7 +129,7 @@ def serve(connection: Connection) -> None:
     from acmix_deploy.serving.detector import Detector
 
     detector: Detector | None = None
-    with connection, suppress(EOFError, OSError):
+    with connection, ExitStack() as held, suppress(EOFError, OSError):
         while True:
             request = connection.recv()
             answer: object
@@ -137,7 +137,7 @@ def serve(connection: Connection) -> None:
                 if isinstance(request, Setup):
                     if sidecar(request.path).is_file():
                         read_artifact(request.path)
-                    detector = Detector.load(request.path, **request.options)
+                    detector = held.enter_context(Detector.load(request.path, **request.options))
                     answer = tried(detector, request.max_batch)
                 else:
                     assert detector
