@@ -251,7 +251,7 @@ def evaluate(
     model.functions.extend(functions)
     try:
         # Nodes as written: pieces of graphs trip ONNX Runtime's optimizer, and each runs only once or twice.
-        return list(open_session(model, optimize=False).run(None, used))
+        return list(open_session(model, optimize=False, once=True).run(None, used))
     except UserError as error:
         raise NoMatch(f"it cannot be run on its own: {error.message}") from error
     except Exception as error:  # ONNX Runtime's error types share no base of their own

@@ -114,7 +114,7 @@ def fuse(
         if report.fused:
             progress("loading the fused file")
             try:
-                open_session(temporary)
+                open_session(temporary, once=True)
             except UserError as error:
                 raise CheckFailed(f"the fused file cannot be used: {error.message}") from error
     return report

@@ -47,6 +47,7 @@ def open_session(
     threads: int | None = None,
     *,
     optimize: bool = True,
+    once: bool = False,
     reduces: bool = False,
     provider: Provider = "cpu",
     plugin: Path | None = None,
@@ -59,6 +60,8 @@ def open_session(
         model: a file, its bytes or a model in memory.
         threads: threads within an operator; :func:`usable_cores` by default.
         optimize: let ONNX Runtime rewrite the graph; without it every node runs as it is written.
+        once: for a session that is only opened, or runs once: no plan of which tensors share memory, which takes time
+            that grows with the square of the number of nodes.
         reduces: for a graph whose outputs are sums or maxima of many tensors: compute these as soon as a tensor is
             there, which ONNX Runtime by itself puts off until every activation is in memory.
         provider: what runs it.
@@ -76,6 +79,7 @@ def open_session(
     options.log_severity_level = _FATAL
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_mem_reuse = not once
     if reduces:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     source = model if isinstance(model, (Path, bytes)) else model.SerializeToString()
