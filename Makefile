@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 help:
 	@echo "make demo           take a trained YOLOv8n with three ACmix blocks to FP16 and INT8, draw what they find"
 	@echo "make test           run all tests but those of make soak"
-	@echo "make soak           run the tests that take long: large detectors, mAP on 500 images"
+	@echo "make soak           run the tests that take long: large detectors, mAP on 500 images, servers under load"
 	@echo "make bench          time one block, fused against plain, on ONNX Runtime"
 	@echo "make docs           write the generated parts of the documentation"
 	@echo "make lint           ruff, mypy --strict, the import linter and clang-format"

@@ -21,8 +21,9 @@ import shapes
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 pytestmark = SOAK_FORM
-MEASURE, HALF, HIGH, OVER = (20, 60, 600, 300) if SOAK else (1.5, 3, 3, 3)
+MEASURE, HALF, HIGH, OVER = (10, 20, 600, 300) if SOAK else (1.5, 2, 3, 3)
 """Seconds for capacity and single requests, and at 50, 80 and 200% of it."""
+TURNS = 9 if SOAK else 3
 
 Load = Callable[..., dict[str, Any]]
 
@@ -85,16 +86,16 @@ class Memory:
 
 
 def test_half_of_capacity_is_answered_soon(load: Load, capacity: float) -> None:
-    """p99 below 4 times the median of a single request; the better of three turns, since others use this machine."""
+    """p99 below 4 times the median of a single request, in most turns: others use this machine."""
     ratios = []
-    for _ in range(3):
+    for _ in range(TURNS):
         single = load(MEASURE, "--clients", 1)
         half = load(HALF, "--rate", capacity / 2)
         assert (half["wrong"], set(half["statuses"])) == (0, {"200"})
         ratios.append(half["p99_ms"] / single["median_ms"])
-        if ratios[-1] < 4:
-            return
-    raise AssertionError(ratios)
+    if SOAK:
+        print(f"p99 at 50% in medians of a single request: {sorted(ratios)}")
+    assert np.median(ratios) < 4, ratios
 
 
 @pytest.mark.parametrize(
