@@ -164,6 +164,29 @@ def test_one_disturbed_round_of_twelve_hides_nothing() -> None:
     assert the_one(disturbed).outcome == the_one(samples).outcome == "fail"
 
 
+@pytest.mark.parametrize("log_ratio", [0.01, 0.05])
+def test_the_rounds_asked_for_settle_it_four_times_of_five(log_ratio: float) -> None:
+    """By the power of Student's test at that many rounds, if the ratio and the spread are what they look like."""
+    spread, limit = 0.05, 0.03
+    rounds = round(
+        Estimate(log_ratio, spread / math.sqrt(12), spread, 1, 1, (12, 12), np.zeros(1)).rounds_to_settle(limit)
+    )
+    distance = abs(log_ratio - limit) / (spread / math.sqrt(rounds))
+    power = stats.nct.sf(stats.t.isf(bootstrap.TAIL, rounds - 1), rounds - 1, distance)
+    assert power == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_rounds_asked_for_are_more_or_none() -> None:
+    found = [the_one(made(seed, 8, 20, 0.04, 0.05, True)) for seed in range(12)]
+    unsettled = [judged for judged in found if judged.outcome == "inconclusive"]
+    asked = [judged.more_rounds for judged in unsettled if judged.more_rounds]
+    assert asked
+    assert all(1 <= more <= 20 * 8 for more in asked)
+    assert all(f"{judged.more_rounds} more rounds" in judged.reason for judged in unsettled if judged.more_rounds)
+    assert all("more than 160 rounds" in judged.reason for judged in unsettled if not judged.more_rounds)
+    assert not any(judged.more_rounds for judged in found if judged.outcome != "inconclusive")
+
+
 def test_rounds_that_tie_have_an_interval() -> None:
     """As those of a clock with coarse steps do: many draws are of ties alone, and have no spread."""
     ones = [a_round(index, [[1.0] * 4]) for index in range(12)]
