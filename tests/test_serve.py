@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -12,12 +13,13 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from serving_parts import TOKEN, Server, serving, tiny, wait_until
+from serving_parts import PICTURE, TOKEN, Server, serving, tiny, wait_until
 
 from acmix_deploy import cli
 from acmix_deploy.detection.boxes import named
@@ -111,7 +113,10 @@ def test_what_is_no_picture_is_refused_in_a_sentence(server: Server, pictures: l
     refused(server.detect(b"GIF89a" + data), 415, "not a picture")
     refused(server.detect(b"http://example.com/a.png"), 415, "not a picture")
     refused(server.detect(b"/etc/passwd"), 415, "not a picture")
-    refused(server.detect(png(16, 16).replace(b"IDAT", b"IDAX")), 400, "cannot be decoded")
+    jpeg, webp = (encoded(cv2.imdecode(np.frombuffer(data, np.uint8), 1), suffix) for suffix in (".jpg", ".webp"))
+    refused(server.detect(jpeg[: len(jpeg) // 2]), 400, "the picture cannot be decoded")
+    refused(server.detect(webp[:100] + bytes(50) + webp[150:]), 400, "the picture cannot be decoded")
+    refused(server.detect(webp[: len(webp) // 2]), 400, "header cannot be read")
     refused(server.client.post("/v1/detect", files=[("a", ("a.png", b"x"))]), 415, "not a picture")
     refused(server.client.post("/v1/detect", files=[("a", ("a.png", data))] * 17), 400, "Too many files")
     refused(server.detect(data, headers={"content-type": "multipart/form-data"}), 400, "boundary")
@@ -189,6 +194,46 @@ def in_progress(server: Server) -> float:
     return float(line)
 
 
+def test_one_too_many_is_told_when_to_ask_again(tmp_path: Path) -> None:
+    with serving(tiny(tmp_path / "tiny.onnx"), tmp_path, "--max-queue", "2") as server, ThreadPoolExecutor(2) as pool:
+        server.model.suspend()
+        waiting = [pool.submit(httpx.post, f"{server.url}/v1/detect", content=PICTURE, timeout=30) for _ in range(2)]
+        wait_until(lambda: in_progress(server) == 2)
+        response = server.detect(PICTURE)
+        refused(response, 429, "2 of 2 images are being worked on")
+        assert response.headers["retry-after"] == "1"
+        server.model.resume()
+        assert [one.result().status_code for one in waiting] == [200, 200]
+        assert server.detect(PICTURE).status_code == 200
+
+
+def test_reloading_is_off_without_a_token(server: Server) -> None:
+    refused(server.client.post("/v1/reload"), 403, "reloading is off")
+
+
+def test_a_fault_of_the_server_is_told_to_its_log_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from acmix_deploy.serving.app import Api
+    from acmix_deploy.serving.batching import Limits
+    from acmix_deploy.serving.worker import Setup
+
+    async def fails(self: Api, request: object) -> None:
+        raise RuntimeError("a secret of the server")
+
+    monkeypatch.setattr(Api, "page", fails)
+    app = Api(Setup(Path("none.onnx")), Limits()).app()
+
+    async def ask(to_the_log: bool) -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=to_the_log)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.get("/")
+
+    response = asyncio.run(ask(to_the_log=False))
+    refused(response, 500, "a fault of the server")
+    assert "secret" not in response.text
+    with pytest.raises(RuntimeError, match="secret"):
+        asyncio.run(ask(to_the_log=True))
+
+
 def test_only_this_machine_is_listened_to_by_default(server: Server) -> None:
     assert server.address[0] == "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -203,17 +248,16 @@ def test_only_this_machine_is_listened_to_by_default(server: Server) -> None:
 def test_a_token_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN + "\n")
     with serving(tiny(tmp_path / "tiny.onnx"), tmp_path, "--token-file", str(tmp_path / "token")) as server:
-        data = encoded(np.zeros((20, 20, 3), np.uint8), ".png")
         for path in ("/", "/healthz", "/readyz"):
             assert server.client.get(path).status_code == 200
         for headers in ({}, {"authorization": f"Bearer {TOKEN}x"}, {"authorization": f"Basic {TOKEN}"}):
-            response = server.detect(data, headers=headers)
+            response = server.detect(PICTURE, headers=headers)
             refused(response, 401, "a token is needed")
             assert response.headers["www-authenticate"] == "Bearer"
             for path in ("/metrics", "/v2", "/v2/models/tiny"):
                 refused(server.client.get(path, headers=headers), 401, "a token is needed")
             refused(server.client.post("/v1/reload", headers=headers), 401, "a token is needed")
-        assert server.detect(data, headers={"authorization": f"Bearer {TOKEN}"}).json()["images"][0]["detections"]
+        assert server.detect(PICTURE, headers={"authorization": f"Bearer {TOKEN}"}).json()["images"][0]["detections"]
 
 
 @pytest.mark.parametrize("content", ["", "short", "with spaces in it, long", "é" * 20])
@@ -266,24 +310,22 @@ def test_nothing_heavy_is_needed(tmp_path: Path) -> None:
         "import sys\nfor name in ('torch', 'onnx', 'ultralytics', 'onnx_graphsurgeon'): sys.modules[name] = None\n"
     )
     (tmp_path / "sitecustomize.py").write_text(blocked)
-    data = encoded(np.zeros((20, 20, 3), np.uint8), ".png")
     model = tiny(tmp_path / "tiny.onnx")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
         check = [sys.executable, "-c", "import torch"]
         assert b"ModuleNotFoundError" in subprocess.run(check, capture_output=True, check=False).stderr
         with serving(model, tmp_path) as server:
-            assert server.detect(data).json()["images"][0]["detections"][0]["name"] == "thing"
+            assert server.detect(PICTURE).json()["images"][0]["detections"][0]["name"] == "thing"
 
 
 def test_waiting_for_others_is_all_that_a_single_request_waits_for(tmp_path: Path) -> None:
     """Neither for an acknowledgement by TCP, which takes 40 ms, nor for a batch that does not fill."""
-    data = encoded(np.zeros((20, 20, 3), np.uint8), ".png")
     with serving(tiny(tmp_path / "tiny.onnx"), tmp_path) as server:
         seconds = []
         for _ in range(30):
             start = time.perf_counter()
-            server.detect(data)
+            server.detect(PICTURE)
             seconds.append(time.perf_counter() - start)
     assert np.median(seconds) < 0.035
 
