@@ -15,6 +15,8 @@ from tensorrt_parts import cuda, libraries, rtx  # noqa: F401  fixtures
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_AUTOINSTALL"] = "false"
 os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
+# Ultralytics has PyTorch use all cores but one; where those are busy, threads that spin at barriers hold up their own.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
