@@ -137,6 +137,8 @@ def test_large_pictures_and_bodies_are_refused_before_anything_is_decoded(
     for data, why in ((bomb, "at most 33.6 million pixels"), (edge, "8200 x 4200: at most 33.6 million")):
         refused(server.detect(data), 413, why)
     refused(server.client.post("/v1/detect", files=[("a", pictures[0].data), ("b", bomb)]), 413, "million pixels")
+    files = [("picture", png(8_000, 4_000))] * 5
+    refused(server.client.post("/v1/detect", files=files), 413, "134.2 million pixels are taken in a request")
     assert server.rss() - before < 20e6
 
     with socket.create_connection(server.address) as client:
@@ -292,6 +294,7 @@ def test_what_has_begun_is_finished_at_the_end(shapes_model: Path, tmp_path: Pat
         assert server.process.wait(timeout=30) == 0
         assert [answer.status_code for answer in answers] == [200] * len(clients)
         assert all(answer.json()["images"][0]["detections"] for answer in answers)
+        assert not any(line["level"] == "error" for line in server.log)
 
 
 def test_an_address_in_use_and_a_file_that_is_none_are_told(

@@ -176,6 +176,8 @@ class Api:
         async with _body(request, self._bodies, self.batcher.limits.deadline) as body:
             files = await _files(request, body, self._most)
             pixels = sum(map(pictures.pixels, files))
+            if pixels > MAX_DECODED:
+                raise HTTPException(413, f"at most {MAX_DECODED / 1e6:.1f} million pixels are taken in a request")
             with self.batcher.places.hold(len(files)), self._decoded.hold(pixels):
                 images = [await run_sync(pictures.decode, file) for file in files]
                 found = await self.batcher.detect(images)

@@ -26,8 +26,6 @@ _LOADING = 600.0
 """Seconds for a model to load; TensorRT may build an engine for an ONNX file meanwhile."""
 _BETWEEN_STARTS = 2.0
 """Seconds after a model that did not start before the next attempt."""
-_FRESH = 5.0
-"""Seconds for which an answer shows that the model answers."""
 
 
 class Overloaded(Exception):
@@ -139,8 +137,8 @@ class Batcher:
         return outputs
 
     async def ready(self) -> bool:
-        """Whether the model answers: it has within the last seconds, with nobody left waiting, or does now."""
-        if self._worker and _now() - self._answered < _FRESH:
+        """Whether the model answers: it has within the time for an answer, or does now."""
+        if self._worker and _now() - self._answered < self.limits.deadline:
             return True
         height, width = self.served.input_shape[2:]
         try:
@@ -170,7 +168,6 @@ class Batcher:
         try:
             return await asyncio.wait_for(job.answer, self.limits.deadline)
         except asyncio.TimeoutError as error:
-            self._answered = float("-inf")
             raise Expired(f"there was no answer in {self.limits.deadline:g} s") from error
 
     async def _dispatch(self) -> None:
