@@ -29,7 +29,7 @@ STAND_INS = {
     "jetson_clocks": """
         case "${1-set}" in
             --store) [ ! -e "$2" ] || { read -r; exit 1; }; echo 306 >"$2" ;;
-            --restore) echo "restored $(cat "$2")" >>"$ROOT/log" ;;
+            --restore) echo "restored $(cat "$2")" >>"$ROOT/log"; echo "${RESTORE_SAYS-}" ;;
             set) echo "${SET_SAYS-}" ;;
         esac
     """,
@@ -131,6 +131,14 @@ def test_clocks_that_cannot_be_set_are_restored_and_nothing_runs(jetson) -> None
     assert "Failed to max GPU frequency!" in done.stderr
     assert "running" not in calls
     assert calls[-1] == "restored 306"
+
+
+def test_clocks_that_cannot_be_restored_can_be_later(jetson) -> None:
+    done, _ = jetson("clocks.sh", "workload", RESTORE_SAYS="Error: Failed to restore clk_min_rate")
+    assert done.returncode == 1
+    state = Path(re.findall(r"^error: jetson_clocks --restore (\S+): Error: ", done.stderr, re.M)[0])
+    assert state.read_text() == "306\n"
+    shutil.rmtree(state.parent)
 
 
 def test_clocks_that_cannot_be_stored_are_not_set(jetson, tmp_path: Path) -> None:
