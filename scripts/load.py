@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
+import aiohttp
 import numpy as np
 
 from acmix_deploy.detection.boxes import Detection, named
@@ -39,7 +39,7 @@ class Picture(NamedTuple):
 class Load:
     """Requests for pictures in turn, and what came of them."""
 
-    def __init__(self, client: httpx.AsyncClient, pictures: Sequence[Picture]) -> None:
+    def __init__(self, client: aiohttp.ClientSession, pictures: Sequence[Picture]) -> None:
         self._client, self._pictures = client, pictures
         self.statuses: Counter[str] = Counter()
         self.wrong = 0
@@ -52,15 +52,16 @@ class Load:
         picture = self._pictures[self._sent % len(self._pictures)]
         self._sent += 1
         try:
-            response = await self._client.post("/v1/detect", content=picture.data)
-        except httpx.HTTPError as error:
+            async with self._client.post("/v1/detect", data=picture.data) as response:
+                answer = await response.json()
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             self.statuses[type(error).__name__] += 1
             return
         took = time.perf_counter() - arrival
-        self.statuses[str(response.status_code)] += 1
-        if response.status_code == 200:
+        self.statuses[str(response.status)] += 1
+        if response.status == 200:
             self.seconds.append(took)
-            self.wrong += not same(response.json()["images"][0]["detections"], picture.detections)
+            self.wrong += not same(answer["images"][0]["detections"], picture.detections)
 
     async def at_rate(self, rate: float, seconds: float) -> None:
         """Requests at a constant rate."""
@@ -116,8 +117,9 @@ def known(model: Path, photos: Path) -> list[Picture]:
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     """The load that is asked for, and its outcome."""
     pictures = known(options.model, options.photos)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=options.clients if not options.rate else 200)
-    async with httpx.AsyncClient(base_url=options.url, timeout=_PATIENCE, limits=limits) as client:
+    timeout = aiohttp.ClientTimeout(total=_PATIENCE)
+    connections = aiohttp.TCPConnector(limit=0)  # as many as it takes
+    async with aiohttp.ClientSession(options.url, timeout=timeout, connector=connections) as client:
         load = Load(client, pictures)
         start = time.perf_counter()
         if options.rate:

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from acmix_deploy.detection.boxes import Detection, named
 from acmix_deploy.document import Document
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
+from acmix_deploy.runtime.onnxruntime import usable_cores
 from acmix_deploy.serving import kserve, pictures
 from acmix_deploy.serving.batching import Batcher, Budget, Expired, Limits, Overloaded, Unavailable
 from acmix_deploy.serving.worker import Setup
@@ -112,6 +113,7 @@ class Api:
         self._bodies = Budget(MAX_BODIES, "bytes")
         self._decoded = Budget(MAX_DECODED, "pixels")
         self._most = min(MAX_PICTURES, limits.max_queue)
+        self._threads = anyio.CapacityLimiter(usable_cores())
 
     def app(self) -> ASGIApp:
         """The whole of it as an application; :attr:`batcher` has to be open while it runs."""
@@ -179,7 +181,7 @@ class Api:
             if pixels > MAX_DECODED:
                 raise HTTPException(413, f"at most {MAX_DECODED / 1e6:.1f} million pixels are taken in a request")
             with self.batcher.places.hold(len(files)), self._decoded.hold(pixels):
-                images = [await run_sync(pictures.decode, file) for file in files]
+                images = [await run_sync(pictures.decode, file, limiter=self._threads) for file in files]
                 found = await self.batcher.detect(images)
         served = self.batcher.served
         response = DetectResponse(
@@ -215,14 +217,15 @@ class Api:
         self._named(request)
         served = self.batcher.served
         async with _body(request, self._bodies, self.batcher.limits.deadline) as body:
-            asked = await run_sync(kserve.parse, body, request.headers.get(kserve.HEADER_LENGTH), served)
+            length = request.headers.get(kserve.HEADER_LENGTH)
+            asked = await run_sync(kserve.parse, body, length, served, limiter=self._threads)
             batch = max((len(array) for array in asked.feed.values() if array.ndim), default=1)
             with self.batcher.places.hold(batch):
                 try:
                     outputs = await self.batcher.infer(asked.feed)
                 except CheckFailed as error:  # such as a size that does not fit the model's strides
                     raise HTTPException(422, error.message) from error
-        content, headers = await run_sync(kserve.answer, asked, outputs, served)
+        content, headers = await run_sync(kserve.answer, asked, outputs, served, limiter=self._threads)
         return Response(content, headers=headers)
 
     def _named(self, request: Request) -> None:
