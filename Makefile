@@ -29,7 +29,7 @@ demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(READY)
 	ACMIX_SOAK=1 $(BIN)/python -m pytest -m soak

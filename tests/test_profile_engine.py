@@ -47,7 +47,7 @@ def engine(gpu, tmp_path):
 
 
 def test_the_gpu_alone_and_with_transfers(engine: Path) -> None:
-    (found,) = profile([engine], samples=7, rounds=2)
+    (found,) = profile([engine], samples=7, rounds=2, seconds=600)
     assert found.samples_ms == (1.0,) * 8  # the graph alone
     assert found.with_transfers_ms == (4.0,) * 8  # an upload, and a download of each output, besides
     assert (found.median_ms, found.median_with_transfers_ms) == (1.0, 4.0)
