@@ -35,6 +35,8 @@ from acmix_deploy.report.documents import (
     VerifyDocument,
 )
 from acmix_deploy.report.model import ExportReport
+from acmix_deploy.serving.app import DetectResponse
+from acmix_deploy.serving.server import ServeDocument
 from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.targets import TARGETS, Target
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolerance_of
@@ -56,8 +58,10 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "inspect": InspectDocument,
     "doctor": DoctorDocument,
     "detect": DetectDocument,
+    "serve": ServeDocument,
+    "detect-response": DetectResponse,
 }
-"""What the verbs print with ``--json``, by the name of its schema."""
+"""What the verbs print with ``--json`` and servers answer, by the name of its schema."""
 
 
 def generated() -> dict[Path, str]:

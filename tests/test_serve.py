@@ -19,14 +19,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from serving_parts import PICTURE, TOKEN, Server, serving, tiny, wait_until
+from serving_parts import PICTURE, ROOT, TOKEN, Server, serving, tiny, wait_until
 
 from acmix_deploy import cli
 from acmix_deploy.detection.boxes import named
 from acmix_deploy.detection.images import read
 from acmix_deploy.serving.detector import Detector
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts"))
 
 import shapes
 from load import Picture, known, same
@@ -64,9 +64,11 @@ def encoded(image: np.ndarray, suffix: str) -> bytes:
 
 
 def test_a_picture_is_answered_with_what_the_detector_finds(server: Server, pictures: list[Picture]) -> None:
+    schema = json.loads((ROOT / "docs/detect-response.schema.json").read_text(encoding="utf-8"))
     for picture in pictures:
         answer = server.detect(picture.data).json()
         assert (answer["schema"], answer["model"]) == (1, "shapes.fused")
+        assert {*answer} == {*schema["properties"]}
         (image,) = answer["images"]
         assert (image["width"], image["height"]) == (shapes.SIZE, shapes.SIZE)
         assert picture.detections
@@ -334,5 +336,4 @@ def test_waiting_for_others_is_all_that_a_single_request_waits_for(tmp_path: Pat
 
 
 def test_the_document_on_stdout(server: Server) -> None:
-    assert set(server.document) == {"schema", "url", "model"}
-    assert json.loads(json.dumps(server.document))["model"] == "shapes.fused"
+    assert server.document == {"schema": 1, "url": server.url, "model": "shapes.fused"}
