@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -95,9 +96,8 @@ def refused(model: onnx.ModelProto) -> dict[str, str]:
     found = {}
     for node in _custom(model):
         operator = _OPERATORS[node.domain, node.op_type]
-        quantities = {attribute.name: attribute.default for attribute in operator.attributes}
-        quantities |= {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        quantities["head_dim"] = _head_dim(operator, node, int(quantities["num_heads"]), tensors)
+        quantities = _attributes(node)
+        quantities["head_dim"] = _head_dim(operator, node, quantities["num_heads"], tensors)
         outside = [
             f"{name} {quantities[name]}"
             for name, values in operator.kernel_limits.items()
@@ -110,14 +110,15 @@ def refused(model: onnx.ModelProto) -> dict[str, str]:
 
 def _head_dim(
     operator: Operator, node: onnx.NodeProto, num_heads: int, tensors: dict[str, tuple[int, tuple[int, ...]]]
-) -> int:
-    """d of a custom node, from the input of which it is an axis, or ``num_heads`` times it is."""
+) -> int | str:
+    """d of a custom node, from the input of which it is an axis, or ``num_heads`` times it is; or "unknown"."""
     sizes = {
         axis: size
         for tensor, name in zip(operator.inputs, node.input, strict=True)
-        for axis, size in zip(tensor.axes, tensors[name][1], strict=False)  # of unknown rank where nobody needs it
+        if name in tensors
+        for axis, size in zip(tensor.axes, tensors[name][1], strict=False)
     }
-    return sizes["d"] if "d" in sizes else sizes["N*d"] // num_heads
+    return sizes.get("d") or sizes.get("N*d", 0) // num_heads or "unknown"
 
 
 def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
@@ -134,7 +135,10 @@ def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
                 f"the file holds {node.op_type} without its definition in standard operators",
                 "Give the fused or typed file that it was made from.",
             )
-        copies.append(_filled_in(body, node, tensors[node.input[1]][0]))
+        types = [tensors[name][0] for name in node.input if name in tensors]
+        if not types:
+            raise UserError(f"the element type of {node.name} does not follow from the file", "Export it again.")
+        copies.append(_filled_in(body, node, types[0]))
         node.op_type = copies[-1].name
         del node.attribute[:]
     model.functions.extend(copies)
@@ -156,7 +160,7 @@ def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
 
 def _filled_in(body: onnx.FunctionProto, node: onnx.NodeProto, element_type: int) -> onnx.FunctionProto:
     """A definition for one node alone: without attributes, in the type of its tensors."""
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    attributes = _attributes(node)
     copy = onnx.FunctionProto()
     copy.CopyFrom(body)
     copy.name = f"{body.name}/{node.name}"
@@ -176,7 +180,32 @@ def _filled_in(body: onnx.FunctionProto, node: onnx.NodeProto, element_type: int
 
 
 def _custom(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if (node.domain, node.op_type) in _OPERATORS]
+    """The nodes of custom operators. Raises UserError for one that is not as its operator is defined."""
+    found = [node for node in model.graph.node if (node.domain, node.op_type) in _OPERATORS]
+    for node in found:
+        operator = _OPERATORS[node.domain, node.op_type]
+        wrong = [f"{len(node.input)} inputs"] * (len(node.input) != len(operator.inputs))
+        values = _attributes(node)
+        for attribute in operator.attributes:
+            value = values[attribute.name]
+            low = isinstance(value, int) and attribute.minimum is not None and value < attribute.minimum
+            wrong += [f"{attribute.name} {value}"] * (low or type(value) is not type(attribute.default))
+        if wrong:
+            raise UserError(
+                f"{node.name} is no {node.op_type}: it has {', '.join(wrong)}",
+                "docs/operator.md defines it; give a file that `acmix-deploy fuse` wrote.",
+            )
+    return found
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """The attributes of a custom node, those left out at their default."""
+    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    texts = {name: value.decode(errors="replace") for name, value in values.items() if isinstance(value, bytes)}
+    defaults: dict[str, Any] = {
+        attribute.name: attribute.default for attribute in _OPERATORS[node.domain, node.op_type].attributes
+    }
+    return defaults | values | texts
 
 
 def _tensors(model: onnx.ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
+from acmix_deploy.runtime.reason import reason
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -52,6 +54,46 @@ class Region:
     y: gs.Variable
     outside: list[gs.Variable]
     """Tensors that do not depend on x: sizes, and position terms that an exporter left to be computed."""
+
+
+def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
+    """Read an ONNX file, whose graph may still be anything: see :func:`check`.
+
+    Args:
+        path: the file.
+        weights: also read those that lie in files of their own.
+
+    Raises:
+        UserError: it does not exist or is no ONNX file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "Give an ONNX file.")
+    try:
+        model = onnx.load(path, load_external_data=weights)
+    except Exception as error:  # protobuf's DecodeError, or a missing file of weights
+        raise UserError(
+            f"{path} cannot be read as an ONNX file: {reason(error)}", "Export or copy it again."
+        ) from error
+    if not model.graph.node:
+        raise UserError(f"{path} holds no ONNX graph", "Give the file that an exporter wrote.")
+    return model
+
+
+def check(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse a model that is not as ONNX defines models, or whose inputs and outputs are not all tensors.
+
+    Raises:
+        UserError: naming what is wrong; ``path`` is where the model was read from.
+    """
+    hint = "Export it again; what changed it since has to be mended."
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise UserError(f"{path} is not valid ONNX: {' '.join(str(error).split())}", hint) from error
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    if unknown := [name for name, element in types.items() if element not in helper.get_all_tensor_dtypes()]:
+        raise UserError(f"{path}: {', '.join(unknown)}: not a tensor of an element type that is known here", hint)
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:

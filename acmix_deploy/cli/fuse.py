@@ -25,11 +25,12 @@ def run(options: argparse.Namespace) -> int:
     from acmix_deploy.engine import onnx_file
     from acmix_deploy.forms import write_for
     from acmix_deploy.fusion import fuse
+    from acmix_deploy.graph import read
     from acmix_deploy.report.target import TargetReport
 
     target = target_of(options)
     if target:
-        target.check_opset(onnx_file.opset(onnx_file.load(options.model, weights=False)), str(options.model))
+        target.check_opset(onnx_file.opset(read(options.model, weights=False)), str(options.model))
     with progress() as report_progress:
         report = fuse(
             options.model,

@@ -103,7 +103,7 @@ FAULTS: dict[str, Fault] = {
         "Run in the folder of their code with --trust, or give what builds the model: --arch package.module:factory.",
     ),
     "refused-file": Fault(
-        "ONNX Runtime refuses the file",
+        "the file is not valid ONNX, or ONNX Runtime refuses it",
         "",
         "Export the checkpoint again with acmix-deploy export.",
     ),

@@ -18,6 +18,7 @@ from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.engine import onnx_file
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.fusion import FusedBlock, fuse
+from acmix_deploy.graph import check, read
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, open_session
@@ -35,7 +36,7 @@ Run = Callable[[Mapping[int, int]], list[NDArray[Any]]]
 
 def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
     """What an ONNX file holds and which faults it has. Raises UserError where it is none."""
-    model = onnx_file.load(path)
+    model = read(path)
     told = onnx_file.describe(model)
     contents = {
         "opset": str(told.opset),
@@ -47,6 +48,12 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
     }
     blocks: list[FusedBlock] = []
     notes = []
+    try:
+        check(model, path)
+    except UserError as error:
+        return Examination(
+            path=path, kind="onnx", contents=contents, findings=(Finding.of("refused-file", error.message),)
+        )
     findings = [*_folded(model)]
     if told.form == "plugin":
         notes.append("its operators have no definitions, so it cannot be run here: TensorRT with the plugin runs it")
@@ -56,7 +63,7 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 blocks = fuse(path, Path(folder, "fused.onnx"), progress=progress).blocks
-        except (AcmixDeployError, onnx.checker.ValidationError) as error:
+        except AcmixDeployError as error:
             notes.append(f"blocks cannot be looked for: {reason(error)}")
     findings += [
         Finding.of("no-block", f"not fused: {block.reason}", block.name) for block in blocks if not block.fused

@@ -17,10 +17,10 @@ from acmix_deploy.engine import onnx_file
 from acmix_deploy.engine.process import ask, find_backend
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.forms import refused, to_form
-from acmix_deploy.graph import name_nodes
+from acmix_deploy.graph import name_nodes, read
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
 from acmix_deploy.runtime.onnxruntime import precision_of
-from acmix_deploy.runtime.reason import out_of_memory, reason
+from acmix_deploy.runtime.reason import out_of_memory
 from acmix_deploy.targets import Form, Target, target_of
 
 _RTX_AS_TENSORRT = (11, 0)  # what TensorRT-RTX reads and how it types is TensorRT 11's
@@ -86,7 +86,7 @@ def build(
     machine = this_machine(find_backend(backend))
     _check_device(machine)
     found = _target(machine)
-    model = onnx_file.load(source)
+    model = read(source)
     name_nodes(model)
     found.check_opset(onnx_file.opset(model), str(source))
     if fp16 and found.strongly_typed:
@@ -98,8 +98,8 @@ def build(
     profiles = _profiles(model, source, shapes)
     try:
         ready = to_form(model, form)
-    except onnx.checker.ValidationError as error:
-        raise UserError(f"{source} is not valid ONNX: {reason(error)}") from error
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(f"{source} is not valid ONNX: {' '.join(str(error).split())}") from error
     wanted = [node.name for node in onnx_file.fused_nodes(ready)] if plugin else []
     library = Plugin(path=plugin.resolve(), sha256=sha256(plugin)) if plugin else None
     flags = _flags(model, found, fp16)

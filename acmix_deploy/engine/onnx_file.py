@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.errors import UserError
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.runtime.onnxruntime import precision_of
-from acmix_deploy.runtime.reason import reason
 from acmix_deploy.targets import Precision
 
 FormFound = Literal["any", "plugin", "plain"]
@@ -58,27 +55,6 @@ class OnnxFile(BaseModel):
     )
     precision: Precision = Field(description="int8 with Q/DQ nodes, float16 as soon as a tensor is, else float32")
     metadata: dict[str, str] = Field(description="properties that the exporter left, such as class names")
-
-
-def load(path: Path, *, weights: bool = True) -> onnx.ModelProto:
-    """Read an ONNX file.
-
-    Args:
-        path: the file.
-        weights: also read those that lie in files of their own.
-
-    Raises:
-        UserError: it does not exist or is no ONNX file.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "Give an ONNX file.")
-    try:
-        model = onnx.load(path, load_external_data=weights)
-    except Exception as error:  # a protobuf error or OSError
-        raise UserError(f"{path} cannot be read as an ONNX file: {reason(error)}") from error
-    if not model.graph.node:
-        raise UserError(f"{path} is no ONNX file, or one without nodes")
-    return model
 
 
 def describe(model: onnx.ModelProto) -> OnnxFile:
@@ -146,13 +122,16 @@ def shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 
 def _tensor(value: onnx.ValueInfoProto) -> OnnxTensor:
     element = value.type.tensor_type.elem_type
-    dtype = "unknown" if element == TensorProto.UNDEFINED else helper.tensor_dtype_to_np_dtype(element).name
+    known = element in helper.get_all_tensor_dtypes()
+    dtype = helper.tensor_dtype_to_np_dtype(element).name if known else "unknown"
     return OnnxTensor(name=value.name, dtype=dtype, shape=shape(value))
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Numbers as they are, all else as text."""
     values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+    texts = {name: value.decode(errors="replace") for name, value in values.items() if isinstance(value, bytes)}
+    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in (values | texts).items()}
 
 
 def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

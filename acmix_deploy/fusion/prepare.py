@@ -8,7 +8,7 @@ import onnx
 from onnx import version_converter
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import DOUBLE, as_float32, name_nodes
+from acmix_deploy.graph import DOUBLE, as_float32, check, name_nodes, read
 from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.runtime.onnxruntime import ir_version
 
@@ -21,18 +21,11 @@ def load(path: Path) -> onnx.ModelProto:
     neither ONNX Runtime nor TensorRT can convolve in it.
 
     Raises:
-        UserError: there is no such file, it is no ONNX file, or its opset is out of range.
+        UserError: there is no such file, it is no ONNX file, not a valid one, or its opset is out of range.
     """
-    if not path.is_file():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "Give an ONNX file.")
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf's DecodeError, or a missing file of external data
-        raise UserError(
-            f"{path} cannot be read as an ONNX file: {str(error).splitlines()[0]}", "Export or copy it again."
-        ) from error
+    model = read(path)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    if not model.graph.node or opset is None:
+    if opset is None:
         raise UserError(f"{path} holds no ONNX graph", "Give the file that an exporter wrote.")
     if opset > OPSETS[-1]:
         raise UserError(
@@ -47,7 +40,8 @@ def load(path: Path) -> onnx.ModelProto:
                 f"{path} has opset {opset} and cannot be converted to {OPSETS[0]}: {str(error).splitlines()[0]}",
                 f"Export it with --opset {OPSETS[0]}.",
             ) from error
+    model.ir_version = ir_version(max(opset, OPSETS[0]))
+    check(model, path)
     as_float32(model, DOUBLE)
     name_nodes(model)
-    model.ir_version = ir_version(max(opset, OPSETS[0]))
     return model

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from acmix_deploy.artifacts import Artifact, Parent, sha256, sidecar
 from acmix_deploy.engine import onnx_file
 from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.graph import read
 from acmix_deploy.manifest import KIND, Manifest
 from acmix_deploy.plugin.library import Library, describe
 from acmix_deploy.verify import read_verification
@@ -102,7 +103,7 @@ def _look(path: Path, artifact: Artifact | None, document: dict[str, Any]) -> tu
     if head[1:] == b"trt" or path.suffix in (".engine", ".plan"):
         return KIND, {"notes": ("it has no manifest, so it cannot be checked before it runs",)}
     try:
-        model = onnx_file.load(path, weights=False)
+        model = read(path, weights=False)
     except UserError:
         if artifact:
             return artifact.kind, {}

@@ -51,8 +51,12 @@ def _onnx(file: OnnxFile) -> list[RenderableType]:
     }
     blocks = table("fused block", "operator", "attributes")
     for node in file.fused:
-        shown = {name: value for name, value in node.attributes.items() if not name.startswith("plugin")}
-        blocks.add_row(node.name, node.operator, ", ".join(f"{name}={value:.4g}" for name, value in shown.items()))
+        shown = [
+            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in node.attributes.items()
+            if not name.startswith("plugin")
+        ]
+        blocks.add_row(node.name, node.operator, ", ".join(shown))
     parts: list[RenderableType] = ["", _pairs(facts.items())]
     return [*parts, "", blocks] if file.fused else parts
 
