@@ -29,7 +29,8 @@ class Proposal:
     """What a module may be replaced by, if it computes the same."""
 
     candidates: Sequence[nn.Module]
-    """Blocks of the family's own class that hold the original's parameters themselves, the likeliest first."""
+    """Blocks of the family's own class, the likeliest first. They hold the original's parameters themselves, or new ones
+    made from them where the family lays them out otherwise: joined, reordered or computed."""
     x: Tensor
     """Random input to compare on, float32."""
     calls: Sequence[tuple[Any, ...]] = ((),)
@@ -62,9 +63,9 @@ class Recogniser:
         """Swap, in place, each block of ``model`` for the family's own module with the same weights, proven equal.
 
         A module is swapped if it and a candidate agree on random input: in float64 if the original runs in it, else in
-        float32 or in its own type, and with whatever it sends to CUDA kept on the CPU. The replacement holds the
-        original's parameters (type, device and ``requires_grad`` included), its mode and what Ultralytics notes on a
-        layer.
+        float32 or in its own type, and with whatever it sends to CUDA kept on the CPU. The replacement has the
+        parameters of a :class:`Proposal`, of the original's type and on its device, its mode and what Ultralytics notes
+        on a layer.
 
         Returns:
             The model (another object where the model itself was a block), and a report for each block and for each
