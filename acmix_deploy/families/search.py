@@ -29,8 +29,8 @@ class Proposal:
     """What a module may be replaced by, if it computes the same."""
 
     candidates: Sequence[nn.Module]
-    """Blocks of the family's own class, the likeliest first. They hold the original's parameters themselves, or new ones
-    made from them where the family lays them out otherwise: joined, reordered or computed."""
+    """Blocks of the family's own class, the likeliest first. They hold the original's parameters themselves, or new
+    ones made from them where the family lays them out otherwise: joined, reordered or computed."""
     x: Tensor
     """Random input to compare on, float32."""
     calls: Sequence[tuple[Any, ...]] = ((),)
