@@ -1,0 +1,280 @@
+"""What a file holds, and the module that is made of it."""
+
+from __future__ import annotations
+
+import textwrap
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acmix_deploy import families, yolo
+from acmix_deploy.checkpoint.pickles import NotHere, importable_here, named_beside_a_model, unpickle
+from acmix_deploy.checkpoint.programs import load_program
+from acmix_deploy.checkpoint.refusals import not_here, unreadable
+from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.runtime.reason import reason
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt")
+"""How the names of checkpoints end."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a file held.
+
+    Attributes:
+        module: in eval mode, in float32, on the CPU; or the program of a ``.pt2`` file, as it was saved.
+        metadata: what serving needs to know, as entries of an ONNX file's metadata; empty where nothing is known.
+        notes: what was chosen or changed on the way.
+    """
+
+    module: nn.Module | ExportedProgram
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> LoadedModel:
+    """Load a pickled module, an Ultralytics checkpoint, a state dict, or a program saved by ``torch.export``.
+
+    A module whose class cannot be imported is a block of a family if its parts leave no doubt, which a note says.
+
+    Args:
+        path: the file. A dict's ``ema`` is preferred to its ``model``; a state dict is the file itself or its
+            ``ema``, ``state_dict`` or ``model``, with or without ``module.`` before its names.
+        arch: ``package.module:factory``, called without arguments for the module that a state dict belongs to, or a
+            pickled module with classes that cannot be imported. The current directory is searched too.
+        trust: load with an ordinary unpickler, which runs code from the file.
+
+    Raises:
+        UserError: not such a file, one that needs ``trust`` or ``arch``, or one that does not fit ``arch``.
+        MissingComponent: PyTorch, or Ultralytics for a file that needs it, is not installed.
+    """
+    path = Path(path)
+    contents = read(path, trust=trust)
+    model, notes = contents.model, [*contents.notes]
+    if path.suffix == ".pt2":
+        return LoadedModel(model)
+    if contents.unknown and not arch:
+        raise not_here(path, contents.unknown, trust)
+    if model is None or contents.unknown:
+        notes += [f"the weights of {name} put into what --arch makes" for name in contents.unknown]
+        model = _fill(path, arch, contents.state)
+    elif arch:
+        notes.append(f"--arch {arch} is not needed: the file holds a whole module")
+    try:
+        model = model.float().eval()
+        metadata = yolo.detection_metadata(model) or {}
+    except Exception as error:
+        raise unreadable(path, error) from error
+    notes += [f"weights converted from {name} to float32" for name in contents.types if name != "float32"]
+    return LoadedModel(model, metadata, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, as it was saved.
+
+    Attributes:
+        model: a module, which may have classes that are not here; the program of a ``.pt2`` file; None for weights
+            alone.
+        state: its parameters and buffers, with the names that they have in the file.
+        unknown: names of its classes that cannot be imported and are no known blocks.
+        beside: names in the pickle for which an inert object was taken, such as a configuration.
+        notes: what was chosen on the way.
+    """
+
+    model: Any
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The floating-point types of its tensors, by name."""
+        types = {tensor.dtype for tensor in self.state.values() if tensor.is_floating_point()}
+        return tuple(sorted(str(kind).removeprefix("torch.") for kind in types))
+
+
+def read(path: Path, *, trust: bool = False) -> Contents:
+    """What is in a file that :func:`load` takes; the same limits hold, and nothing is converted.
+
+    Raises:
+        UserError: not such a file, or one that needs ``trust``.
+        MissingComponent: see :func:`load`.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}", "Name a checkpoint file.") from error
+    try:
+        from torch import nn
+    except ModuleNotFoundError as error:
+        raise MissingComponent(
+            "PyTorch is needed to load a checkpoint and is not installed", "Run: pip install 'acmix-deploy[export]'"
+        ) from error
+    if path.suffix == ".pt2":
+        return Contents(load_program(path, trust=trust))
+    if _is_torchscript(path):
+        raise UserError(
+            f"{path} is a TorchScript archive, which holds no module", "Name the checkpoint it was made of."
+        )
+
+    _check_unpacked_size(path)
+    model, notes = _find_model(path, unpickle(path, trust=trust))
+    unknown: list[str] = []
+    state = model
+    try:
+        if isinstance(model, nn.Module):
+            model, unknown = _blocks_by_parts(model, notes)
+            state = model.state_dict()
+        _check_numbers(path, state)
+    except UserError:
+        raise
+    except Exception as error:
+        raise unreadable(path, error) from error
+    module = model if isinstance(model, nn.Module) else None
+    return Contents(module, state, tuple(unknown), named_beside_a_model(path), tuple(notes))
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was unpickled
+
+
+def _find_model(path: Path, loaded: object) -> tuple[Any, list[str]]:
+    """The module, else the state dict, in what was unpickled, and notes on the choice."""
+    from torch import nn
+
+    notes = []
+    model = loaded
+    if isinstance(loaded, Mapping):
+        choices = [key for key in ("ema", "model", "state_dict") if isinstance(loaded.get(key), nn.Module)]
+        choices += [key for key in ("ema", "state_dict", "model") if _is_state_dict(loaded.get(key))]
+        if choices:
+            model = loaded[choices[0]]
+            notes += [f"took '{key}' from the checkpoint" for key in choices[:1] if key == "ema"]
+        if isinstance(model, nn.Module) and isinstance(loaded.get("train_args"), dict):
+            model.args = loaded["train_args"]  # where Ultralytics itself keeps them: the image size is among them
+    if isinstance(model, nn.DataParallel):
+        model = model.module
+    if not isinstance(model, nn.Module) and not _is_state_dict(model):
+        entries = f" with {', '.join(map(repr, list(loaded)[:8]))}" if isinstance(loaded, dict) and loaded else ""
+        raise UserError(
+            f"{path} holds a {type(loaded).__name__}{entries} and no model",
+            "A module or a state dict is needed, as the file itself or under 'ema', 'model' or 'state_dict'.",
+        )
+    return model, notes
+
+
+def _is_state_dict(value: object) -> bool:
+    from torch import Tensor
+
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _fill(path: Path, arch: str | None, state: Mapping[str, Any]) -> nn.Module:
+    """The module that ``arch`` makes, with the weights of ``state``."""
+    from torch import nn
+
+    if not arch:
+        raise UserError(
+            f"{path} holds weights only: {len(state)} tensors, the first is {next(iter(state))!r}",
+            "Name what builds their module, a callable without arguments: --arch package.module:factory",
+        )
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    module_name, _, factory = arch.partition(":")
+    try:
+        with importable_here():
+            module = getattr(import_module(module_name), factory)()
+    except Exception as error:
+        raise UserError(
+            f"--arch {arch} cannot be built: {type(error).__name__}: {reason(error)}",
+            "It is package.module:factory, found from the current directory, and the factory takes no arguments.",
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise UserError(f"--arch {arch} makes {type(module)}, not a torch.nn.Module")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[1:]]
+        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise UserError(
+            f"the weights in {path} do not fit {arch}: {'; '.join(lines[:4])}{more}",
+            "Build the module as it was built for training, with the same number of classes.",
+        ) from error
+    return module
+
+
+def _blocks_by_parts(model: nn.Module, notes: list[str]) -> tuple[nn.Module, list[str]]:
+    """Put a family's own module in the place of each that is one by its parts and whose class is not here.
+
+    Returns:
+        The model, another object where it was such a block itself, and the names of classes that stay unknown.
+    """
+    unknown: dict[str, None] = {}
+    for path, module in list(model.named_modules()):
+        kind = type(module)
+        if not isinstance(kind, NotHere):
+            continue
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        found = families.by_parts(module)
+        if found is None:
+            unknown[f"{name} ({kind.why})" if kind.why else name] = None
+            continue
+        family, block = found
+        notes.append(
+            f"{path or 'the model'}: {name} is not here, taken for {family} by its parts; its own code was not run to "
+            "prove it"
+        )
+        for parent in list(model.modules()):
+            for key, child in parent._modules.items():
+                if child is module:
+                    parent._modules[key] = block
+        model = block if model is module else model
+    return model, list(unknown)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that unpack to more than they are
+
+_MOST_UNPACKED = 20  # times the size of the file; torch.save does not compress, and weights hardly can be
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Raises UserError for an archive that is small and says that it unpacks to something large."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > _MOST_UNPACKED * path.stat().st_size:
+        raise _oversized(path, f"unpacks to {unpacked / 1e6:.0f} MB")
+
+
+def _check_numbers(path: Path, state: Mapping[str, Any]) -> None:
+    """Raises UserError where tensors are views that repeat few stored numbers many times: to convert one is to fill
+    the memory."""
+    numbers = sum(tensor.numel() for tensor in state.values())
+    if numbers > _MOST_UNPACKED * path.stat().st_size:
+        raise _oversized(path, f"holds tensors of {numbers:.1e} numbers")
+
+
+def _oversized(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is {path.stat().st_size / 1e6:.1f} MB and {what}, which no checkpoint does",
+        "Was it written by torch.save? Copy or download it again.",
+    )
