@@ -156,6 +156,18 @@ def test_a_file_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "cannot read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("role", ["baseline", "candidate", "parity"])
+def test_what_is_read_is_not_overwritten(role: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: tmp_path / name for name in ("baseline", "candidate", "parity")}
+    for file in files.values():
+        file.write_bytes(b"precious")
+    (tmp_path / "folder").mkdir()
+    options = [text for name, file in files.items() for text in (f"--{name}", file)]
+    assert gate("run", *options, "-o", tmp_path / "folder" / ".." / role) == 2
+    assert f"{files[role]} is read" in capsys.readouterr().err
+    assert files[role].read_bytes() == b"precious"
+
+
 def test_rounds_that_throttle_are_repeated_then_dropped(in_worker, tmp_path: Path) -> None:
     # Round 1 throttles once, round 2 whenever it is tried; both models drop a round in which one of them throttled.
     count = "tries = sum(f' {request[\"index\"]} 0' in line for line in open(log.name))"

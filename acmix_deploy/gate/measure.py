@@ -57,10 +57,13 @@ def measure(
         progress: told what is being done.
 
     Raises:
-        UserError, MissingComponent, CheckFailed: a model cannot be run at all.
+        UserError, MissingComponent, CheckFailed: a model cannot be run at all, or ``output`` would overwrite it.
         Inconclusive: a turn broke off in a later round, or its process crashed; or every round throttled.
     """
     files = {"baseline": baseline, "candidate": candidate} if baseline else {"candidate": candidate}
+    for file in (*files.values(), *filter(None, [parity])):
+        if output.resolve() == file.resolve():
+            raise UserError(f"{file} is read, and what is measured would overwrite it", "Give another name with -o.")
     names = [file.name for file in files.values()]
     known: dict[str, dict[str, Any]] = {
         role: {"model": str(file) if names.count(file.name) > 1 else file.name} for role, file in files.items()
