@@ -7,7 +7,8 @@ Location is the 10% trimmed mean over rounds: of ten rounds one may be disturbed
 The interval is that of a hierarchical, studentized bootstrap. Blocks of successive samples are drawn within each turn,
 since samples resemble their neighbours, and then rounds. Drawing at both levels counts the noise of samples twice;
 dividing each draw by its own standard error takes that out again, and makes good that few rounds understate their
-spread. Rounds are smoothed: without it those that tie, as clocks have steps, make draws with no spread at all.
+spread. Rounds are smoothed: without it those that tie, as clocks have steps, make draws with no spread at all. Where
+all rounds tie, the standard error is that of rounding to the clock's steps.
 
 References: Davison and Hinkley, Bootstrap Methods and their Application (1997), sections 2.4 (studentized), 3.4
 (smoothed) and 3.8 (hierarchical); Politis and Romano, in Exploring the Limits of Bootstrap (1992), for circular
@@ -83,8 +84,8 @@ class Estimate(NamedTuple):
 def estimate(baseline: Sequence[Round], candidate: Sequence[Round], q: float, *, paired: bool) -> Estimate:
     """Compare percentile ``q``, 0 to 100, of two models.
 
-    Equal samples give equal estimates, in any unit and, unless rounds pair, in any order; to change the places of the
-    models negates ratio and interval.
+    Equal samples give equal estimates, in any unit and any order of rounds; to change the places of the models negates
+    ratio and interval.
 
     Args:
         baseline: its rounds, two or more.
@@ -92,48 +93,61 @@ def estimate(baseline: Sequence[Round], candidate: Sequence[Round], q: float, *,
         q: the percentile.
         paired: whether rounds pair.
     """
-    if not paired:
-        baseline, candidate = sorted(baseline, key=_samples), sorted(candidate, key=_samples)
-    up, down = _levels(candidate, q), _levels(baseline, q)
-    values = [up - down] if paired else [up, -down]
-    log_ratio, error = _sum(map(_location, values))
-    if log_ratio < 0:  # so that both orders of the models make the same draws
-        return -estimate(candidate, baseline, q, paired=paired)
     plus: list[_Row] = [[(1, one)] for one in candidate]
     minus: list[_Row] = [[(-1, one)] for one in baseline]
-    rows = [[one + other for one, other in zip(plus, minus, strict=True)]] if paired else [plus, minus]
+    groups = [[one + other for one, other in zip(plus, minus, strict=True)]] if paired else [plus, minus]
+    groups = [sorted(rows, key=_samples) for rows in groups]
+    values = [np.array([sum(sign * _level(one, q) for sign, one in row) for row in rows]) for rows in groups]
+    rounding = _rounding([*baseline, *candidate]) * math.sqrt(2 if paired else 1)
+    log_ratio, error = _sum(_location(found, rounding) for found in values)
+    if log_ratio < 0:  # so that both orders of the models make the same draws
+        return -estimate(candidate, baseline, q, paired=paired)
     rng = np.random.default_rng(0)
-    drawn, errors = _sum(_draw(group, found, q, rng) for group, found in zip(rows, values, strict=True))
+    drawn, errors = _sum(_draw(rows, found, rounding, q, rng) for rows, found in zip(groups, values, strict=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = np.nan_to_num((drawn - log_ratio) / errors)
     return Estimate(
         log_ratio=float(log_ratio),
         error=float(error),
         spread=math.hypot(*(found.std(ddof=1) for found in values)),
-        baseline_ms=math.exp(_location(down)[0]),
-        candidate_ms=math.exp(_location(up)[0]),
+        baseline_ms=_typical(baseline, q),
+        candidate_ms=_typical(candidate, q),
         rounds=(len(baseline), len(candidate)),
         draws=draws,
     )
 
 
-def _samples(one: Round) -> list[tuple[float, ...]]:
-    return [turn.samples_ms for turn in one.turns]
+def _samples(row: _Row) -> list[tuple[float, ...]]:
+    return [turn.samples_ms for _, one in row for turn in one.turns]
 
 
-def _levels(rounds: Sequence[Round], q: float) -> _Floats:
-    """Logarithm of the percentile in each round, the mean of its turns': [rounds]."""
-    return np.array(
-        [fmean(math.log(np.percentile(turn.samples_ms, q)) for turn in one.turns) for one in rounds], np.float64
-    )
+def _level(one: Round, q: float) -> float:
+    """Logarithm of the percentile in a round, the mean of its turns'."""
+    return fmean(math.log(np.percentile(turn.samples_ms, q)) for turn in one.turns)
 
 
-def _draw(rows: Sequence[_Row], values: _Floats, q: float, rng: np.random.Generator) -> tuple[_Floats, _Floats]:
+def _typical(rounds: Sequence[Round], q: float) -> float:
+    return math.exp(_location(np.array([_level(one, q) for one in rounds]))[0])
+
+
+def _rounding(rounds: Sequence[Round]) -> float:
+    """Standard deviation of the logarithm of a time that is rounded to a step of the clock.
+
+    The step is the smallest difference between two samples; 0 where all are equal.
+    """
+    samples = np.concatenate([one.samples_ms for one in rounds])
+    step = np.diff(np.unique(samples)).min(initial=np.inf)
+    return float(step / np.median(samples)) / math.sqrt(12) if step < np.inf else 0.0
+
+
+def _draw(
+    rows: Sequence[_Row], values: _Floats, rounding: float, q: float, rng: np.random.Generator
+) -> tuple[_Floats, _Floats]:
     """Location of draws of rounds with its standard errors, both [draws]."""
     noise = np.array([_noise(row, q, rng) for row in rows])
     shape = _DRAWS, len(rows)
     picked = rng.integers(len(rows), size=shape)
-    _, error = _location(values)
+    _, error = _location(values, rounding)
     width = 0.9 * len(rows) ** -0.2 * error * math.sqrt(len(rows))
     drawn = values[picked] + noise[picked, rng.integers(_DRAWS_OF_TURN, size=shape)]
     return _location(drawn + width * rng.standard_normal(shape))
@@ -155,14 +169,14 @@ def _noise(row: _Row, q: float, rng: np.random.Generator) -> _Floats:
     return noise
 
 
-def _location(values: _Floats) -> tuple[_Floats, _Floats]:
-    """Trimmed mean over the last axis, and its standard error."""
+def _location(values: _Floats, rounding: float = 0.0) -> tuple[_Floats, _Floats]:
+    """Trimmed mean over the last axis, and its standard error: ``rounding`` where all that count tie."""
     count = values.shape[-1]
     trimmed = count // 10
     kept = np.sort(values)[..., trimmed : count - trimmed]
     winsorized = np.clip(values, kept[..., :1], kept[..., -1:])
     error = winsorized.std(axis=-1, ddof=1) / ((1 - 2 * trimmed / count) * math.sqrt(count))
-    return kept.mean(axis=-1), error
+    return kept.mean(axis=-1), np.where(np.ptp(kept, axis=-1) > 0, error, rounding)
 
 
 def _sum(parts: Iterable[tuple[_Floats, _Floats]]) -> tuple[_Floats, _Floats]:
