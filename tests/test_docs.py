@@ -57,14 +57,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_measurements(folder: Path) -> None:
     """What `gate run` would have written."""
-    alone = gate_parts.text(gate_parts.alone())
-    for name in ("baseline.json", "candidate.json"):
-        (folder / name).write_text(alone)
-    (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
+    names = ["baseline", "candidate"]
     for name, files in (("old", 6), ("new", 6), ("measurements", 3)):
         (folder / name).mkdir()
-        for index in range(files):
-            (folder / name / f"{index}.json").write_text(alone)
+        names += [f"{name}/{index}" for index in range(files)]
+    for seed, name in enumerate(names):
+        (folder / f"{name}.json").write_text(gate_parts.text(gate_parts.alone(seed=seed)))
+    (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -183,7 +183,8 @@ def test_exit_codes(ratio: float, code: int, tmp_path: Path, capsys: pytest.Capt
     assert outcome in (tmp_path / "summary.md").read_text()
     assert "<testsuite" in (tmp_path / "gate.xml").read_text()
     assert cli.main(["gate", "check", str(file), "--strict"]) == bool(code)
-    assert cli.main(["gate", "check", str(file), str(file), "--tolerance", "40%"]) == 0
+    (tmp_path / "other.json").write_text(text(pair(0.9)))
+    assert cli.main(["gate", "check", str(file), str(tmp_path / "other.json"), "--tolerance", "40%"]) == 0
 
 
 def test_a_faster_candidate_that_is_wrong_fails(tmp_path: Path) -> None:
@@ -192,10 +193,31 @@ def test_a_faster_candidate_that_is_wrong_fails(tmp_path: Path) -> None:
     assert cli.main(["gate", "check", str(tmp_path / "gate.json")]) == 1
 
 
-@pytest.mark.parametrize("text", ["-1%", "2", "nan", "much"])
-def test_tolerances_that_are_none(text: str) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["gate", "check", "gate.json", "--tolerance", text])
+@pytest.mark.parametrize("text", ["-1%", "2", "nan", "much", "3%%", ""])
+def test_tolerances_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["gate", "check", "gate.json", f"--tolerance={text}"])
+    assert stopped.value.code == 2
+    assert f"'{text}' is no share below 1, such as 3% or 0.03" in capsys.readouterr().err
+
+
+def test_metrics_may_be_written_with_blanks_and_twice() -> None:
+    found = cli.parser().parse_args(["gate", "check", "gate.json", "--metric", "p50, p99,p50"])
+    assert found.metric == ("p50", "p99")
+
+
+def test_copies_are_no_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stale file in the place of a new one would pass whatever the model does, and copies show no noise."""
+    (tmp_path / "runs").mkdir()
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    for file in (old, new):
+        file.write_text(text(alone()))
+    for index in range(5):
+        (tmp_path / "runs" / f"{index}.json").write_text(json.dumps(trtexec([1.0, 2.0])))
+    assert cli.main(["gate", "check", str(old), str(new)]) == 2
+    assert f"{old} and {new} hold the same samples" in capsys.readouterr().err
+    assert cli.main(["gate", "check", str(old), str(tmp_path / "runs")]) == 2
+    assert "0.json and" in capsys.readouterr().err
 
 
 def profile(file: str, *samples: float, **fields: object) -> Profile:

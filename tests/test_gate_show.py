@@ -32,10 +32,9 @@ def verdict() -> Verdict:
             named(pair(1.0), "good.onnx", dropped=2),
             named(pair(1.2, parity=(WRONG, EXACT)), NAME),
             named(pair(1.0, rounds=3), "short.onnx"),
-            named(pair(1.0), "other.engine"),
+            named(pair(1.0), "other.engine", threads=1, fed_with="images"),
         ],
         ["p50", "p90"],
-        differences=[[], [], [], ["driver: 535 against 550", "gpu: Orin against Thor"]],
     )
 
 
@@ -50,7 +49,7 @@ def test_the_table_says_what_was_found_and_why(verdict: Verdict) -> None:
     assert f"{NAME} relative L2 of boxes 5.0e-01 1.0e-02 fail" in lines
     assert f"{NAME}, relative L2 of boxes: 5.0e-01 found, at most 1.0e-02 is accepted" in lines
     assert "short.onnx, p50: old.onnx has 3 rounds that pair; at least 5 are needed" in lines
-    not_comparable = "other.engine cannot be compared with old.onnx: driver: 535 against 550; gpu: Orin against Thor"
+    not_comparable = "other.engine cannot be compared with old.onnx: threads: 4 against 1; inputs: noise against images"
     assert not_comparable in lines
     assert "Note: 2 rounds of good.onnx throttled and do not count" in lines
     assert lines[-1] == "Latency gate: fail (+3% is tolerated)"
@@ -73,7 +72,7 @@ def test_junit_counts_what_its_cases_say(verdict: Verdict, tmp_path: Path) -> No
     assert cases[NAME, WRONG.metric].find("failure") is not None
     assert len(cases[NAME, EXACT.metric]) == 0
     assert "3 rounds that pair" in cases["short.onnx", "p90"].find("skipped").get("message")
-    assert "driver: 535" in cases["other.engine", "comparable"].find("skipped").get("message")
+    assert "threads: 4" in cases["other.engine", "comparable"].find("skipped").get("message")
 
 
 def test_the_summary_is_appended_and_nothing_in_it_is_taken_for_markup(verdict: Verdict, tmp_path: Path) -> None:
@@ -89,6 +88,15 @@ def test_the_summary_is_appended_and_nothing_in_it_is_taken_for_markup(verdict: 
     assert {line.count("|") for line in unescaped} == {10, 6}
     assert "a\\|b\\*\\<b\\>\\&\\_\\[x\\](y).onnx" in text
     assert "<b>" not in text
+
+
+def test_junit_fails_what_fails_the_job(verdict: Verdict, tmp_path: Path) -> None:
+    write_junit(verdict, tmp_path / "gate.xml", strict=True)
+    suite = ElementTree.parse(tmp_path / "gate.xml").getroot()
+    assert (suite.get("failures"), suite.get("skipped")) == ("6", "0")
+    messages = {case.get("classname"): case[0].get("message") for case in suite.iter("testcase") if len(case)}
+    assert messages["short.onnx"].startswith("inconclusive: ")
+    assert messages["other.engine"].startswith("not comparable: ")
 
 
 @pytest.mark.parametrize("write", [write_junit, write_summary])

@@ -27,10 +27,11 @@ def read_pairs(paths: Sequence[Path]) -> list[GateSamples]:
         paths: the baseline and the candidate; or any number of files that hold both.
 
     Raises:
-        UserError: a file cannot be read, or the files are neither.
+        UserError: a file cannot be read, two hold the same samples, or the files are neither.
         Inconclusive: the files of a folder are not of one model.
     """
     found = [read_samples(path) for path in paths]
+    _refuse_copies(paths, found)
     singles = [samples for samples in found if len(samples) == 1 and samples[0].baseline is None]
     if not singles:
         return [pair for samples in found for pair in samples]
@@ -50,7 +51,7 @@ def read_samples(path: Path) -> list[GateSamples]:
     Of the profiles of several files the first is the baseline of the others, as for `profile` itself.
 
     Raises:
-        UserError: it cannot be read, or holds no samples, or such as no clock gives.
+        UserError: it cannot be read, or holds no samples, or such as no clock gives, or in two files the same ones.
         Inconclusive: the files of a folder are not of one model.
     """
     if path.is_dir():
@@ -78,7 +79,9 @@ def _read_folder(folder: Path) -> GateSamples:
     files = sorted(folder.glob("*.json"))
     if not files:
         raise UserError(f"{folder} holds no .json file", "Give a folder with one file for each round.")
-    found = [samples for file in files for samples in read_samples(file)]
+    in_files = [read_samples(file) for file in files]
+    _refuse_copies(files, in_files)
+    found = [samples for one in in_files for samples in one]
     if len(found) != len(files) or len({samples.baseline is None for samples in found}) == 2:
         raise UserError(f"the files in {folder} do not hold the same models", "Keep those of other models elsewhere.")
     baselines = [samples.baseline for samples in found if samples.baseline]
@@ -87,6 +90,15 @@ def _read_folder(folder: Path) -> GateSamples:
         candidate=_as_rounds(folder, [samples.candidate for samples in found]),
         interleaved=bool(baselines),
     )
+
+
+def _refuse_copies(files: Sequence[Path], read: Sequence[Sequence[GateSamples]]) -> None:
+    """Raise UserError where two files hold the same samples: of one measurement no noise can be told."""
+    seen: dict[object, Path] = {}
+    for file, found in zip(files, read, strict=True):
+        times = tuple(turn.samples_ms for samples in found for turn in samples.candidate.turns)
+        if times and (first := seen.setdefault(times, file)) is not file:
+            raise UserError(f"{first} and {file} hold the same samples", "Give measurements, each of its own.")
 
 
 def _as_rounds(folder: Path, parts: Sequence[Measured]) -> Measured:

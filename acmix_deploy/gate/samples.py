@@ -101,6 +101,15 @@ class Measured(BaseModel):
         modes = {reading.power_mode for turn in self.turns for reading in (turn.before, turn.after)} - {None}
         return ", ".join(sorted(map(str, modes))) or None
 
+    @property
+    def remarks(self) -> Iterator[str]:
+        """What a reader of the numbers should know: rounds that do not count, unsettled turns, and the notes."""
+        if self.dropped:
+            yield f"{self.dropped} rounds of {self.model} throttled and do not count"
+        if unsettled := sum(turn.stable is False for turn in self.turns):
+            yield f"latency of {self.model} had not settled when counting began, in {unsettled} of its turns"
+        yield from (f"{self.model}: {note}" for note in self.notes)
+
     def clock(self, name: Literal["cpu_mhz", "gpu_mhz", "memory_mhz"]) -> float | None:
         """Median of a clock after each turn, in MHz: before it the machine may have been idle."""
         told = [clock for turn in self.turns if (clock := getattr(turn.after, name)) is not None]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.gate.bootstrap import TAIL, Estimate, estimate
+from acmix_deploy.gate.compare import check_fields, differences
 from acmix_deploy.gate.samples import GateSamples, Measured, Parity
 
 Outcome = Literal["pass", "inconclusive", "not comparable", "fail"]
@@ -91,7 +92,7 @@ def judge(
     pairs: Sequence[GateSamples],
     metrics: Sequence[str] = ("p50",),
     tolerance: float = 0.03,
-    differences: Sequence[Sequence[str]] = (),
+    allow: Collection[str] = (),
 ) -> Verdict:
     """Judge candidates by percentiles of their latency, and by how exact they are.
 
@@ -104,20 +105,22 @@ def judge(
         pairs: each candidate with its baseline.
         metrics: percentiles, such as p50, p99 and p99.9.
         tolerance: by which share a candidate may be slower.
-        differences: what makes the two of each pair not comparable, in words, see :mod:`acmix_deploy.gate.compare`;
-            the latency of such a pair is not judged.
+        allow: what may differ, see :data:`acmix_deploy.gate.compare.FIELDS`; the latency of a pair that differs in
+            anything else is not judged.
 
     Raises:
-        UserError: no such metric, a negative tolerance, or a pair without a baseline.
+        UserError: no such metric or field, a negative tolerance, or a pair without a baseline.
     """
     if not 0 <= tolerance < math.inf:
         raise UserError(f"the tolerance is {tolerance:g}; a share of 0 or more is expected", "For 3% give 0.03.")
+    check_fields(allow)
     percentiles = {metric: _percentile(metric) for metric in metrics}
     sides = [_sides(pair) for pair in pairs]
+    forbidding = [tuple(str(one) for one in differences(*both) if one.field not in allow) for both in sides]
     found = {
-        (index, metric): _estimate(baseline, candidate, pair.interleaved, metric, q)
-        for index, (pair, (baseline, candidate)) in enumerate(zip(pairs, sides, strict=True))
-        if not any(differences[index : index + 1])
+        (index, metric): _estimate(*sides[index], pair.interleaved, metric, q)
+        for index, pair in enumerate(pairs)
+        if not forbidding[index]
         for metric, q in percentiles.items()
     }
     slower = _slower({key: one for key, one in found.items() if isinstance(one, Estimate)}, math.log1p(tolerance))
@@ -134,8 +137,8 @@ def judge(
                     if at == index
                 ),
                 parity=candidate.parity,
-                differences=tuple(*differences[index : index + 1]),
-                notes=tuple(_notes(baseline, candidate)),
+                differences=forbidding[index],
+                notes=(*baseline.remarks, *candidate.remarks),
             )
             for index, (pair, (baseline, candidate)) in enumerate(zip(pairs, sides, strict=True))
         ),
@@ -163,7 +166,7 @@ def _sides(pair: GateSamples) -> tuple[Measured, Measured]:
 def _percentile(metric: str) -> float:
     """99.9 for ``p99.9``."""
     if not re.fullmatch(r"p\d{1,2}(\.\d+)?", metric) or not float(metric[1:]):
-        raise UserError(f"{metric} is no metric", "Metrics are percentiles: p50, p99, p99.9.")
+        raise UserError(f"{metric!r} is no metric", "Metrics are percentiles: p50, p99, p99.9.")
     return float(metric[1:])
 
 
@@ -232,15 +235,6 @@ def _judged(metric: str, found: Estimate | str, tolerance: float, slower: bool, 
 
 def _change(log_ratio: float) -> str:
     return f"{math.expm1(log_ratio):+.1%}"
-
-
-def _notes(baseline: Measured, candidate: Measured) -> Iterator[str]:
-    for side in (baseline, candidate):
-        if side.dropped:
-            yield f"{side.dropped} rounds of {side.model} throttled and do not count"
-        if unsettled := sum(turn.stable is False for turn in side.turns):
-            yield f"latency of {side.model} had not settled when counting began in {unsettled} turns"
-        yield from (f"{side.model}: {note}" for note in side.notes)
 
 
 def _worst(outcomes: Iterable[Outcome]) -> Outcome:

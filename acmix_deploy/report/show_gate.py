@@ -49,10 +49,10 @@ def findings(verdict: Verdict) -> Iterator[Table]:
             yield rows
 
 
-def write_junit(verdict: Verdict, path: Path) -> None:
+def write_junit(verdict: Verdict, path: Path, *, strict: bool = False) -> None:
     """Write a test suite with a case for each candidate's percentiles and its exactness.
 
-    What is inconclusive or not comparable is skipped: the exit code says whether that is enough.
+    What is inconclusive or not comparable is skipped, where ``strict`` it fails.
 
     Raises:
         UserError: the file cannot be written.
@@ -61,10 +61,9 @@ def write_junit(verdict: Verdict, path: Path) -> None:
     for comparison in verdict.comparisons:
         for name, outcome, reason in _cases(comparison):
             case = ElementTree.SubElement(suite, "testcase", classname=comparison.candidate, name=name)
-            if outcome == "fail":
-                ElementTree.SubElement(case, "failure", message=reason)
-            elif outcome != "pass":
-                ElementTree.SubElement(case, "skipped", message=f"{outcome}: {reason}")
+            if outcome != "pass":
+                kind = "failure" if strict or outcome == "fail" else "skipped"
+                ElementTree.SubElement(case, kind, message=f"{outcome}: {reason}")
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(len(suite.findall("testcase/failure"))))
     suite.set("skipped", str(len(suite.findall("testcase/skipped"))))

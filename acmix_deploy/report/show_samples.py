@@ -28,14 +28,8 @@ def show_samples(samples: GateSamples, file: Path, console: Console) -> None:
         counts = (str(len(measured.rounds)), str(len(latencies)))
         rows.add_row(measured.model, *counts, *map(milliseconds, times), str(measured.dropped or ""))
     console.print(rows)
-    for note in dict.fromkeys(note for measured in models for note in measured.notes):
+    for note in dict.fromkeys(note for measured in models for note in measured.remarks):
         console.print(f"Note: {note}", style="yellow")
-    for measured in models:
-        if unsettled := sum(turn.stable is False for turn in measured.turns):
-            console.print(
-                f"Note: {measured.model}: latency had not settled when counting began, in {unsettled} turns",
-                style="yellow",
-            )
     console.print(f"\nEvery sample is in {file}")
     others = "" if samples.baseline else " CANDIDATE.json"
     console.print(f"Next: acmix-deploy gate check {file}{others}")

@@ -9,6 +9,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from acmix_deploy.cli.common import console, print_json
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exportTimes, or a folder of those, each file a round",
     )
     parser.add_argument(
-        "--tolerance", type=tolerance, default=0.03, metavar="X", help="how much slower is accepted (default: 3%%)"
+        "--tolerance", type=tolerance, default=0.03, metavar="X", help="how much slower is accepted (default: 0.03)"
     )
     parser.add_argument(
         "--metric", type=metrics, default=("p50",), metavar="LIST", help="percentiles by commas (default: p50)"
@@ -47,15 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tolerance(text: str) -> float:
     """``3%`` or ``0.03``."""
-    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share of at least 0, such as 3% or 0.03")
+        raise argparse.ArgumentTypeError(f"{text!r} is no share below 1, such as 3% or 0.03")
     return value
 
 
 def metrics(text: str) -> tuple[str, ...]:
     """``p50,p99`` as its parts."""
-    return tuple(dict.fromkeys(text.split(",")))
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,21 +73,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from acmix_deploy.gate.compare import check_fields, differences
     from acmix_deploy.gate.read import read_pairs
     from acmix_deploy.gate.verdict import judge
     from acmix_deploy.report.show_gate import show_verdict, write_junit, write_summary
 
-    check_fields(options.allow)
-    pairs = read_pairs(options.samples)
-    forbidding = [
-        [str(found) for found in differences(pair.baseline, pair.candidate) if found.field not in options.allow]
-        for pair in pairs
-        if pair.baseline
-    ]
-    verdict = judge(pairs, options.metric, options.tolerance, forbidding)
+    verdict = judge(read_pairs(options.samples), options.metric, options.tolerance, options.allow)
     if options.junit:
-        write_junit(verdict, options.junit)
+        write_junit(verdict, options.junit, strict=options.strict)
     if options.summary:
         write_summary(verdict, options.summary)
     if options.json:
