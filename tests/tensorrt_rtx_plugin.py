@@ -35,7 +35,7 @@ class Log(trt.ILogger):
 
 
 def build(log: Log, path: Path) -> dict[str, Any]:
-    """What the parser and the builder make of one file, and which nodes became custom layers of the engine."""
+    """What the parser and the builder make of one file, which nodes became custom layers, and which attention."""
     log.errors.clear()
     log.layers.clear()
     builder = trt.Builder(log)
@@ -65,9 +65,15 @@ def build(log: Log, path: Path) -> dict[str, Any]:
         "built": engine is not None,
         "plans": bytes(engine).count(b"acmix_plan") if engine else 0,
         "layers": len(log.layers),
-        "plugins": [name for line in custom for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", line)],
+        "plugins": [name for line in custom for name in _nodes(line)],
+        "attention": [_nodes(line) for line in log.layers if "_gemm_mha" in line],
         "types": sorted({name for line in custom for name in re.findall(r"Datatype: (\w+)", line)}),
     }
+
+
+def _nodes(layer: str) -> list[str]:
+    """The ONNX nodes that a layer of an engine computes."""
+    return re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer)
 
 
 def create(log: Log, cases: list[Any]) -> list[list[str]]:

@@ -305,7 +305,7 @@ class AttentionWriter(Writer):
         """Multi-head attention over ``tokens`` [B, N, Cin], to [B, N, heads * d].
 
         Written as MatMul, Add, Softmax, MatMul on [B, heads, N, d], each of q, k and v with a MatMul, Add, Reshape and
-        Transpose of its own: the form that ONNX Runtime and TensorRT take for multi-head attention.
+        Transpose of its own: the form that TensorRT takes for multi-head attention.
 
         Args:
             tokens: the tokens.
