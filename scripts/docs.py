@@ -38,6 +38,7 @@ from acmix_deploy.report.model import ExportReport
 from acmix_deploy.serving.app import DetectResponse
 from acmix_deploy.serving.server import ServeDocument
 from acmix_deploy.serving.sources import DetectDocument
+from acmix_deploy.serving.triton.repository import PackageDocument
 from acmix_deploy.targets import TARGETS, Target
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolerance_of
 
@@ -58,6 +59,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "inspect": InspectDocument,
     "doctor": DoctorDocument,
     "detect": DetectDocument,
+    "package-triton": PackageDocument,
     "serve": ServeDocument,
     "detect-response": DetectResponse,
 }

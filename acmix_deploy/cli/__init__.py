@@ -21,6 +21,7 @@ from acmix_deploy.cli import (
     fuse,
     gate,
     inspect,
+    package,
     plugin,
     profile,
     quantize,
@@ -31,7 +32,7 @@ from acmix_deploy.cli import (
 from acmix_deploy.cli.common import add_common
 from acmix_deploy.errors import AcmixDeployError
 
-VERBS = (export, fuse, quantize, build, verify, profile, gate, report, detect, serve, inspect, doctor, plugin)
+VERBS = (export, fuse, quantize, build, verify, profile, gate, report, detect, serve, package, inspect, doctor, plugin)
 
 EXIT_CODES = """exit codes:
   0  done

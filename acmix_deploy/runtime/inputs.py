@@ -19,6 +19,9 @@ class Input(NamedTuple):
     dims: tuple[int | str | None, ...]
     dtype: np.dtype[np.generic]
 
+    def __str__(self) -> str:
+        return f"{self.name} [{', '.join(map(str, self.dims))}] {self.dtype}"
+
 
 def trial_shapes(dims: Sequence[int | str | None], example: Sequence[int], divisor: int = 1) -> list[Shape]:
     """Concrete shapes that show whether a model really takes every size it says.

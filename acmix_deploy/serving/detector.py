@@ -57,7 +57,7 @@ class Detector:
         self._run, self._close = opened.run, opened.close
         self._letterbox = Letterbox(**json.loads(opened.metadata.get("letterbox", "{}")))
         if len(self.inputs) != 1 or len(self.inputs[0].dims) != 4:
-            raise _no_detector(name, f"takes {', '.join(map(_text, self.inputs))}")
+            raise no_detector(name, f"takes {', '.join(map(str, self.inputs))}")
         (self._input,) = self.inputs
         profile = opened.profiles.get(self._input.name)
         wanted = usual_shape(opened.metadata, profile)
@@ -71,11 +71,11 @@ class Detector:
         """Images in one run at most; None where there is no limit."""
         self._min_batch = profile[0][0] if profile else fixed or 1
         if self.input_shape[1] != 3:
-            raise _no_detector(name, f"takes {_text(self._input)}")
+            raise no_detector(name, f"takes {self._input}")
         outputs = self.infer({self._input.name: self._empty(self._min_batch)})
         if not is_detector(opened.metadata, outputs):
             shapes = ", ".join(f"{key} {list(output.shape)}" for key, output in outputs.items())
-            raise _no_detector(name, f"gives {shapes}, and its task is {opened.metadata.get('task', 'not told')}")
+            raise no_detector(name, f"gives {shapes}, and its task is {opened.metadata.get('task', 'not told')}")
 
     @classmethod
     def load(
@@ -175,7 +175,7 @@ class Detector:
     def _check(self, feed: Feed) -> None:
         if feed.keys() != {node.name for node in self.inputs}:
             raise UserError(
-                f"{self.name} takes {', '.join(map(_text, self.inputs))}, and is given {', '.join(feed) or 'nothing'}"
+                f"{self.name} takes {', '.join(map(str, self.inputs))}, and is given {', '.join(feed) or 'nothing'}"
             )
         for node in self.inputs:
             array = feed[node.name]
@@ -183,7 +183,7 @@ class Detector:
                 size == dim for size, dim in zip(array.shape, node.dims, strict=True) if isinstance(dim, int)
             )
             if not fits or array.dtype != node.dtype:
-                raise UserError(f"{self.name} takes {_text(node)}, and is given {list(array.shape)} {array.dtype}")
+                raise UserError(f"{self.name} takes {node}, and is given {list(array.shape)} {array.dtype}")
 
 
 def _open_onnx(path: Path, threads: int | None, provider: Provider, plugin: Path | None) -> Opened:
@@ -219,13 +219,10 @@ def _closed(feed: Feed) -> dict[str, Array]:
     raise ValueError("the detector is closed")
 
 
-def _no_detector(name: str, found: str) -> UserError:
+def no_detector(name: str, found: str) -> UserError:
+    """What to raise for a file that ``found`` tells from a detector."""
     return UserError(
         f"{name} is not a detector: it {found}; expected is one image input [B, 3, H, W], one output "
         "[B, 4 + classes, anchors] and the task detect in its metadata",
         "Export it from its checkpoint: acmix-deploy export",
     )
-
-
-def _text(node: Input) -> str:
-    return f"{node.name} [{', '.join(map(str, node.dims))}] {node.dtype}"

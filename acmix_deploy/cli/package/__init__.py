@@ -1,0 +1,9 @@
+"""Package a detector for other servers.
+
+example:
+  acmix-deploy package triton model.engine -o repository
+"""
+
+from acmix_deploy.cli.package import triton
+
+VERBS = (triton,)

@@ -1,0 +1,1 @@
+"""A detector as models of NVIDIA's Triton Inference Server."""

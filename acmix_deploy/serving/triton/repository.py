@@ -1,0 +1,368 @@
+"""Model repositories: a detector as files that Triton serves, native or by its Python backend.
+
+Native are three models: the network on the backend of its file, the suppression of boxes that overlap as an ONNX graph,
+and an ensemble of both, which clients ask. Nothing but Triton's own container is needed there.
+
+Source: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from acmix_deploy import __version__
+from acmix_deploy.artifacts import sha256, sidecar, writing
+from acmix_deploy.detection.boxes import CONFIDENCE, MOST, names_of
+from acmix_deploy.detection.images import Letterbox
+from acmix_deploy.document import Document
+from acmix_deploy.errors import UserError
+from acmix_deploy.manifest import Manifest, check, read_manifest
+from acmix_deploy.runtime import onnxruntime, tensorrt
+from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.models import usual_shape
+from acmix_deploy.runtime.onnxruntime import Provider, open_session
+from acmix_deploy.serving.detector import no_detector
+from acmix_deploy.serving.triton.suppression import suppression
+
+Backend = Literal["native", "python"]
+"""What runs the detector in Triton: its backends for ONNX files and engines, or its Python backend with ours."""
+
+MOUNT = "/models"
+"""Where the repository is in the container."""
+
+OUTPUTS = (
+    Input("num_detections", (1,), np.dtype(np.int32)),
+    Input("detection_boxes", (MOST, 4), np.dtype(np.float32)),
+    Input("detection_scores", (MOST,), np.dtype(np.float32)),
+    Input("detection_classes", (MOST,), np.dtype(np.int32)),
+)
+"""What clients get for an image, the highest score first, then zeros."""
+
+_MODEL_PY = '''"""The detector beside this file. The code is that of the package acmix-deploy."""
+
+from acmix_deploy.serving.triton.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+class PackageDocument(Document):
+    """Result of ``acmix-deploy package triton``."""
+
+    repository: Path = Field(description="folder of the model repository")
+    model: str = Field(description="the model that clients ask")
+    max_batch: int = Field(description="images in a run at most; 0 where the file is made for one number of images")
+    files: list[str] = Field(description="what was written, in that folder")
+    needs: list[str] = Field(description="what has to be in Triton's container")
+    start: str = Field(description=f"the command that serves the repository, which the container has as {MOUNT}")
+
+
+class _Network(NamedTuple):
+    """A detector's file, as it is described."""
+
+    path: Path
+    input: Input
+    output: Input
+    metadata: Mapping[str, str]
+    shape: Sequence[int]
+    """The usual [B, 3, H, W]."""
+    batches: tuple[int, int | None] | None
+    """Fewest and most images in a run, None where there is no limit; None where the number is fixed."""
+    manifest: Manifest | None
+    """Of an engine."""
+    library: Path | None
+    """The plugin to take along."""
+
+
+def package(
+    model: Path,
+    out: Path,
+    *,
+    backend: Backend = "native",
+    plugin: Path | None = None,
+    confidence: float = CONFIDENCE,
+    provider: Provider = "cpu",
+    max_batch: int = 8,
+    max_delay_ms: float = 5.0,
+) -> PackageDocument:
+    """Add a detector to a model repository, under the name of its file without suffix.
+
+    Neither a GPU nor TensorRT is needed. The detector's file stays as it is, with its sidecar beside it.
+
+    Args:
+        model: an ONNX file with its custom operators defined or replaced (form "any" or "plain"), or an engine with its
+            manifest.
+        out: folder of the repository; made where it is missing.
+        backend: what runs the detector.
+        plugin: library that an engine was built with; where the manifest says, by default.
+        confidence: score above which there is a detection.
+        provider: what ONNX Runtime runs an ONNX file on.
+        max_batch: images in a run at most; fewer where the engine takes fewer.
+        max_delay_ms: how long a request waits for others, in milliseconds.
+
+    Raises:
+        UserError: the file is not a detector, or Triton cannot serve it; the plugin is not the engine's; the repository
+            has such a model already, or cannot be written.
+        MissingComponent: ONNX Runtime is not here.
+    """
+    network = _read(model, plugin)
+    delay = round(max_delay_ms * 1000)
+    if backend == "native":
+        max_batch = _max_batch(network, max_batch)
+        files = _native(network, confidence, provider, max_batch, delay)
+    else:
+        files = _python(network, confidence, provider, max_batch, delay)
+    _write(files, out)
+    return PackageDocument(
+        repository=out,
+        model=model.stem,
+        max_batch=max_batch,
+        files=sorted(files),
+        needs=_needs(network, backend),
+        start=_start(network, backend),
+    )
+
+
+def _read(path: Path, plugin: Path | None) -> _Network:
+    manifest, library, profile = None, None, None
+    if path.suffix == ".onnx":
+        if plugin:
+            raise UserError(f"{plugin} is for engines, and {path} is an ONNX file", "Leave out --plugin.")
+        session = open_session(path)
+        inputs, outputs = onnxruntime.inputs_of(session), onnxruntime.outputs_of(session)
+        metadata: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+    else:
+        manifest = read_manifest(path)
+        if manifest.machine.backend != "tensorrt":
+            raise UserError(
+                f"{path} is an engine of {manifest.machine.tensorrt}, and Triton runs those of TensorRT",
+                "Build it with TensorRT, or package the ONNX file.",
+            )
+        if manifest.plugin:
+            library = plugin or manifest.plugin.path
+            check(manifest, manifest.machine, sha256(library) if library.is_file() else None)
+        inputs, outputs = [*tensorrt.inputs_of(manifest)], [*tensorrt.outputs_of(manifest)]
+        metadata = manifest.metadata
+        profile = manifest.profiles.get(inputs[0].name)
+    if (
+        [len(node.dims) for node in (*inputs, *outputs)] != [4, 3]
+        or inputs[0].dims[1] != 3
+        or {node.dtype.kind for node in (*inputs, *outputs)} != {"f"}
+        or metadata.get("task") != "detect"
+    ):
+        given = f"takes {', '.join(map(str, inputs))} and gives {', '.join(map(str, outputs))}"
+        raise no_detector(path.stem, f"{given}, and its task is {metadata.get('task', 'not told')}")
+    wanted = usual_shape(metadata, profile)
+    batch = inputs[0].dims[0]
+    return _Network(
+        path=path,
+        input=inputs[0],
+        output=outputs[0],
+        metadata=metadata,
+        shape=[dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)],
+        batches=None if isinstance(batch, int) else (profile[0][0], profile[2][0]) if profile else (1, None),
+        manifest=manifest,
+        library=library,
+    )
+
+
+def _max_batch(network: _Network, wanted: int) -> int:
+    """``max_batch_size`` of the network in Triton: 0 where a batch has to have one size."""
+    if not network.batches:
+        return 0
+    fewest, most = network.batches
+    if fewest > 1:
+        raise UserError(
+            f"{network.path} is built for {fewest} images or more, and Triton sends single ones too",
+            "Build it with --min 1,..., or use --backend python.",
+        )
+    return min(wanted, most or wanted)
+
+
+Content = str | bytes | Path
+"""Of a file: itself, or the file to copy."""
+
+
+def _native(network: _Network, confidence: float, provider: Provider, max_batch: int, delay: int) -> dict[str, Content]:
+    name, path = network.path.stem, network.path
+    of_network, of_boxes = f"{name}.network", f"{name}.boxes"
+    on_gpu = network.manifest is not None or provider != "cpu"
+
+    def tensor(field: str, node: Input) -> str:
+        """Without the batch, where Triton makes batches."""
+        return _tensor(field, node._replace(dims=node.dims[1:] if max_batch else node.dims))
+
+    outputs = [
+        _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in OUTPUTS
+    ]
+    predictions = network.output._replace(name="predictions")
+    batching = f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}"
+    config = {
+        of_network: [
+            f'platform: "{"tensorrt_plan" if network.manifest else "onnxruntime_onnx"}"',
+            f"default_model_filename: {_quoted(path.name)}",
+            tensor("input", network.input),
+            tensor("output", network.output),
+            *[batching] * (max_batch > 0),
+            f"instance_group {{ kind: {'KIND_GPU' if on_gpu else 'KIND_CPU'} count: 1 }}",
+            *[_TENSORRT_PROVIDER] * (network.manifest is None and provider == "tensorrt"),
+            *(_warm_up(network, batch) for batch in sorted({1, max_batch or 1})),
+        ],
+        of_boxes: [
+            'platform: "onnxruntime_onnx"',
+            tensor("input", predictions),
+            *outputs,
+            *["dynamic_batching { }"] * (max_batch > 0),
+            "instance_group { kind: KIND_CPU count: 1 }",
+        ],
+        name: [
+            'platform: "ensemble"',
+            tensor("input", network.input),
+            *outputs,
+            "ensemble_scheduling {",
+            *_step(of_network, [network.input.name], {network.output.name: "predictions"}),
+            *_step(of_boxes, ["predictions"], {node.name: node.name for node in OUTPUTS}),
+            "}",
+            *_described(network, confidence),
+        ],
+    }
+    graph = suppression(confidence, float16=network.output.dtype == np.float16)
+    return {
+        **{f"{key}/config.pbtxt": _config(key, max_batch, fields) for key, fields in config.items()},
+        **_taken_along(network, f"{of_network}/1"),
+        f"{of_boxes}/1/model.onnx": graph.SerializeToString(),
+        f"{name}/1/README": f"{name} is {of_network} and {of_boxes}, one after the other: see config.pbtxt\n",
+    }
+
+
+def _python(network: _Network, confidence: float, provider: Provider, max_batch: int, delay: int) -> dict[str, Content]:
+    name = network.path.stem
+    options = {"file": network.path.name, "provider": provider}
+    if network.library:
+        options["plugin"] = network.library.name
+    fields = [
+        'backend: "python"',
+        'input { name: "image" data_type: TYPE_STRING dims: [1] }',
+        *(_tensor("output", node) for node in OUTPUTS),
+        f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}",
+        "instance_group { kind: KIND_MODEL count: 1 }",
+        *_parameters(options),
+        *_described(network, confidence),
+    ]
+    return {
+        f"{name}/config.pbtxt": _config(name, max_batch, fields),
+        **_taken_along(network, f"{name}/1"),
+        f"{name}/1/model.py": _MODEL_PY,
+    }
+
+
+_TENSORRT_PROVIDER = 'optimization { execution_accelerators { gpu_execution_accelerator { name: "tensorrt" } } }'
+
+
+def _taken_along(network: _Network, folder: str) -> dict[str, Content]:
+    files = (network.path, sidecar(network.path), network.library)
+    return {f"{folder}/{file.name}": file for file in files if file and file.is_file()}
+
+
+def _config(name: str, max_batch: int, fields: Sequence[str]) -> str:
+    return "\n".join((f"name: {_quoted(name)}", f"max_batch_size: {max_batch}", *fields)) + "\n"
+
+
+def _tensor(field: str, node: Input) -> str:
+    return f"{field} {{ name: {_quoted(node.name)} data_type: {_type(node)} dims: {_dims(node.dims)} }}"
+
+
+def _type(node: Input) -> str:
+    return f"TYPE_{'FP' if node.dtype.kind == 'f' else 'INT'}{8 * node.dtype.itemsize}"
+
+
+def _dims(dims: Sequence[int | str | None]) -> str:
+    return f"[{', '.join(str(dim) if isinstance(dim, int) else '-1' for dim in dims)}]"
+
+
+def _warm_up(network: _Network, batch: int) -> str:
+    dims = network.shape[1:] if network.batches else network.shape
+    data = f"data_type: {_type(network.input)} dims: {_dims(dims)} random_data: true"
+    value = f"inputs {{ key: {_quoted(network.input.name)} value {{ {data} }} }}"
+    return f'model_warmup {{ name: "{batch}" batch_size: {batch} {value} }}'
+
+
+def _step(model: str, inputs: Sequence[str], outputs: Mapping[str, str]) -> list[str]:
+    """A step of an ensemble, by what the model calls its tensors and what they are called between the models."""
+    maps = [("input_map", name, name) for name in inputs] + [("output_map", *pair) for pair in outputs.items()]
+    return [
+        f"  step {{ model_name: {_quoted(model)} model_version: -1",
+        *(f"    {field} {{ key: {_quoted(key)} value: {_quoted(value)} }}" for field, key, value in maps),
+        "  }",
+    ]
+
+
+def _described(network: _Network, confidence: float) -> list[str]:
+    """What clients need to know beside the tensors."""
+    names = names_of(network.metadata)
+    letterbox = Letterbox(**json.loads(network.metadata.get("letterbox", "{}")))
+    return _parameters(
+        {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence)}
+    )
+
+
+def _parameters(values: Mapping[str, str]) -> list[str]:
+    return [
+        f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
+        for key, value in values.items()
+    ]
+
+
+def _quoted(text: str) -> str:
+    """A string as protobuf's text format has it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _write(files: Mapping[str, Content], out: Path) -> None:
+    """All of the models or nothing: Triton may be watching the repository."""
+    models = sorted({file.partition("/")[0] for file in files})
+    out = out.resolve()
+    for model in models:
+        if (out / model).exists():
+            raise UserError(f"{out / model} exists already", "Remove it, or name another folder.")
+    try:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+                for name, content in files.items():
+                    target = Path(folder, name)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if isinstance(content, Path):
+                        shutil.copyfile(content, target)
+                    else:
+                        target.write_bytes(content.encode() if isinstance(content, str) else content)
+                for model in models:
+                    Path(folder, model).rename(out / model)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}", "Choose a folder that you may write to.") from error
+
+
+def _needs(network: _Network, backend: Backend) -> list[str]:
+    needs = []
+    if network.manifest:
+        needs.append(f"{network.manifest.machine.tensorrt} on {network.manifest.machine.device}")
+    if backend == "python":
+        needs.append(f"acmix-deploy[serve] {__version__} for the Python of Triton's Python backend")
+    return needs
+
+
+def _start(network: _Network, backend: Backend) -> str:
+    command = f"tritonserver --model-repository={MOUNT}"
+    if backend == "python" or not network.library or not network.manifest:
+        return command
+    library = f"{MOUNT}/{network.path.stem}.network/1/{network.library.name}"
+    major = network.manifest.machine.version.partition(".")[0]
+    return f"LD_PRELOAD={library}:libnvinfer.so.{major} {command}"
