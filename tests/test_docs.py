@@ -79,7 +79,9 @@ def test_commands_and_code_run(
     if re.search("yolo|tests/data/shapes.pt", "".join(code for _, code in blocks(page, "python", "console"))):
         pytest.importorskip("ultralytics", reason="needs ultralytics")
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    if re.search(r" (detect|triton) shapes.fused.onnx|load\(Path\(\"shapes.fused.onnx", page.read_text(encoding="utf-8")):
+    if re.search(
+        r" (detect|triton) shapes.fused.onnx|load\(Path\(\"shapes.fused.onnx", page.read_text(encoding="utf-8")
+    ):
         shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

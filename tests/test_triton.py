@@ -298,6 +298,18 @@ def test_the_python_backend_variant(schema: Any, tmp_path: Path) -> None:
     assert [need.split()[0] for need in document.needs] == ["TensorRT", "acmix-deploy[serve]"]
 
 
+def test_the_python_backend_imports_neither_torch_nor_onnx() -> None:
+    blocked = ("torch", "onnx", "ultralytics", "onnx_graphsurgeon")
+    code = f"""
+import sys, types
+for name in {blocked}:
+    sys.modules[name] = None
+sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+from acmix_deploy.serving.triton.model import TritonPythonModel
+"""
+    run([sys.executable, "-c", code])
+
+
 def test_names_of_any_kind_survive(schema: Any, tmp_path: Path) -> None:
     names = {0: 'a "quoted" \\ name', 1: "Füße\n", 2: "形"}
     path = tiny(tmp_path / "a b.onnx", names=str(names))
