@@ -481,6 +481,16 @@ def test_command_line(plain, photographs, tmp_path, monkeypatch, capsys):
     assert sorted(tmp_path.iterdir()) == before, "nothing may be left behind"
 
 
+def test_patterns_that_fit_nothing_are_told_before_the_work(trained, tmp_path):
+    steps = []
+    with pytest.raises(UserError, match="fits the name of no node"):
+        quantize(
+            trained.path, tmp_path / "x.onnx", trained.calibration, fp16=True, float32=("nothing*",),
+            progress=steps.append,
+        )  # fmt: skip
+    assert steps == []
+
+
 def test_files_of_one_size_and_of_several_inputs(photographs, tmp_path):
     block = randomised(ACmix(3, 8, head=2))
     path = export(nn.Sequential(block, nn.Conv2d(8, 8, 1)), torch.randn(1, 3, 10, 12), tmp_path / "plain.onnx")

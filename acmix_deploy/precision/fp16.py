@@ -66,12 +66,12 @@ def to_fp16(
     """
     model = onnx.load(source)
     name_nodes(model)  # the converter leaves nodes in float32 by name
+    choices = kept_by_pattern(model, float32)
     beyond = out_of_range(model, samples) if "range" in float32 else {}
-    groups = {"decode": tail(model), "softmax": _softmax(model), "range": list(beyond)}
+    choices |= {"decode": tail(model), "softmax": _softmax(model), "range": list(beyond)}
     kept: dict[str, str] = {}
     for choice in float32:
-        names = groups[choice] if choice in groups else _fitting(model, choice)
-        kept |= {name: choice for name in names if name not in kept}
+        kept |= {name: choice for name in choices[choice] if name not in kept}
     if "softmax" not in float32:
         for function in model.functions:
             halve_softmax(function)
@@ -163,15 +163,20 @@ def fits(node: onnx.NodeProto, pattern: str, weights: Collection[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in (node.name, *(name for name in node.input if name in weights)))
 
 
-def _fitting(model: onnx.ModelProto, pattern: str) -> list[str]:
-    """Names of the nodes that a pattern fits. Raises UserError where there is none."""
+def kept_by_pattern(model: onnx.ModelProto, float32: Sequence[str]) -> dict[str, list[str]]:
+    """Names of the nodes that each pattern among ``float32`` fits. Raises UserError where one fits none."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    found = [node.name for node in model.graph.node if fits(node, pattern, weights)]
-    if not found:
-        raise UserError(
-            f"{pattern}, to be kept in float32, fits the name of no node and of no weight",
-            f"Give a pattern of names as in the fused file, or one of {', '.join(FLOAT32)}.",
-        )
+    found = {
+        pattern: [node.name for node in model.graph.node if fits(node, pattern, weights)]
+        for pattern in float32
+        if pattern not in FLOAT32
+    }
+    for pattern, names in found.items():
+        if not names:
+            raise UserError(
+                f"{pattern}, to be kept in float32, fits the name of no node and of no weight",
+                f"Give a pattern of names as in the fused file, or one of {', '.join(FLOAT32)}.",
+            )
     return found
 
 

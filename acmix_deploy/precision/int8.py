@@ -23,7 +23,7 @@ from acmix_deploy.artifacts import replacing
 from acmix_deploy.detection.images import Letterbox, batches, find
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import Feeds, name_nodes
-from acmix_deploy.precision.fp16 import FLOAT32, Fp16Report, fits, tail, to_fp16
+from acmix_deploy.precision.fp16 import FLOAT32, Fp16Report, fits, kept_by_pattern, tail, to_fp16
 from acmix_deploy.precision.ranges import Method, calibrate
 from acmix_deploy.runtime.metrics import Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, open_session, precision_of
@@ -131,6 +131,8 @@ def quantize(
     metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
     model = _load(source, opset=_FLOAT16_SCALES if fp16 else _CHANNEL_SCALES)
     chosen = choose_layers(model, exclude, quantize_head=quantize_head)
+    if fp16:
+        kept_by_pattern(model, float32)  # before the long work
     shape = _shape(session, source, metadata, image_size)
     (name,) = (node.name for node in inputs_of(session))
     photos = find(calibration, limit)
