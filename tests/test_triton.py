@@ -243,6 +243,7 @@ def test_an_engine_goes_with_its_plugin(schema: Any, tmp_path: Path) -> None:
     assert [warm.batch_size for warm in config.model_warmup] == [1, 4]
     assert config.instance_group[0].kind == schema.ModelInstanceGroup.Kind.KIND_GPU
     assert not config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert tensors(schema, config.input) == {"images": ("TYPE_FP32", (3, 32, 32))}
     read_artifact(folder / "model.network" / "1" / config.default_model_filename)
     assert document.needs == ["TensorRT 8.6.0 on Orin (sm_87)"]
     preload, *command = shlex.split(document.start)
