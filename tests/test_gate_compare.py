@@ -270,7 +270,7 @@ def store(folder: Path, medians: list[float], **changes: dict[int, dict]) -> Non
 
 def test_history_finds_a_step_and_what_changed_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(tmp_path / "runs", [10.0] * 6 + [11.0] * 6, at6={"sha256": "1" * 64, **machine(cpu="another")})
-    (found,) = read_history(tmp_path / "runs")
+    ((found,), _) = read_history(tmp_path / "runs")
     assert [run.file for run in found.runs] == [f"{100 - index}.json" for index in range(12)]
     medians = [
         np.median([np.median(one.samples_ms) for one in read_samples(tmp_path / "runs" / run.file)[0].candidate.rounds])
@@ -292,14 +292,30 @@ def test_history_finds_a_step_and_what_changed_there(tmp_path: Path, capsys: pyt
 
 def test_history_finds_a_trend(tmp_path: Path) -> None:
     store(tmp_path / "runs", [10.0 * 1.02**index for index in range(12)])
-    (found,) = read_history(tmp_path / "runs")
+    ((found,), _) = read_history(tmp_path / "runs")
     assert found.drift.kind == "trend"
     assert found.drift.ratio == pytest.approx(1.02**11, rel=0.03)
 
 
+def test_history_leaves_out_what_is_no_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a truncated file among many, or what other verbs wrote there."""
+    store(tmp_path / "runs", [10.0] * 6)
+    (tmp_path / "runs" / "verdict.json").write_text('{"schema": 1, "tolerance": 0.03, "comparisons": []}')
+    (tmp_path / "runs" / "truncated.json").write_text(text(alone())[:5000])
+    assert cli.main(["gate", "history", str(tmp_path / "runs")]) == 0
+    printed = capsys.readouterr().out
+    assert "Left out: " in printed
+    assert cli.main(["gate", "history", str(tmp_path / "runs"), "--json"]) == 0
+    found = HistoryDocument.model_validate_json(capsys.readouterr().out)
+    assert [len(one.runs) for one in found.histories] == [6]
+    for name, note in zip(("truncated.json", "verdict.json"), found.notes, strict=True):
+        assert name in note
+        assert note in printed
+
+
 def test_history_of_noise_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(tmp_path / "runs", [10.0] * 6)
-    (found,) = read_history(tmp_path / "runs")
+    ((found,), _) = read_history(tmp_path / "runs")
     assert found.drift is None
     assert cli.main(["gate", "history", str(tmp_path / "absent")]) == 2
     assert "is not a folder" in capsys.readouterr().err

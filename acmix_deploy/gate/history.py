@@ -64,16 +64,24 @@ class History(BaseModel):
     drift: Drift | None = Field(description="None where noise explains all")
 
 
-def read_history(folder: Path) -> list[History]:
-    """The candidates of all measurements in a folder, by the name of their files.
+def read_history(folder: Path) -> tuple[list[History], list[str]]:
+    """The candidates of all measurements in a folder, by the name of their files; and what is left out, with the reason.
 
     Raises:
-        UserError: it is no folder, a file in it holds no samples, or it is empty.
+        UserError: it is no folder, or no file in it holds samples.
     """
-    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    if not files:
-        raise UserError(f"{folder} {'holds no .json file' if folder.is_dir() else 'is not a folder'}")
-    return histories((file.name, samples.candidate) for file in files for samples in read_samples(file))
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", "Give a folder with what `gate run` wrote, a file for each run.")
+    named: list[tuple[str, Measured]] = []
+    notes: list[str] = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            named += [(file.name, samples.candidate) for samples in read_samples(file)]
+        except UserError as error:
+            notes.append(error.message)
+    if not named:
+        raise UserError("; ".join([f"{folder} holds no measurement", *notes]), "Keep there what `gate run` writes.")
+    return histories(named), notes
 
 
 def histories(named: Iterable[tuple[str, Measured]]) -> list[History]:

@@ -77,3 +77,4 @@ class HistoryDocument(Document):
     """Result of ``acmix-deploy gate history``."""
 
     histories: list[History] = Field(description="one for each model, by the name of its file")
+    notes: list[str] = Field(default=[], description="the files that were left out, and why")

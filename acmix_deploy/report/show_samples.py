@@ -35,12 +35,14 @@ def show_samples(samples: GateSamples, file: Path, console: Console) -> None:
     console.print(f"Next: acmix-deploy gate check {file}{others}")
 
 
-def show_histories(histories: Sequence[History], console: Console) -> None:
-    """Print the runs of each model in the order of time."""
+def show_histories(histories: Sequence[History], notes: Sequence[str], console: Console) -> None:
+    """Print the runs of each model in the order of time, and what was left out."""
     for history in histories:
         console.print(history.model)
         console.print(runs(history))
         console.print(drift(history.drift), style="yellow" if history.drift else "dim")
+    for note in notes:
+        console.print(f"Left out: {note}", style="yellow", soft_wrap=True)
 
 
 def runs(history: History) -> Table:

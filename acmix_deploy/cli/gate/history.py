@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.gate.history import read_history
 
-    histories = read_history(options.dir)
+    histories, notes = read_history(options.dir)
     if options.json:
         from acmix_deploy.report.documents import HistoryDocument
 
-        print_json(HistoryDocument(histories=histories))
+        print_json(HistoryDocument(histories=histories, notes=notes))
     else:
         from acmix_deploy.report.show_samples import show_histories
 
-        show_histories(histories, console())
+        show_histories(histories, notes, console())
     return 0
