@@ -65,7 +65,7 @@ class History(BaseModel):
 
 
 def read_history(folder: Path) -> tuple[list[History], list[str]]:
-    """The candidates of all measurements in a folder, by the name of their files; and what is left out, with the reason.
+    """The candidates of all measurements in a folder, by the name of their files; and what it leaves out, and why.
 
     Raises:
         UserError: it is no folder, or no file in it holds samples.
