@@ -120,8 +120,11 @@ def _change(ratio: float) -> str:
 def _parities(verdict: Verdict) -> Iterator[tuple[str, ...]]:
     for comparison in verdict.comparisons:
         for found in comparison.parity:
-            value = "nothing" if found.value is None else f"{found.value:.1e}"
-            yield comparison.candidate, found.metric, value, f"{found.limit:.1e}", _outcome(found)
+            yield comparison.candidate, found.metric, _value(found), f"{found.limit:.1e}", _outcome(found)
+
+
+def _value(parity: Parity) -> str:
+    return "nothing" if parity.value is None else f"{parity.value:.1e}"
 
 
 def _outcome(parity: Parity) -> Outcome:
@@ -135,8 +138,7 @@ def _cases(comparison: Comparison) -> Iterator[tuple[str, Outcome, str]]:
     for judged in comparison.judged:
         yield judged.metric, judged.outcome, judged.reason
     for found in comparison.parity:
-        value = "nothing" if found.value is None else f"{found.value:.1e}"
-        yield found.metric, _outcome(found), f"{value} found, at most {found.limit:.1e} is accepted"
+        yield found.metric, _outcome(found), f"{_value(found)} found, at most {found.limit:.1e} is accepted"
 
 
 def reasons(verdict: Verdict) -> Iterator[str]:
