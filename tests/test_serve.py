@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -317,7 +318,7 @@ def test_nothing_heavy_is_needed(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(blocked)
     model = tiny(tmp_path / "tiny.onnx")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(tmp_path))
+        patch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         check = [sys.executable, "-c", "import torch"]
         assert b"ModuleNotFoundError" in subprocess.run(check, capture_output=True, check=False).stderr
         with serving(model, tmp_path) as server:

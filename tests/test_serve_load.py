@@ -21,9 +21,9 @@ import shapes
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 pytestmark = SOAK_FORM
-MEASURE, HALF, HIGH, OVER = (10, 20, 600, 300) if SOAK else (1.5, 2, 3, 3)
+MEASURE, HALF, HIGH, OVER = (10, 20, 600, 300) if SOAK else (1, 2, 2, 2)
 """Seconds for capacity and single requests, and at 50, 80 and 200% of it."""
-TURNS = 5 if SOAK else 3
+TURNS = 5 if SOAK else 2
 
 Load = Callable[..., dict[str, Any]]
 
