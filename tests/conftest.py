@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,17 @@ os.environ["YOLO_AUTOINSTALL"] = "false"
 os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
 # Ultralytics has PyTorch use all cores but one; where those are busy, threads that spin at barriers hold up their own.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+with suppress(ModuleNotFoundError):  # not on a machine for GPU tests
+    import onnxruntime
+
+    class _PassiveOptions(onnxruntime.SessionOptions):
+        """The same for the threads of ONNX Runtime, in whatever library opens a session."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+    onnxruntime.SessionOptions = _PassiveOptions
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -203,7 +203,7 @@ def detectors(tmp_path_factory):
         make_checkpoint(folder / f"{name}.pt", variant)
         model = load(folder / f"{name}.pt")
         module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
-        export(module, plain, input_shape=(1, 3, 128, 128), dynamic=dynamic, divisor=32, metadata=model.metadata)
+        export(module, plain, input_shape=(1, 3, 128, 128), opset=17, dynamic=dynamic, divisor=32)
         fuse(plain, fused, expect=blocks)
         to_fp16(fused, half)
         found[f"{name} float32"] = (fused, blocks, "Float")
