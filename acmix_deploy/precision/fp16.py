@@ -78,6 +78,7 @@ def to_fp16(
     converted = convert_float_to_float16(model, keep_io_types=not fp16_io, node_block_list=list(kept))
     _join_casts(converted.graph)
     editor = OnnxModel(converted)  # the converter appends casts at the end
+    editor.disable_shape_inference()  # the converter has inferred the types
     editor.prune_graph()
     editor.remove_useless_cast_nodes()
     editor.topological_sort()
