@@ -71,7 +71,7 @@ def test_turns_are_read_in_the_order_of_time() -> None:
 
 @pytest.mark.soak
 def test_a_real_model_does_not_fail_against_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """30 times, on ONNX Runtime and whatever else runs here."""
+    """30 times in the default 12 rounds; 9 of 10 pass where the machine's spread between rounds is 2% or less."""
     torch = pytest.importorskip("torch")
     from acmix_deploy.export import export
     from acmix_deploy.families.acmix.module import ACmix
@@ -82,14 +82,17 @@ def test_a_real_model_does_not_fail_against_itself(tmp_path: Path, capsys: pytes
     export(ACmix(64, 64).eval(), plain, input_shape=(1, 64, 20, 20))
     fuse(plain, model, expect=1)
     same.write_bytes(model.read_bytes())
-    found: Counter[str] = Counter()
+    found = []
     for _ in range(30):
         command = f"gate run --baseline {model} --candidate {same} -o {tmp_path / 'gate.json'}"
-        options = "--input-shape 1,64,20,20 --threads 1 --rounds 5 --samples 50 --seconds 0.3"
+        options = "--input-shape 1,64,20,20 --threads 1 --samples 50 --seconds 0.3"
         assert cli.main([*command.split(), *options.split()]) == 0
         capsys.readouterr()
         code = cli.main(["gate", "check", str(tmp_path / "gate.json"), "--json"])
         verdict = json.loads(capsys.readouterr().out)
         assert code == {"pass": 0, "fail": 1, "inconclusive": 4}[verdict["outcome"]]
-        found[verdict["outcome"]] += 1
-    assert found["fail"] == 0, found
+        (judged,) = verdict["comparisons"][0]["judged"]
+        found.append((judged["outcome"], judged["spread"]))
+    assert "fail" not in {outcome for outcome, _ in found}, found
+    quiet = [outcome for outcome, spread in found if spread <= 0.02]
+    assert quiet.count("pass") >= 0.9 * len(quiet), found
