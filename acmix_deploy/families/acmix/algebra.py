@@ -1,9 +1,7 @@
 """What an ACmix block reduces to: the algebra that turns its nine weights into three or four.
 
 With P = conv_p.weight the position term is part of the attention operator (it subtracts P*l from every key and drops
-out of softmax otherwise). fc and dep_conv are one grouped convolution of the channels permuted from [3N, d] to
-[d, 3N]; and because q, k, v are linear in x, that is a dense 3x3 convolution of x plus the convolution of the biases.
-All arithmetic is float64.
+out of softmax otherwise). All arithmetic is float64.
 """
 
 from __future__ import annotations
@@ -13,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from acmix_deploy.families.conv_branch import Convolution, fc_and_dep_conv, over_x
 
 Array = npt.NDArray[np.floating[Any]]
 
@@ -46,54 +46,23 @@ class AcmixWeights:
         return len(self.dep_conv_weight) // self.num_heads
 
 
-@dataclass(frozen=True)
-class ConvWeights:
-    """A convolution's weight [Cout, Cin / groups, kH, kW] and bias [Cout]."""
-
-    weight: Array
-    bias: Array
+def grouped_conv(weights: AcmixWeights) -> Convolution:
+    """The convolution branch over qkv, rate2 included."""
+    kernel = weights.rate2 * fc_and_dep_conv(weights.fc, weights.dep_conv_weight)
+    return Convolution(kernel, weights.rate2 * weights.dep_conv_bias, np.zeros((len(kernel), 1, 3, 3)))
 
 
-def grouped_kernel(weights: AcmixWeights) -> Array:
-    """fc followed by dep_conv as one kernel: [N*d, 3N, 3, 3] with d groups, rate2 included."""
-    kernel: Array = np.einsum("otyx,tm->omyx", weights.dep_conv_weight, weights.fc)
-    return weights.rate2 * kernel
+def dense_conv(weights: AcmixWeights) -> Convolution:
+    """The convolution branch over x, rate2 included."""
+    grouped = grouped_conv(weights)
+    weight, border = over_x(grouped.weight, weights.qkv_weight, weights.qkv_bias)
+    return Convolution(weight, grouped.bias, border)
 
 
-def grouped_conv(weights: AcmixWeights) -> ConvWeights:
-    """The convolution branch over qkv with channels ordered by :func:`grouped_order`, d groups, rate2 included."""
-    return ConvWeights(grouped_kernel(weights), weights.rate2 * weights.dep_conv_bias)
-
-
-def grouped_order(weights: AcmixWeights) -> npt.NDArray[np.int64]:
-    """Channels of qkv in the order that :func:`grouped_conv` reads them: from [3N, d] to [d, 3N]."""
-    channels = np.arange(3 * weights.num_heads * weights.head_dim, dtype=np.int64)
-    order: npt.NDArray[np.int64] = channels.reshape(-1, weights.head_dim).T.reshape(-1)
-    return order
-
-
-def dense_conv(weights: AcmixWeights) -> tuple[ConvWeights, Array]:
-    """The convolution branch over x, rate2 included.
-
-    Returns:
-        A 3x3 convolution of x [N*d, Cin, 3, 3], and the kernel [N*d, 1, 3, 3] whose convolution of a map of ones is
-        what the biases of q, k and v add (not a constant: the zero padding shows at the borders).
-    """
-    heads, head_dim = weights.num_heads, weights.head_dim
-    kernel = grouped_kernel(weights).reshape(head_dim, heads, 3 * heads, 3, 3)
-    project = weights.qkv_weight.reshape(3 * heads, head_dim, -1)
-    bias = weights.qkv_bias.reshape(3 * heads, head_dim)
-    dense = np.einsum("dnmyx,mdi->dniyx", kernel, project)
-    border = np.einsum("dnmyx,md->dnyx", kernel, bias)
-    channels = heads * head_dim
-    conv = ConvWeights(dense.reshape(channels, -1, 3, 3), weights.rate2 * weights.dep_conv_bias)
-    return conv, border.reshape(channels, 1, 3, 3)
-
-
-def qkv_conv(weights: AcmixWeights, *, fold_rate1: bool) -> ConvWeights:
-    """q, k and v as one 1x1 convolution [3*N*d, Cin, 1, 1]; with ``fold_rate1`` the values carry rate1."""
+def qkv_conv(weights: AcmixWeights, *, fold_rate1: bool) -> tuple[Array, Array]:
+    """Weight [3*N*d, Cin, 1, 1] and bias of q, k and v; with ``fold_rate1`` the values carry rate1."""
     factor = np.ones(len(weights.qkv_weight))
     if fold_rate1:
         factor[-len(weights.dep_conv_weight) :] = weights.rate1
     weight = weights.qkv_weight * factor[:, None]
-    return ConvWeights(weight[:, :, None, None], weights.qkv_bias * factor)
+    return weight[:, :, None, None], weights.qkv_bias * factor

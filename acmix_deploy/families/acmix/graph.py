@@ -10,19 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.acmix.algebra import (
-    AcmixWeights,
-    dense_conv,
-    grouped_conv,
-    grouped_order,
-    qkv_conv,
-)
+from acmix_deploy.families.acmix.algebra import AcmixWeights, dense_conv, grouped_conv, qkv_conv
+from acmix_deploy.families.conv_branch import by_head_dim, meeting
 from acmix_deploy.families.reduction import ConvBranch, Operators, Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
@@ -34,8 +28,6 @@ from acmix_deploy.graph import (
     conv_weight,
     nearest,
     region_between,
-    scalar_factor,
-    way_down,
 )
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.local_attention.body import function_body
@@ -49,7 +41,6 @@ TOLERANCES = LOCAL_ATTENTION.tolerances
 
 _RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
 _ROUNDED_POSITION = 5e-2
-_LONGEST_TAIL = 24  # nodes from the Softmax to the block's last Add; exporters need 6 to 12
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,10 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     (logit_convs,) = pairs
     x = logit_convs[0].inputs[0]
 
-    last, rate1, rate2, dep_conv = _branches_meet(graph, softmax)
+    met = meeting(graph, softmax)
+    if met is None:
+        raise NoMatch("its result is not added to that of a convolution")
+    last, _, rate1, rate2, dep_conv = met
     weight = conv_weight(dep_conv)
     if weight.shape[1:] != (9, 3, 3) or dep_conv.attrs.get("pads") != [1] * 4:
         raise NoMatch(f"{dep_conv.name} is not a 3x3 convolution of 9 maps per group with padding 1")
@@ -170,8 +164,7 @@ def rewrite(
     dtype = conv_weight(found.value_conv).dtype
     write = Writer(x, name, opset, dtype)
     strided: dict[str, Any] = {"pads": [1] * 4, "strides": [weights.stride] * 2}
-    projection = qkv_conv(weights, fold_rate1=conv_branch == "dense")
-    qkv = write.conv("qkv", x, projection.weight, projection.bias)
+    qkv = write.conv("qkv", x, *qkv_conv(weights, fold_rate1=conv_branch == "dense"))
     attended = write.add(
         LOCAL_ATTENTION.op_type,
         "attention",
@@ -188,15 +181,13 @@ def rewrite(
     if conv_branch == "grouped":
         if weights.rate1 != 1:
             attended = write.add("Mul", "rate1", attended, write.constant("rate1.value", np.array(weights.rate1)))
-        order = write.constant("by_head_dim.order", grouped_order(weights))
-        by_head_dim = write.add("Gather", "by_head_dim", qkv, order, axis=1)
-        grouped = grouped_conv(weights)
-        convolved = write.conv(
-            "convolution", by_head_dim, grouped.weight, grouped.bias, group=weights.head_dim, **strided
-        )
+        order = write.constant("by_head_dim.order", by_head_dim(len(weights.qkv_weight), weights.head_dim))
+        source = write.add("Gather", "by_head_dim", qkv, order, axis=1)
+        weight, bias, _ = grouped_conv(weights)
+        convolved = write.conv("convolution", source, weight, bias, group=weights.head_dim, **strided)
     else:
-        dense, border = dense_conv(weights)
-        convolved = write.conv("convolution", x, dense.weight, dense.bias, **strided)
+        weight, bias, border = dense_conv(weights)
+        convolved = write.conv("convolution", x, weight, bias, **strided)
         if border.any():
             biases = write.conv("biases", write.ones(map_size), border, **strided)
             convolved = write.add("Add", "convolution_with_biases", convolved, biases)
@@ -209,17 +200,6 @@ def _is_projection(conv: gs.Node) -> bool:
     weight = constant_value(conv.inputs[1])
     one = conv.attrs.get("group", 1) == 1 and all(step == 1 for step in conv.attrs.get("strides", []))
     return one and weight is not None and weight.shape[2:] == (1, 1) and not any(conv.attrs.get("pads", []))
-
-
-def _branches_meet(graph: gs.Graph, softmax: gs.Node) -> tuple[gs.Node, float, float, gs.Node]:
-    """The Add downstream of a Softmax whose other operand is a convolution, and the rates of the two."""
-    for tensor, node in islice(way_down(graph, softmax.outputs[0]), _LONGEST_TAIL):
-        if node.op == "Add" and len(node.inputs) == 2:
-            other = node.inputs[node.inputs[0] is tensor]
-            rate2, conv = scalar_factor(other)
-            if conv is not None and conv.op == "Conv":
-                return node, scalar_factor(tensor)[0], rate2, conv
-    raise NoMatch("its result is not added to that of a convolution")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.attention import MASKED
+from acmix_deploy.families.attention import MASKED, Linear, linear
+from acmix_deploy.families.conv_branch import meeting
 from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
 from acmix_deploy.families.reduction import Operators, Reduced, Request
 from acmix_deploy.families.swin_acmix.algebra import SwinAcmixWeights
@@ -29,8 +29,6 @@ from acmix_deploy.graph import (
     nearest,
     producer,
     region_between,
-    scalar_factor,
-    way_down,
 )
 
 ANCHOR = "Softmax"
@@ -39,16 +37,6 @@ OPERATORS: Operators = ()
 
 _RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
 _HIDDEN = 50.0  # below the largest number added for a query: what is lost in float32 after exp
-_LONGEST_TAIL = 24  # nodes from the Softmax to the block's last Add; exporters need 10 to 14
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A MatMul with a stored weight [in, out], and the Add of its bias where there is one."""
-
-    matmul: gs.Node
-    result: gs.Variable
-    bias: gs.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,10 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     Raises:
         NoMatch: saying what is missing.
     """
-    last, path, rate1, rate2, dep_conv = _branches_meet(graph, softmax)
+    met = meeting(graph, softmax)
+    if met is None:
+        raise NoMatch("its result is not added to that of a convolution", near=_feeds_a_convolution(softmax))
+    last, path, rate1, rate2, dep_conv = met
     fcs = nearest(dep_conv.inputs[0], "Conv", "MatMul")
     if len(fcs) != 1 or fcs[0].op != "Conv" or conv_weight(fcs[0]).shape[2:] != (1, 1):
         raise NoMatch("no 1x1 convolution is before the one that is added to it", near=False)
@@ -83,18 +74,16 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     shape = conv_weight(dep_conv).shape
     if shape[1:] != (9, 3, 3) or dep_conv.attrs.get("pads") != [1] * 4 or set(dep_conv.attrs.get("strides", [1])) > {1}:
         raise NoMatch(f"{dep_conv.name} is not a 3x3 convolution of 9 maps per group with padding 1")
-    matmuls = [(index, node) for index, (_, node) in enumerate(path) if node.op == "MatMul"]
+    matmuls = [node for _, node in path if node.op == "MatMul"]
     if len(matmuls) != 2:
         raise NoMatch(
             f"between {softmax.name} and {last.name} are {len(matmuls)} matrix products, not those with v and of proj"
         )
-    index, proj = matmuls[1]
-    after = path[index + 1][1] if index + 1 < len(path) else last
-    biased = after is not last and after.op == "Add"
-    bias = after.inputs[after.inputs[0] is proj.outputs[0]] if biased else None
-    end = after.outputs[0] if biased else proj.outputs[0]
-    region = region_between(graph, qkv.matmul.inputs[0], last.outputs[0])
-    return Match(region, softmax, qkv, Linear(proj, end, bias), fc, dep_conv, rate1, rate2)
+    proj = linear(matmuls[1])
+    if proj is None:
+        raise NoMatch(f"the weight of {matmuls[1].name} is computed, not stored")
+    region = region_between(graph, qkv.source, last.outputs[0])
+    return Match(region, softmax, qkv, proj, fc, dep_conv, rate1, rate2)
 
 
 def reduce(found: Match, request: Request) -> Reduced:
@@ -110,20 +99,6 @@ def reduce(found: Match, request: Request) -> Reduced:
         "conv_branch": request.conv_branch,
     }
     return Reduced(graph, "MatMul / Softmax / MatMul", settings)
-
-
-def _branches_meet(
-    graph: gs.Graph, softmax: gs.Node
-) -> tuple[gs.Node, list[tuple[gs.Variable, gs.Node]], float, float, gs.Node]:
-    """The Add downstream of a Softmax whose other operand is a convolution, the way there, and the rates of the two."""
-    path: list[tuple[gs.Variable, gs.Node]] = []
-    for tensor, node in islice(way_down(graph, softmax.outputs[0]), _LONGEST_TAIL):
-        if node.op == "Add":
-            rate2, conv = scalar_factor(node.inputs[node.inputs[0] is tensor])
-            if conv is not None and conv.op == "Conv":
-                return node, path, scalar_factor(tensor)[0], rate2, conv
-        path.append((tensor, node))
-    raise NoMatch("its result is not added to that of a convolution", near=_feeds_a_convolution(softmax))
 
 
 def _feeds_a_convolution(softmax: gs.Node) -> bool:
@@ -144,30 +119,16 @@ def _linear_above(tensor: gs.Tensor) -> Linear | None:
     """The linear layer that a tensor was reshaped from."""
     while (node := producer(tensor)) is not None and node.op in RESHAPING:
         tensor = node.inputs[0]
-    if node is None or node.op not in ("Add", "MatMul"):
-        return None
-    if node.op == "MatMul":
-        return Linear(node, tensor, None)
-    for operand, other in (node.inputs, node.inputs[::-1]):
-        matmul = producer(operand)
-        if matmul is not None and matmul.op == "MatMul":
-            return Linear(matmul, tensor, other)
-    return None
+    layers = [linear(matmul) for matmul in nearest(tensor, "MatMul")]
+    return next((layer for layer in layers if layer is not None and layer.result is tensor), None)
 
 
 def _recover(found: Match, request: Request) -> SwinAcmixWeights:
     """The weights of a matched block. Raises NoMatch where its shapes or its logits are not those of one."""
-
-    def value(tensor: gs.Tensor) -> Array:
-        stored = constant_value(tensor)
-        if stored is None:
-            raise NoMatch(f"the weight {tensor.name} is computed, not stored")
-        return stored.astype(np.float64)
-
     dep_conv, fc = (conv_weight(conv).astype(np.float64) for conv in (found.dep_conv, found.fc))
     dim, head_dim = len(dep_conv), int(found.dep_conv.attrs.get("group", 1))
     heads = dim // head_dim
-    qkv, proj = (value(layer.matmul.inputs[1]).T for layer in (found.qkv, found.proj))
+    qkv, proj = (layer.weight.astype(np.float64) for layer in (found.qkv, found.proj))
     if (len(qkv), fc.shape[:2], proj.shape) != (3 * dim, (9, 3 * heads), (dim, dim)):
         raise NoMatch(
             f"qkv {list(qkv.shape)}, fc {list(fc.shape)} and proj {list(proj.shape)} do not fit {heads} heads of "
@@ -176,9 +137,9 @@ def _recover(found: Match, request: Request) -> SwinAcmixWeights:
     scale, window_size, added = _measure(found, request, heads, head_dim)
     return SwinAcmixWeights(
         qkv_weight=qkv,
-        qkv_bias=np.zeros(3 * dim) if found.qkv.bias is None else value(found.qkv.bias),
+        qkv_bias=found.qkv.bias.astype(np.float64),
         proj_weight=proj,
-        proj_bias=np.zeros(dim) if found.proj.bias is None else value(found.proj.bias),
+        proj_bias=found.proj.bias.astype(np.float64),
         fc_weight=fc[:, :, 0, 0],
         fc_bias=conv_bias(found.fc),
         dep_conv_weight=dep_conv,

@@ -15,14 +15,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.attention import AttentionWriter, Size
+from acmix_deploy.families.conv_branch import by_head_dim
 from acmix_deploy.families.reduction import Request
-from acmix_deploy.families.swin_acmix.algebra import (
-    SwinAcmixWeights,
-    by_head_dim,
-    dense_conv,
-    grouped_conv,
-    scaled_qkv,
-)
+from acmix_deploy.families.swin_acmix.algebra import SwinAcmixWeights, dense_conv, grouped_conv, scaled_qkv
 from acmix_deploy.graph import Array
 
 
@@ -65,7 +60,7 @@ def write(
     if request.conv_branch == "dense":
         conv, source, group = dense_conv(weights), transpose("channels_first", x, 0, 3, 1, 2), 1
     else:
-        order = out.constant("by_head_dim.order", by_head_dim(weights))
+        order = out.constant("by_head_dim.order", by_head_dim(3 * dim, head_dim))
         source = out.add("Gather", "by_head_dim", transpose("channels_first", qkv, 0, 3, 1, 2), order, axis=1)
         conv, group = grouped_conv(weights), head_dim
     convolved = out.conv("convolution", source, conv.weight, conv.bias, pads=[1] * 4, group=group)
