@@ -270,7 +270,13 @@ def test_a_candidate_that_is_not_exact_enough_fails_however_fast() -> None:
     verdict = judge([pair(0.5, parity=(wrong,))])
     assert [judged.outcome for judged in verdict.comparisons[0].judged] == ["pass"]
     assert verdict.outcome == "fail"
-    assert judge([pair(0.5, parity=(wrong.model_copy(update={"passed": True}),))]).outcome == "pass"
+    right = judge([pair(0.5, parity=(wrong.model_copy(update={"passed": True}),))])
+    assert right.outcome == "pass"
+    assert not any("was not stored" in note for note in right.comparisons[0].notes)
+
+
+def test_unknown_parity_is_said() -> None:
+    assert "was not stored" in judge([pair(0.5)]).comparisons[0].notes[0]
 
 
 def test_what_cannot_be_compared_is_not_judged() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
@@ -138,7 +138,7 @@ def judge(
                 ),
                 parity=candidate.parity,
                 differences=forbidding[index],
-                notes=(*baseline.remarks, *candidate.remarks),
+                notes=(*_unknown(candidate), *baseline.remarks, *candidate.remarks),
             )
             for index, (pair, (baseline, candidate)) in enumerate(zip(pairs, sides, strict=True))
         ),
@@ -235,6 +235,11 @@ def _judged(metric: str, found: Estimate | str, tolerance: float, slower: bool, 
 
 def _change(log_ratio: float) -> str:
     return f"{math.expm1(log_ratio):+.1%}"
+
+
+def _unknown(candidate: Measured) -> Iterator[str]:
+    if not candidate.parity:
+        yield f"how exact {candidate.model} is was not stored, so its latency alone is judged"
 
 
 def _worst(outcomes: Iterable[Outcome]) -> Outcome:
