@@ -239,6 +239,16 @@ def test_the_process_of_a_model_by_its_messages(tmp_path: Path, gpu: Any) -> Non
         serving.join()
 
 
+def test_a_request_of_many_images_takes_as_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Detector.load(tiny(tmp_path / "tiny.onnx")) as detector:
+        assert worker.tried(detector, 2).max_batch == 2
+        runs: list[int] = []
+        infer = detector.infer
+        monkeypatch.setattr(detector, "infer", lambda feed: runs.append(len(feed["images"])) or infer(feed))
+        assert len(detector([image(9)] * 5)) == 5
+        assert runs == [2, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,8 @@ BINARY = tensor(parameters={"binary_data_size": 8})
         (request(tensor(shape=[-1, 2])), None, r"inputs.0.shape.0"),
         (request(tensor(shape=[2**31, 2**31])), None, r"inputs.0.shape.0"),
         (request(tensor(shape=[2**30, 2**30, 2**30])), None, "has 2 elements, and its shape is"),
+        (request(tensor(shape=[1] * 100, data=[1])), None, "inputs.0.shape: List should have at most 32 items"),
+        (b" " * (1 << 25) + request(tensor()), None, "bytes of JSON, and at most 33554432 are taken"),
         (request(tensor(shape=[1, 3])), None, r"images has 2 elements, and its shape is \[1, 3\]"),
         (request(tensor(data=[[1], [2, 3]])), None, "the data of images are not FP32"),
         (request(tensor(data=["x", "y"])), None, "the data of images are not FP32"),
@@ -121,6 +125,35 @@ BINARY = tensor(parameters={"binary_data_size": 8})
 def test_what_is_no_request_is_told(body: bytes, length: str | None, why: str) -> None:
     with pytest.raises(UserError, match=why):
         kserve.parse(body, length, SERVED)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        request(tensor(shape=[2**31 - 1] * 200_000)),
+        b'{"inputs":[' + b"1," * 1_000_000 + b"1]}",
+        request(tensor(), outputs=[1] * 1_000_000),
+    ],
+    ids=["dimensions", "inputs", "outputs"],
+)
+def test_long_lists_cost_nothing(body: bytes) -> None:
+    """A product of many sizes took minutes, a million faults took gigabytes."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(UserError, match="at most 32 items") as refusal:
+        kserve.parse(body, None, SERVED)
+    assert time.process_time() - start < 2
+    assert len(str(refusal.value)) < 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300e3  # kB
+
+
+def test_a_run_has_no_more_images_than_are_allowed(server: Server) -> None:
+    many = request(tensor(shape=[9, 3, 160, 160], parameters={"binary_data_size": 9 * 3 * 160 * 160 * 4}, data=None))
+    answer = server.client.post(
+        f"/v2/models/{server.document['model']}/infer",
+        content=many + bytes(9 * 3 * 160 * 160 * 4),
+        headers={kserve.HEADER_LENGTH: str(len(many))},
+    )
+    assert (answer.status_code, answer.json()["error"]) == (413, "at most 8 images are taken in a run")
 
 
 def test_metadata_and_health(server: Server) -> None:

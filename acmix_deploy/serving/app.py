@@ -114,6 +114,7 @@ class Api:
         self._decoded = Budget(MAX_DECODED, "pixels")
         self._most = min(MAX_PICTURES, limits.max_queue)
         self._threads = anyio.CapacityLimiter(usable_cores())
+        self._parsing = anyio.CapacityLimiter(1)  # JSON becomes large, and Python reads no two at a time anyway
 
     def app(self) -> ASGIApp:
         """The whole of it as an application; :attr:`batcher` has to be open while it runs."""
@@ -218,8 +219,10 @@ class Api:
         served = self.batcher.served
         async with _body(request, self._bodies, self.batcher.limits.deadline) as body:
             length = request.headers.get(kserve.HEADER_LENGTH)
-            asked = await run_sync(kserve.parse, body, length, served, limiter=self._threads)
+            asked = await run_sync(kserve.parse, body, length, served, limiter=self._parsing)
             batch = max((len(array) for array in asked.feed.values() if array.ndim), default=1)
+            if batch > (most := max(served.max_batch, served.input_shape[0])):
+                raise HTTPException(413, f"at most {most} images are taken in a run")
             with self.batcher.places.hold(batch):
                 try:
                     outputs = await self.batcher.infer(asked.feed)

@@ -24,6 +24,12 @@ HEADER_LENGTH = "inference-header-content-length"
 
 PLATFORM = "acmix_deploy"
 
+MAX_JSON = 1 << 25
+"""Bytes of JSON in a request: 32 MiB. As objects they are up to thirty times as large."""
+
+_MOST = 32
+"""Dimensions of a tensor, inputs and outputs in a request. Of longer lists nothing is kept, not even what is wrong."""
+
 _DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "int8": "INT8", "int32": "INT32", "int64": "INT64", "float16": "FP16",
     "float32": "FP32", "float64": "FP64",
@@ -34,7 +40,7 @@ class Tensor(BaseModel):
     """An input of a request."""
 
     name: str
-    shape: list[Annotated[int, Field(gt=0, lt=2**31)]]
+    shape: list[Annotated[int, Field(gt=0, lt=2**31)]] = Field(max_length=_MOST)
     datatype: str
     parameters: dict[str, Any] = {}
     data: list[Any] | None = None
@@ -52,8 +58,8 @@ class InferRequest(BaseModel):
 
     id: str = ""
     parameters: dict[str, Any] = {}
-    inputs: list[Tensor]
-    outputs: list[Wanted] = []
+    inputs: list[Tensor] = Field(max_length=_MOST)
+    outputs: list[Wanted] = Field(default=[], max_length=_MOST)
 
 
 class Request(NamedTuple):
@@ -97,6 +103,8 @@ def parse(body: bytes, header_length: str | None, served: Served) -> Request:
         if not header_length.isdecimal() or int(header_length) > length:
             raise UserError(f"{HEADER_LENGTH} is {header_length!r:.40}, and the body has {length} bytes")
         length = int(header_length)
+    if length > MAX_JSON:
+        raise UserError(f"{length} bytes of JSON, and at most {MAX_JSON} are taken; send tensors in binary form")
     try:
         request = InferRequest.model_validate_json(body[:length])
     except ValidationError as error:
