@@ -31,6 +31,11 @@ with suppress(ModuleNotFoundError):  # not on a machine for GPU tests
     onnxruntime.SessionOptions = _PassiveOptions
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # In pyproject.toml it would import PyTorch before the environment above is set, which then has no effect.
+    config.addinivalue_line("filterwarnings", "ignore::torch.jit.TracerWarning")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("soak") and not os.environ.get("ACMIX_SOAK"):
         pytest.skip("takes many minutes: make soak")
