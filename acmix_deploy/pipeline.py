@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import copy
 import glob
-import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -322,7 +321,7 @@ def _feeds(shapes: Sequence[tuple[int, ...]], scenes: Scenes | None) -> list[dic
 
 def _scenes(photos: Path, shapes: Sequence[tuple[int, ...]], metadata: Mapping[str, str]) -> Scenes:
     """Photographs at every shape that the export was checked at, to compare detections in."""
-    letterbox = Letterbox(**json.loads(metadata.get("letterbox", "{}")))
+    letterbox = Letterbox.of(metadata)
     batches = placed_batches(find(photos, _PHOTOS).paths, shapes, letterbox)
     return Scenes(INPUT, [*batches], names_of(metadata))
 

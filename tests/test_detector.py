@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,25 @@ def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "b.onnx")
     with pytest.raises(UserError, match=r"b is not a detector: it takes x \[1, 4\] float32"):
         Detector.load(tmp_path / "b.onnx")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"names": "{0: oops"},
+        {"names": "['a', 'b']"},
+        {"names": "open('x')"},
+        {"letterbox": "{bad"},
+        {"letterbox": '{"center": 7}'},
+        {"imgsz": "x"},
+        {"imgsz": "640"},
+    ],
+    ids=str,
+)
+def test_metadata_of_other_kinds_are_told(tmp_path: Path, metadata: dict[str, str]) -> None:
+    ((key, value),) = metadata.items()
+    with pytest.raises(UserError, match=f"the metadata tell the {key} {re.escape(repr(value))}, and expected"):
+        Detector.load(small(tmp_path / "a.onnx", **metadata))
 
 
 def test_raw_tensors(tmp_path: Path, shapes_model: Path) -> None:

@@ -89,6 +89,15 @@ def test_binary_tensors() -> None:
     np.testing.assert_array_equal(np.frombuffer(content[length:], np.float16), ROW[0])
 
 
+def test_what_is_not_finite_is_no_json() -> None:
+    outputs = {"output0": np.array([[np.nan, np.inf]], np.float16)}
+    with pytest.raises(UserError, match="output0 is not finite; ask for it in binary form"):
+        kserve.answer(kserve.parse(request(tensor()), None, SERVED), outputs, SERVED)
+    binary = kserve.parse(request(tensor(), parameters={"binary_data_output": True}), None, SERVED)
+    content, _ = kserve.answer(binary, outputs, SERVED)
+    assert content.endswith(outputs["output0"].tobytes())
+
+
 BINARY = tensor(parameters={"binary_data_size": 8})
 
 
@@ -114,6 +123,7 @@ BINARY = tensor(parameters={"binary_data_size": 8})
         (request(tensor(), outputs=[{"name": "x"}]), None, "a gives output0, and x is asked for"),
         (request(tensor()), "x", "is 'x', and the body has"),
         (request(tensor()), "-1", "is '-1', and the body has"),
+        (request(tensor()), "9" * 5000, "is '9999"),
         (request(tensor()), "999999", "is '999999', and the body has"),
         (request(tensor()) + b"more", str(len(request(tensor()))), "4 bytes are left after the last tensor"),
         (request(BINARY), None, "binary_data_size of images is 8, and 0 bytes are left"),

@@ -88,7 +88,7 @@ def _port(text: str) -> int:
 
 
 def _token(path: Path) -> str:
-    """The first line of a file. Raises UserError where it is no token."""
+    """What a file holds, without white space around it. Raises UserError where it is no token."""
     try:
         token = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:

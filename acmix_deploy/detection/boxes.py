@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from acmix_deploy.detection.images import Boxes, Placement, opencv
+from acmix_deploy.errors import UserError
 
 Array = NDArray[Any]
 
@@ -52,9 +53,22 @@ def named(found: Detections, names: Mapping[int, str]) -> list[Detection]:
 
 
 def names_of(metadata: Mapping[str, str]) -> dict[int, str]:
-    """The class names that an export left in a file's metadata, by index; empty where it left none."""
-    names: dict[int, str] = ast.literal_eval(metadata.get("names", "{}"))
-    return names
+    """The class names that an export left in a file's metadata, by index; empty where it left none.
+
+    Raises:
+        UserError: what is there is something else.
+    """
+    told = metadata.get("names", "{}")
+    try:
+        return _NAMES.validate_python(ast.literal_eval(told))
+    except (ValueError, SyntaxError) as error:
+        raise UserError(
+            f"the metadata tell the names {told!r:.60}, and expected are names by class, such as {{0: 'person'}}",
+            "Export the file from its checkpoint: acmix-deploy export",
+        ) from error
+
+
+_NAMES = TypeAdapter(dict[int, str])
 
 
 def is_detector(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
@@ -136,7 +135,7 @@ def quantize(
     shape = _shape(session, source, metadata, image_size)
     (name,) = (node.name for node in inputs_of(session))
     photos = find(calibration, limit)
-    letterbox = Letterbox(**json.loads(metadata.get("letterbox", "{}")))
+    letterbox = Letterbox.of(metadata)
 
     def feeds() -> Iterator[Feeds]:
         return ({name: batch} for batch in batches(photos.paths, [shape], letterbox))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -239,7 +238,7 @@ def _feed(file: Path, opened: Model, setup: Setup) -> dict[str, Array]:
             raise UserError(f"{file} takes {name} of {list(dims)}; a shape like {list(wanted)} is expected")
         shape = tuple(dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True))
         if setup.images:
-            letterbox = Letterbox(**json.loads(opened.metadata.get("letterbox", "{}")))
+            letterbox = Letterbox.of(opened.metadata)
             images = next(batches(find(setup.images, shape[0]).paths, [shape], letterbox))
         else:
             images = random_images(shape)

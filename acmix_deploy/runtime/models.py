@@ -41,8 +41,15 @@ def usual_shape(metadata: Mapping[str, str], profile: tuple[Shape, Shape, Shape]
     """See :meth:`Model.usual_shape`."""
     if profile:
         return profile[1]
-    height, width = ast.literal_eval(metadata.get("imgsz", "[640, 640]"))
-    return 1, int(metadata.get("channels", 3)), height, width
+    told = metadata.get("imgsz", "[640, 640]")
+    try:
+        height, width = map(int, ast.literal_eval(told))
+        return 1, int(metadata.get("channels", 3)), height, width
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise UserError(
+            f"the metadata tell the imgsz {told!r:.60}, and expected are a height and a width, such as [640, 640]",
+            "Export the file from its checkpoint: acmix-deploy export",
+        ) from error
 
 
 def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin: Path | None = None) -> Model:

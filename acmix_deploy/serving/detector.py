@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -55,7 +54,7 @@ class Detector:
         """Of the classes, by their indices."""
         self.confidence, self.iou = confidence, iou
         self._run, self._close = opened.run, opened.close
-        self._letterbox = Letterbox(**json.loads(opened.metadata.get("letterbox", "{}")))
+        self._letterbox = Letterbox.of(opened.metadata)
         if len(self.inputs) != 1 or len(self.inputs[0].dims) != 4:
             raise no_detector(name, f"takes {', '.join(map(str, self.inputs))}")
         (self._input,) = self.inputs

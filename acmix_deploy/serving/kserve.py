@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -100,7 +101,7 @@ def parse(body: bytes, header_length: str | None, served: Served) -> Request:
     """
     length = len(body)
     if header_length is not None:
-        if not header_length.isdecimal() or int(header_length) > length:
+        if not re.fullmatch("[0-9]{1,18}", header_length) or int(header_length) > length:
             raise UserError(f"{HEADER_LENGTH} is {header_length!r:.40}, and the body has {length} bytes")
         length = int(header_length)
     if length > MAX_JSON:
@@ -133,7 +134,11 @@ def parse(body: bytes, header_length: str | None, served: Served) -> Request:
 
 
 def answer(request: Request, outputs: Mapping[str, Array], served: Served) -> tuple[bytes, dict[str, str]]:
-    """The body of the response and the headers that belong to it."""
+    """The body of the response and the headers that belong to it.
+
+    Raises:
+        UserError: an output is asked for as JSON, which has no words for what is not finite.
+    """
     tensors, parts = [], []
     for name, binary in request.outputs.items():
         array = np.ascontiguousarray(outputs[name])
@@ -144,6 +149,8 @@ def answer(request: Request, outputs: Mapping[str, Array], served: Served) -> tu
             parts.append(array.tobytes())
             tensor["parameters"] = {"binary_data_size": array.nbytes}
         else:
+            if not np.isfinite(array).all():
+                raise UserError(f"{name} is not finite; ask for it in binary form")
             tensor["data"] = array.ravel().tolist()
         tensors.append(tensor)
     document = {"model_name": served.name, "model_version": "1", "id": request.id, "outputs": tensors}

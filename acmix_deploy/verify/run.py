@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -195,7 +194,7 @@ def compare_files(
         feeds += [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in range(count)]
     else:
         photos = find(images, limit=_IMAGES)
-        letterbox = Letterbox(**json.loads(metadata.get("letterbox", "{}")))
+        letterbox = Letterbox.of(metadata)
         batches = list(placed_batches(photos.paths, shapes, letterbox))
         scenes, skipped = Scenes(name, batches, names_of(metadata), confidence), photos.skipped
     result = verify(

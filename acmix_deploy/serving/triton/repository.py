@@ -308,7 +308,7 @@ def _step(model: str, inputs: Sequence[str], outputs: Mapping[str, str]) -> list
 def _described(network: _Network, confidence: float) -> list[str]:
     """What clients need to know beside the tensors."""
     names = names_of(network.metadata)
-    letterbox = Letterbox(**json.loads(network.metadata.get("letterbox", "{}")))
+    letterbox = Letterbox.of(network.metadata)
     return _parameters(
         {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence)}
     )
