@@ -240,6 +240,25 @@ def test_a_fault_of_the_server_is_told_to_its_log_alone(monkeypatch: pytest.Monk
         asyncio.run(ask(to_the_log=True))
 
 
+def test_pictures_that_take_long_to_decode_have_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is being decoded is waited for; those behind it are not begun."""
+    from acmix_deploy.serving import pictures
+    from acmix_deploy.serving.app import Api
+    from acmix_deploy.serving.batching import Limits
+    from acmix_deploy.serving.worker import Setup
+
+    begun: list[bytes] = []
+    monkeypatch.setattr(pictures, "decode", lambda data: (begun.append(data), time.sleep(0.2)))
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Api(Setup(Path("none.onnx")), Limits(deadline=0.3)).app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post("/v1/detect", files=[("a", PICTURE)] * 6)
+
+    refused(asyncio.run(ask()), 504, "not decoded in time")
+    assert len(begun) == 2
+
+
 def test_only_this_machine_is_listened_to_by_default(server: Server) -> None:
     assert server.address[0] == "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

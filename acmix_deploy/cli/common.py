@@ -119,6 +119,20 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugin", type=Path, metavar="FILE", help="library with custom layers of the model")
 
 
+def add_batching(parser: argparse.ArgumentParser) -> None:
+    """Options of the verbs by which images that come one by one are run together."""
+    parser.add_argument(
+        "--max-batch", type=positive, default=8, metavar="N", help="images in a run at most (default: 8)"
+    )
+    parser.add_argument(
+        "--max-delay-ms",
+        type=not_negative,
+        default=5.0,
+        metavar="MS",
+        help="how long an image waits for others at most (default: 5)",
+    )
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Options of the verbs that load checkpoints."""
     parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_detector, duration, not_negative, positive, print_line
+from acmix_deploy.cli.common import add_batching, add_detector, duration, positive, print_line
 from acmix_deploy.errors import MissingComponent, UserError
 
 
@@ -20,16 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, for this machine alone)"
     )
     parser.add_argument("--port", type=_port, default=8000, metavar="N", help="0 for a free one (default: 8000)")
-    parser.add_argument(
-        "--max-batch", type=positive, default=8, metavar="N", help="images in a run at most (default: 8)"
-    )
-    parser.add_argument(
-        "--max-delay-ms",
-        type=not_negative,
-        default=5.0,
-        metavar="MS",
-        help="how long an image waits for others at most (default: 5)",
-    )
+    add_batching(parser)
     parser.add_argument(
         "--max-queue",
         type=positive,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hmac
-import json
 import logging
 import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from datetime import datetime, timezone
 from importlib import resources
 from typing import Any
 
@@ -144,6 +142,7 @@ class Api:
             Overloaded: lambda request, error: _refusal(request, 429, str(error), {"retry-after": "1"}),
             Unavailable: lambda request, error: _refusal(request, 503, str(error), {"retry-after": "1"}),
             Expired: lambda request, error: _refusal(request, 504, str(error)),
+            TimeoutError: lambda request, error: _refusal(request, 504, "the pictures were not decoded in time"),
             UserError: lambda request, error: _refusal(request, 400, error.message),
             pictures.Broken: lambda request, error: _refusal(request, 400, str(error)),
             pictures.TooLarge: lambda request, error: _refusal(request, 413, str(error)),
@@ -182,7 +181,8 @@ class Api:
             if pixels > MAX_DECODED:
                 raise HTTPException(413, f"at most {MAX_DECODED / 1e6:.1f} million pixels are taken in a request")
             with self.batcher.places.hold(len(files)), self._decoded.hold(pixels):
-                images = [await run_sync(pictures.decode, file, limiter=self._threads) for file in files]
+                with anyio.fail_after(self.batcher.limits.deadline):
+                    images = [await run_sync(pictures.decode, file, limiter=self._threads) for file in files]
                 found = await self.batcher.detect(images)
         served = self.batcher.served
         response = DetectResponse(
@@ -347,16 +347,3 @@ async def _files(request: Request, body: bytes, most: int) -> list[bytes]:
     if not files:
         raise HTTPException(400, "no file is in this multipart/form-data")
     return files
-
-
-class JsonLines(logging.Formatter):
-    """A record as one line of JSON."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Time in UTC, level, logger, message, what a request's line tells, and the traceback where there is one."""
-        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        line = {"time": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
-        line.update(getattr(record, "told", {}))
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)

@@ -67,7 +67,7 @@ class Limits(NamedTuple):
     max_queue: int = 64
     """Images that are waiting or running at most."""
     deadline: float = 10.0
-    """Seconds for a head, for a body and for an answer; a model that takes longer is taken for hung."""
+    """Seconds for a head, a body, its pictures and the answer, each; a model that takes longer is taken for hung."""
 
 
 class _Job(NamedTuple):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import signal
 import socket
 from collections.abc import Callable
+from datetime import datetime, timezone
 
 import uvicorn
 from pydantic import Field
@@ -15,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
-from acmix_deploy.serving.app import Api, JsonLines
+from acmix_deploy.serving.app import Api
 from acmix_deploy.serving.batching import Limits
 from acmix_deploy.serving.worker import Setup
 
@@ -61,6 +63,19 @@ class Protocol(H11Protocol):
     def _close_if_waiting(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
             self.transport.abort()
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time in UTC, level, logger, message, what a request's line tells, and the traceback where there is one."""
+        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {"time": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        line.update(getattr(record, "told", {}))
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def serve(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_detector, not_negative, positive, print_json
+from acmix_deploy.cli.common import add_batching, add_detector, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="native: Triton's own backends, image tensors in; python: pictures as bytes in, acmix-deploy has to be in "
         "the container (default: native)",
     )
-    parser.add_argument(
-        "--max-batch", type=positive, default=8, metavar="N", help="images in a run at most (default: 8)"
-    )
-    parser.add_argument(
-        "--max-delay-ms",
-        type=not_negative,
-        default=5.0,
-        metavar="MS",
-        help="how long a request waits for others at most (default: 5)",
-    )
+    add_batching(parser)
     add_detector(parser)
 
 
