@@ -238,7 +238,12 @@ def verify_unit(folder: Path, drop_in: str) -> None:
 
 
 def test_service_refuses_what_systemd_would_read_otherwise(jetson, installed: Path) -> None:
-    for arguments in ([installed / "none.engine"], [installed / "model.engine", "--host", '$(id)"']):
+    (installed / "my model.engine").touch()
+    for arguments in (
+        [installed / "none.engine"],
+        [installed / "my model.engine"],
+        [installed / "model.engine", "--host", '$(id)"'],
+    ):
         done, calls = jetson("service.sh", installed, *arguments)
         assert (done.returncode, calls) == (2, [])
         assert done.stderr.startswith("error: ")

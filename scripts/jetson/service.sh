@@ -9,10 +9,12 @@ for path in "$folder/venv/bin/acmix-deploy" "$model"; do
     [ -f "$path" ] || { echo "error: $path is no file; run install.sh and build.sh first" >&2; exit 2; }
 done
 # Other characters mean something to systemd.
-[[ "$folder $model $*" =~ ^[A-Za-z0-9\ /._:,=-]+$ ]] || {
-    echo "error: folder, model and options may hold letters, digits and / . _ : , = - alone" >&2
-    exit 2
-}
+for word in "$folder" "$model" "$@"; do
+    [[ $word =~ ^[A-Za-z0-9/._:,=-]+$ ]] || {
+        echo "error: $word: folder, model and options may hold letters, digits and / . _ : , = - alone" >&2
+        exit 2
+    }
+done
 
 echo "ARGUMENTS=\"$model $*\"" | sudo tee /etc/default/acmix-deploy
 sed "s|/opt/acmix-deploy|$folder|" "$(dirname "$0")/acmix-deploy.service" |
