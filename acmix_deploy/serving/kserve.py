@@ -26,7 +26,7 @@ HEADER_LENGTH = "inference-header-content-length"
 PLATFORM = "acmix_deploy"
 
 MAX_JSON = 1 << 25
-"""Bytes of JSON in a request: 32 MiB. As objects they are up to thirty times as large."""
+"""Bytes of JSON in a request: 32 MiB. Read, `[],[],...` took 35 times as many."""
 
 _MOST = 32
 """Dimensions of a tensor, inputs and outputs in a request. Of longer lists nothing is kept, not even what is wrong."""
