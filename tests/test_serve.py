@@ -282,7 +282,9 @@ def test_a_token_is_asked_for(tmp_path: Path) -> None:
             for path in ("/metrics", "/v2", "/v2/models/tiny"):
                 refused(server.client.get(path, headers=headers), 401, "a token is needed")
             refused(server.client.post("/v1/reload", headers=headers), 401, "a token is needed")
-        assert server.detect(PICTURE, headers={"authorization": f"Bearer {TOKEN}"}).json()["images"][0]["detections"]
+        for scheme in ("Bearer", "bearer"):  # RFC 9110, section 11.1: case does not matter
+            response = server.detect(PICTURE, headers={"authorization": f"{scheme} {TOKEN}"})
+            assert response.json()["images"][0]["detections"]
 
 
 @pytest.mark.parametrize("content", ["", "short", "with spaces in it, long", "é" * 20])

@@ -244,7 +244,7 @@ class _Observed:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None) -> None:
         self._app, self._metrics = app, metrics
-        self._authorization = f"Bearer {token}".encode() if token else None
+        self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -263,7 +263,7 @@ class _Observed:
             await send(message)
 
         try:
-            if self._authorization and scope["path"] not in _OPEN and not self._may(headers):
+            if self._token and scope["path"] not in _OPEN and not _carries(headers, self._token):
                 refusal = _refusal(Request(scope), 401, "a token is needed", {"www-authenticate": "Bearer"})
                 await refusal(scope, receive, answer)
             else:
@@ -277,8 +277,10 @@ class _Observed:
             client = (scope.get("client") or ("",))[0]
             access.info("request", extra={"told": {**told, "ms": round(1e3 * seconds, 1), "client": client}})
 
-    def _may(self, headers: Headers) -> bool:
-        return hmac.compare_digest(headers.get("authorization", "").encode(), self._authorization or b"")
+
+def _carries(headers: Headers, token: str) -> bool:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
 
 
 def _refusal(request: Request, status: int, why: str, headers: Mapping[str, str] | None = None) -> Response:
