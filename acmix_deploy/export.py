@@ -71,6 +71,7 @@ def export(
     dynamic: Collection[str] = (),
     divisor: int = 1,
     metadata: Mapping[str, str] | None = None,
+    reference: nn.Module | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> ExportResult:
     """Export a float32 module of one image input to an ONNX file that computes the same.
@@ -90,25 +91,28 @@ def export(
         dynamic: axes to leave free, out of ``batch``, ``height`` and ``width``.
         divisor: H and W must be multiples of it, the model's total stride.
         metadata: goes into the file's ``metadata_props``.
+        reference: what the file has to compute, where ``module`` was made of another; by default that is ``module``.
         progress: told what is about to be done.
 
     Raises:
         UserError: the request cannot be met by this model, or the file cannot be written.
         CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen.
     """
-    example = _check_request(input_shape, opset, dynamic, divisor)
+    shapes = checked_shapes(input_shape, dynamic, divisor)
+    if opset not in OPSETS:
+        raise UserError(f"opset {opset} is not supported; it must be {OPSETS[0]} to {OPSETS[-1]}")
     if isinstance(module, ExportedProgram):
         dynamic = _free_axes(module, dynamic)
-        reference = _callable(module)
+        shapes = checked_shapes(input_shape, dynamic, divisor)
+        reference = reference or _callable(module)
     else:
         # Detectors keep what depends on the last image's size; a copy is traced, so that runs and traces do not mix.
-        reference, module = module.eval(), copy.deepcopy(module).eval()
-    dims = [None if axis in {AXES[name] for name in dynamic} else size for axis, size in enumerate(example)]
-    shapes = trial_shapes(dims, example, divisor)
+        reference, module = reference or module.eval(), copy.deepcopy(module).eval()
+    example = shapes[0]
     # Traced at a batch of 2 where it is free: the exporters take an axis of length 1 for one that broadcasts.
     traced = (max(example[0], 2), *example[1:]) if "batch" in dynamic else example
     progress("running the model")
-    expected = {shape: _run(reference, shape) for shape in shapes}
+    expected = {shape: run(reference, shape) for shape in shapes}
     names = [f"output{index}" for index in range(len(expected[example]))]
     image = torch.zeros(traced)
 
@@ -148,9 +152,12 @@ def export(
         raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
 
 
-def _check_request(input_shape: Sequence[int], opset: int, dynamic: Collection[str], divisor: int) -> Shape:
-    if opset not in OPSETS:
-        raise UserError(f"opset {opset} is not supported; it must be {OPSETS[0]} to {OPSETS[-1]}")
+def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), divisor: int = 1) -> list[Shape]:
+    """The shapes at which a file is run against the model, the example first; arguments as in :func:`export`.
+
+    Raises:
+        UserError: the shape or an axis is none.
+    """
     if unknown := set(dynamic) - AXES.keys():
         raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
     shape = tuple(input_shape)
@@ -162,7 +169,8 @@ def _check_request(input_shape: Sequence[int], opset: int, dynamic: Collection[s
             f"an image of {shape[2]}x{shape[3]} is not divisible by the model's stride {divisor}",
             f"The nearest size that is: {near[0]}x{near[1]}.",
         )
-    return shape
+    free = {AXES[name] for name in dynamic}
+    return trial_shapes([None if axis in free else size for axis, size in enumerate(shape)], shape, divisor)
 
 
 def _free_axes(program: ExportedProgram, dynamic: Collection[str]) -> set[str]:
@@ -187,8 +195,8 @@ def _callable(program: ExportedProgram) -> nn.Module:
     return module
 
 
-def _run(module: nn.Module, shape: Shape) -> list[Array]:
-    """The module's own outputs. What it cannot compute, no file can."""
+def run(module: nn.Module, shape: Shape) -> list[Array]:
+    """The outputs of a module on noise [B, C, H, W]. What it cannot compute, no file can: raises UserError."""
     try:
         with _quiet(), torch.no_grad():
             outputs = tensors_of(module(torch.from_numpy(random_images(shape))))
@@ -314,7 +322,7 @@ def _check(
 
     def right(shape: Shape) -> bool:
         try:
-            return distance(shape, _run(module, shape)) <= limit
+            return distance(shape, run(module, shape)) <= limit
         except CheckFailed:
             return False
 

@@ -21,11 +21,13 @@ from torch.export import ExportedProgram
 from acmix_deploy import __version__, families, yolo
 from acmix_deploy.artifacts import replacing, sidecar, write_artifact
 from acmix_deploy.checkpoint import LoadedModel, load
+from acmix_deploy.checkpoint.reference import Reference
 from acmix_deploy.detection.boxes import names_of
 from acmix_deploy.detection.images import Images, Letterbox, find, placed_batches
 from acmix_deploy.engine.build import BuildReport, build, target_here
 from acmix_deploy.errors import AcmixDeployError, UserError
-from acmix_deploy.export import INPUT, export
+from acmix_deploy.export import INPUT, checked_shapes, export, run
+from acmix_deploy.families.proof import keep_proven
 from acmix_deploy.forms import to_form, write_for
 from acmix_deploy.fusion import ConvBranchChoice, fuse
 from acmix_deploy.plugin.build import NAME as PLUGIN
@@ -35,7 +37,7 @@ from acmix_deploy.precision import FLOAT32, quantize, to_fp16
 from acmix_deploy.profile import profile
 from acmix_deploy.report.model import ExportReport, describe_file, next_steps, shapes_to_build
 from acmix_deploy.report.target import TargetReport
-from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.inputs import Shape, random_images
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner, precision_of
 from acmix_deploy.runtime.torch import TorchRunner
@@ -123,7 +125,9 @@ def deploy(
     with _stage("load", seconds, progress, f"loading {checkpoint}"):
         model = load(checkpoint, arch=arch, trust=trust)
         shape = input_shape or _default_shape(model, image_size)
-        module, blocks = _recognise(model)
+        divisor = int(model.metadata.get("stride", 1))
+        reference = Reference(model)
+        module, blocks = _recognise(model, reference, checked_shapes(shape, dynamic, divisor), dynamic)
         files = [*paths.values(), *(path.with_suffix(".engine") for path in paths.values()), *_for_targets(paths)]
         for stale in (*files, *map(sidecar, files), out / "report.json"):
             if stale.is_file():
@@ -136,8 +140,9 @@ def deploy(
             input_shape=shape,
             opset=opset,
             dynamic=dynamic,
-            divisor=int(model.metadata.get("stride", 1)),
+            divisor=divisor,
             metadata=model.metadata,
+            reference=reference,
             progress=progress,
         )
         asked = {"input_shape": list(shape), "dynamic": sorted(dynamic), "opset": opset}
@@ -202,10 +207,10 @@ def deploy(
                 artifacts[f"{role} engine"] = engines[role].artifact
                 runnable[f"{role} engine"] = engines[role].artifact.path
 
-    with _stage("verify", seconds, progress, "comparing every file with the PyTorch model"):
+    with _stage("verify", seconds, progress, "comparing every file with the model"):
         names = {role: artifact.path.name for role, artifact in artifacts.items()}
         candidates = [_candidate(names[role], made) for role, made in runnable.items()]
-        verification = _verify(module, candidates, [] if scenes else feeds, scenes, model.metadata)
+        verification = _verify(reference, module, candidates, [] if scenes else feeds, scenes, model.metadata)
 
     with _stage("profile", seconds, progress, "timing every file"):
         timed = {role: model for role, model in runnable.items() if isinstance(model, Path)}
@@ -216,6 +221,7 @@ def deploy(
         model=str(checkpoint),
         notes=(*model.notes, *notes),
         blocks=tuple(blocks),
+        reference=reference.report,
         export=exported,
         fusion=fusion,
         files={role: describe_file(artifact, latency.get(role)) for role, artifact in artifacts.items()},
@@ -283,26 +289,38 @@ def _default_shape(model: LoadedModel, image_size: int | None) -> tuple[int, int
     return 1, channels, height, width
 
 
-def _recognise(model: LoadedModel) -> tuple[nn.Module | ExportedProgram, list[families.BlockReport]]:
-    """The module ready for export, with every known block replaced by its family's own."""
+def _recognise(
+    model: LoadedModel, reference: Reference, shapes: Sequence[Shape], dynamic: Collection[str]
+) -> tuple[nn.Module | ExportedProgram, list[families.BlockReport]]:
+    """The module ready for export, with every known block replaced by its family's own, proven at all ``shapes``."""
     if isinstance(model.module, ExportedProgram):
         return model.module, []
     module, blocks = families.canonicalise(model.module)
+    module, blocks = keep_proven(
+        reference.model,
+        module,
+        blocks,
+        run=lambda: [run(reference, shape) for shape in shapes],
+        any_size=not {"height", "width"}.isdisjoint(dynamic),
+    )
     return yolo.prepare_for_export(module), blocks
 
 
 def _verify(
+    reference: Reference,
     module: nn.Module | ExportedProgram,
     candidates: Sequence[Candidate],
     feeds: Sequence[dict[str, Images]],
     scenes: Scenes | None,
     metadata: Mapping[str, str],
 ) -> Verification:
-    """Every file against the PyTorch model."""
-    reference = module.module() if isinstance(module, ExportedProgram) else module
-    half = any(candidate.precision == "float16" for candidate in candidates)
-    eager = {"float16": TorchRunner(copy.deepcopy(reference).half(), "torch float16")} if half else {}
-    return verify(TorchRunner(reference, "PyTorch"), candidates, feeds, metadata=metadata, scenes=scenes, eager=eager)
+    """Every file against the model as it was loaded; ``module`` tells what half precision costs in PyTorch."""
+    eager = {}
+    if any(candidate.precision == "float16" for candidate in candidates):
+        half = module.module() if isinstance(module, ExportedProgram) else copy.deepcopy(module)
+        eager["float16"] = TorchRunner(half.half(), "torch float16")
+    runner = TorchRunner(reference, str(reference.report))
+    return verify(runner, candidates, feeds, metadata=metadata, scenes=scenes, eager=eager)
 
 
 def _candidate(name: str, model: Path | onnx.ModelProto) -> Candidate:

@@ -9,18 +9,21 @@ import copy
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Variant = Literal["p3p4p5", "p5"]
 Scale = Literal["n", "s", "m", "l", "x"]
+
+_EQUAL = 1e-5  # relative L2 of two ways to compute one result in float32
 
 
 def ultralytics(module: str) -> ModuleType:
@@ -180,13 +183,48 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     """
     if not _is_ultralytics(model):
         return model
-    detector: Any = copy.deepcopy(model).eval()
-    detector = detector.fuse(verbose=False)
+    detector = _as_exporter(model).fuse(verbose=False)
     for module in detector.modules():
         if hasattr(module, "forward_split"):  # into parts of given sizes: opset 17 cannot split into a number of parts
             module.forward = module.forward_split
+    prepared: nn.Module = detector
+    return prepared
+
+
+def exported(model: nn.Module, image: Tensor, outputs: Sequence[Tensor]) -> list[int]:
+    """Which of the tensors that a model gives its export gives too, in the order of the export.
+
+    Args:
+        model: in eval mode.
+        image: [B, C, H, W] float32.
+        outputs: what the model makes of it.
+
+    Raises:
+        CheckFailed: an Ultralytics model gives its exporters a result that it does not give by itself.
+    """
+    if not _is_ultralytics(model):
+        return [*range(len(outputs))]
+    from acmix_deploy.runtime.torch import tensors_of
+
+    return [_place(wanted, outputs) for wanted in tensors_of(_as_exporter(model)(image))]
+
+
+def _place(wanted: Tensor, outputs: Sequence[Tensor]) -> int:
+    """Index of the tensor that is equal to ``wanted``. Raises CheckFailed where none is."""
+    for index, own in enumerate(outputs):
+        if own.shape == wanted.shape and (own - wanted).norm() <= _EQUAL * wanted.norm():
+            return index
+    raise CheckFailed(
+        f"in the form for export the model gives a tensor {list(wanted.shape)} that it does not give by itself",
+        "Export with the version of Ultralytics that the model was trained with.",
+    )
+
+
+def _as_exporter(model: nn.Module) -> Any:
+    """A copy of an Ultralytics model in eval mode that returns what its exporter writes."""
+    detector = copy.deepcopy(model).eval()
+    for module in detector.modules():
         if isinstance(module, ultralytics("nn.modules").Detect):
             # "dynamic" computes the anchors in the graph instead of keeping those of the last size on the module.
             module.export, module.format, module.dynamic = True, "onnx", True
-    prepared: nn.Module = detector
-    return prepared
+    return detector

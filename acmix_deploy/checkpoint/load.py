@@ -33,11 +33,13 @@ class LoadedModel:
         module: in eval mode, in float32, on the CPU; or the program of a ``.pt2`` file, as it was saved.
         metadata: what serving needs to know, as entries of an ONNX file's metadata; empty where nothing is known.
         notes: what was chosen or changed on the way.
+        by_parts: paths of the blocks that a family's own module stands for, since their class is not here.
     """
 
     module: nn.Module | ExportedProgram
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    by_parts: tuple[str, ...] = ()
 
 
 def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> LoadedModel:
@@ -63,7 +65,9 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
         return LoadedModel(model)
     if contents.unknown and not arch:
         raise not_here(path, contents.unknown, trust)
+    by_parts = contents.by_parts
     if model is None or contents.unknown:
+        by_parts = ()
         notes += [f"the weights of {name} put into what --arch makes" for name in contents.unknown]
         model = _fill(path, arch, contents.state)
     elif arch:
@@ -74,7 +78,7 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
     except Exception as error:
         raise unreadable(path, error) from error
     notes += [f"weights converted from {name} to float32" for name in contents.types if name != "float32"]
-    return LoadedModel(model, metadata, tuple(notes))
+    return LoadedModel(model, metadata, tuple(notes), by_parts)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Contents:
             alone.
         state: its parameters and buffers, with the names that they have in the file.
         unknown: names of its classes that cannot be imported and are no known blocks.
+        by_parts: paths of blocks whose classes cannot be imported and that are known by their parts.
         beside: names in the pickle for which an inert object was taken, such as a configuration.
         notes: what was chosen on the way.
     """
@@ -93,6 +98,7 @@ class Contents:
     model: Any
     state: Mapping[str, Tensor] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+    by_parts: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -130,10 +136,11 @@ def read(path: Path, *, trust: bool = False) -> Contents:
     _check_unpacked_size(path)
     model, notes = _find_model(path, unpickle(path, trust=trust))
     unknown: list[str] = []
+    by_parts: list[str] = []
     state = model
     try:
         if isinstance(model, nn.Module):
-            model, unknown = _blocks_by_parts(model, notes)
+            model, by_parts, unknown = _blocks_by_parts(model, notes)
             state = model.state_dict()
         _check_numbers(path, state)
     except UserError:
@@ -141,7 +148,7 @@ def read(path: Path, *, trust: bool = False) -> Contents:
     except Exception as error:
         raise unreadable(path, error) from error
     module = model if isinstance(model, nn.Module) else None
-    return Contents(module, state, tuple(unknown), named_beside_a_model(path), tuple(notes))
+    return Contents(module, state, tuple(unknown), tuple(by_parts), named_beside_a_model(path), tuple(notes))
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -220,12 +227,14 @@ def _fill(path: Path, arch: str | None, state: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def _blocks_by_parts(model: nn.Module, notes: list[str]) -> tuple[nn.Module, list[str]]:
+def _blocks_by_parts(model: nn.Module, notes: list[str]) -> tuple[nn.Module, list[str], list[str]]:
     """Put a family's own module in the place of each that is one by its parts and whose class is not here.
 
     Returns:
-        The model, another object where it was such a block itself, and the names of classes that stay unknown.
+        The model, another object where it was such a block itself, the paths of what was replaced, and the names of
+        classes that stay unknown.
     """
+    replaced: list[str] = []
     unknown: dict[str, None] = {}
     for path, module in list(model.named_modules()):
         kind = type(module)
@@ -237,6 +246,7 @@ def _blocks_by_parts(model: nn.Module, notes: list[str]) -> tuple[nn.Module, lis
             unknown[f"{name} ({kind.why})" if kind.why else name] = None
             continue
         family, block = found
+        replaced.append(path or "the model")
         notes.append(
             f"{path or 'the model'}: {name} is not here, taken for {family} by its parts; its own code was not run to "
             "prove it"
@@ -246,7 +256,7 @@ def _blocks_by_parts(model: nn.Module, notes: list[str]) -> tuple[nn.Module, lis
                 if child is module:
                     parent._modules[key] = block
         model = block if model is module else model
-    return model, list(unknown)
+    return model, replaced, list(unknown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

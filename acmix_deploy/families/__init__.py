@@ -56,7 +56,9 @@ def by_parts(module: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def canonicalise(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
-    """Swap, in place, every block of every family for the family's own module, proven equal.
+    """Swap, in place, every block of every family for the family's own module, proven equal at one size.
+
+    See :func:`acmix_deploy.families.proof.keep_proven` for other sizes.
 
     Returns:
         The model (another object where the model itself was a block), and a report for each block found.

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from acmix_deploy.families import BlockReport
 from acmix_deploy.operators.spec import Tolerance
+from acmix_deploy.runtime.torch import OnCpu
 
 _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # what Ultralytics sets on a layer: index, inputs, class name, size
 
@@ -145,7 +145,7 @@ class Recogniser:
         limit = self.tolerances["float16" if half else "float32"].limit()
         distances = []
         for block in proposal.candidates:
-            distances.append(max(map(_relative_l2, _run(block, proposal, dtype), expected)))
+            distances.append(max(map(relative_l2, _run(block, proposal, dtype), expected)))
             if distances[-1] <= limit:
                 break
         else:
@@ -157,29 +157,6 @@ class Recogniser:
             )
             raise NotABlock(proposal.refusals[0] if proposal.refusals else difference)
         return self._dressed(block, module), [*faults, *proposal.repaired]
-
-
-class _OnCpu(TorchFunctionMode):
-    """Keeps on the CPU what code inside would move to CUDA, and notes the faults of published blocks that it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.faults: dict[str, None] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.cuda:
-            self.faults["tensors moved to CUDA whatever the input's device"] = None
-            return args[0]
-        if func is torch.linspace:
-            self.faults["position computed with linspace"] = None
-        if func is torch.nn.functional.fold:
-            self.faults["fold, which exporters write as Col2Im and TensorRT does not read"] = None
-        kwargs = {key: _cpu_for_cuda(value) for key, value in (kwargs or {}).items()}
-        return func(*map(_cpu_for_cuda, args), **kwargs)
-
-
-def _cpu_for_cuda(value: Any) -> Any:
-    return "cpu" if isinstance(value, (str, torch.device)) and str(value).startswith("cuda") else value
 
 
 def _run(module: nn.Module, proposal: Proposal, dtype: torch.dtype) -> list[Tensor]:
@@ -199,7 +176,7 @@ def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype)
     """The block's own results, in the widest type that it runs in, and the faults seen. Raises what the block does."""
     failures: dict[torch.dtype, Exception] = {}
     results = {}
-    with _OnCpu() as watch:
+    with OnCpu() as watch:
         for dtype in dict.fromkeys((torch.float64, torch.float32, own_dtype)):
             try:
                 results[dtype] = _run(module, proposal, dtype)
@@ -213,7 +190,7 @@ def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype)
     return next(iter(results.values())), faults
 
 
-def _relative_l2(actual: Tensor, expected: Tensor) -> float:
+def relative_l2(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected||, infinite for tensors of unlike shapes."""
     if actual.shape != expected.shape:
         return float("inf")

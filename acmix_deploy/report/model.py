@@ -8,6 +8,7 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.artifacts import Artifact
+from acmix_deploy.checkpoint.reference import ReferenceReport
 from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.export import ExportResult
@@ -43,6 +44,7 @@ class ExportReport(Document):
     model: str = Field(description="the checkpoint, as it was named")
     notes: tuple[str, ...] = Field(description="what was done to the checkpoint on loading")
     blocks: tuple[BlockReport, ...] = Field(description="blocks found in the module, and modules that resemble one")
+    reference: ReferenceReport
     export: ExportResult
     fusion: FusionReport
     files: dict[str, FileReport] = Field(description="by role: plain, fused, fp16, int8, target, fp16 engine, ...")
@@ -59,6 +61,7 @@ class ExportReport(Document):
     @computed_field(description="whether every file is as exact as the operator's definition asks")  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
+        """Of which reference, the model as it was loaded or as it was repaired, ``reference`` says."""
         return self.verification.passed
 
 

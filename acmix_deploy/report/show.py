@@ -25,12 +25,14 @@ def show_export(report: ExportReport, console: Console) -> None:
             *(_titled("Layers in INT8", quantized_layers(report.int8, most=_WORST)) if report.int8 else ()),
             *(line for built in report.engines.values() for line in _engine(built)),
             *_titled("Files", files(report)),
-            *_titled("Error against the PyTorch model, worst over all inputs", errors(report.verification)),
+            *_titled(f"Error against {report.reference}, worst over all inputs", errors(report.verification)),
             *_detections(report.verification),
         )
     )
     for note in notes(report):
         console.print(f"Note: {note}", style="yellow")
+    if report.passed:
+        console.print(f"\nPassed: every file computes what {report.reference} does")
     console.print(f"\nFiles and report.json are in {_folder(report)}")
     console.print("Next:")
     for step in report.next_steps:
@@ -45,12 +47,13 @@ def _detections(verification: Verification) -> list[RenderableType]:
     if not verification.detections:
         return []
     worst = [line for found in verification.detections for line in worst_image(found)]
-    return [*_titled("Detections against the PyTorch model", detections(verification)), *worst]
+    return [*_titled(f"Detections against {verification.reference}", detections(verification)), *worst]
 
 
 def notes(report: ExportReport) -> list[str]:
     """What the tables of an export do not say."""
-    found = [*report.notes, *report.export.notes]
+    repaired = (f"repaired, so that the model runs here: {fault}" for fault in report.reference.repaired)
+    found = [*report.notes, *repaired, *report.export.notes]
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped
         found.append(f"{len(skipped)} calibration images could not be read: {', '.join(skipped)}")

@@ -1,0 +1,64 @@
+"""The model as it was loaded: what every file that is made of it is compared with."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from acmix_deploy import yolo
+from acmix_deploy.checkpoint.load import LoadedModel
+from acmix_deploy.runtime.torch import MOVED_TO_CUDA, OnCpu, tensors_of
+
+
+class ReferenceReport(BaseModel):
+    """What files were compared with: the model as it was loaded, unless something is listed here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    repaired: tuple[str, ...] = Field(default=(), description="what of the model was changed so that it runs here")
+    uncompared: tuple[str, ...] = Field(
+        default=(), description="blocks that were known by their parts alone: their own code was not there to run"
+    )
+
+    @computed_field(description="whether all that was loaded took part, unchanged")  # type: ignore[prop-decorator]
+    @property
+    def as_loaded(self) -> bool:
+        return not self.repaired and not self.uncompared
+
+    def __str__(self) -> str:
+        return "the model as it was loaded" if self.as_loaded else "the model as it was repaired"
+
+
+class Reference(nn.Module):
+    """A copy of a loaded model that gives, in their order, the tensors that its export gives.
+
+    Args:
+        loaded: its module is copied; a program is run as it is.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        module = loaded.module
+        self.model = module.module() if isinstance(module, ExportedProgram) else copy.deepcopy(module)
+        self.uncompared = loaded.by_parts
+        self._faults: dict[str, None] = {}
+        self._exported: list[int] | None = None
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """[B, C, H, W] float32 to the model's own results. Raises what the model does."""
+        with OnCpu() as watch:
+            outputs = tensors_of(self.model(image))
+            if self._exported is None:
+                self._exported = yolo.exported(self.model, image, outputs)
+        self._faults |= watch.faults
+        return [outputs[index] for index in self._exported]
+
+    @property
+    def report(self) -> ReferenceReport:
+        """What it took to run, so far."""
+        moved = (MOVED_TO_CUDA,) if MOVED_TO_CUDA in self._faults and not torch.cuda.is_available() else ()
+        return ReferenceReport(repaired=moved, uncompared=self.uncompared)
