@@ -317,8 +317,8 @@ def _verify(
     """Every file against the model as it was loaded; ``module`` tells what half precision costs in PyTorch."""
     eager = {}
     if any(candidate.precision == "float16" for candidate in candidates):
-        half = module.module() if isinstance(module, ExportedProgram) else copy.deepcopy(module)
-        eager["float16"] = TorchRunner(half.half(), "torch float16")
+        half = copy.deepcopy(module.module() if isinstance(module, ExportedProgram) else module).half()
+        eager["float16"] = TorchRunner(half, "torch float16")
     runner = TorchRunner(reference, str(reference.report))
     return verify(runner, candidates, feeds, metadata=metadata, scenes=scenes, eager=eager)
 
