@@ -168,14 +168,7 @@ def read_artifact(path: Path) -> Artifact:
         UserError: there is no sidecar, it is of another form, or the file has changed since.
     """
     path = Path(path)
-    try:
-        artifact = Artifact.model_validate_json(sidecar(path).read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} has no sidecar {sidecar(path).name}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise UserError(f"{sidecar(path)} is not the sidecar of an artifact: {place}: {first['msg']}") from error
+    artifact = _read_sidecar(path)
     if (found := sha256(path)) != artifact.sha256:
         raise UserError(
             f"{path} has changed since {sidecar(path).name} was written: its SHA-256 is {found[:12]}..., "
@@ -183,6 +176,17 @@ def read_artifact(path: Path) -> Artifact:
             "Run the stage that made it again.",
         )
     return artifact.model_copy(update={"path": path})
+
+
+def _read_sidecar(path: Path) -> Artifact:
+    try:
+        return Artifact.model_validate_json(sidecar(path).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} has no sidecar {sidecar(path).name}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise UserError(f"{sidecar(path)} is not the sidecar of an artifact: {place}: {first['msg']}") from error
 
 
 def mark_exported(artifact: Artifact, checkpoint: Parent) -> Artifact:
@@ -195,7 +199,7 @@ def mark_exported(artifact: Artifact, checkpoint: Parent) -> Artifact:
 def remove_exported(folder: Path, stem: str) -> list[str]:
     """Delete what ``export`` made from a checkpoint called ``stem``, with the sidecars that say so.
 
-    A file that has changed since stays, and so does one that another verb made.
+    A file that has changed since or has another name stays, and so does one that another verb made.
 
     Returns:
         The names of the files that were deleted.
@@ -203,7 +207,9 @@ def remove_exported(folder: Path, stem: str) -> list[str]:
     found = [
         artifact.path
         for artifact in _artifacts(folder)
-        if artifact.checkpoint and Path(artifact.checkpoint.name).stem == stem
+        if artifact.checkpoint
+        and Path(artifact.checkpoint.name).stem == stem
+        and _read_sidecar(artifact.path).path.name == artifact.path.name
     ]
     for path in found:
         path.unlink()

@@ -132,6 +132,8 @@ def test_only_what_an_export_of_that_model_wrote_is_removed(tmp_path: Path) -> N
     made("again.engine", None, "model.engine")
     made("model2.onnx", "model2", "model2.pt")
     made("model.int8.onnx", "model").path.write_text("changed")
+    for name in ("model.onnx", "model.onnx.json"):
+        (tmp_path / name.replace("model", "copy")).write_bytes((tmp_path / name).read_bytes())
     (tmp_path / "model.fp16.onnx").write_text("without a sidecar")
     (tmp_path / "data").write_text("")
     (tmp_path / "data.json").write_text('{"schema": 1}')

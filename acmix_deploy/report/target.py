@@ -61,7 +61,7 @@ class TargetReport(BaseModel):
     def steps(
         self, reference: str, precision: Precision, shapes: Shapes | None, image: str, *, detector: bool
     ) -> tuple[str, ...]:
-        """What to run on the machine that the file was made for; what keeps it from being read there comes first.
+        """What to run on the machine that the file was made for or, in its place, what keeps it from being read there.
 
         Args:
             reference: name of the file to compare the engine with.
