@@ -7,7 +7,7 @@ import hashlib
 import platform
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,9 @@ class Artifact(BaseModel):
     parents: tuple[Parent, ...] = Field(default=(), description="the files that it was made from")
     versions: dict[str, str] = Field(description="versions of Python and of the packages that took part")
     settings: dict[str, Any] = Field(default_factory=dict, description="the options that the stage ran with")
+    checkpoint: Parent | None = Field(
+        default=None, description="what `export` made it from, in however many stages; null where another verb made it"
+    )
 
 
 @contextmanager
@@ -148,10 +151,14 @@ def write_artifact(
         versions=versions(),
         settings=dict(settings or {}),
     )
-    with replacing(sidecar(path)) as temporary:
-        in_folder = artifact.model_copy(update={"path": Path(path.name)})
-        temporary.write_text(in_folder.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+    _write_sidecar(artifact)
     return artifact
+
+
+def _write_sidecar(artifact: Artifact) -> None:
+    with replacing(sidecar(artifact.path)) as temporary:
+        in_folder = artifact.model_copy(update={"path": Path(artifact.path.name)})
+        temporary.write_text(in_folder.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -161,14 +168,7 @@ def read_artifact(path: Path) -> Artifact:
         UserError: there is no sidecar, it is of another form, or the file has changed since.
     """
     path = Path(path)
-    try:
-        artifact = Artifact.model_validate_json(sidecar(path).read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} has no sidecar {sidecar(path).name}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise UserError(f"{sidecar(path)} is not the sidecar of an artifact: {place}: {first['msg']}") from error
+    artifact = _read_sidecar(path)
     if (found := sha256(path)) != artifact.sha256:
         raise UserError(
             f"{path} has changed since {sidecar(path).name} was written: its SHA-256 is {found[:12]}..., "
@@ -176,3 +176,69 @@ def read_artifact(path: Path) -> Artifact:
             "Run the stage that made it again.",
         )
     return artifact.model_copy(update={"path": path})
+
+
+def _read_sidecar(path: Path) -> Artifact:
+    try:
+        return Artifact.model_validate_json(sidecar(path).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} has no sidecar {sidecar(path).name}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise UserError(f"{sidecar(path)} is not the sidecar of an artifact: {place}: {first['msg']}") from error
+
+
+def mark_exported(artifact: Artifact, checkpoint: Parent) -> Artifact:
+    """Say in the sidecar that ``export`` made the file from ``checkpoint``, so that its next run may delete it."""
+    artifact = artifact.model_copy(update={"checkpoint": checkpoint})
+    _write_sidecar(artifact)
+    return artifact
+
+
+def remove_exported(folder: Path, stem: str) -> list[str]:
+    """Delete what ``export`` made from a checkpoint called ``stem``, with the sidecars that say so.
+
+    A file that has changed since or has another name stays, and so does one that another verb made.
+
+    Returns:
+        The names of the files that were deleted.
+    """
+    found = [
+        artifact.path
+        for artifact in _artifacts(folder)
+        if artifact.checkpoint
+        and Path(artifact.checkpoint.name).stem == stem
+        and _read_sidecar(artifact.path).path.name == artifact.path.name
+    ]
+    for path in found:
+        path.unlink()
+        sidecar(path).unlink()
+    return [path.name for path in found]
+
+
+def outdated(folder: Path, removed: Iterable[str], made: Iterable[Artifact]) -> list[str]:
+    """A sentence for each file in ``folder`` that was made from one that is not there any more as it was.
+
+    Args:
+        folder: where to look.
+        removed: names of the files that were deleted from it.
+        made: the files that were written to it since.
+    """
+    now = dict.fromkeys(removed, "") | {artifact.path.name: artifact.sha256 for artifact in made}
+    return [
+        f"{artifact.path.name} is not of this run: it was made from a former {parent.name}"
+        for artifact in _artifacts(folder)
+        for parent in artifact.parents
+        if artifact.path.name not in now and now.get(parent.name, parent.sha256) != parent.sha256
+    ]
+
+
+def _artifacts(folder: Path) -> list[Artifact]:
+    """Those in a folder that are as their sidecars say."""
+    found = []
+    for path in sorted(beside.with_suffix("") for beside in folder.glob("*.json")):
+        if path.is_file():
+            with suppress(UserError):  # other JSON, or a file that has changed
+                found.append(read_artifact(path))
+    return found

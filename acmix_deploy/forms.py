@@ -49,7 +49,7 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> tuple[A
     inlined = {} if form == "plain" else refused(model)
     if form:
         target.check_form(form)
-    made = "plain" if len(inlined) == len(_custom(model)) else form or target.form
+    made = (form or target.form) if takes_plugin(model) else "plain"
     path = source.with_name(f"{source.stem}.{target.name}.onnx")
     with replacing(path) as temporary:
         onnx.save(to_form(model, made), temporary)
@@ -88,6 +88,11 @@ def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     if form != "plugin":  # the checker knows a custom operator by its function
         onnx.checker.check_model(formed)
     return formed
+
+
+def takes_plugin(model: onnx.ModelProto) -> bool:
+    """Whether there is a node that the plugin computes."""
+    return len(_custom(model)) > len(refused(model))
 
 
 def refused(model: onnx.ModelProto) -> dict[str, str]:

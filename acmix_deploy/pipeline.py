@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import glob
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from acmix_deploy import __version__, families, yolo
-from acmix_deploy.artifacts import replacing, sidecar, write_artifact
+from acmix_deploy.artifacts import mark_exported, outdated, remove_exported, replacing, write_artifact
 from acmix_deploy.checkpoint import LoadedModel, load
 from acmix_deploy.checkpoint.reference import Reference
 from acmix_deploy.detection.boxes import names_of
@@ -28,7 +26,7 @@ from acmix_deploy.engine.build import BuildReport, build, target_here
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.export import INPUT, checked_shapes, export, run
 from acmix_deploy.families.proof import keep_proven
-from acmix_deploy.forms import to_form, write_for
+from acmix_deploy.forms import takes_plugin, to_form, write_for
 from acmix_deploy.fusion import ConvBranchChoice, fuse
 from acmix_deploy.plugin.build import NAME as PLUGIN
 from acmix_deploy.plugin.build import build as build_plugin
@@ -128,10 +126,6 @@ def deploy(
         divisor = int(model.metadata.get("stride", 1))
         reference = Reference(model)
         module, blocks = _recognise(model, reference, checked_shapes(shape, dynamic, divisor), dynamic)
-        files = [*paths.values(), *(path.with_suffix(".engine") for path in paths.values()), *_for_targets(paths)]
-        for stale in (*files, *map(sidecar, files), out / "report.json"):
-            if stale.is_file():
-                stale.unlink()
 
     with _stage("export", seconds, progress, "exporting"):
         exported = export(
@@ -147,6 +141,8 @@ def deploy(
         )
         asked = {"input_shape": list(shape), "dynamic": sorted(dynamic), "opset": opset}
         artifacts = {"plain": write_artifact(paths["plain"], "plain", parents=[checkpoint], settings=asked)}
+        removed = remove_exported(out, checkpoint.stem)
+        (out / "report.json").unlink(missing_ok=True)
 
     with _stage("fuse", seconds, progress, "fusing"):
         fusion = fuse(paths["plain"], paths["fused"], conv_branch=conv_branch, expect=expect, progress=progress)
@@ -192,7 +188,7 @@ def deploy(
     engines: dict[str, BuildReport] = {}
     if device:
         with _stage("engine", seconds, progress, "building engines"):
-            plugin = plugin or _plugin(out, notes, progress)
+            plugin = plugin or (_plugin(out, notes, progress) if takes_plugin(onnx.load(paths["fused"])) else None)
             typed_roles = [role for role in artifacts if role in ("fp16", "int8")]
             for role in typed_roles or ["fused"]:
                 engines[role] = build(
@@ -217,6 +213,9 @@ def deploy(
         profiles = profile([*timed.values()], input_shape=shape, plugin=plugin, rounds=_ROUNDS, seconds=_SECONDS)
         latency = dict(zip(timed, profiles, strict=True))
 
+    origin = artifacts["plain"].parents[0]
+    artifacts = {role: mark_exported(artifact, origin) for role, artifact in artifacts.items()}
+    notes += outdated(out, removed, artifacts.values())
     report = ExportReport(
         model=str(checkpoint),
         notes=(*model.notes, *notes),
@@ -231,7 +230,7 @@ def deploy(
         engines=engines,
         verification=verification,
         seconds=seconds,
-        next_steps=next_steps(names, exported, made_for, detector=model.metadata.get("task") == "detect"),
+        next_steps=next_steps(artifacts, exported, made_for, detector=model.metadata.get("task") == "detect"),
     )
     with replacing(out / "report.json") as temporary:
         temporary.write_text(report.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
@@ -241,17 +240,6 @@ def deploy(
 _SUFFIXES = {"plain": ".onnx", "fused": ".fused.onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
 _ROUNDS, _SECONDS = 3, 4.0  # of latency, for each file
 _PHOTOS = 16  # that files are verified on
-
-
-def _for_targets(paths: dict[str, Path]) -> list[Path]:
-    """The files for any target that an earlier run made from these."""
-    pattern = re.compile(r"\.(jetpack|tensorrt)-[\d.]+\.onnx")
-    return [
-        other
-        for path in paths.values()
-        for other in path.parent.glob(f"{glob.escape(path.stem)}.*.onnx")
-        if pattern.fullmatch(other.name.removeprefix(path.stem))
-    ]
 
 
 def _device(notes: list[str]) -> Target | None:

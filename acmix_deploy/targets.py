@@ -27,6 +27,29 @@ DEFAULT_OPSET = 18
 INT8_OPSET = 19
 """Of exported files that become INT8, where the target reads it: the first in which scales can be float16."""
 
+_READ_SINCE: tuple[tuple[Version | None, str], ...] = (
+    (
+        None,
+        "AffineGrid Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CenterCropPad Col2Im Compress "
+        "ConcatFromSequence ConvInteger DFT Det DynamicQuantizeLinear ImageDecoder MatMulInteger MaxRoiPool MaxUnpool "
+        "MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional OptionalGetElement OptionalHasElement "
+        "QLinearConv QLinearMatMul RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty SequenceErase "
+        "SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence StringConcat "
+        "StringNormalizer StringSplit TfIdfVectorizer Unique",
+    ),
+    ((8, 6), "GroupNormalization IsInf LayerNormalization"),
+    ((10, 0), "CastLike Gelu Hardmax Mish"),
+    ((10, 1), "DeformConv"),
+    ((10, 4), "BlackmanWindow HammingWindow HannWindow"),
+    ((10, 5), "STFT"),
+)
+READ_SINCE = {operator: since for since, operators in _READ_SINCE for operator in operators.split()}
+"""Standard operators up to opset 21 that TensorRT 8.5 does not read: the first release that does, None where none does.
+
+From onnx-tensorrt: the importers that builtin_op_importers.cpp registers at 8.5, 8.6, 10.0 and 10.1, docs/Changelog.md
+up to 10.15, and docs/operators.md at 10.15. The parser of TensorRT-RTX 1.7.1 agrees but for DeformConv, whose plugin it
+does not have."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -52,6 +75,11 @@ class Target:
     def version(self) -> str:
         """The version of TensorRT as it is written: "10.3"."""
         return ".".join(map(str, self.tensorrt))
+
+    def reads(self, operator: str) -> bool:
+        """Whether this release's parser reads a standard operator."""
+        since = READ_SINCE.get(operator, (8, 5))
+        return since is not None and since <= self.tensorrt
 
     def check_form(self, form: Form) -> None:
         """Raise UserError if this release does not take the plugin, or nothing at all, from a file of that form."""
@@ -116,6 +144,9 @@ TARGETS: dict[str, Target] = {
     for name, (version, cuda, sm) in _NAMES.items()
 }
 """The targets that have a name."""
+
+NEWEST = target_of((11, 0))
+"""Reads whatever an older one does."""
 
 
 def target_named(name: str) -> Target:

@@ -3,6 +3,7 @@
 python tensorrt_rtx_plugin.py build LIBRARY|- FILE...    parse and build ONNX files, with or without the plugin library
 python tensorrt_rtx_plugin.py create LIBRARY CASES       create nodes of the phase and with the fields in a JSON list
 python tensorrt_rtx_plugin.py load LIBRARY               load it in both ways, take it back, load it again
+python tensorrt_rtx_plugin.py unread - OPERATOR...       which operators the parser does not read
 """
 
 from __future__ import annotations
@@ -119,6 +120,9 @@ if __name__ == "__main__":
         ctypes.CDLL(library)
     if verb == "build":
         answer: Any = [build(log, Path(name)) for name in rest]
+    elif verb == "unread":
+        parser = trt.OnnxParser(keep.create_network(0), log)
+        answer = [operator for operator in rest if not parser.supports_operator(operator)]
     elif verb == "create":
         answer = create(log, json.loads(rest[0]))
     else:

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from acmix_deploy.artifacts import Artifact, read_artifact, replacing, sidecar, versions, write_artifact
+from acmix_deploy.artifacts import (
+    Artifact,
+    mark_exported,
+    outdated,
+    read_artifact,
+    remove_exported,
+    replacing,
+    sidecar,
+    versions,
+    write_artifact,
+)
 from acmix_deploy.errors import UserError
 
 
@@ -102,3 +112,56 @@ def test_a_changed_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
 def test_versions_name_what_took_part() -> None:
     assert {"python", "onnx", "onnxruntime"} <= versions().keys()
     assert "schema" in Artifact.model_json_schema(by_alias=True)["properties"]
+
+
+def test_only_what_an_export_of_that_model_wrote_is_removed(tmp_path: Path) -> None:
+    checkpoint, other = tmp_path / "model.pt", tmp_path / "model2.pt"
+    for path in (checkpoint, other):
+        path.write_bytes(b"weights")
+    origins = {path.stem: write_artifact(path, "checkpoint", parents=[path]).parents[0] for path in (checkpoint, other)}
+    for path in (checkpoint, other):
+        sidecar(path).unlink()
+
+    def made(name: str, stem: str | None, *parents: str) -> Artifact:
+        (tmp_path / name).write_text(name)
+        artifact = write_artifact(tmp_path / name, "any", parents=[tmp_path / parent for parent in parents])
+        return mark_exported(artifact, origins[stem]) if stem else artifact
+
+    exported = {made(name, "model", "model.pt").path.name for name in ("model.onnx", "model.fp16.engine")}
+    made("model.engine", None, "model.fp16.engine")
+    made("again.engine", None, "model.engine")
+    made("model2.onnx", "model2", "model2.pt")
+    made("model.int8.onnx", "model").path.write_text("changed")
+    for name in ("model.onnx", "model.onnx.json"):
+        (tmp_path / name.replace("model", "copy")).write_bytes((tmp_path / name).read_bytes())
+    (tmp_path / "model.fp16.onnx").write_text("without a sidecar")
+    (tmp_path / "data").write_text("")
+    (tmp_path / "data.json").write_text('{"schema": 1}')
+    (tmp_path / "report.json").write_text("{")
+    (tmp_path / "folder.json").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+
+    assert {*remove_exported(tmp_path, "model")} == exported
+    assert {path.name for path in tmp_path.iterdir()} == before - exported - {f"{name}.json" for name in exported}
+    assert remove_exported(tmp_path, "model") == []
+    assert remove_exported(tmp_path / "nowhere", "model") == []
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [("old", []), ("new", ["b.engine is not of this run: it was made from a former a.onnx"]), (None, ["b.engine"])],
+)
+def test_what_was_made_from_a_former_file_is_named(tmp_path: Path, now: str | None, said: list[str]) -> None:
+    a, b = tmp_path / "a.onnx", tmp_path / "b.engine"
+    a.write_text("old")
+    b.write_text("engine")
+    write_artifact(b, "engine", parents=[a])
+    if now:
+        a.write_text(now)
+        found = outdated(tmp_path, [], [write_artifact(a, "plain")])
+    else:
+        a.unlink()
+        found = outdated(tmp_path, ["a.onnx"], [])
+    assert len(found) == len(said)
+    assert all(sentence.startswith(words) for sentence, words in zip(found, said, strict=True))
+    assert outdated(tmp_path, [], []) == []

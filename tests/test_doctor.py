@@ -320,6 +320,25 @@ class ZeroPadded(ACmix):
         return F.unfold(x, self.kernel_att, padding=self.kernel_att // 2)
 
 
+def test_an_operator_that_tensorrt_does_not_read(tmp_path: Path) -> None:
+    """No fault: the file may be for another runtime. What the newest release reads is not told."""
+    nodes = [
+        helper.make_node("Col2Im", ["x", "size", "block"], ["z"], "the_fold"),
+        helper.make_node("LayerNormalization", ["z", "scale"], ["y"]),
+    ]
+    constants = {"size": [4, 4], "block": [2, 2], "scale": np.ones(4, np.float32)}
+    graph(tmp_path / "a.onnx", nodes, [1, 12, 9], constants)
+    model = onnx.load(tmp_path / "a.onnx")
+    model.opset_import[0].version = 18
+    onnx.save(model, tmp_path / "a.onnx")
+    found = look(tmp_path / "a.onnx")
+    assert faults(found) == set()
+    assert [note for note in found.notes if "does not read" in note] == [
+        "it has Col2Im (the_fold), which TensorRT does not read: a plugin called Col2Im is needed there, "
+        "or a model without it"
+    ]
+
+
 def test_a_block_that_does_not_fuse(tmp_path: Path) -> None:
     path = traced(ZeroPadded(4, 8, 3, 2).eval(), torch.rand(1, 4, 8, 8), tmp_path / "a.onnx")
     found = look(path)

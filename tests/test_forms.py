@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 
 import numpy as np
 import onnx
@@ -15,7 +17,8 @@ from test_fusion import randomised
 from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
-from acmix_deploy.cli import main
+from acmix_deploy.cli import main, parser
+from acmix_deploy.engine.onnx_file import unread, unread_note
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
@@ -23,10 +26,11 @@ from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.precision import to_fp16
-from acmix_deploy.report.model import ExportReport
+from acmix_deploy.report.model import ExportReport, shapes_to_build
+from acmix_deploy.report.target import TargetReport
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
-from acmix_deploy.targets import target_of
+from acmix_deploy.targets import TARGETS, target_of
 
 SHAPES = [(1, 3, 12, 16), (3, 3, 16, 20)]
 
@@ -225,6 +229,94 @@ def test_export_for_targets(checkpoint, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["target"]["form"] == "plain"
     assert not any("plugin" in step for step in report["next_steps"])
+
+
+def test_operators_that_the_target_does_not_read(tmp_path, monkeypatch, capsys):
+    """They are told before the file is carried: by export, with --for and without, and by fuse."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("acmix_deploy.pipeline._SECONDS", 0.1)
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.Fold((6, 8), 2, stride=2)), "model.pt")
+    said = r"model\S*.onnx has Col2Im \(\S+\), which TensorRT does not read: a plugin called Col2Im is needed there"
+    for options in ([], ["--for", "jetpack-6.2"], ["--for", "tensorrt-11", "--target", "plain"]):
+        assert main(["export", "model.pt", "--input-shape", "1,3,3,4", "--out", "deploy", *options]) == 0
+        (step,) = exported(tmp_path).next_steps
+        assert re.match(said, step)
+        assert step in capsys.readouterr().out
+    assert list(exported(tmp_path).target.unread) == ["Col2Im"]
+    assert main(["fuse", "deploy/model.onnx", "-o", "model.fused.onnx", "--for", "jetpack-7.2"]) == 0
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_unread_operators_are_found_everywhere():
+    """In branches and functions, of other domains; by the release, and not among what is newer than the file."""
+
+    def node(operator, domain="", **attributes):
+        return onnx.helper.make_node(operator, ["x"], ["y"], f"the_{operator}", domain=domain, **attributes)
+
+    branch = onnx.helper.make_graph([node("Col2Im")], "then", [], [])
+    function = onnx.helper.make_function(
+        "theirs", "Block", ["x"], ["y"], [node("LayerNormalization")], [onnx.helper.make_opsetid("", 17)]
+    )
+    nodes = [
+        *(node("Relu"), node("If", then_branch=branch), node("Block", "theirs"), node("DCN", "mmdeploy")),
+        *(node("Attention", "com.microsoft"), node(LOCAL_ATTENTION.op_type, LOCAL_ATTENTION.domain), node("Gelu", "a")),
+    ]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", [], []),
+        functions=[function],
+        opset_imports=[onnx.helper.make_opsetid("", 20)],
+    )
+    always = {name: (f"the_{name}",) for name in ("Col2Im", "DCN", "Attention")}
+    newer = {name: (f"the_{name}",) for name in ("LayerNormalization", "Gelu")}
+    assert unread(model, target_of((8, 5))) == always | newer
+    assert unread(model, target_of((8, 6))) == always | {"Gelu": ("the_Gelu",)}
+    assert unread(model, target_of((11, 0))) == always
+    assert "which TensorRT before 8.6 does not read" in unread_note("LayerNormalization", ["a"])
+    assert "DCN (a, b, c and 2 more), which TensorRT does not read" in unread_note("DCN", [*"abcde"])
+
+
+NEXT = {
+    "no block": nn.Conv2d(3, 8, 3),
+    "refused": randomised(ACmix(3, 8, head=2)),
+    "fused": randomised(ACmix(3, 16, head=2)),
+}
+
+
+def typed(step):
+    """A line of Next as a command."""
+    if again := re.search(r"export again with .*?(--for [a-z]\S+( --target \S+)?)$", step):
+        return f"acmix-deploy export model.pt {again[1]}"
+    return step.removeprefix("  ").removeprefix("or ")
+
+
+@pytest.mark.parametrize("axes", ["", "batch,height,width"], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", NEXT)
+def test_next_can_be_typed(tmp_path, monkeypatch, name, axes):
+    """Every command parses, no file is named twice, and the plugin is there where a node of the file is for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("acmix_deploy.pipeline._SECONDS", 0.1)
+    torch.save(nn.Sequential(NEXT[name], nn.ReLU()).eval(), "my model.pt")
+    command = ["export", "my model.pt", "--input-shape", "1,3,12,16", "--out", "deploy", "--opset", "17"]
+    assert main([*command, "--dynamic", axes]) == 0
+    report = exported(tmp_path)
+    assert ("plugin" in " ".join(report.next_steps)) == (name == "fused")
+    found = [report.next_steps]
+    fused = tmp_path / "deploy" / "my model.fused.onnx"
+    for target in TARGETS.values():
+        for form in (None, "plain"):
+            made_for = TargetReport.of(target, *write_for(target, fused, form))
+            shapes = shapes_to_build(report.export)
+            found.append(made_for.steps(fused.name, "float32", shapes, "images", detector=True))
+            assert ("plugin" in " ".join(found[-1])) == (name == "fused" and not form)
+            assert (fused.name in found[-1][0]) == target.package
+    for first, *steps in found:
+        carried = first.removeprefix("Carry ").split(" to the target")[0].split(" and ")
+        assert len(carried) == len({*carried})
+        commands = [shlex.split(typed(step)) for step in steps]
+        assert {words[0] for words in commands} <= {"acmix-deploy", "trtexec", "cmake"}
+        read = [parser().parse_args(words[1:]) for words in commands if words[0] == "acmix-deploy"]
+        assert {str(options.model) for options in read if "level" in options} <= {*carried}
+        assert read or "jetpack-5.1" in first
 
 
 def test_a_wrong_target_file_fails(checkpoint, monkeypatch, capsys):

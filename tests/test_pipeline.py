@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from acmix_deploy import pipeline
+from acmix_deploy.artifacts import sidecar
 from acmix_deploy.cli import main
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.families.acmix.module import ACmix
@@ -59,7 +60,7 @@ def test_export_ends_with_an_engine(folder, gpu, empty_library, capsys):
     assert [parent.name for parent in found.files["fp16 engine"].artifact.parents] == ["model.fused.onnx"]
     assert "model.fp16.engine" in {comparison.candidate for comparison in found.verification.comparisons}
     assert found.files["fp16 engine"].profile.with_transfers_ms
-    assert found.next_steps == ("acmix-deploy profile model.fp16.engine --layers --power",)
+    assert found.next_steps == ("acmix-deploy profile model-deploy/model.fp16.engine --layers --power",)
     assert "layers of model.fp16.engine are computed by the plugin" in printed
     assert main(["profile", str(engine), "--samples", "3"]) == 0
     assert Path("model-deploy/timing.cache").is_file()
@@ -95,8 +96,7 @@ def test_free_axes_are_built_for_what_was_checked(folder, gpu, empty_library):
     compared = [c.input_shapes["images"] for c in report().verification.comparisons if c.candidate == engine.name]
     assert compared == [(1, 3, 32, 48), (2, 3, 32, 48)]
     (command,) = report().next_steps
-    command = command.replace("--power", "--samples 3").split()[1:]
-    assert main([str(engine) if word == engine.name else word for word in command]) == 0
+    assert main(command.replace("--power", "--samples 3").split()[1:]) == 0
 
 
 def test_plugin_is_done_without_where_it_cannot_be_made(folder, gpu, monkeypatch, capsys):
@@ -107,6 +107,15 @@ def test_plugin_is_done_without_where_it_cannot_be_made(folder, gpu, monkeypatch
     assert main(["export", "model.pt", *SIZE]) == 0
     assert "does without the plugin, so the attention is slower: nvcc was not found" in capsys.readouterr().out
     assert read_manifest(Path("model-deploy/model.fused.engine")).form == "plain"
+
+
+def test_no_plugin_is_compiled_where_nothing_fused(folder, gpu, monkeypatch, capsys):
+    monkeypatch.setattr(
+        pipeline, "build_plugin", lambda out, progress: pytest.fail("there is nothing to compute by it")
+    )
+    torch.save(nn.Conv2d(3, 8, 1), "model.pt")
+    assert main(["export", "model.pt", *SIZE]) == 0
+    assert "plugin" not in "".join(report().notes)
 
 
 @pytest.mark.parametrize("options", [["--no-engine"], ["--for", "jetpack-6.2"]])
@@ -143,6 +152,42 @@ def test_stale_engine_is_removed(folder, gpu, empty_library):
     assert main(["export", "model.pt", *SIZE, "--plugin", str(empty_library)]) == 0
     assert main(["export", "model.pt", *SIZE, "--no-engine"]) == 0
     assert not [*Path("model-deploy").glob("*.engine*")]
+
+
+def test_what_the_user_made_is_kept(folder, gpu, empty_library, capsys):
+    """Engines of `build`, also by the names that export gives to its own, and a file that was changed."""
+    plugin, out = ["--plugin", str(empty_library)], Path("model-deploy")
+    assert main(["export", "model.pt", *SIZE, "--fp16", *plugin]) == 0
+    source, mine = out / "model.fused.onnx", [out / "model.engine", out / "model.fp16.engine"]
+    for engine in mine:
+        assert main(["build", str(source), *plugin, "-o", str(engine)]) == 0
+    (out / "model.fp16.onnx").write_bytes(b"mine")
+    kept = {path: path.read_bytes() for path in (*mine, *map(sidecar, mine), out / "model.fp16.onnx")}
+    capsys.readouterr()
+    assert main(["export", "model.pt", "--input-shape", "1,3,48,32", "--no-engine"]) == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert capsys.readouterr().out.count("is not of this run: it was made from a former model.fused.onnx") == 2
+
+
+def test_a_run_that_is_not_possible_deletes_nothing(folder, capsys):
+    assert main(["export", "model.pt", *SIZE, "--fp16", "--for", "jetpack-6.2"]) == 0
+    before = {path: path.read_bytes() for path in Path("model-deploy").iterdir()}
+    assert main(["export", "model.pt", "--input-shape", "1,4,32,48"]) != 0
+    Path("model.pt").write_bytes(b"no checkpoint")
+    assert main(["export", "model.pt", *SIZE]) == 2
+    assert {path: path.read_bytes() for path in Path("model-deploy").iterdir()} == before
+
+
+def test_models_in_one_folder_leave_each_other_alone(folder):
+    Path("other.pt").write_bytes(Path("model.pt").read_bytes())
+    options = [*SIZE, "--out", "out"]
+    assert main(["export", "model.pt", *options, "--fp16"]) == 0
+    of_model = {path.name for path in Path("out").iterdir()}
+    assert main(["export", "other.pt", *options]) == 0
+    assert {path.name for path in Path("out").iterdir()} > of_model
+    assert main(["export", "model.pt", *options]) == 0
+    found = {path.name for path in Path("out").glob("*.onnx")}
+    assert found == {"model.onnx", "model.fused.onnx", "other.onnx", "other.fused.onnx"}
 
 
 def test_int8_without_tensorrt(folder):

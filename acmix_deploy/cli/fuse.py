@@ -53,6 +53,6 @@ def run(options: argparse.Namespace) -> int:
         out.print(f"{report.nodes_before} nodes became {report.nodes_after}: {options.output}")
         if made_for:
             out.print(f"For {made_for.name}, form {made_for.form}: {options.output.with_name(made_for.file)}")
-            for name, what in made_for.inlined.items():
-                out.print(f"{name} has {what}, which the plugin does not take: standard operators in that file")
+            for line in (*made_for.notes, *made_for.obstacles):
+                out.print(line, soft_wrap=True)
     return 0

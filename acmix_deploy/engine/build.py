@@ -24,7 +24,7 @@ from acmix_deploy.runtime.reason import out_of_memory
 from acmix_deploy.targets import Form, Target, target_of
 
 _RTX_AS_TENSORRT = (11, 0)  # what TensorRT-RTX reads and how it types is TensorRT 11's
-_SHOWN = 3  # nodes or errors named in a message
+_SHOWN = 3  # errors named in a message
 
 Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
@@ -129,8 +129,8 @@ def build(
         present = [name for name in wanted if name in answer["plugin_layers"]]
         if missing := [name for name in wanted if name not in present]:
             raise CheckFailed(
-                f"the plugin does not compute {_some(missing)} in the engine: {len(present)} of {len(wanted)} layers "
-                f"of its kind are there{': ' + said if said else ''}",
+                f"the plugin does not compute {onnx_file.some(missing)} in the engine: {len(present)} of "
+                f"{len(wanted)} layers of its kind are there{': ' + said if said else ''}",
                 "Check that the plugin was built for this TensorRT: acmix-deploy plugin check",
             )
     manifest = Manifest(
@@ -256,7 +256,7 @@ def _failure(
     step, errors = answer["failure"], answer["errors"]
     if step == "parse" and answer["unknown"]:
         nodes = onnx_file.operators(model)
-        named = "; ".join(f"{operator} ({_some(nodes[operator])})" for operator in answer["unknown"])
+        named = "; ".join(f"{operator} ({onnx_file.some(nodes[operator])})" for operator in answer["unknown"])
         by_plugin = f"; the plugin says: {said}" if said else ""
         return UserError(
             f"{source} has operators that {machine.tensorrt} does not know: {named}{by_plugin}",
@@ -279,9 +279,3 @@ def _failure(
 def _parser_text(error: Mapping[str, str]) -> str:
     place = f"node {error['node']} ({error['operator']}): " if error["node"] else ""
     return place + error["reason"]
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import onnx
@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.runtime.onnxruntime import precision_of
-from acmix_deploy.targets import Precision
+from acmix_deploy.targets import READ_SINCE, Precision, Target
 
 FormFound = Literal["any", "plugin", "plain"]
+
+_SHOWN = 3  # names in a sentence
 
 
 class OnnxTensor(BaseModel):
@@ -113,11 +115,48 @@ def operators(model: onnx.ModelProto) -> dict[str, list[str]]:
     return found
 
 
+def unread(model: onnx.ModelProto, target: Target) -> dict[str, tuple[str, ...]]:
+    """Operators that the parser of a target does not read, with their nodes; those of this package left out.
+
+    A parser goes by the name alone, whatever the domain. For what it does not read it looks for a plugin of that name.
+    """
+    ours = {operator.op_type for operator in OPERATORS}
+    return {
+        operator: tuple(nodes)
+        for operator, nodes in operators(model).items()
+        if operator not in ours and not (_is_standard(operator, opset(model)) and target.reads(operator))
+    }
+
+
+def unread_note(operator: str, nodes: Sequence[str]) -> str:
+    """What a person has to know of an operator that a TensorRT does not read: "Col2Im (/fold), which ..."."""
+    since = READ_SINCE.get(operator)
+    release = f"TensorRT before {'.'.join(map(str, since))}" if since else "TensorRT"
+    return (
+        f"{operator} ({some(nodes)}), which {release} does not read: a plugin called {operator} is needed there, "
+        "or a model without it"
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 def shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
     """Sizes of a declared tensor, with a name or ``?`` where an axis is free."""
     return tuple(
         dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim
     )
+
+
+def _is_standard(operator: str, opset: int) -> bool:
+    try:
+        onnx.defs.get_schema(operator, opset)
+    except onnx.defs.SchemaError:
+        return False
+    return True
 
 
 def _tensor(value: onnx.ValueInfoProto) -> OnnxTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
 import onnx
@@ -10,16 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.checkpoint.reference import ReferenceReport
 from acmix_deploy.document import Document
+from acmix_deploy.engine import onnx_file
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.export import ExportResult
 from acmix_deploy.families import BlockReport
+from acmix_deploy.forms import takes_plugin
 from acmix_deploy.fusion import FusionReport
-from acmix_deploy.graph import count_nodes
+from acmix_deploy.graph import count_nodes, read
 from acmix_deploy.manifest import KIND as ENGINE
 from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.profile import Profile
-from acmix_deploy.report.target import Shapes, TargetReport, carry, engine_steps
-from acmix_deploy.targets import Precision
+from acmix_deploy.report.target import Shapes, TargetReport, carry, engine_steps, obstacles
+from acmix_deploy.targets import NEWEST, READ_SINCE, Precision
 from acmix_deploy.verify import Verification
 
 
@@ -80,25 +83,34 @@ def shapes_to_build(exported: ExportResult) -> Shapes | None:
 
 
 def next_steps(
-    files: Mapping[str, str], exported: ExportResult, target: TargetReport | None, *, detector: bool
+    artifacts: Mapping[str, Artifact], exported: ExportResult, target: TargetReport | None, *, detector: bool
 ) -> tuple[str, ...]:
     """What to run next.
 
     Args:
-        files: names by role.
+        artifacts: files by role.
         exported: for the input's name and shapes.
         target: what the files were made for, where that was told.
         detector: whether detections can be compared.
     """
-    if engines := [name for role, name in files.items() if role.endswith(ENGINE)]:
-        return (f"acmix-deploy profile {' '.join(engines)} --layers --power",)
+    if engines := [str(artifact.path) for role, artifact in artifacts.items() if role.endswith(ENGINE)]:
+        return (f"acmix-deploy profile {shlex.join(engines)} --layers --power",)
     typed: tuple[tuple[str, Precision], ...] = (("int8", "int8"), ("fp16", "float16"), ("fused", "float32"))
-    role, precision = next(pair for pair in typed if pair[0] in files)
+    role, precision = next(pair for pair in typed if pair[0] in artifacts)
     shapes = shapes_to_build(exported)
+    file, reference = artifacts[role].path.name, artifacts["fused"].path.name
     if target:
-        return target.steps(files["fused"], precision, shapes, exported.inputs[0].name, detector=detector)
-    commands = engine_steps(files[role], files["fused"], shapes, detector=detector)
+        return target.steps(reference, precision, shapes, exported.inputs[0].name, detector=detector)
+    model = read(artifacts[role].path, weights=False)
+    if unread := onnx_file.unread(model, NEWEST):
+        return obstacles(file, unread)
+    since = max([READ_SINCE.get(operator) or (0, 0) for operator in onnx_file.operators(model)] + [_STRONGLY_TYPED])
+    release = ".".join(map(str, since)).removesuffix(".0")
+    commands = engine_steps(file, reference, shapes, plugin=takes_plugin(model), detector=detector)
     return (
-        *carry(files[role], files["fused"], "TensorRT 10 or later", commands),
+        *carry((file, reference), f"TensorRT {release} or later", commands),
         "For a Jetson or for TensorRT 8 export again with --for, such as --for jetpack-6.2",
     )
+
+
+_STRONGLY_TYPED = (10, 0)  # the first TensorRT that takes types from the file

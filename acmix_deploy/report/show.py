@@ -59,6 +59,11 @@ def notes(report: ExportReport) -> list[str]:
         found.append(f"{len(skipped)} calibration images could not be read: {', '.join(skipped)}")
     if report.target:
         found += report.target.notes
+        if report.target.form == "plugin":
+            found.append(
+                f"{report.target.file} needs the plugin, so ONNX Runtime verified it with the definitions that were "
+                "taken out"
+            )
     for built in report.engines.values():
         name = built.artifact.path.name
         found.append(f"{len(built.plugin_layers)} of the {built.layers} layers of {name} are computed by the plugin")

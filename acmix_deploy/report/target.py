@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import Artifact
+from acmix_deploy.engine import onnx_file
+from acmix_deploy.graph import read
 from acmix_deploy.targets import Form, Precision, Target, target_named
 
 Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -26,6 +29,9 @@ class TargetReport(BaseModel):
     inlined: dict[str, str] = Field(
         description="nodes that the plugin refuses, and why; standard operators in the file"
     )
+    unread: dict[str, tuple[str, ...]] = Field(
+        default={}, description="operators that its TensorRT does not read, with their nodes"
+    )
 
     @classmethod
     def of(cls, target: Target, artifact: Artifact, inlined: dict[str, str]) -> TargetReport:
@@ -36,25 +42,26 @@ class TargetReport(BaseModel):
             form=artifact.settings["form"],
             file=artifact.path.name,
             inlined=inlined,
+            unread=onnx_file.unread(read(artifact.path, weights=False), target),
         )
 
     @property
     def notes(self) -> list[str]:
-        """What a person has to know about the file."""
-        notes = [
+        """Which nodes the plugin does not take."""
+        return [
             f"{name} has {what}, which the plugin does not take: standard operators in {self.file}"
             for name, what in self.inlined.items()
         ]
-        if self.form == "plugin":
-            notes.append(
-                f"{self.file} needs the plugin, so ONNX Runtime verified it with the definitions that were taken out"
-            )
-        return notes
+
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        """What is to be mended before the file is carried to the target."""
+        return obstacles(self.file, self.unread)
 
     def steps(
         self, reference: str, precision: Precision, shapes: Shapes | None, image: str, *, detector: bool
     ) -> tuple[str, ...]:
-        """What to run on the machine that the file was made for.
+        """What to run on the machine that the file was made for or, in its place, what keeps it from being read there.
 
         Args:
             reference: name of the file to compare the engine with.
@@ -63,8 +70,11 @@ class TargetReport(BaseModel):
             image: name of the input.
             detector: whether detections can be compared.
         """
+        if self.unread:
+            return self.obstacles
         target = target_named(self.name)
         plugin = self.form != "plain"
+        carried = [self.file, reference] if target.package else [self.file]
         by_trtexec = _trtexec(self.file, target, precision, shapes, image, plugin=plugin)
         if target.package:
             permitted = " --fp16" * (precision != "float32" and not target.strongly_typed)
@@ -73,32 +83,40 @@ class TargetReport(BaseModel):
             ]
             commands.append(f"or {by_trtexec}")
         else:
+            carried += ["the folder plugins of acmix-deploy"] * plugin
             commands = ["cmake -S plugins -B build && cmake --build build"] * plugin + [by_trtexec]
         if self.form == "plugin":
-            commands.append("without the plugin: export again with --target plain")
-        return carry(self.file, reference, f"{target.name}, TensorRT {target.version}", commands)
+            commands.append(f"without the plugin: export again with --for {target.name} --target plain")
+        return carry(carried, f"{target.name}, TensorRT {target.version}", commands)
 
 
 _LIBRARY = "libacmix_plugin.so"
 
 
-def carry(file: str, reference: str, where: str, commands: Sequence[str]) -> tuple[str, ...]:
-    """Which files go where, and below it the commands to run there."""
-    return (f"Carry {file} and {reference} to the target ({where}) and run there:", *(f"  {line}" for line in commands))
+def obstacles(file: str, unread: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """One sentence for each operator that the TensorRT of a target does not read, by :func:`onnx_file.unread`."""
+    return tuple(f"{file} has {onnx_file.unread_note(operator, nodes)}" for operator, nodes in unread.items())
+
+
+def carry(files: Iterable[str], where: str, commands: Sequence[str]) -> tuple[str, ...]:
+    """Which files go where, each once, and below it the commands to run there."""
+    names = " and ".join(dict.fromkeys(files))
+    return (f"Carry {names} to the target ({where}) and run there:", *(f"  {line}" for line in commands))
 
 
 def engine_steps(
-    file: str, reference: str, shapes: Shapes | None, *, options: str = "", plugin: bool = True, detector: bool
+    file: str, reference: str, shapes: Shapes | None, *, options: str = "", plugin: bool, detector: bool
 ) -> tuple[str, ...]:
     """The commands that make an engine of a file, compare it with another file and time it."""
+    engine = shlex.quote(_engine(file))
     if shapes:
         options += "".join(f" --{name} {','.join(map(str, shape))}" for name, shape in _named(shapes))
     library = f" --plugin {_LIBRARY}" * plugin
     return (
         *("acmix-deploy plugin build",) * plugin,
-        f"acmix-deploy build {file}{options}{library} -o {_engine(file)}",
-        f"acmix-deploy verify {reference} {_engine(file)}{' --images PHOTOS' * detector}",
-        f"acmix-deploy profile {_engine(file)}",
+        f"acmix-deploy build {shlex.quote(file)}{options}{library} -o {engine}",
+        f"acmix-deploy verify {shlex.quote(reference)} {engine}{' --images PHOTOS' * detector}",
+        f"acmix-deploy profile {engine}",
     )
 
 
@@ -115,7 +133,7 @@ def _trtexec(
     if plugin:
         folder = "." if target.package else "./build"
         options += f" {'--plugins' if target.tensorrt < (8, 6) else '--staticPlugins'}={folder}/{_LIBRARY}"
-    return f"trtexec --onnx={file}{options} --saveEngine={_engine(file)}"
+    return f"trtexec --onnx={shlex.quote(file)}{options} --saveEngine={shlex.quote(_engine(file))}"
 
 
 def _named(shapes: Shapes) -> Iterable[tuple[str, Sequence[int]]]:
