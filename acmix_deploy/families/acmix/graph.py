@@ -22,6 +22,7 @@ from acmix_deploy.graph import (
     Array,
     Feeds,
     NoMatch,
+    Reached,
     Region,
     constant_value,
     conv_bias,
@@ -69,7 +70,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
             by_input.setdefault(conv.inputs[0].name, []).append(conv)
     pairs = [convs for convs in by_input.values() if len(convs) == 2]
     if len(pairs) != 1:
-        raise NoMatch("its logits do not come from two 1x1 convolutions of one tensor", near=False)
+        raise NoMatch("its logits do not come from two 1x1 convolutions of one tensor", Reached.NOTHING)
     (logit_convs,) = pairs
     x = logit_convs[0].inputs[0]
 
@@ -120,9 +121,12 @@ def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], F
     if widths != [channels] * 3 or conv_weight(found.fc).shape[1] != 3 * heads or stride != other_stride:
         raise NoMatch(f"channels {widths} of q, k, v do not fit {heads} heads of {head_dim}")
 
-    orders = [found.logit_convs, found.logit_convs[::-1]]
-    trials = [_measure(found.softmax, order, heads, stride, values, values[x.name].shape, compute) for order in orders]
-    best, (query_conv, key_conv) = min(zip(trials, orders, strict=True), key=lambda trial: trial[0].residual)
+    trials = []
+    for order in (found.logit_convs, found.logit_convs[::-1]):
+        trials.append((_measure(found.softmax, order, heads, stride, values, values[x.name].shape, compute), order))
+        if trials[-1][0].residual < _RESIDUAL:
+            break
+    best, (query_conv, key_conv) = min(trials, key=lambda trial: trial[0].residual)
     _limit(best.residual, "scale * q.k over a reflected K x K neighbourhood")
 
     convs = (query_conv, key_conv, found.value_conv)
