@@ -18,7 +18,18 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.reduction import Writer
-from acmix_deploy.graph import RESHAPING, Array, Feeds, NoMatch, Reached, constant_value, nearest, producer, way_down
+from acmix_deploy.graph import (
+    RESHAPING,
+    Array,
+    Feeds,
+    NoMatch,
+    Reached,
+    constant_value,
+    nearest,
+    producer,
+    upstream,
+    way_down,
+)
 
 MASKED = -1e4
 """Added to the logits of keys that nothing attends to: exp of it is 0, and float16 holds it. Of Swin's -100 it is a
@@ -102,6 +113,28 @@ def linear(node: gs.Node) -> Linear | None:
         if stored is not None and stored.shape == bias.shape:
             result, bias = user.outputs[0], stored
     return Linear(node.inputs[0], result, weight.T, bias)
+
+
+def layers_above(tensor: gs.Tensor) -> tuple[list[gs.Node], list[gs.Node]]:
+    """The nearest layers with stored weights that ``tensor`` comes from, and the nodes from them to it, in order."""
+
+    def is_layer(node: gs.Node) -> bool:
+        return node.op in ("Conv", "Gemm", "MatMul") and constant_value(node.inputs[1]) is not None
+
+    above = [*upstream([tensor], lambda node: is_layer(node) or node.op == "Shape")][::-1]
+    return [node for node in above if is_layer(node)], [node for node in above if not is_layer(node)]
+
+
+def is_product(nodes: Iterable[gs.Node], layers: Iterable[gs.Node]) -> bool:
+    """Whether one of ``nodes``, in order, multiplies two tensors that both come from ``layers``."""
+    reached = {tensor.name for layer in layers for tensor in layer.outputs}
+    for node in nodes:
+        depends = [tensor.name in reached for tensor in node.inputs]
+        if node.op in ("Einsum", "MatMul", "Mul") and sum(depends) > 1:
+            return True
+        if any(depends) and node.op != "Shape":
+            reached.update(tensor.name for tensor in node.outputs)
+    return False
 
 
 def attention_at(graph: gs.Graph, softmax: gs.Node) -> Attention:
