@@ -238,11 +238,9 @@ def _values(
     patience: Patience,
 ) -> list[_Seen | NoMatch]:
     """What each block sees, or why that cannot be told: found for all at once, or where that fails for each alone."""
-    ends = [tensor for region in regions for tensor in (region.x, *region.outside)]
-    results = [region.y for region in regions]
-    read = sources_of([*ends, *results], inputs)
+    read = sources_of([tensor for region in regions for tensor in (region.x, region.y, *region.outside)], inputs)
     try:
-        return [_Seen(values_at_sizes(graph, ends, results, functions, read, patience), read)] * len(regions)
+        return [_Seen(values_at_sizes(graph, regions, functions, read, patience), read)] * len(regions)
     except NoMatch as error:
         if len(regions) == 1:
             return [error]

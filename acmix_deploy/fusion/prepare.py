@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import inliner, version_converter
 
@@ -76,6 +77,12 @@ def _without_calls(model: onnx.ModelProto) -> onnx.ModelProto:
     inlined.CopyFrom(model)
     del inlined.functions[:]
     inlined.functions.extend(foreign)
+    # The inliner does not know the defaults of attributes (onnx 1.23): each call gets them.
+    defaults = {(function.domain, function.name): function.attribute_proto for function in foreign}
+    for node in [node for part in (inlined.graph, *inlined.functions) for node in _nodes(part)]:
+        given = {attribute.name for attribute in node.attribute}
+        known = defaults.get((node.domain, node.op_type), ())
+        node.attribute.extend(attribute for attribute in known if attribute.name not in given)
     # Functions of another opset than the model's are converted; where the converter fails, they stay calls.
     for convert_version in (True, False):
         with suppress(Exception):  # its errors share no base of their own
@@ -100,7 +107,13 @@ def _nodes(part: onnx.GraphProto | onnx.FunctionProto) -> list[onnx.NodeProto]:
 
 def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The model at another opset. onnx's converter gives nodes and constants; the rest it drops, so it stays here."""
-    new = version_converter.convert_version(model, opset)
+    dense = onnx.ModelProto()
+    dense.CopyFrom(model)
+    for tensor in dense.graph.sparse_initializer:  # which the converter does not look at
+        stored = np.zeros(tuple(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(tensor.values.data_type))
+        dense.graph.initializer.append(onnx.numpy_helper.from_array(stored, tensor.values.name))
+    del dense.graph.sparse_initializer[:]
+    new = version_converter.convert_version(dense, opset)
     told = {node.output[0]: node for node in model.graph.node if node.output}
     for node in new.graph.node:
         if before := told.get(node.output[0] if node.output else ""):
@@ -109,8 +122,8 @@ def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     converted.CopyFrom(model)
     del converted.graph.node[:]
     converted.graph.node.extend(new.graph.node)
-    stored = {tensor.name for tensor in model.graph.initializer}
-    converted.graph.initializer.extend(tensor for tensor in new.graph.initializer if tensor.name not in stored)
+    known = {tensor.name for tensor in dense.graph.initializer}
+    converted.graph.initializer.extend(tensor for tensor in new.graph.initializer if tensor.name not in known)
     for entry in converted.opset_import:
         entry.version = opset if entry.domain in _STANDARD else entry.version
     return converted

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper, shape_inference
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import Feeds, NoMatch, constant_value, evaluate, piece, reads, upstream
+from acmix_deploy.graph import Feeds, NoMatch, Region, constant_value, evaluate, piece, reads, upstream
 from acmix_deploy.runtime.onnxruntime import folded, known_operators
 
 Size = tuple[int, int, int]
@@ -97,23 +97,21 @@ def sources_of(tensors: Iterable[gs.Variable], all_sources: Collection[Source]) 
 
 def values_at_sizes(
     graph: gs.Graph,
-    tensors: Iterable[gs.Variable],
-    results: Iterable[gs.Variable],
+    regions: Sequence[Region],
     functions: Collection[onnx.FunctionProto],
     inputs: Sequence[Source],
     patience: Patience,
 ) -> list[Feeds]:
-    """Values of ``tensors`` for random inputs: at one size where the graph is static, at two where it is not.
+    """Values of what ``regions`` read, by name, for random inputs: at one size where that is static, else at two.
 
     A size that does not run may take long to say so. So small ones come first, after one that did not run only those
     whose shapes fit, the others last, and the time is limited.
 
     Args:
-        graph: where ``tensors`` live.
-        tensors: what to compute.
-        results: what has to be possible to compute at these sizes, too.
+        graph: where ``regions`` live.
+        regions: blocks, whose results can be computed at these sizes as well.
         functions: bodies of the custom operators used.
-        inputs: what all of them are computed from.
+        inputs: what they are computed from.
         patience: time for sizes that do not run; what is spent of it is taken away.
 
     Raises:
@@ -121,8 +119,8 @@ def values_at_sizes(
     """
     if unknown := next((source for source in inputs if source.shape is None), None):
         raise NoMatch(f"it depends on {unknown.tensor.name}, whose sizes the file does not tell{unknown.origin}")
-    wanted = {tensor.name: tensor for tensor in tensors}
-    every = [*(wanted | {tensor.name: tensor for tensor in results}).values()]
+    wanted = {tensor.name: tensor for region in regions for tensor in (region.x, *region.outside)}
+    every = [*(wanted | {region.y.name: region.y for region in regions}).values()]
     static = all(source.is_static for source in inputs)
     found: list[Feeds] = []
     failed: dict[Size, str] = {}
@@ -142,7 +140,7 @@ def values_at_sizes(
                 values = evaluate(graph, computed, _random(inputs, size), functions)
             except NoMatch as error:
                 failed[size] = error.reason
-                fits = fits or _shape_check(graph, every, inputs, functions)
+                fits = fits or _shape_check(graph, regions, every, inputs, functions)
             else:
                 found.append({tensor.name: value for tensor, value in zip(computed, values, strict=True)})
                 start = time.monotonic()  # time well spent
@@ -169,7 +167,11 @@ def _random(inputs: Iterable[Source], size: Size) -> Feeds:
 
 
 def _shape_check(
-    graph: gs.Graph, wanted: list[gs.Variable], inputs: Sequence[Source], functions: Collection[onnx.FunctionProto]
+    graph: gs.Graph,
+    regions: Sequence[Region],
+    wanted: list[gs.Variable],
+    inputs: Sequence[Source],
+    functions: Collection[onnx.FunctionProto],
 ) -> Callable[[Size], bool]:
     """Whether shapes fit together at a size, as ONNX Runtime infers them, in milliseconds: no map is computed."""
     model, used = piece(graph, wanted, _random(inputs, _TRIALS[0]), functions)
@@ -192,9 +194,22 @@ def _shape_check(
         sizes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in values}
         reshapes = [node for node in inferred.node if node.op_type == "Reshape"]
         counts = ([math.prod(sizes.get(name, [0])) for name in (node.input[0], node.output[0])] for node in reshapes)
-        return all(before == after or not before or not after for before, after in counts)
+        maps = ((sizes.get(region.x.name, []), sizes.get(region.y.name, [])) for region in regions)
+        return all(before == after or not before or not after for before, after in counts) and all(
+            _alike(x, y, size[0]) for x, y in maps
+        )
 
     return fits
+
+
+def _alike(x: list[int], y: list[int], batch: int) -> bool:
+    """Whether the result of a block can be of as many images as what it reads, and of maps of the same proportions.
+
+    Where a Reshape holds all sizes, another size of as many pixels runs as well.
+    """
+    if len(x) != 4 or len(y) != 4 or not all((*x, *y)):
+        return True
+    return y[0] % batch == 0 and any(x[a] * y[b + 1] == x[a + 1] * y[b] for a in (1, 2) for b in (1, 2))
 
 
 def _frozen_sizes(graph: gs.Graph, wanted: list[gs.Variable]) -> Iterator[Size]:

@@ -225,7 +225,7 @@ def _takes_neighbours(node: gs.Node) -> bool:
     if node.op in ("Gather", "GatherElements", "GatherND"):
         index = constant_value(node.inputs[1])
         return index is None or bool(index.size > 1)
-    return node.op == "Pad"
+    return str(node.op) == "Pad"
 
 
 def _is_dep_conv(conv: gs.Node) -> bool:
