@@ -218,6 +218,8 @@ def _fuse_family(
             settings=dict(reduced.settings),
             relative_l2=relative_l2,
         )
+    if fused:
+        graph.cleanup()  # what fell away is no anchor of another family
     return fused, left, [bodies[op] for op in sorted(used)]
 
 

@@ -32,13 +32,13 @@ _STRIDES = (1, 2, 4, 8, 16, 32)
 
 _LARGEST = 2048  # pixels, of a side that is worth trying
 _SMALL = 16  # values of a constant that may be a shape
-_MOST = 12  # sizes of maps, and batches, that constants name
+_MOST = 6  # sizes of maps, and batches, that constants name
 _ENOUGH = 2
 
 
 @dataclass
 class Patience:
-    """How long may be spent on sizes that do not run, in all."""
+    """How long may be spent on sizes that do not run, in all: seconds of CPU time."""
 
     seconds: float = 8.0
     """What is left of it."""
@@ -130,7 +130,7 @@ def values_at_sizes(
     for size, again in chain(((size, False) for size in likely), ((size, True) for size in doubtful)):
         if len(found) == _ENOUGH or (found and (again or size not in _TRIALS)) or patience.seconds < 0:
             break
-        start = time.monotonic()
+        start = time.process_time()
         if fits and not again and not fits(size):
             doubtful.append(size)
         else:
@@ -143,8 +143,8 @@ def values_at_sizes(
                 fits = fits or _shape_check(graph, regions, every, inputs, functions)
             else:
                 found.append({tensor.name: value for tensor, value in zip(computed, values, strict=True)})
-                start = time.monotonic()  # time well spent
-        patience.seconds -= time.monotonic() - start
+                start = time.process_time()  # time well spent
+        patience.seconds -= time.process_time() - start
     if not found:
         reason = next(reversed(failed.values()), "")
         if not static:
