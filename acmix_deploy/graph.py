@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,33 @@ DOUBLE = frozenset({TensorProto.DOUBLE})
 FLOATS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 
 
+class Reached(IntEnum):
+    """How far something came towards being a block. Of several families the one that came furthest is told of."""
+
+    NOTHING = 0
+    """Nobody would have expected a block."""
+    KIND = 1
+    """It is of the block's kind, or bears its name, without its parts."""
+    PARTS = 2
+    """Some of the block's parts are there."""
+    WHOLE = 3
+    """All are, and belong together; what they compute is no block's."""
+    REDUCED = 4
+    """It could be written in its reduced form, which computes something else."""
+
+
 class NoMatch(Exception):
     """Part of a graph is not the block that was looked for.
 
     Args:
         reason: what was found, in words for the report.
-        near: whether it came close enough that a user would want to know.
+        reached: how close it came.
     """
 
-    def __init__(self, reason: str, *, near: bool = True) -> None:
+    def __init__(self, reason: str, reached: Reached = Reached.PARTS) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.near = near
+        self.reached = reached
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,7 @@ def constant_value(tensor: gs.Tensor) -> Array | None:
 
 def nearest(tensor: gs.Tensor, *ops: str) -> list[gs.Node]:
     """The first nodes of types ``ops`` met on each way upstream from ``tensor``, not looking behind a Shape."""
-    return [node for node in _upstream([tensor], lambda node: node.op in (*ops, "Shape")) if node.op in ops]
+    return [node for node in upstream([tensor], lambda node: node.op in (*ops, "Shape")) if node.op in ops]
 
 
 def scalar_factor(tensor: gs.Tensor) -> tuple[float, gs.Node | None]:
@@ -171,11 +187,11 @@ def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
     Raises:
         NoMatch: something between is read from elsewhere or is an output of the graph.
     """
-    upstream = list(_upstream([y], lambda node: False, stop_at={x.name}))
+    above = list(upstream([y], lambda node: False, stop_at={x.name}))
     reached = {x.name}
     nodes = []
-    for node in reversed(upstream):
-        if any(tensor.name in reached for tensor in node.inputs):
+    for node in reversed(above):
+        if any(tensor.name in reached for tensor in reads(node)):
             reached.update(tensor.name for tensor in node.outputs)
             nodes.append(node)
     inside = {id(node) for node in nodes}
@@ -189,20 +205,32 @@ def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
             if tensor is y:
                 continue
             if tensor.name in results:
-                raise NoMatch(f"the intermediate {tensor.name} is also an output of the graph")
+                raise NoMatch(f"the intermediate {tensor.name} is also an output of the graph", Reached.WHOLE)
             for user in tensor.outputs:
                 if id(user) not in inside and user.op != "Shape":
-                    raise NoMatch(f"the intermediate {tensor.name} is also read by {user.name or user.op}")
+                    reader = user.name or user.op
+                    raise NoMatch(f"the intermediate {tensor.name} is also read by {reader}", Reached.WHOLE)
     outside = {
         tensor.name: tensor
         for node in nodes
-        for tensor in node.inputs
-        if isinstance(tensor, gs.Variable) and tensor.name and tensor.name not in reached
+        for tensor in reads(node)
+        if isinstance(tensor, gs.Variable) and tensor.name not in reached
     }
     return Region(x, y, list(outside.values()))
 
 
-def _upstream(
+def reads(node: gs.Node) -> Iterator[gs.Tensor]:
+    """What a node reads: its inputs, and what graphs inside it, as those of an If, read from outside."""
+    yield from (tensor for tensor in node.inputs if tensor.name)
+    for inner in node.attrs.values():
+        if isinstance(inner, gs.Graph):
+            made = {tensor.name for part in inner.nodes for tensor in part.outputs}
+            made.update(tensor.name for tensor in inner.inputs)
+            taken = [*inner.outputs, *(tensor for part in inner.nodes for tensor in reads(part))]
+            yield from (tensor for tensor in taken if isinstance(tensor, gs.Variable) and tensor.name not in made)
+
+
+def upstream(
     tensors: Iterable[gs.Tensor], stop_after: Callable[[gs.Node], bool], stop_at: Iterable[str] = ()
 ) -> Iterator[gs.Node]:
     """Nodes that ``tensors`` are computed from, each once, every node after the nodes that use it.
@@ -222,13 +250,13 @@ def _upstream(
     for tensor in tensors:
         for node in start(tensor):
             seen.add(id(node))
-            stack.append((node, iter(() if stop_after(node) else node.inputs)))
+            stack.append((node, iter(() if stop_after(node) else reads(node))))
             while stack:
                 current, inputs = stack[-1]
                 for operand in inputs:
                     if found := start(operand):
                         seen.add(id(found[0]))
-                        stack.append((found[0], iter(() if stop_after(found[0]) else found[0].inputs)))
+                        stack.append((found[0], iter(() if stop_after(found[0]) else reads(found[0]))))
                         break
                 else:
                     order.append(current)
@@ -243,18 +271,22 @@ def as_float32(model: onnx.ModelProto, types: Collection[int] = FLOATS) -> onnx.
         if tensor.data_type in types:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
 
-    graph = model.graph
-    for tensor in graph.initializer:
-        convert(tensor)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type in types:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                convert(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in types:
-                attribute.i = TensorProto.FLOAT
+    def convert_graph(graph: onnx.GraphProto) -> None:
+        for tensor in graph.initializer:
+            convert(tensor)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in types:
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.TENSOR:
+                    convert(attribute.t)
+                elif attribute.type == onnx.AttributeProto.GRAPH:
+                    convert_graph(attribute.g)
+                elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in types:
+                    attribute.i = TensorProto.FLOAT
+
+    convert_graph(model.graph)
     return model
 
 
@@ -272,17 +304,31 @@ def evaluate(
     Raises:
         NoMatch: ONNX Runtime cannot run it, or it depends on something that is not fed.
     """
-    nodes = list(reversed(list(_upstream(outputs, lambda node: False, stop_at=feeds))))
+    model, used = piece(graph, outputs, feeds, functions)
+    try:
+        # Nodes as written: pieces of graphs trip ONNX Runtime's optimizer, and each runs only once or twice.
+        return list(open_session(model, optimize=False, once=True).run(None, used))
+    except UserError as error:
+        raise NoMatch(f"it cannot be run on its own: {error.message}") from error
+    except Exception as error:  # ONNX Runtime's error types share no base of their own
+        raise NoMatch(f"it cannot be run on its own: {reason(error)}") from error
+
+
+def piece(
+    graph: gs.Graph, outputs: list[gs.Variable], feeds: Feeds, functions: Iterable[onnx.FunctionProto] = ()
+) -> tuple[onnx.ModelProto, Feeds]:
+    """What :func:`evaluate` runs, and the feeds that it needs, in float32. Raises NoMatch where one is missing."""
+    nodes = list(reversed(list(upstream(outputs, lambda node: False, stop_at=feeds))))
     made = {tensor.name for node in nodes for tensor in node.outputs}
     needed = {
         tensor.name: tensor
-        for tensor in [*(tensor for node in nodes for tensor in node.inputs), *outputs]
-        if isinstance(tensor, gs.Variable) and tensor.name and tensor.name not in made
+        for tensor in [*(tensor for node in nodes for tensor in reads(node)), *outputs]
+        if isinstance(tensor, gs.Variable) and tensor.name not in made
     }
     if unknown := needed.keys() - feeds.keys():
         raise NoMatch(f"it depends on {', '.join(sorted(unknown))} from outside")
-    piece = gs.Graph(nodes, opset=graph.opset, import_domains=graph.import_domains)
-    model = as_float32(gs.export_onnx(piece, do_type_check=False))
+    part = gs.Graph(nodes, opset=graph.opset, import_domains=graph.import_domains)
+    model = as_float32(gs.export_onnx(part, do_type_check=False))
     model.ir_version = ir_version(graph.opset)
     used = {name: _float32(feeds[name]) for name in needed}
     model.graph.input.extend(
@@ -291,13 +337,7 @@ def evaluate(
     )
     model.graph.output.extend(onnx.ValueInfoProto(name=tensor.name) for tensor in outputs)
     model.functions.extend(functions)
-    try:
-        # Nodes as written: pieces of graphs trip ONNX Runtime's optimizer, and each runs only once or twice.
-        return list(open_session(model, optimize=False, once=True).run(None, used))
-    except UserError as error:
-        raise NoMatch(f"it cannot be run on its own: {error.message}") from error
-    except Exception as error:  # ONNX Runtime's error types share no base of their own
-        raise NoMatch(f"it cannot be run on its own: {str(error).splitlines()[0]}") from error
+    return model, used
 
 
 def name_nodes(model: onnx.ModelProto) -> None:

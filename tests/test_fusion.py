@@ -486,3 +486,104 @@ def test_recovered_weights_are_exact():
     np.testing.assert_allclose(weights.position_weight, block.conv_p.weight.detach()[:, :, 0, 0], rtol=2e-6, atol=1e-6)
     assert (weights.num_heads, weights.kernel_size, weights.stride) == (2, 7, 1)
     assert (weights.rate1, weights.rate2) == (block.rate1.item(), block.rate2.item())
+
+
+# Reasons: one for an anchor, that of the family which came closest.
+
+
+class OneProjection(nn.Module):
+    """Local attention whose queries, keys and values come from one convolution, and a projection behind it."""
+
+    def __init__(self, channels: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1), heads
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(x).chunk(3, 1)
+        windows = [
+            nn.functional.unfold(nn.functional.pad(part, (1,) * 4, mode="reflect"), 3).reshape(
+                -1, c // self.heads, 9, h, w
+            )
+            for part in (k, v)
+        ]
+        weights = (q.reshape(-1, c // self.heads, 1, h, w) * windows[0]).sum(1).softmax(1)
+        return self.proj((weights[:, None] * windows[1]).sum(2).reshape(b, c, h, w))
+
+
+class OneProjectionACmix(ACmix):
+    """The block with one convolution where the published one has three."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.qkv = nn.Conv2d(self.conv1.in_channels, 3 * self.conv1.out_channels, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, 1)
+        return self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v)
+
+
+class PixelAttention(nn.Module):
+    """Attention over all pixels beside a depthwise convolution, as in YOLO11: no variant of ACmix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.pe = nn.Conv2d(8, 24, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(x).view(b, 2, 12, h * w).split([4, 4, 4], 2)
+        attended = v @ (q.transpose(-2, -1) @ k / 2).softmax(-1).transpose(-2, -1)
+        return self.proj(attended.reshape(b, c, h, w) + self.pe(v.reshape(b, c, h, w)))
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [(OneProjection(), "its logits come from {}, not from two 1x1 convolutions of one tensor"),
+     (OneProjectionACmix(8, 8, 3, head=2), "its logits come from {}, not from two 1x1 convolutions of one tensor"),
+     (PixelAttention(), "")],
+    ids=["attention", "acmix", "pixels"],
+)  # fmt: skip
+def test_one_projection_for_queries_and_keys(tmp_path, module, words, exporter):
+    source = export(
+        family_parts.randomised(module), torch.randn(1, 8, 9, 7), tmp_path / "plain.onnx", exporter=exporter
+    )
+    blocks = fuse(source, tmp_path / "fused.onnx").blocks
+    convolution = next(node.name for node in onnx.load(source).graph.node if node.op_type == "Conv")
+    assert [(block.family, block.reason) for block in blocks] == (
+        [("acmix", words.format(convolution))] if words else []
+    )
+
+
+def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
+    """That of the family which came furthest; and none where another family fused it."""
+    from acmix_deploy.families.outlook import graph as outlook
+    from acmix_deploy.families.swin_acmix import graph as swin
+    from acmix_deploy.graph import NoMatch, Reached
+
+    def refuse(reason, reached):
+        def match(graph, anchor):
+            raise NoMatch(reason, reached)
+
+        return match
+
+    monkeypatch.setattr(swin, "match", refuse("closest", Reached.WHOLE))
+    monkeypatch.setattr(outlook, "match", refuse("further away", Reached.PARTS))
+    near = ZeroPadded(4, 8, 5, head=2)
+    source = export(randomised(near), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")
+    (block,) = fuse(source, tmp_path / "fused.onnx").blocks
+    assert "relative residual" in block.reason, "what acmix measured tells as much, and acmix comes first"
+    monkeypatch.setattr(swin, "match", refuse("closest", Reached.REDUCED))
+    (block,) = fuse(source, tmp_path / "fused.onnx").blocks
+    assert (block.family, block.reason) == ("swin_acmix", "closest")
+    source = export(randomised(ACmix(4, 8, 5, head=2)), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")
+    assert [block.fused for block in fuse(source, tmp_path / "fused.onnx").blocks] == [True]
+
+
+@pytest.mark.parametrize("opset", [11, 12])
+@pytest.mark.parametrize("size", [(9, 9), (9, 12)])
+def test_softmax_between_transposes(tmp_path, opset, size):
+    """Below opset 13 exporters move the axis of a Softmax to the end, which turns the map."""
+    block, x = randomised(ACmix(4, 8, 5, head=2, stride=3)), torch.randn(1, 4, *size)
+    assert_fused(block, x, export(block, x, tmp_path / "plain.onnx", opset=opset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cProfile
+import importlib
 import pstats
 import sys
 import time
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from family_parts import export, randomised
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from acmix_deploy import graph
 from acmix_deploy.families.acmix.module import ACmix
@@ -22,6 +25,8 @@ from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from bench_fusion import chain
+
+sizes = importlib.import_module("acmix_deploy.fusion.sizes")
 
 
 def test_work_grows_with_the_number_of_blocks_alone(tmp_path, monkeypatch):
@@ -65,3 +70,77 @@ def test_a_session_that_runs_once_opens_in_linear_time():
         return time.process_time() - start
 
     assert min(seconds(8000) for _ in range(3)) < 10 * min(seconds(2000) for _ in range(3))
+
+
+class Frozen(nn.Module):
+    """A block behind a stride, as it is traced for one size."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 4, 3, stride=2, padding=1), block
+
+    def forward(self, x):
+        return self.block(self.stem(x))
+
+
+def frozen(block, shape, path):
+    """A file that declares free axes and holds for ``shape`` alone."""
+    model = onnx.load(export(randomised(Frozen(block)), torch.randn(shape), path))
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in (0, 2, 3):
+            value.type.tensor_type.shape.dim[axis].dim_param = f"{value.name}_{axis}"
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 60, 88), (3, 3, 36, 36), (1, 3, 416, 416)])
+@pytest.mark.parametrize("near_miss", [False, True])
+def test_the_size_that_a_graph_holds_for_is_found_without_running_others(tmp_path, monkeypatch, shape, near_miss):
+    """Sizes up to 1280 x 1280 were run with the unfused graph, until none was left."""
+    block = ACmix(4, 4, 3, head=1)
+    if near_miss:
+        block._neighbours = lambda x: nn.functional.unfold(x, 3, padding=1)
+    source = frozen(block, shape, tmp_path / "plain.onnx")
+    run = []
+
+    def noting(of, outputs, feeds, functions=()):
+        run.append(next(iter(feeds.values())).shape)
+        return graph.evaluate(of, outputs, feeds, functions)
+
+    monkeypatch.setattr(sizes, "evaluate", noting)
+    report = fuse(source, tmp_path / "fused.onnx")
+    assert run == [(2, 3, 24, 32), shape]
+    assert report.fused == (not near_miss)
+    if near_miss:
+        assert "reflected K x K neighbourhood" in report.blocks[0].reason
+
+
+def test_sizes_are_tried_for_so_long_and_the_reason_says_so(tmp_path, monkeypatch):
+    """Shapes do not tell why it does not run: its Gather reads beyond the end."""
+    model = onnx.load(export(randomised(ACmix(2, 2, 3, head=1)), torch.randn(1, 2, 8, 8), tmp_path / "plain.onnx"))
+    path = frozen_by_value(model, tmp_path / "frozen.onnx")
+    assert "it runs at none of the sizes that were tried (2x24x32, 1x40x24, " in reason_of(path)
+    monkeypatch.setattr(sizes.Patience, "__init__", lambda self: setattr(self, "seconds", 0.0))
+    assert "(2x24x32, when time was up)" in reason_of(path)
+
+
+def frozen_by_value(model, path):
+    """With an index into the map in front of the block that no size makes valid."""
+    name = model.graph.input[0].name
+    for node in model.graph.node:
+        for index, read in enumerate(node.input):
+            if read == name:
+                node.input[index] = "row"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([10**6]), "index"))
+    model.graph.node.insert(0, helper.make_node("Gather", [name, "index"], ["row"], axis=3))
+    for axis in (0, 2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"free{axis}"
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    return path
+
+
+def reason_of(path):
+    (block,) = fuse(path, path.with_name("fused.onnx")).blocks
+    return block.reason

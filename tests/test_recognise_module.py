@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from acmix_deploy.families import BlockReport, canonicalise
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 
 
 class Port(nn.Module):
@@ -293,3 +294,29 @@ def test_an_impostor_is_left_alone_and_named(impostor: Any, reason: str) -> None
 def test_ordinary_modules_are_not_mentioned() -> None:
     model = nn.Sequential(nn.Conv2d(9, 8, 3), nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(5))))
     assert canonicalise(model)[1] == []
+
+
+class Cropped(ACmix):
+    """The block without its last row."""
+
+    def forward(self, x):
+        return super().forward(x)[:, :, :-1]
+
+
+def test_results_of_other_shapes_are_told_as_shapes():
+    _, (report,) = canonicalise(nn.Sequential(Cropped(4, 8, 3, head=2)))
+    assert report.status == "left alone"
+    assert report.reason.startswith("it gives [2, 8, 7, 9] where ACmix(")
+    assert report.reason.endswith(") gives [2, 8, 8, 9]")
+
+
+def test_a_module_that_resembles_blocks_of_two_families_has_one_reason():
+    """It is called ACmix and has the parts of a windowed block, which it differs from: that says more than its name."""
+
+    class ACmixOfWindows(WindowedACmix):
+        def forward(self, x):
+            return 1.1 * super().forward(x)
+
+    _, (report,) = canonicalise(nn.Sequential(ACmixOfWindows(8, 4, 2)))
+    assert (report.family, report.status) == ("windowed_acmix", "left alone")
+    assert "differs from WindowedACmix" in report.reason

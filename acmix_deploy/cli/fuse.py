@@ -46,11 +46,13 @@ def run(options: argparse.Namespace) -> int:
 
         print_json(FuseDocument(**report.model_dump(), target=made_for))
     else:
-        from acmix_deploy.report.tables import graph_blocks
+        from acmix_deploy.report.tables import fusion_notes, graph_blocks
 
         out = console()
         out.print(graph_blocks(report) if report.blocks else "No ACmix block in the graph, nothing was fused.")
         out.print(f"{report.nodes_before} nodes became {report.nodes_after}: {options.output}")
+        for note in fusion_notes(report):
+            out.print(f"Note: {note}", style="yellow", markup=False)
         if made_for:
             out.print(f"For {made_for.name}, form {made_for.form}: {options.output.with_name(made_for.file)}")
             for line in (*made_for.notes, *made_for.obstacles):

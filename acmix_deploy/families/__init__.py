@@ -11,7 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +36,8 @@ class BlockReport(BaseModel):
     """Faults of the original that the replacement does not have."""
     geometry: dict[str, int] | None = None
     """The arguments that the family's own module is built with."""
+    reached: int = Field(default=0, exclude=True)
+    """How close a module that was left alone came, a :class:`acmix_deploy.graph.Reached`."""
 
 
 def part(family: str, name: Literal["module", "recognise", "graph"]) -> ModuleType:
@@ -61,11 +63,20 @@ def canonicalise(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
     See :func:`acmix_deploy.families.proof.keep_proven` for other sizes.
 
     Returns:
-        The model (another object where the model itself was a block), and a report for each block found.
+        The model (another object where the model itself was a block), and a report for each block found; one that is
+        left alone is told by the family that it came closest to.
     """
     reports: list[BlockReport] = []
     for family in FAMILIES:
         model, found = part(family, "recognise").canonicalise(model)
         reports += found
     taken = {report.name for report in reports if report.status != "left alone"}
-    return model, [report for report in reports if report.status != "left alone" or report.name not in taken]
+    closest: dict[str, BlockReport] = {}
+    for report in reports:
+        if report.name not in closest or report.reached > closest[report.name].reached:
+            closest[report.name] = report
+    return model, [
+        report
+        for report in reports
+        if report.status != "left alone" or (report.name not in taken and closest[report.name] is report)
+    ]

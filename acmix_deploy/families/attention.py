@@ -18,7 +18,18 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.reduction import Writer
-from acmix_deploy.graph import RESHAPING, Array, Feeds, NoMatch, constant_value, nearest, producer, way_down
+from acmix_deploy.graph import (
+    RESHAPING,
+    Array,
+    Feeds,
+    NoMatch,
+    Reached,
+    constant_value,
+    nearest,
+    producer,
+    upstream,
+    way_down,
+)
 
 MASKED = -1e4
 """Added to the logits of keys that nothing attends to: exp of it is 0, and float16 holds it. Of Swin's -100 it is a
@@ -104,29 +115,51 @@ def linear(node: gs.Node) -> Linear | None:
     return Linear(node.inputs[0], result, weight.T, bias)
 
 
+def layers_above(tensor: gs.Tensor) -> tuple[list[gs.Node], list[gs.Node]]:
+    """The nearest layers with stored weights that ``tensor`` comes from, and the nodes from them to it, in order."""
+
+    def is_layer(node: gs.Node) -> bool:
+        return node.op in ("Conv", "Gemm", "MatMul") and constant_value(node.inputs[1]) is not None
+
+    above = [*upstream([tensor], lambda node: is_layer(node) or node.op == "Shape")][::-1]
+    return [node for node in above if is_layer(node)], [node for node in above if not is_layer(node)]
+
+
+def is_product(nodes: Iterable[gs.Node], layers: Iterable[gs.Node]) -> bool:
+    """Whether one of ``nodes``, in order, multiplies two tensors that both come from ``layers``."""
+    reached = {tensor.name for layer in layers for tensor in layer.outputs}
+    for node in nodes:
+        depends = [tensor.name in reached for tensor in node.inputs]
+        if node.op in ("Einsum", "MatMul", "Mul") and sum(depends) > 1:
+            return True
+        if any(depends) and node.op != "Shape":
+            reached.update(tensor.name for tensor in node.outputs)
+    return False
+
+
 def attention_at(graph: gs.Graph, softmax: gs.Node) -> Attention:
-    """The attention around a Softmax node. Raises NoMatch, not near, where there is none."""
+    """The attention around a Softmax node. Raises NoMatch, with nothing reached, where there is none."""
     products = [node for node in nearest(softmax.inputs[0], "MatMul") if constant_value(node.inputs[1]) is None]
     if len(products) != 1:
-        raise NoMatch("its logits are not one product of queries and keys", near=False)
+        raise NoMatch("its logits are not one product of queries and keys", Reached.NOTHING)
     attended, weights = next_node(graph, softmax.outputs[0])
     if attended.op != "MatMul" or attended.inputs[0] is not weights:
-        raise NoMatch("it does not weigh values", near=False)
+        raise NoMatch("it does not weigh values", Reached.NOTHING)
     found: dict[str, Linear] = {}
     for operand in (*products[0].inputs, attended.inputs[1]):
         parts = [linear(node) for node in nearest(operand, "MatMul", "Gemm")]
         if len(parts) != 1 or parts[0] is None:
-            raise NoMatch("queries, keys and values do not each come from one linear layer", near=False)
+            raise NoMatch("queries, keys and values do not each come from one linear layer", Reached.NOTHING)
         found[parts[0].result.name] = parts[0]
     return Attention(softmax, products[0], attended, [*found.values()])
 
 
-def next_node(graph: gs.Graph, tensor: gs.Tensor, *, near: bool = False) -> tuple[gs.Node, gs.Tensor]:
+def next_node(graph: gs.Graph, tensor: gs.Tensor, reached: Reached = Reached.NOTHING) -> tuple[gs.Node, gs.Tensor]:
     """The next node downstream that does more than move values, and its operand. Raises NoMatch where ways part."""
     for operand, node in way_down(graph, tensor):
         if node.op not in _MOVING:
             return node, operand
-    raise NoMatch(f"the intermediate {tensor.name} is read by several nodes or is an output of the graph", near=near)
+    raise NoMatch(f"the intermediate {tensor.name} is read by several nodes or is an output of the graph", reached)
 
 
 def origins(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
@@ -137,12 +170,12 @@ def origins(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
         yield tensor
 
 
-def common_origin(tensors: Iterable[gs.Tensor], *, near: bool = False) -> gs.Variable:
+def common_origin(tensors: Iterable[gs.Tensor], reached: Reached = Reached.NOTHING) -> gs.Variable:
     """The one tensor that all are made of by movement alone, before any padding. Raises NoMatch."""
     first, *others = ([*origins(tensor)] for tensor in tensors)
     shared = [tensor for tensor in first if all(any(tensor is one for one in other) for other in others)]
     if not shared:
-        raise NoMatch("its attention and what it is added to do not read one tensor", near=near)
+        raise NoMatch("its attention and what it is added to do not read one tensor", reached)
     x = shared[0]
     while (node := producer(x)) is not None and node.op == "Pad":
         x = node.inputs[0]

@@ -92,19 +92,19 @@ class _Proof:
             return next(filter(None, map(self._compare, calls)), "")
 
     def _compare(self, call: _Call) -> str:
-        shape = list(call.args[0].shape)
+        name, shape = type(self.replacement).__name__, [*call.args[0].shape]
         try:
-            distance = relative_l2(self.replacement(*call.args, **call.kwargs), call.output)
+            result = self.replacement(*call.args, **call.kwargs)
+            if result.shape != call.output.shape:
+                return f"on {shape} it gives {[*call.output.shape]} where {name} gives {[*result.shape]}"
+            distance = relative_l2(result, call.output)
             if distance > self._limit:  # is it rounding?
                 distance = self._in_float64(call)
         except Exception as error:
-            return f"it takes {shape}, and {type(self.replacement).__name__} does not: {reason(error)}"
+            return f"it takes {shape}, and {name} does not: {reason(error)}"
         if distance <= self._limit:
             return ""
-        return (
-            f"on {shape} it differs from {type(self.replacement).__name__} by a relative L2 of {distance:.1e} "
-            f"(limit {self._limit:.0e})"
-        )
+        return f"on {shape} it differs from {name} by a relative L2 of {distance:.1e} (limit {self._limit:.0e})"
 
     def _in_float64(self, call: _Call) -> float:
         replacement, module = (copy.deepcopy(module).double() for module in (self.replacement, self.module))

@@ -6,6 +6,7 @@ A family says what a module's replacement would be; here replacement and origina
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy.families import BlockReport
+from acmix_deploy.graph import Reached
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.torch import OnCpu
 
@@ -21,7 +23,11 @@ _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # what Ultralytics sets on a layer
 
 
 class NotABlock(Exception):
-    """Why a module is no block of a family."""
+    """Why a module is no block of a family, and how close it came, where that is known."""
+
+    def __init__(self, reason: str, reached: Reached = Reached.NOTHING) -> None:
+        super().__init__(reason)
+        self.reached = reached
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,13 @@ class Recogniser:
     propose: Callable[[nn.Module], Proposal]
     """What a module may be replaced by. Raises NotABlock."""
     resembles: Callable[[nn.Module], bool]
-    """Whether a person would take a module for such a block, so that it is worth saying why it is none."""
+    """Whether a person would take a module for such a block by its parts, so that it is worth saying why it is none."""
     tolerances: Mapping[str, Tolerance]
     """How far replacement and original may be apart, by the type that the original runs in."""
     parameterless: tuple[type[nn.Module], ...] = ()
     """What a published block has for children beside those with parameters."""
+    called: str = ""
+    """What the name of such a class has in it, in lower case and without underscores, if names tell a person so."""
 
     def canonicalise(self, model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
         """Swap, in place, each block of ``model`` for the family's own module with the same weights, proven equal.
@@ -87,9 +95,11 @@ class Recogniser:
                 block = replacements.get(module, module)
                 report.geometry = {name: int(getattr(block, name)) for name in self.geometry}
             except NotABlock as reason:
-                if not self.resembles(module):
+                seen = self._resembles(module)
+                if not seen:
                     continue
                 report.status, report.reason = "left alone", str(reason)
+                report.reached = max(seen, reason.reached)
             reports[module] = report
 
         containers = {module for module in reports if any(part in reports for part in list(module.modules())[1:])}
@@ -123,6 +133,13 @@ class Recogniser:
             return None
         return self._dressed(fitting[0], module)
 
+    def _resembles(self, module: nn.Module) -> Reached:
+        """How close a module that is no block comes at first sight."""
+        if self.resembles(module):
+            return Reached.PARTS
+        named = self.called and self.called in type(module).__name__.lower().replace("_", "")
+        return Reached.KIND if named else Reached.NOTHING
+
     @staticmethod
     def _dressed(block: nn.Module, module: nn.Module) -> nn.Module:
         """``block`` with the mode of ``module`` and with what Ultralytics notes on a layer."""
@@ -139,23 +156,25 @@ class Recogniser:
             expected, faults = _run_original(module, proposal, own_dtype)
         except Exception as error:
             failure = f"its own forward fails: {type(error).__name__}: {str(error).splitlines()[0]}"
-            raise NotABlock("; ".join([*proposal.refusals, failure])) from error
+            raise NotABlock("; ".join([*proposal.refusals, failure]), Reached.WHOLE) from error
         dtype = expected[0].dtype
         half = dtype in (torch.float16, torch.bfloat16)
         limit = self.tolerances["float16" if half else "float32"].limit()
-        distances = []
+        differences = []
         for block in proposal.candidates:
-            distances.append(max(map(relative_l2, _run(block, proposal, dtype), expected)))
-            if distances[-1] <= limit:
+            results = _run(block, proposal, dtype)
+            distance = max(map(relative_l2, results, expected))
+            if distance <= limit:
                 break
-        else:
-            first = proposal.candidates[0]
-            arguments = ", ".join(f"{name}={getattr(first, name)}" for name in self.geometry)
-            difference = (
+            arguments = ", ".join(f"{name}={getattr(block, name)}" for name in self.geometry)
+            differences.append(
                 f"on random input it differs from {self.block.__name__}({arguments}) by a relative L2 of "
-                f"{distances[0]:.1e} (limit {limit:.0e})"
+                f"{distance:.1e} (limit {limit:.0e})"
+                if math.isfinite(distance)
+                else f"it gives {_shapes(expected)} where {self.block.__name__}({arguments}) gives {_shapes(results)}"
             )
-            raise NotABlock(proposal.refusals[0] if proposal.refusals else difference)
+        else:
+            raise NotABlock((*proposal.refusals, differences[0])[0], Reached.WHOLE)
         return self._dressed(block, module), [*faults, *proposal.repaired]
 
 
@@ -188,6 +207,10 @@ def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype)
     if own_dtype in failures:
         faults.append(f"does not run in the {str(own_dtype).removeprefix('torch.')} of its weights")
     return next(iter(results.values())), faults
+
+
+def _shapes(results: Sequence[Tensor]) -> str:
+    return ", ".join(str([*result.shape]) for result in results)
 
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -17,8 +17,8 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, anchors
 from acmix_deploy.fusion.prepare import load
-from acmix_deploy.fusion.sizes import has_fixed_size, is_static, values_at_sizes
-from acmix_deploy.graph import Feeds, NoMatch, Region, count_nodes, evaluate
+from acmix_deploy.fusion.sizes import Patience, Source, sources, sources_of, values_at_sizes
+from acmix_deploy.graph import Feeds, NoMatch, Reached, Region, count_nodes, evaluate
 from acmix_deploy.operators.spec import Operator, Tolerance
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
@@ -53,6 +53,17 @@ class FusionReport(BaseModel):
     nodes_before: int
     nodes_after: int
     opset: int
+    inlined: list[str] = Field(default=[], description="local functions that their calls were replaced by")
+    unknown: dict[str, list[str]] = Field(
+        default={},
+        description="operators that ONNX Runtime does not know, with their nodes; blocks behind these were proven on "
+        "random numbers for their results",
+    )
+    unproven: str = Field(
+        default="",
+        description="why ONNX Runtime refuses the fused file, where it refuses the source too: as a whole the file is "
+        "not proven to run, each block is proven by itself",
+    )
 
     @property
     def fused(self) -> int:
@@ -71,7 +82,8 @@ def fuse(
     """Fuse the blocks of an ONNX file and write the result.
 
     A block is rewritten only after original and replacement agreed on random input, at two sizes where the axes are
-    dynamic. A file with nothing to fuse is written too, unchanged in meaning.
+    dynamic. A file with nothing to fuse is written too, unchanged in meaning. ONNX Runtime loads what is written,
+    unless it does not load the source either, as for an operator that it does not know; the report says so then.
 
     Args:
         source: ONNX file of opset 13 to 21, float32 or float16, from any exporter; float64 becomes float32.
@@ -87,36 +99,47 @@ def fuse(
     """
     if target.resolve() == source.resolve():
         raise UserError(f"{target} is the file to be fused", "Give another name with -o.")
-    model = load(source)
+    model, inlined = load(source)
     graph = gs.import_onnx(model)
+    before = list(graph.nodes)
+    inputs = sources(graph, model.functions)
     branch: ConvBranch = AUTO_BRANCH if conv_branch == "auto" else conv_branch
 
     blocks: list[FusedBlock] = []
+    left_alone: dict[str, tuple[Reached, FusedBlock]] = {}
     functions: list[tuple[Operator, onnx.FunctionProto]] = []
+    patience = Patience()
     for family in FAMILIES:
         known = [*model.functions, *(body for _, body in functions)]
-        found, used = _fuse_family(graph, family, branch, known, progress)
-        blocks += found
+        found, left, used = _fuse_family(graph, family, branch, known, inputs, patience, progress)
+        blocks += found.values()
         functions += [(operator, body) for operator, body in used if all(operator != other for other, _ in functions)]
+        for anchor in found:
+            left_alone.pop(anchor, None)
+        for anchor, (reached, block) in left.items():
+            if anchor not in left_alone or reached > left_alone[anchor][0]:
+                left_alone[anchor] = (reached, block)
+    blocks += (block for _, block in left_alone.values())
 
-    fused = _export(graph, model, functions)
+    fused = _export(graph, before, model, functions)
     report = FusionReport(
-        blocks=blocks, nodes_before=count_nodes(model), nodes_after=count_nodes(fused), opset=graph.opset
+        blocks=blocks,
+        nodes_before=count_nodes(model),
+        nodes_after=count_nodes(fused),
+        opset=graph.opset,
+        inlined=inlined,
+        unknown=_by_operator(inputs),
     )
     if expect is not None and report.fused != expect:
-        left_alone = "; ".join(f"{block.name}: {block.reason}" for block in blocks if not block.fused)
+        reasons = "; ".join(f"{block.name}: {block.reason}" for block in blocks if not block.fused)
         raise CheckFailed(
             f"{report.fused} blocks fused in {source}, expected {expect}",
-            f"Left alone: {left_alone}" if left_alone else "Nothing else in the graph resembles a block.",
+            f"Left alone: {reasons}" if reasons else "Nothing else in the graph resembles a block.",
         )
+    progress("loading the fused file")
+    report = report.model_copy(update={"unproven": _refusal(fused, model, source, inputs)})
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
-        if report.fused:
-            progress("loading the fused file")
-            try:
-                open_session(temporary, once=True)
-            except UserError as error:
-                raise CheckFailed(f"the fused file cannot be used: {error.message}") from error
     return report
 
 
@@ -125,65 +148,105 @@ def _fuse_family(
     family: str,
     branch: ConvBranch,
     functions: list[onnx.FunctionProto],
+    inputs: list[Source],
+    patience: Patience,
     progress: Callable[[str], None],
-) -> tuple[list[FusedBlock], list[tuple[Operator, onnx.FunctionProto]]]:
-    """Fuse the blocks of one family in ``graph``, in place; also the operators that came in, with their bodies.
+) -> tuple[dict[str, FusedBlock], dict[str, tuple[Reached, FusedBlock]], list[tuple[Operator, onnx.FunctionProto]]]:
+    """Fuse the blocks of one family in ``graph``, in place.
 
-    ``functions`` are the definitions of the custom operators that are in the graph.
+    ``functions`` are the definitions of the custom operators that are in the graph, ``inputs`` what values come from.
+
+    Returns:
+        By the name of their anchor, blocks that are fused, and those that are not with how far they came; and the
+        operators that came in, with their bodies.
     """
     kit: Any = part(family, "graph")
-    blocks: list[FusedBlock] = []
+    fused: dict[str, FusedBlock] = {}
+    left: dict[str, tuple[Reached, FusedBlock]] = {}
     matches = []
+
+    def leave(anchor: gs.Node, error: NoMatch, least: Reached = Reached.NOTHING) -> None:
+        if reached := max(error.reached, least):
+            left[anchor.name] = reached, FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason)
+
     for anchor in anchors(graph, kit.ANCHOR):
         try:
             matches.append((anchor, kit.match(graph, anchor)))
         except NoMatch as error:
-            if error.near:
-                blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
+            leave(anchor, error)
     if not matches:
-        return blocks, []
+        return fused, left, []
 
     progress(f"evaluating the graph around {len(matches)} candidate blocks")
-    regions = [found.region for _, found in matches]
-    ends = [tensor for region in regions for tensor in (region.x, region.y, *region.outside)]
-    values = values_at_sizes(graph, ends, functions)
+    seen = _values(graph, [found.region for _, found in matches], functions, inputs, patience)
     bodies = {operator.op_type: (operator, body(graph.opset)) for operator, body in kit.OPERATORS}
     present = {(body.domain, body.name) for body in functions}
     missing = [body for _, body in bodies.values() if (body.domain, body.name) not in present]
     used: set[str] = set()
-    for index, (anchor, found) in enumerate(matches, _first_free(graph, family)):
+    for index, ((anchor, found), block) in enumerate(zip(matches, seen, strict=True), _first_free(graph, family)):
+        if isinstance(block, NoMatch):
+            leave(anchor, block, Reached.WHOLE)
+            continue
         name = f"{family}_{index}"
         progress(f"fusing {name}")
         region: Region = found.region
-        at = {tensor.name: values[0][tensor.name] for tensor in (region.x, *region.outside)}
+        at = {tensor.name: block.values[0][tensor.name] for tensor in (region.x, *region.outside)}
         request = Request(
             name=name,
             opset=graph.opset,
-            static=is_static(graph),
-            fixed_size=has_fixed_size(graph),
+            static=all(source.is_static for source in block.inputs),
+            fixed_size=all(source.has_fixed_size for source in block.inputs),
             values=at,
             compute=lambda outputs, feeds: evaluate(graph, outputs, feeds),
             conv_branch=branch,
         )
+        reached = Reached.WHOLE
         try:
             reduced: Reduced = kit.reduce(found, request)
-            relative_l2 = _compare(graph, region, reduced.graph, values, kit.TOLERANCES, [*functions, *missing])
+            reached = Reached.REDUCED
+            relative_l2 = _compare(graph, region, reduced.graph, block.values, kit.TOLERANCES, [*functions, *missing])
         except NoMatch as error:
-            blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
+            leave(anchor, error, reached)
             continue
         _splice(graph, reduced.graph, region.y)
         used |= {node.op for node in reduced.graph.nodes if node.op in bodies}
-        blocks.append(
-            FusedBlock(
-                name=name,
-                family=family,
-                fused=True,
-                operator=reduced.operator,
-                settings=dict(reduced.settings),
-                relative_l2=relative_l2,
-            )
+        fused[anchor.name] = FusedBlock(
+            name=name,
+            family=family,
+            fused=True,
+            operator=reduced.operator,
+            settings=dict(reduced.settings),
+            relative_l2=relative_l2,
         )
-    return blocks, [bodies[op] for op in sorted(used)]
+    if fused:
+        graph.cleanup()  # what fell away is no anchor of another family
+    return fused, left, [bodies[op] for op in sorted(used)]
+
+
+class _Seen(NamedTuple):
+    """What a block sees when the graph is run."""
+
+    values: list[Feeds]
+    """Of its x and of the tensors outside it, by name, at one or two sizes."""
+    inputs: list[Source]
+    """What they come from."""
+
+
+def _values(
+    graph: gs.Graph,
+    regions: list[Region],
+    functions: list[onnx.FunctionProto],
+    inputs: list[Source],
+    patience: Patience,
+) -> list[_Seen | NoMatch]:
+    """What each block sees, or why that cannot be told: found for all at once, or where that fails for each alone."""
+    read = sources_of([tensor for region in regions for tensor in (region.x, region.y, *region.outside)], inputs)
+    try:
+        return [_Seen(values_at_sizes(graph, regions, functions, read, patience), read)] * len(regions)
+    except NoMatch as error:
+        if len(regions) == 1:
+            return [error]
+    return [one for region in regions for one in _values(graph, [region], functions, inputs, patience)]
 
 
 def _first_free(graph: gs.Graph, family: str) -> int:
@@ -221,27 +284,128 @@ def _splice(graph: gs.Graph, replacement: gs.Graph, y: gs.Variable) -> None:
     """Put the nodes of ``replacement`` in the place of those that computed ``y``, which fall away on clean-up."""
     (result,) = replacement.outputs
     last = result.inputs[0]
+    place = next(index for index, node in enumerate(graph.nodes) if node is y.inputs[0])
     y.inputs.clear()
     last.outputs = [y]
-    graph.nodes.extend(replacement.nodes)
+    graph.nodes[place:place] = replacement.nodes
 
 
 def _export(
-    graph: gs.Graph, original: onnx.ModelProto, functions: list[tuple[Operator, onnx.FunctionProto]]
+    graph: gs.Graph,
+    before: list[gs.Node],
+    original: onnx.ModelProto,
+    functions: list[tuple[Operator, onnx.FunctionProto]],
 ) -> onnx.ModelProto:
-    """The graph as a model, with what graphsurgeon does not carry: functions, metadata, the IR version."""
-    graph.cleanup().toposort()
-    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
-    model.ir_version = original.ir_version
-    model.producer_name, model.producer_version = original.producer_name, original.producer_version
-    del model.functions[:]
-    model.functions.extend(original.functions)
+    """``original`` with the nodes of ``graph``, and nothing else of it changed.
+
+    graphsurgeon would lose much: local functions, metadata and documentation of the model, its graph and its nodes,
+    notes on quantization and on training, names of inner graphs. So it only tells which nodes go and come.
+
+    Args:
+        graph: as it is now.
+        before: its nodes as they were, those of ``original`` in order.
+        original: the model that ``graph`` was.
+        functions: operators that came in, with their bodies.
+    """
+    graph.cleanup()
+    index = {id(node): place for place, node in enumerate(before)}
+    come = gs.Graph([node for node in graph.nodes if id(node) not in index], opset=graph.opset)
+    written = gs.export_onnx(come, do_type_check=False).graph
+    new = iter(written.node)
+    nodes = [original.graph.node[index[id(node)]] if id(node) in index else next(new) for node in graph.nodes]
+    stay = {index[id(node)] for node in graph.nodes if id(node) in index}
+    gone = [node for place, node in enumerate(original.graph.node) if place not in stay]
+    used = {value.name for value in original.graph.output}
+    used.update(name for node in nodes for name in (*_names_read(node), *node.output))
+    lost = {name for node in gone for name in (*_names_read(node), *node.output)} - used
+
+    model = onnx.ModelProto()
+    model.CopyFrom(original)
+    target = model.graph
+    stored = {tensor.name for tensor in target.initializer}
+    _keep(target.input, [value for value in target.input if value.name not in lost & stored])
+    _keep(target.initializer, [tensor for tensor in target.initializer if tensor.name not in lost])
+    _keep(target.sparse_initializer, [tensor for tensor in target.sparse_initializer if tensor.values.name not in lost])
+    _keep(target.value_info, [value for value in target.value_info if value.name not in lost])
+    _keep(
+        target.quantization_annotation,
+        [note for note in target.quantization_annotation if note.tensor_name not in lost],
+    )
+    _keep(target.node, nodes)
+    target.initializer.extend(written.initializer)
+    told = {value.name for value in (*target.value_info, *target.output)}
+    made = {name for node in written.node for name in node.output} - told
+    target.value_info.extend(value for value in written.value_info if value.name in made)
     present = {(body.domain, body.name) for body in original.functions}
     model.functions.extend(body for _, body in functions if (body.domain, body.name) not in present)
-    del model.metadata_props[:]
-    model.metadata_props.extend(original.metadata_props)
     for operator, _ in functions:
         if all(entry.domain != operator.domain for entry in model.opset_import):
             model.opset_import.append(onnx.helper.make_opsetid(operator.domain, operator.version))
     onnx.checker.check_model(model)
     return model
+
+
+def _names_read(node: onnx.NodeProto) -> Iterator[str]:
+    """Names of the tensors that a node reads, those in graphs within it among them."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield from (value.name for value in attribute.g.output)
+            for inner in attribute.g.node:
+                yield from _names_read(inner)
+
+
+def _keep(entries: Any, kept: list[Any]) -> None:
+    """Leave only ``kept`` in a repeated field."""
+    del entries[:]
+    entries.extend(kept)
+
+
+def _by_operator(inputs: list[Source]) -> dict[str, list[str]]:
+    """Names of the nodes that ONNX Runtime does not know, by their operator."""
+    found: dict[str, list[str]] = {}
+    for source in inputs:
+        if source.operator and (name := source.tensor.inputs[0].name) not in found.setdefault(source.operator, []):
+            found[source.operator].append(name)
+    return found
+
+
+def _refusal(fused: onnx.ModelProto, model: onnx.ModelProto, source: Path, inputs: list[Source]) -> str:
+    """Why ONNX Runtime refuses a fused file whose source it refuses too; nothing where it loads it.
+
+    Where that is for operators that it does not know, what is left without them has to load as it did before.
+
+    Raises:
+        CheckFailed: it loaded what it now refuses.
+    """
+    refused = _loading(fused)
+    if not refused:
+        return ""
+    rest = [_without_unknown(one, inputs) for one in (fused, model)]
+    for after, before in ((refused, _loading(model)), (refused, _loading(source)), [*map(_loading, rest)]):
+        if after and not before:
+            raise CheckFailed(f"the fused file cannot be used: {after}")
+    return refused
+
+
+def _loading(model: onnx.ModelProto | Path) -> str:
+    """Why ONNX Runtime does not load a model; nothing where it does."""
+    try:
+        open_session(model, once=True)
+    except UserError as error:
+        return error.message
+    return ""
+
+
+def _without_unknown(model: onnx.ModelProto, inputs: list[Source]) -> onnx.ModelProto:
+    """The model with inputs in the place of nodes that ONNX Runtime does not know."""
+    unknown = {source.tensor.name: source for source in inputs if source.operator}
+    rest = onnx.ModelProto()
+    rest.CopyFrom(model)
+    _keep(rest.graph.node, [node for node in rest.graph.node if not unknown.keys() & set(node.output)])
+    _keep(rest.graph.output, [value for value in rest.graph.output if value.name not in unknown])
+    _keep(rest.graph.value_info, [value for value in rest.graph.value_info if value.name not in unknown])
+    for name, source in unknown.items():
+        dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(source.tensor.dtype or np.float32))
+        rest.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, source.shape))
+    return rest

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import version_converter
+from onnx import inliner, version_converter
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import DOUBLE, as_float32, check, name_nodes, read
+from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.runtime.onnxruntime import ir_version
+from acmix_deploy.runtime.reason import reason
+
+_STANDARD = ("", "ai.onnx")
+_OURS = {(operator.domain, operator.op_type) for operator in OPERATORS}
 
 
-def load(path: Path) -> onnx.ModelProto:
+def load(path: Path) -> tuple[onnx.ModelProto, list[str]]:
     """Read an ONNX file at an opset that the operators' bodies are valid in, converting older ones.
 
-    Conversion comes before fusion because onnx's converter drops functions. float64 becomes float32 throughout: it is
-    an accident of exporters (``torch.linspace``), which spreads from the position term to everything behind it, and
-    neither ONNX Runtime nor TensorRT can convolve in it.
+    Local functions, all but those of our own operators, are put in place of their calls, so that a block within one is
+    seen; one that cannot be stays a call. float64 becomes float32 throughout: it is an accident of exporters
+    (``torch.linspace``), which spreads from the position term to everything behind it, and neither ONNX Runtime nor
+    TensorRT can convolve in it.
+
+    Returns:
+        The model, and the names of the functions that are no more.
 
     Raises:
         UserError: there is no such file, it is no ONNX file, not a valid one, or its opset is out of range.
     """
     model = read(path)
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in _STANDARD), None)
     if opset is None:
         raise UserError(f"{path} holds no ONNX graph", "Give the file that an exporter wrote.")
     if opset > OPSETS[-1]:
@@ -32,16 +43,87 @@ def load(path: Path) -> onnx.ModelProto:
             f"{path} has opset {opset}; {OPSETS[0]} to {OPSETS[-1]} are supported, and 13 to 16 are converted",
             f"Export it with --opset {OPSETS[-1]} or below.",
         )
+    if model.functions:
+        check(model, path)  # the inliner takes its word for what the checker looks at
+    functions = _ids(model)
+    model = _without_calls(model)
+    inlined = [f"{domain}::{name}" for domain, name in functions if (domain, name) not in _ids(model)]
     if opset < OPSETS[0]:
         try:
-            model = version_converter.convert_version(model, OPSETS[0])
+            model = _converted(model, OPSETS[0])
         except Exception as error:  # the converter raises RuntimeError and its own types
             raise UserError(
-                f"{path} has opset {opset} and cannot be converted to {OPSETS[0]}: {str(error).splitlines()[0]}",
+                f"{path} has opset {opset} and cannot be converted to {OPSETS[0]}: {reason(error)}",
                 f"Export it with --opset {OPSETS[0]}.",
             ) from error
     model.ir_version = ir_version(max(opset, OPSETS[0]))
     check(model, path)
     as_float32(model, DOUBLE)
     name_nodes(model)
-    return model
+    return model, inlined
+
+
+def _ids(model: onnx.ModelProto) -> list[tuple[str, str]]:
+    return [(function.domain, function.name) for function in model.functions]
+
+
+def _without_calls(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with foreign functions in place of their calls, as far as that can be done."""
+    foreign = [function for function in model.functions if (function.domain, function.name) not in _OURS]
+    if not foreign:
+        return model
+    ours = [function for function in model.functions if (function.domain, function.name) in _OURS]
+    inlined = onnx.ModelProto()
+    inlined.CopyFrom(model)
+    del inlined.functions[:]
+    inlined.functions.extend(foreign)
+    # The inliner does not know the defaults of attributes (onnx 1.23): each call gets them.
+    defaults = {(function.domain, function.name): function.attribute_proto for function in foreign}
+    for node in [node for part in (inlined.graph, *inlined.functions) for node in _nodes(part)]:
+        given = {attribute.name for attribute in node.attribute}
+        known = defaults.get((node.domain, node.op_type), ())
+        node.attribute.extend(attribute for attribute in known if attribute.name not in given)
+    # Functions of another opset than the model's are converted; where the converter fails, they stay calls.
+    for convert_version in (True, False):
+        with suppress(Exception):  # its errors share no base of their own
+            inlined = inliner.inline_local_functions(inlined, convert_version)
+            break
+    inlined.functions.extend(ours)
+    # The inliner leaves out what only functions import, and leaves in what nobody calls any more.
+    versions = {entry.domain: entry for function in foreign for entry in function.opset_import}
+    versions = {domain: entry for domain, entry in versions.items() if domain not in _STANDARD}
+    versions |= {entry.domain: entry for entry in model.opset_import}
+    called = {*_STANDARD, *(node.domain for part in (inlined.graph, *inlined.functions) for node in _nodes(part))}
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(entry for domain, entry in versions.items() if domain in called)
+    return inlined
+
+
+def _nodes(part: onnx.GraphProto | onnx.FunctionProto) -> list[onnx.NodeProto]:
+    """The nodes of a graph and of the graphs within them."""
+    inner = [attribute.g for node in part.node for attribute in node.attribute if attribute.HasField("g")]
+    return [*part.node, *(node for graph in inner for node in _nodes(graph))]
+
+
+def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """The model at another opset. onnx's converter gives nodes and constants; the rest it drops, so it stays here."""
+    dense = onnx.ModelProto()
+    dense.CopyFrom(model)
+    for tensor in dense.graph.sparse_initializer:  # which the converter does not look at
+        stored = np.zeros(tuple(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(tensor.values.data_type))
+        dense.graph.initializer.append(onnx.numpy_helper.from_array(stored, tensor.values.name))
+    del dense.graph.sparse_initializer[:]
+    new = version_converter.convert_version(dense, opset)
+    told = {node.output[0]: node for node in model.graph.node if node.output}
+    for node in new.graph.node:
+        if before := told.get(node.output[0] if node.output else ""):
+            node.metadata_props.extend(before.metadata_props)
+    converted = onnx.ModelProto()
+    converted.CopyFrom(model)
+    del converted.graph.node[:]
+    converted.graph.node.extend(new.graph.node)
+    known = {tensor.name for tensor in dense.graph.initializer}
+    converted.graph.initializer.extend(tensor for tensor in new.graph.initializer if tensor.name not in known)
+    for entry in converted.opset_import:
+        entry.version = opset if entry.domain in _STANDARD else entry.version
+    return converted

@@ -2,83 +2,262 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise, product
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx import helper, shape_inference
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import Feeds, NoMatch, evaluate
+from acmix_deploy.graph import Feeds, NoMatch, Region, constant_value, evaluate, piece, reads, upstream
+from acmix_deploy.runtime.onnxruntime import folded, known_operators
 
-_TRIALS = ((2, 24, 32), (1, 40, 24), (2, 160, 192), (1, 192, 128), (1, 320, 416), (1, 640, 640))
-"""Batch, height and width to try for free axes, small ones first: which of them a model accepts is its own affair."""
+Size = tuple[int, int, int]
+"""Batch, height and width."""
 
-_FROZEN = tuple(
-    (1, side, side) for side in (640, 416, 320, 512, 224, 256, 384, 448, 608, 736, 768, 896, 960, 1024, 1280)
-)
-"""Tried when none of _TRIALS runs: some exporters declare axes free in a graph that holds for one size alone."""
+_TRIALS: tuple[Size, ...] = ((2, 24, 32), (1, 40, 24), (2, 160, 192), (1, 192, 128), (1, 320, 416), (1, 640, 640))
+"""Sizes to try for free axes, small ones first: which of them a model accepts is its own affair."""
 
+_FROZEN = (416, 320, 512, 224, 256, 384, 448, 608, 736, 768, 896, 960, 1024, 1280)
+"""More sides to try where none of _TRIALS runs: a graph may hold for one size alone though it declares axes free."""
+
+_STRIDES = (1, 2, 4, 8, 16, 32)
+"""Of maps, against the image: a graph that holds for one size has the sizes of its maps in its constants."""
+
+_LARGEST = 2048  # pixels, of a side that is worth trying
+_SMALL = 16  # values of a constant that may be a shape
+_MOST = 6  # sizes of maps, and batches, that constants name
 _ENOUGH = 2
 
 
-def values_at_sizes(
-    graph: gs.Graph, tensors: Iterable[gs.Variable], functions: Collection[onnx.FunctionProto]
-) -> list[Feeds]:
-    """Values of ``tensors`` for random inputs: at one size where the graph is static, at two where it is not.
+@dataclass
+class Patience:
+    """How long may be spent on sizes that do not run, in all: seconds of CPU time."""
 
-    Raises:
-        UserError: the graph runs at none of the sizes tried.
+    seconds: float = 8.0
+    """What is left of it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where values come from: an input of the graph, or the result of a node that ONNX Runtime does not know."""
+
+    tensor: gs.Variable
+    shape: tuple[int | str | None, ...] | None
+    """None or a name for a free size; None altogether where not even the number of axes is known."""
+    operator: str = ""
+    """Of the node, with its domain."""
+
+    @property
+    def origin(self) -> str:
+        """In words where it comes from, for the end of a sentence; nothing for an input."""
+        return f": it comes from {self.operator}, which ONNX Runtime does not know" if self.operator else ""
+
+    @property
+    def is_static(self) -> bool:
+        return self.shape is not None and all(isinstance(size, int) for size in self.shape)
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """Whether every axis is fixed but the first, the batch."""
+        return self.shape is not None and all(isinstance(size, int) for size in self.shape[1:])
+
+
+def sources(graph: gs.Graph, functions: Collection[onnx.FunctionProto]) -> list[Source]:
+    """The inputs of a graph, and the results of nodes that ONNX Runtime does not know: nothing here can compute them.
+
+    Sizes of such a result are those that the file declares, else the channels that a convolution behind it reads.
     """
-    wanted = list({tensor.name: tensor for tensor in tensors}.values())
-    found: list[Feeds] = []
-    reason = NoMatch("no size was tried")
-
-    def values(feeds: Feeds) -> Feeds:
-        return dict(zip((tensor.name for tensor in wanted), evaluate(graph, wanted, feeds, functions), strict=True))
-
-    for feeds in _trial_inputs(graph, _TRIALS):
-        try:
-            found.append(values(feeds))
-        except NoMatch as error:
-            reason = error
-        if len(found) == _ENOUGH:
-            break
-    for feeds in _trial_inputs(graph, () if found or is_static(graph) else _FROZEN):
-        with suppress(NoMatch):
-            found.append(values(feeds))
-            break
-    if not found:
-        raise UserError(
-            f"the graph runs at none of the sizes tried: {reason.reason}",
-            "If it holds for one size alone although it declares free axes, export it with fixed ones.",
-        )
+    known = known_operators() | {(function.domain, function.name) for function in functions}
+    found = [Source(tensor, _sizes(tensor)) for tensor in graph.inputs]
+    for node in graph.nodes:
+        if unknown := _unknown(node, known):
+            found += [
+                Source(tensor, _sizes(tensor) or _sizes_by_reader(tensor), unknown)
+                for tensor in node.outputs
+                if tensor.name
+            ]
     return found
 
 
-def is_static(graph: gs.Graph) -> bool:
-    """Whether every axis of every input is fixed."""
-    return all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape)
+def sources_of(tensors: Iterable[gs.Variable], all_sources: Collection[Source]) -> list[Source]:
+    """The sources that ``tensors`` are computed from."""
+    tensors = list(tensors)
+    by_name = {source.tensor.name: source for source in all_sources}
+    nodes = upstream(tensors, lambda node: False, stop_at=by_name)
+    read = {tensor.name for tensor in chain(tensors, chain.from_iterable(map(reads, nodes)))}
+    return [source for name, source in by_name.items() if name in read]
 
 
-def has_fixed_size(graph: gs.Graph) -> bool:
-    """Whether every axis of every input is fixed but the first, the batch."""
-    return all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape[1:])
+def values_at_sizes(
+    graph: gs.Graph,
+    regions: Sequence[Region],
+    functions: Collection[onnx.FunctionProto],
+    inputs: Sequence[Source],
+    patience: Patience,
+) -> list[Feeds]:
+    """Values of what ``regions`` read, by name, for random inputs: at one size where that is static, else at two.
+
+    A size that does not run may take long to say so. So small ones come first, after one that did not run only those
+    whose shapes fit, the others last, and the time is limited.
+
+    Args:
+        graph: where ``regions`` live.
+        regions: blocks, whose results can be computed at these sizes as well.
+        functions: bodies of the custom operators used.
+        inputs: what they are computed from.
+        patience: time for sizes that do not run; what is spent of it is taken away.
+
+    Raises:
+        NoMatch: it runs at none of the sizes tried, or the sizes of an input are not known.
+    """
+    if unknown := next((source for source in inputs if source.shape is None), None):
+        raise NoMatch(f"it depends on {unknown.tensor.name}, whose sizes the file does not tell{unknown.origin}")
+    wanted = {tensor.name: tensor for region in regions for tensor in (region.x, *region.outside)}
+    every = [*(wanted | {region.y.name: region.y for region in regions}).values()]
+    static = all(source.is_static for source in inputs)
+    found: list[Feeds] = []
+    failed: dict[Size, str] = {}
+    doubtful: list[Size] = []
+    fits: Callable[[Size], bool] | None = None
+    likely = _TRIALS[:1] if static else chain(_TRIALS, _frozen_sizes(graph, every))
+    for size, again in chain(((size, False) for size in likely), ((size, True) for size in doubtful)):
+        if len(found) == _ENOUGH or (found and (again or size not in _TRIALS)) or patience.seconds < 0:
+            break
+        start = time.process_time()
+        if fits and not again and not fits(size):
+            doubtful.append(size)
+        else:
+            certain = static or (doubtful and not again)  # then what is not wanted need not be computed
+            computed = [*wanted.values()] if certain else every
+            try:
+                values = evaluate(graph, computed, _random(inputs, size), functions)
+            except NoMatch as error:
+                failed[size] = error.reason
+                fits = fits or _shape_check(graph, regions, every, inputs, functions)
+            else:
+                found.append({tensor.name: value for tensor, value in zip(computed, values, strict=True)})
+                start = time.process_time()  # time well spent
+        patience.seconds -= time.process_time() - start
+    if not found:
+        reason = next(reversed(failed.values()), "")
+        if not static:
+            sizes = ", ".join("x".join(map(str, size)) for size in failed) or "none"
+            late = ", when time was up" if patience.seconds < 0 else ""
+            reason = f"it runs at none of the sizes that were tried ({sizes}{late}): {reason}"
+        raise NoMatch(reason)
+    return found
 
 
-def _trial_inputs(graph: gs.Graph, trials: Sequence[tuple[int, int, int]]) -> Iterator[Feeds]:
-    """Random inputs at each size to try; only one where no axis is free."""
+def _random(inputs: Iterable[Source], size: Size) -> Feeds:
+    """Random inputs whose free axes have ``size``."""
     random = np.random.default_rng(0)
-    for batch, height, width in trials[:1] if is_static(graph) else trials:
-        free = {0: batch, 2: height, 3: width}
-        shapes = {
-            tensor.name: [
-                size if isinstance(size, int) else free.get(axis, 1) for axis, size in enumerate(tensor.shape)
-            ]
-            for tensor in graph.inputs
-        }
-        yield {
-            tensor.name: random.random(shapes[tensor.name]).astype(tensor.dtype or np.float32)
-            for tensor in graph.inputs
-        }
+    free = {0: size[0], 2: size[1], 3: size[2]}
+    feeds = {}
+    for source in inputs:
+        shape = [n if isinstance(n, int) else free.get(axis, 1) for axis, n in enumerate(source.shape or ())]
+        feeds[source.tensor.name] = random.random(shape).astype(source.tensor.dtype or np.float32)
+    return feeds
+
+
+def _shape_check(
+    graph: gs.Graph,
+    regions: Sequence[Region],
+    wanted: list[gs.Variable],
+    inputs: Sequence[Source],
+    functions: Collection[onnx.FunctionProto],
+) -> Callable[[Size], bool]:
+    """Whether shapes fit together at a size, as ONNX Runtime infers them, in milliseconds: no map is computed."""
+    model, used = piece(graph, wanted, _random(inputs, _TRIALS[0]), functions)
+    del model.graph.value_info[:]
+    for tensor in [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) > _SMALL]:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        model.graph.initializer.remove(tensor)
+
+    def fits(size: Size) -> bool:
+        feeds = _random(inputs, size)
+        for value in model.graph.input:
+            if value.name in used:
+                for axis, number in zip(value.type.tensor_type.shape.dim, feeds[value.name].shape, strict=True):
+                    axis.dim_value = number
+        try:
+            inferred = shape_inference.infer_shapes(folded(model), strict_mode=True, data_prop=True).graph
+        except (UserError, shape_inference.InferenceError):
+            return False
+        values = (*inferred.input, *inferred.value_info, *inferred.output)
+        sizes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in values}
+        reshapes = [node for node in inferred.node if node.op_type == "Reshape"]
+        counts = ([math.prod(sizes.get(name, [0])) for name in (node.input[0], node.output[0])] for node in reshapes)
+        maps = ((sizes.get(region.x.name, []), sizes.get(region.y.name, [])) for region in regions)
+        return all(before == after or not before or not after for before, after in counts) and all(
+            _alike(x, y, size[0]) for x, y in maps
+        )
+
+    return fits
+
+
+def _alike(x: list[int], y: list[int], batch: int) -> bool:
+    """Whether the result of a block can be of as many images as what it reads, and of maps of the same proportions.
+
+    Where a Reshape holds all sizes, another size of as many pixels runs as well.
+    """
+    if len(x) != 4 or len(y) != 4 or not all((*x, *y)):
+        return True
+    return y[0] % batch == 0 and any(x[a] * y[b + 1] == x[a + 1] * y[b] for a in (1, 2) for b in (1, 2))
+
+
+def _frozen_sizes(graph: gs.Graph, wanted: list[gs.Variable]) -> Iterator[Size]:
+    """Sizes that a graph may hold for alone: usual ones, and those whose maps have a size that a constant names."""
+    usual = [(1, side, side) for side in _FROZEN]
+    yield from usual
+    maps: Counter[tuple[int, int]] = Counter()
+    batches = Counter({1: 1})
+    for node in upstream(wanted, lambda node: False):
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Variable) and (tensor.inputs and tensor.inputs[0].op != "Constant"):
+                continue
+            value = constant_value(tensor)
+            if value is None:
+                continue
+            shapes = [value.shape]
+            if value.ndim == 1 and 1 < value.size <= _SMALL and np.issubdtype(value.dtype, np.integer):
+                shapes.append(tuple(value.tolist()))
+                batches.update(value[:1].tolist())
+            for shape in shapes:
+                squares = ((side, side) for length in shape if (side := math.isqrt(max(length, 0))) ** 2 == length)
+                maps.update(pair for pair in (*pairwise(shape), *squares) if min(pair) > 1)
+    named = product(
+        (size for size, _ in maps.most_common(_MOST)),
+        (batch for batch, _ in batches.most_common(_MOST) if batch > 0),
+        _STRIDES,
+    )
+    sizes = dict.fromkeys((batch, height * stride, width * stride) for (height, width), batch, stride in named)
+    yield from (size for size in sizes if max(size) <= _LARGEST and size not in (*_TRIALS, *usual))
+
+
+def _unknown(node: gs.Node, known: Collection[tuple[str, str]]) -> str:
+    """The operator that keeps a node, or a graph within it, from being run: domain and type; empty where none does."""
+    domain = "" if node.domain in (None, "ai.onnx") else node.domain
+    if (domain, node.op) not in known:
+        return f"{domain}::{node.op}"
+    inner = (part for attribute in node.attrs.values() if isinstance(attribute, gs.Graph) for part in attribute.nodes)
+    return next(filter(None, (_unknown(part, known) for part in inner)), "")
+
+
+def _sizes(tensor: gs.Variable) -> tuple[int | str | None, ...] | None:
+    return None if tensor.shape is None else tuple(tensor.shape)
+
+
+def _sizes_by_reader(tensor: gs.Variable) -> tuple[int | str | None, ...] | None:
+    """The sizes of a map as far as a convolution that reads it tells them."""
+    for node in tensor.outputs:
+        weight = constant_value(node.inputs[1]) if node.op == "Conv" and node.inputs[0] is tensor else None
+        if weight is not None and weight.ndim == 4:
+            return None, weight.shape[1] * node.attrs.get("group", 1), None, None
+    return None

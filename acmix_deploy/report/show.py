@@ -10,7 +10,15 @@ from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.profile import compare
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.report.show_verification import detections, worst_image
-from acmix_deploy.report.tables import engine, errors, graph_blocks, module_blocks, quantized_layers, table
+from acmix_deploy.report.tables import (
+    engine,
+    errors,
+    fusion_notes,
+    graph_blocks,
+    module_blocks,
+    quantized_layers,
+    table,
+)
 from acmix_deploy.verify import Verification
 
 _WORST = 5  # layers in INT8 that are shown
@@ -53,7 +61,7 @@ def _detections(verification: Verification) -> list[RenderableType]:
 def notes(report: ExportReport) -> list[str]:
     """What the tables of an export do not say."""
     repaired = (f"repaired, so that the model runs here: {fault}" for fault in report.reference.repaired)
-    found = [*report.notes, *repaired, *report.export.notes]
+    found = [*report.notes, *repaired, *report.export.notes, *fusion_notes(report.fusion)]
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped
         found.append(f"{len(skipped)} calibration images could not be read: {', '.join(skipped)}")

@@ -37,6 +37,23 @@ def graph_blocks(fusion: FusionReport) -> Table:
     return rows
 
 
+def fusion_notes(fusion: FusionReport) -> list[str]:
+    """What the table of the blocks in a graph does not say."""
+    found = []
+    if fusion.inlined:
+        found.append(f"local functions are put in place of their calls: {', '.join(fusion.inlined)}")
+    found += [
+        f"ONNX Runtime does not know {operator} ({', '.join(nodes)}): blocks behind it were proven on random "
+        "numbers for its results"
+        for operator, nodes in fusion.unknown.items()
+    ]
+    if fusion.unproven:
+        found.append(
+            "that the fused file runs is not proven, each fused block is: as before fusion, " + fusion.unproven
+        )
+    return found
+
+
 def errors(verification: Verification) -> Table:
     """The worst comparison of each output of each candidate."""
     rows = table("candidate", "output", "max abs", "relative L2", "limit", "cosine", "", numeric=(2, 3, 4, 5))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -132,6 +134,36 @@ def _preload() -> str:
     with redirect_stdout(StringIO()) as printed:
         onnxruntime.preload_dlls()
     return reason(RuntimeError(printed.getvalue())) if printed.getvalue() else ""
+
+
+def folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model with all computed that follows from what it stores and from the sizes of its inputs.
+
+    Raises:
+        UserError: ONNX Runtime refuses it, also where shapes cannot be those of its inputs.
+    """
+    import onnx
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.enable_mem_reuse = False
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.strict_shape_type_inference", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder, "folded.onnx"))
+        try:
+            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
+        except Exception as error:  # ONNX Runtime's error types share no base of their own
+            raise UserError(f"ONNX Runtime refuses the model: {reason(error)}") from error
+        return onnx.load(options.optimized_model_filepath)
+
+
+@cache
+def known_operators() -> frozenset[tuple[str, str]]:
+    """Domain and type of every operator that this ONNX Runtime has a definition of; "" is ONNX's own domain."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    return frozenset((schema.domain, schema.name) for schema in get_all_operator_schema())
 
 
 def ir_version(opset: int) -> int:

@@ -16,18 +16,21 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.acmix.algebra import AcmixWeights, dense_conv, grouped_conv, qkv_conv
+from acmix_deploy.families.attention import is_product, layers_above
 from acmix_deploy.families.conv_branch import by_head_dim, meeting
 from acmix_deploy.families.reduction import ConvBranch, Operators, Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     Feeds,
     NoMatch,
+    Reached,
     Region,
     constant_value,
     conv_bias,
     conv_weight,
     nearest,
     region_between,
+    upstream,
 )
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.local_attention.body import function_body
@@ -69,7 +72,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
             by_input.setdefault(conv.inputs[0].name, []).append(conv)
     pairs = [convs for convs in by_input.values() if len(convs) == 2]
     if len(pairs) != 1:
-        raise NoMatch("its logits do not come from two 1x1 convolutions of one tensor", near=False)
+        raise _without_projections(graph, softmax)
     (logit_convs,) = pairs
     x = logit_convs[0].inputs[0]
 
@@ -77,8 +80,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     if met is None:
         raise NoMatch("its result is not added to that of a convolution")
     last, _, rate1, rate2, dep_conv = met
-    weight = conv_weight(dep_conv)
-    if weight.shape[1:] != (9, 3, 3) or dep_conv.attrs.get("pads") != [1] * 4:
+    if not _is_dep_conv(dep_conv):
         raise NoMatch(f"{dep_conv.name} is not a 3x3 convolution of 9 maps per group with padding 1")
     fcs = nearest(dep_conv.inputs[0], "Conv")
     if len(fcs) != 1 or len(fcs[0].inputs) > 2 or conv_weight(fcs[0]).shape[::2] != (9, 1):
@@ -120,9 +122,12 @@ def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], F
     if widths != [channels] * 3 or conv_weight(found.fc).shape[1] != 3 * heads or stride != other_stride:
         raise NoMatch(f"channels {widths} of q, k, v do not fit {heads} heads of {head_dim}")
 
-    orders = [found.logit_convs, found.logit_convs[::-1]]
-    trials = [_measure(found.softmax, order, heads, stride, values, values[x.name].shape, compute) for order in orders]
-    best, (query_conv, key_conv) = min(zip(trials, orders, strict=True), key=lambda trial: trial[0].residual)
+    trials = []
+    for order in (found.logit_convs, found.logit_convs[::-1]):
+        trials.append((_measure(found.softmax, order, heads, stride, values, values[x.name].shape, compute), order))
+        if trials[-1][0].residual < _RESIDUAL:
+            break
+    best, (query_conv, key_conv) = min(trials, key=lambda trial: trial[0].residual)
     _limit(best.residual, "scale * q.k over a reflected K x K neighbourhood")
 
     convs = (query_conv, key_conv, found.value_conv)
@@ -195,6 +200,38 @@ def rewrite(
     return write.graph
 
 
+def _without_projections(graph: gs.Graph, softmax: gs.Node) -> NoMatch:
+    """Where the logits of a Softmax come from, if not from two convolutions, and how close to ACmix that is."""
+    layers, nodes = layers_above(softmax.inputs[0])
+    met = meeting(graph, softmax)
+    reached = Reached.NOTHING
+    if met is not None and constant_value(met.dep_conv.inputs[1]) is not None and _is_dep_conv(met.dep_conv):
+        reached = Reached.PARTS
+    elif len(layers) == 1 and is_product(nodes, layers) and any(map(_takes_neighbours, nodes)):
+        reached = Reached.KIND
+    found = " and ".join(layer.name for layer in layers if reached and _reads_an_input(graph, layer)) or "no layer"
+    return NoMatch(f"its logits come from {found}, not from two 1x1 convolutions of one tensor", reached)
+
+
+def _reads_an_input(graph: gs.Graph, layer: gs.Node) -> bool:
+    """Whether a layer depends on more of the graph's inputs than on their sizes."""
+    inputs = {tensor.name for tensor in graph.inputs}
+    nodes = [layer, *upstream([layer.inputs[0]], lambda node: node.op == "Shape")]
+    return any(tensor.name in inputs for node in nodes if node.op != "Shape" for tensor in node.inputs)
+
+
+def _takes_neighbours(node: gs.Node) -> bool:
+    """Whether a node may bring a pixel its neighbours: it pads, or picks more than one part of a tensor."""
+    if node.op in ("Gather", "GatherElements", "GatherND"):
+        index = constant_value(node.inputs[1])
+        return index is None or bool(index.size > 1)
+    return str(node.op) == "Pad"
+
+
+def _is_dep_conv(conv: gs.Node) -> bool:
+    return conv_weight(conv).shape[1:] == (9, 3, 3) and bool(conv.attrs.get("pads") == [1] * 4)
+
+
 def _is_projection(conv: gs.Node) -> bool:
     """Whether a Conv is a 1x1 convolution with constant weights that keeps the map size."""
     weight = constant_value(conv.inputs[1])
@@ -204,7 +241,7 @@ def _is_projection(conv: gs.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Logits:
-    """The logits of a block, evaluated for random queries; M = rounds*B*N, and h, w count the queries of a map."""
+    """The logits of a block, evaluated for random queries; M = rounds*B*N, and h, w count the queries looked at."""
 
     kernel_size: int
     scale: float
@@ -214,6 +251,8 @@ class _Logits:
     """[M, d, h, w]."""
     from_position: Array
     """[M, h, w, K*K]: what is left for keys of zero."""
+    grid: tuple[Array, Array]
+    """Rows [h, 1] and columns [w] of the queries looked at: of a large map some, those at its borders among them."""
 
 
 def _measure(
@@ -246,22 +285,42 @@ def _measure(
             raise NoMatch(f"its Softmax runs over {taps} values, no odd K*K that fits a {height}x{width} map")
         if raw.size != batch * heads * out[0] * out[1] * taps:
             raise NoMatch(f"its logits have shape {list(raw.shape)}: not one K x K window per pixel and head")
-        return np.moveaxis(raw, axis, -1).reshape(batch * heads, *out, taps).astype(float)
+        return np.moveaxis(raw, axis, -1)
+
+    rows, columns = _sampled(out[0])[:, None], _sampled(out[1])
 
     def by_head(maps: Array) -> Array:
         return maps.astype(np.float64).reshape(-1, channels // heads, height, width)
 
-    from_position = np.concatenate([logits(query, np.zeros_like(key)) for query in query_rounds])
-    queries = by_head(query_rounds)[:, :, ::stride, ::stride]
-    from_keys = logits(query_rounds[0], key) - from_position[: batch * heads]
-    kernel_size = math.isqrt(from_keys.shape[-1])
+    of_position = [logits(query, np.zeros_like(key)) for query in query_rounds]
+    of_keys = logits(query_rounds[0], key) - of_position[0]
+    taps = of_keys.shape[-1]
+    queries = by_head(query_rounds)[:, :, ::stride, ::stride][..., rows, columns]
     first = queries[: batch * heads]
-    products = np.stack([(first * near).sum(1) for near in _neighbours(by_head(key), kernel_size, stride)], -1)
-    scale = float((from_keys * products).sum() / (products * products).sum())
-    residual = float(np.linalg.norm(from_keys - scale * products) / (np.linalg.norm(from_keys) or 1.0))
+    neighbours = _neighbours(by_head(key), math.isqrt(taps), stride)
+    products = np.stack([(first * near[..., rows, columns]).sum(1) for near in neighbours], -1)
     usual = queries.shape[1] ** -0.5
-    scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
-    return _Logits(kernel_size, scale, residual, queries, from_position)
+    found = []
+    # Below opset 13 exporters put a Transpose before a Softmax over another axis than the last: its rows are columns.
+    for turned in (False, True):
+
+        def arranged(raw: Array, turned: bool = turned) -> Array:
+            maps = raw.reshape(batch * heads, *(out[::-1] if turned else out), taps)
+            return (maps.swapaxes(1, 2) if turned else maps)[:, rows, columns].astype(float)
+
+        from_keys = arranged(of_keys)
+        scale = float((from_keys * products).sum() / (products * products).sum())
+        residual = float(np.linalg.norm(from_keys - scale * products) / (np.linalg.norm(from_keys) or 1.0))
+        scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
+        from_position = np.concatenate([arranged(raw) for raw in of_position])
+        found.append(_Logits(math.isqrt(taps), scale, residual, queries, from_position, (rows, columns)))
+    return min(found, key=lambda logits: logits.residual)
+
+
+def _sampled(length: int) -> Array:
+    """Places along an axis of queries: all of a short one; of a long one some, and all that are near its ends."""
+    near, between = np.arange(min(length, 8)), np.linspace(0, length - 1, min(length, 48)).astype(np.int64)
+    return np.arange(length) if length <= 64 else np.unique(np.concatenate([near, between, length - 1 - near]))
 
 
 def _neighbours(maps: Array, kernel_size: int, stride: int) -> Iterator[Array]:
@@ -284,7 +343,9 @@ def _position_weight(logits: _Logits, stride: int, map_size: tuple[int, ...], dt
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     place = np.stack([x, y])[None]
     own = place[:, :, ::stride, ::stride]
-    moved = np.stack([(own - near)[0] for near in _neighbours(place, logits.kernel_size, stride)], -1)  # [2, h, w, K*K]
+    rows, columns = logits.grid
+    offsets = ((own - near)[0][..., rows, columns] for near in _neighbours(place, logits.kernel_size, stride))
+    moved = np.stack([*offsets], -1)  # [2, h, w, K*K]
     # For one query the logits are linear in u = scale * P^T q, two unknowns; all queries together give P.
     gram = np.einsum("ahwn,bhwn->hwab", moved, moved)
     target = np.einsum("ahwn,mhwn->mhwa", moved, logits.from_position)

@@ -43,7 +43,7 @@ def _propose(module: nn.Module) -> Proposal:
 
 def _resembles(module: nn.Module) -> bool:
     parts = {name for name, _ in module.named_children()}
-    return "acmix" in type(module).__name__.lower() or {"conv_p", "dep_conv"} <= parts
+    return {"conv_p", "dep_conv"} <= parts
 
 
 def _parts(module: nn.Module) -> dict[str, nn.Conv2d]:
@@ -120,6 +120,7 @@ _RECOGNISER = Recogniser(
     geometry=("in_planes", "out_planes", "kernel_att", "head", "stride"),
     propose=_propose,
     resembles=_resembles,
+    called="acmix",
     tolerances=LOCAL_ATTENTION.tolerances,
     parameterless=(nn.ReflectionPad2d, nn.Unfold, nn.Softmax),
 )

@@ -23,7 +23,17 @@ from acmix_deploy.families.attention import (
 )
 from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
 from acmix_deploy.families.reduction import Operators, Reduced, Request
-from acmix_deploy.graph import Array, NoMatch, Region, constant_value, conv_bias, conv_weight, producer, region_between
+from acmix_deploy.graph import (
+    Array,
+    NoMatch,
+    Reached,
+    Region,
+    constant_value,
+    conv_bias,
+    conv_weight,
+    producer,
+    region_between,
+)
 
 ANCHOR = "Softmax"
 
@@ -67,15 +77,15 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     node, carried = next_node(graph, attention.attended.outputs[0])
     proj = linear(node) if node.op in ("MatMul", "Gemm") else None
     if proj is None:
-        raise NoMatch("its result is not projected", near=False)
+        raise NoMatch("its result is not projected", Reached.NOTHING)
     product, projected = next_node(graph, proj.result)
     weight = _other(product, projected) if product.op == "Mul" else None
     if weight is None or _before(weight) is None:
-        raise NoMatch("its projected result is not weighed", near=False)
+        raise NoMatch("its projected result is not weighed", Reached.NOTHING)
     total, weighed = next_node(graph, product.outputs[0])
     convolved = _before(_other(total, weighed)) if total.op == "Add" else None
     if convolved is None or convolved.op != "Mul":
-        raise NoMatch("its weighed result is not added to another", near=False)
+        raise NoMatch("its weighed result is not added to another", Reached.NOTHING)
 
     gate = _gate(_before(weight))
     branches = [operand for operand in convolved.inputs if _before(operand) is not _before(weight)]
@@ -89,7 +99,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
         raise NoMatch(f"{relu.name} does not come from a convolution, perhaps with BatchNorm")
     if norm and any(constant_value(tensor) is None for tensor in norm.inputs[1:]):
         raise NoMatch(f"the weights of {norm.name} are computed, not stored")
-    x = common_origin([conv.inputs[0], gate.pooled, *(part.source for part in attention.projections)], near=True)
+    x = common_origin([conv.inputs[0], gate.pooled, *(part.source for part in attention.projections)], Reached.PARTS)
     region = region_between(graph, x, total.outputs[0])
     return Match(region, attention, proj, carried, weight, gate, conv, norm)
 

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from acmix_deploy.families.attention import is_product, layers_above
 from acmix_deploy.families.reduction import Operators, Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     NoMatch,
+    Reached,
     Region,
     constant_value,
     conv_bias,
@@ -77,12 +79,15 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     """
     logits = _nearest_linear(softmax.inputs[0])
     if logits is None:
-        raise NoMatch("its logits do not come from one linear layer", near=False)
+        raise NoMatch("its logits do not come from one linear layer", Reached.NOTHING)
+    layers, nodes = layers_above(softmax.inputs[0])
+    if is_product(nodes, layers):
+        raise NoMatch("its logits are products of queries and keys, not those of one linear layer", Reached.NOTHING)
     way = way_down(graph, softmax.outputs[0])
     weighted = next(((tensor, node) for tensor, node in way if node.op in _WEIGHTED_SUM), None)
     values = _nearest_linear(weighted[1].inputs[weighted[1].inputs[0] is weighted[0]]) if weighted else None
     if values is None:
-        raise NoMatch("its weights are not multiplied with what comes from one linear layer", near=False)
+        raise NoMatch("its weights are not multiplied with what comes from one linear layer", Reached.NOTHING)
     last = next((layer for _, node in way if (layer := _linear(node))), None)
     if last is None:
         raise NoMatch("its weighted sum is not read by one linear layer in the end")

@@ -50,7 +50,7 @@ def _propose(module: nn.Module) -> Proposal:
 def _resembles(module: nn.Module) -> bool:
     unfolds = any(isinstance(child, nn.Unfold) for child in module.children())
     linears = sum(isinstance(child, nn.Linear) for child in module.children())
-    return "outlookatt" in type(module).__name__.lower() or (unfolds and linears == 3)
+    return unfolds and linears == 3
 
 
 def _geometries(module: nn.Module) -> Iterator[tuple[int, int, int]]:
@@ -102,6 +102,7 @@ _RECOGNISER = Recogniser(
     geometry=("num_heads", "kernel_size", "padding", "stride"),
     propose=_propose,
     resembles=_resembles,
+    called="outlookatt",
     tolerances=OUTLOOK_ATTENTION.tolerances,
     parameterless=(nn.AvgPool2d, nn.Dropout, nn.Unfold),
 )

@@ -18,7 +18,17 @@ import onnx_graphsurgeon as gs
 from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
 from acmix_deploy.families.reduction import Operators, Reduced, Request, Writer
 from acmix_deploy.families.shift_conv.algebra import collapse, is_shift, read_shifts
-from acmix_deploy.graph import Array, NoMatch, Region, constant_value, conv_bias, conv_weight, producer, region_between
+from acmix_deploy.graph import (
+    Array,
+    NoMatch,
+    Reached,
+    Region,
+    constant_value,
+    conv_bias,
+    conv_weight,
+    producer,
+    region_between,
+)
 
 ANCHOR = "Conv"
 
@@ -49,12 +59,12 @@ def match(graph: gs.Graph, conv: gs.Node) -> Match:
     """
     weight = _pointwise_weight(conv)
     if weight is None:
-        raise NoMatch("it is no 1x1 convolution", near=False)
+        raise NoMatch("it is no 1x1 convolution", Reached.NOTHING)
     forms = (_shifts_behind, _shifts_before)
     for form in forms if len(weight) >= weight.shape[1] else reversed(forms):
         if found := form(graph, conv):
             return found
-    raise NoMatch("there are no fixed shifts around it", near=False)
+    raise NoMatch("there are no fixed shifts around it", Reached.NOTHING)
 
 
 def reduce(found: Match, request: Request) -> Reduced:
@@ -102,7 +112,7 @@ def _shifts_behind(graph: gs.Graph, conv: gs.Node) -> Match | None:
         if len(pointwise) < len(starts):
             reason = NoMatch(f"{y.name} adds maps that are not all 1x1 convolutions of {x.name}")
         elif pointwise[0] is not conv:
-            raise NoMatch(f"its block is that of {pointwise[0].name}", near=False)
+            raise NoMatch(f"its block is that of {pointwise[0].name}", Reached.NOTHING)
         else:
             try:
                 return Match(region_between(graph, x, y), pointwise, shifts_first=False)

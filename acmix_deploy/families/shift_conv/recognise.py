@@ -50,7 +50,7 @@ def _propose(module: nn.Module) -> Proposal:
 def _resembles(module: nn.Module) -> bool:
     with suppress(NotABlock):
         return bool(_parts(module)[1])
-    return "shiftconv" in type(module).__name__.lower().replace("_", "")
+    return False
 
 
 def _parts(module: nn.Module) -> tuple[list[nn.Conv2d], list[nn.Conv2d]]:
@@ -158,5 +158,6 @@ canonicalise = Recogniser(
     geometry=("in_channels", "out_channels", "kernel_size", "stride"),
     propose=_propose,
     resembles=_resembles,
+    called="shiftconv",
     tolerances=TOLERANCES,
 ).canonicalise

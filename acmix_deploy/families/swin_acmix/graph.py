@@ -22,6 +22,7 @@ from acmix_deploy.graph import (
     RESHAPING,
     Array,
     NoMatch,
+    Reached,
     Region,
     constant_value,
     conv_bias,
@@ -61,15 +62,16 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     """
     met = meeting(graph, softmax)
     if met is None:
-        raise NoMatch("its result is not added to that of a convolution", near=_feeds_a_convolution(softmax))
+        reached = Reached.PARTS if _feeds_a_convolution(softmax) else Reached.NOTHING
+        raise NoMatch("its result is not added to that of a convolution", reached)
     last, path, rate1, rate2, dep_conv = met
     fcs = nearest(dep_conv.inputs[0], "Conv", "MatMul")
     if len(fcs) != 1 or fcs[0].op != "Conv" or conv_weight(fcs[0]).shape[2:] != (1, 1):
-        raise NoMatch("no 1x1 convolution is before the one that is added to it", near=False)
+        raise NoMatch("no 1x1 convolution is before the one that is added to it", Reached.NOTHING)
     (fc,) = fcs
     qkv = _linear_above(fc.inputs[0])
     if qkv is None:
-        raise NoMatch(f"{fc.name} does not read a linear layer", near=False)
+        raise NoMatch(f"{fc.name} does not read a linear layer", Reached.NOTHING)
 
     shape = conv_weight(dep_conv).shape
     if shape[1:] != (9, 3, 3) or dep_conv.attrs.get("pads") != [1] * 4 or set(dep_conv.attrs.get("strides", [1])) > {1}:

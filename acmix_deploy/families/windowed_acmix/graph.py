@@ -28,6 +28,7 @@ from acmix_deploy.families.reduction import Operators, Reduced, Request
 from acmix_deploy.graph import (
     Array,
     NoMatch,
+    Reached,
     Region,
     constant_value,
     conv_bias,
@@ -69,7 +70,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     operands = [operand for operand in total.inputs if operand is not carried]
     conv = _conv_behind(operands[0]) if total.op == "Add" and operands else None
     if conv is None:
-        raise NoMatch("its result is not added to that of a depthwise convolution", near=False)
+        raise NoMatch("its result is not added to that of a depthwise convolution", Reached.NOTHING)
     x = common_origin([conv.inputs[0], *(part.source for part in attention.projections)])
     if own:
         raise NoMatch("its attention has a projection of its own")
@@ -80,12 +81,12 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
         or {1} != {*conv.attrs.get("strides", np.array([1])), *conv.attrs.get("dilations", np.array([1]))}
     ):
         raise NoMatch(f"{conv.name} is not a depthwise convolution with an odd square kernel that keeps the map size")
-    node, _ = next_node(graph, total.outputs[0], near=True)
+    node, _ = next_node(graph, total.outputs[0], Reached.PARTS)
     norm = node if node.op == "LayerNormalization" else None
     if norm:
         if norm.attrs.get("axis", -1) not in (-1, 3) or any(constant_value(one) is None for one in norm.inputs[1:]):
             raise NoMatch(f"{norm.name} does not normalise over the channels alone")
-        node, _ = next_node(graph, norm.outputs[0], near=True)
+        node, _ = next_node(graph, norm.outputs[0], Reached.PARTS)
     proj = linear(node) if node.op in ("MatMul", "Gemm") else None
     if proj is None:
         raise NoMatch(f"what it adds is not projected, perhaps after a LayerNorm, but goes to {node.name}")
