@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,10 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, anchors
 from acmix_deploy.fusion.prepare import load
-from acmix_deploy.fusion.sizes import has_fixed_size, is_static, values_at_sizes
-from acmix_deploy.graph import Feeds, NoMatch, Region, count_nodes, evaluate
+from acmix_deploy.fusion.sizes import Need, has_fixed_size, is_static, smallest_image, values_at_sizes
+from acmix_deploy.graph import Array, Feeds, NoMatch, Region, count_nodes, evaluate
 from acmix_deploy.operators.spec import Operator, Tolerance
+from acmix_deploy.runtime.inputs import MIN_SIZE, min_size
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 
@@ -28,6 +29,9 @@ ConvBranchChoice = Literal["auto", "dense", "grouped"]
 AUTO_BRANCH: ConvBranch = "dense"
 """What "auto" means. In a prototype on a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); the CPU
 prefers the grouped one from about 128 channels, but the file is made for the target."""
+
+_ODD = (11, 13)
+"""Rows and columns of a map that neither strides nor windows divide, to compare free sizes at."""
 
 
 class FusedBlock(BaseModel):
@@ -93,10 +97,12 @@ def fuse(
 
     blocks: list[FusedBlock] = []
     functions: list[tuple[Operator, onnx.FunctionProto]] = []
+    needs: list[Need] = []
     for family in FAMILIES:
         known = [*model.functions, *(body for _, body in functions)]
-        found, used = _fuse_family(graph, family, branch, known, progress)
+        found, used, needed = _fuse_family(graph, family, branch, known, progress)
         blocks += found
+        needs += needed
         functions += [(operator, body) for operator, body in used if all(operator != other for other, _ in functions)]
 
     fused = _export(graph, model, functions)
@@ -110,14 +116,26 @@ def fuse(
             f"Left alone: {left_alone}" if left_alone else "Nothing else in the graph resembles a block.",
         )
     with replacing(target) as temporary:
-        onnx.save(fused, temporary)
-        if report.fused:
-            progress("loading the fused file")
-            try:
+        try:
+            if needs and not has_fixed_size(graph):
+                progress("finding the smallest image")
+                _note_smallest_image(fused, needs)
+            onnx.save(fused, temporary)
+            if report.fused:
+                progress("loading the fused file")
                 open_session(temporary, once=True)
-            except UserError as error:
-                raise CheckFailed(f"the fused file cannot be used: {error.message}") from error
+        except UserError as error:
+            raise CheckFailed(f"the fused file cannot be used: {error.message}") from error
     return report
+
+
+def _note_smallest_image(model: onnx.ModelProto, needs: list[Need]) -> None:
+    """Write into the metadata for which images all fused blocks are defined, those of an earlier run among them."""
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    found = smallest_image(model, needs, int(metadata.get("stride", 1)))
+    before = min_size(metadata)
+    metadata[MIN_SIZE] = str([max(pair) for pair in zip(found, before, strict=True)])
+    onnx.helper.set_model_props(model, metadata)
 
 
 def _fuse_family(
@@ -126,8 +144,9 @@ def _fuse_family(
     branch: ConvBranch,
     functions: list[onnx.FunctionProto],
     progress: Callable[[str], None],
-) -> tuple[list[FusedBlock], list[tuple[Operator, onnx.FunctionProto]]]:
-    """Fuse the blocks of one family in ``graph``, in place; also the operators that came in, with their bodies.
+) -> tuple[list[FusedBlock], list[tuple[Operator, onnx.FunctionProto]], list[Need]]:
+    """Fuse the blocks of one family in ``graph``, in place; also the operators that came in, with their bodies, and
+    what the blocks need of their maps.
 
     ``functions`` are the definitions of the custom operators that are in the graph.
     """
@@ -141,7 +160,7 @@ def _fuse_family(
             if error.near:
                 blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
     if not matches:
-        return blocks, []
+        return blocks, [], []
 
     progress(f"evaluating the graph around {len(matches)} candidate blocks")
     regions = [found.region for _, found in matches]
@@ -151,6 +170,7 @@ def _fuse_family(
     present = {(body.domain, body.name) for body in functions}
     missing = [body for _, body in bodies.values() if (body.domain, body.name) not in present]
     used: set[str] = set()
+    needs: list[Need] = []
     for index, (anchor, found) in enumerate(matches, _first_free(graph, family)):
         name = f"{family}_{index}"
         progress(f"fusing {name}")
@@ -167,11 +187,13 @@ def _fuse_family(
         )
         try:
             reduced: Reduced = kit.reduce(found, request)
-            relative_l2 = _compare(graph, region, reduced.graph, values, kit.TOLERANCES, [*functions, *missing])
+            relative_l2 = _compare(graph, region, reduced, values, kit.TOLERANCES, [*functions, *missing])
         except NoMatch as error:
             blocks.append(FusedBlock(name=anchor.name, family=family, fused=False, reason=error.reason))
             continue
         _splice(graph, reduced.graph, region.y)
+        if reduced.smallest > 1:
+            needs.append(Need(region.x.name, reduced.height_axis, reduced.smallest))
         used |= {node.op for node in reduced.graph.nodes if node.op in bodies}
         blocks.append(
             FusedBlock(
@@ -183,7 +205,7 @@ def _fuse_family(
                 relative_l2=relative_l2,
             )
         )
-    return blocks, [bodies[op] for op in sorted(used)]
+    return blocks, [bodies[op] for op in sorted(used)], needs
 
 
 def _first_free(graph: gs.Graph, family: str) -> int:
@@ -195,26 +217,53 @@ def _first_free(graph: gs.Graph, family: str) -> int:
 def _compare(
     graph: gs.Graph,
     region: Region,
-    replacement: gs.Graph,
+    reduced: Reduced,
     values: list[Feeds],
     tolerances: Mapping[str, Tolerance],
     functions: list[onnx.FunctionProto],
 ) -> float:
-    """The largest relative L2 error on random input. Raises NoMatch where it is beyond the operator's tolerance."""
-    limit = tolerances[str(replacement.outputs[0].dtype)].floor
+    """The largest relative L2 error on random input. Raises NoMatch where it is beyond the operator's tolerance, or
+    where the reduced form runs and the block does not."""
+    limit = tolerances[str(reduced.graph.outputs[0].dtype)].floor
     random = np.random.default_rng(1)
-    worst = 0.0
-    for at in values:
-        feeds = {tensor.name: at[tensor.name] for tensor in region.outside}
-        feeds[region.x.name] = random.standard_normal(at[region.x.name].shape).astype(np.float32)
-        (original,) = evaluate(graph, [region.y], feeds)
-        (candidate,) = evaluate(replacement, replacement.outputs, feeds, functions)
+
+    def reduced_form(feeds: Feeds) -> Array:
+        return evaluate(reduced.graph, reduced.graph.outputs, feeds, functions)[0]
+
+    def error(original: Array, candidate: Array) -> float:
         difference = deviation(original, candidate)
         if difference.relative_l2 is None or difference.relative_l2 > limit:
             distance = difference.problem or f"relative L2 {difference.relative_l2:.1e}, limit {limit:.0e}"
             raise NoMatch(f"the block computes something else than its fused form ({distance})")
-        worst = max(worst, difference.relative_l2)
+        return difference.relative_l2
+
+    def inputs(shape: Sequence[int], at: Feeds) -> Feeds:
+        x = random.standard_normal(shape).astype(np.float32)
+        return {tensor.name: at[tensor.name] for tensor in region.outside} | {region.x.name: x}
+
+    worst = 0.0
+    for at in values:
+        feeds = inputs(at[region.x.name].shape, at)
+        (original,) = evaluate(graph, [region.y], feeds)
+        worst = max(worst, error(original, reduced_form(feeds)))
+    first, last = values[0], values[-1]
+    same = all(np.array_equal(first[tensor.name], last[tensor.name]) for tensor in region.outside)
+    if len(values) > 1 and not has_fixed_size(graph) and same:  # else the block is of the sizes that were tried
+        shape = list(first[region.x.name].shape)
+        shape[reduced.height_axis : reduced.height_axis + 2] = (max(side, reduced.smallest) for side in _ODD)
+        feeds = inputs(shape, first)
+        if (block := _try(lambda: evaluate(graph, [region.y], feeds)[0])) is not None:
+            worst = max(worst, error(block, reduced_form(feeds)))
+        elif _try(lambda: reduced_form(feeds)) is not None:
+            raise NoMatch(f"the block does not run at {shape}, and its fused form does")
     return worst
+
+
+def _try(compute: Callable[[], Array]) -> Array | None:
+    try:
+        return compute()
+    except NoMatch:
+        return None
 
 
 def _splice(graph: gs.Graph, replacement: gs.Graph, y: gs.Variable) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx import helper
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import Feeds, NoMatch, evaluate
+from acmix_deploy.runtime.onnxruntime import inputs_of, open_session
 
 _TRIALS = ((2, 24, 32), (1, 40, 24), (2, 160, 192), (1, 192, 128), (1, 320, 416), (1, 640, 640))
 """Batch, height and width to try for free axes, small ones first: which of them a model accepts is its own affair."""
@@ -55,6 +58,83 @@ def values_at_sizes(
             "If it holds for one size alone although it declares free axes, export it with fixed ones.",
         )
     return found
+
+
+class Need(NamedTuple):
+    """What a fused block asks of the map that it reads."""
+
+    x: str
+    """Name of the map."""
+    height_axis: int
+    """Of the map; the width's is the next."""
+    smallest: int
+    """Fewest rows and columns."""
+
+
+def smallest_image(model: onnx.ModelProto, needs: Collection[Need], step: int) -> tuple[int, int]:
+    """The smallest height and width at which the maps of all blocks are as large as they need.
+
+    The part of the file that makes the maps is run, so it does not matter how sizes go through it. Height and width
+    are found one after the other, both as multiples of ``step``; one that is fixed stays as it is.
+
+    Raises:
+        UserError: ONNX Runtime refuses the file, or it runs at none of the sizes tried.
+    """
+    maps = list(dict.fromkeys(need.x for need in needs))
+    session = open_session(_sizes_of(model, maps))
+    inputs = inputs_of(session)
+
+    def defined(height: int, width: int) -> bool:
+        free = {2: height, 3: width}
+        feeds = {
+            name: np.zeros([n if isinstance(n, int) else free.get(axis, 1) for axis, n in enumerate(dims)], dtype)
+            for name, dims, dtype in inputs
+        }
+        try:
+            sizes = dict(zip(maps, session.run(None, feeds), strict=True))
+        except Exception:  # ONNX Runtime's error types share no base of their own
+            return False
+        return all(sizes[need.x][need.height_axis :][:2].min() >= need.smallest for need in needs)
+
+    def sizes(axis: int, end: int) -> Iterable[int]:
+        fixed = [size for _, dims, _ in inputs if len(dims) == 4 and isinstance(size := dims[axis], int)]
+        return fixed or range(step, end + 1, step)
+
+    tried = [(height + -height % step, width + -width % step) for _, height, width in (*_TRIALS, *_FROZEN)]
+    start = next((size for size in tried if defined(*size)), None)
+    if start is None:
+        raise UserError("the fused file runs at none of the sizes tried")
+    height = next((size for size in sizes(2, start[0]) if defined(size, start[1])), start[0])
+    width = next((size for size in sizes(3, start[1]) if defined(start[0], size)), start[1])
+    return height, width
+
+
+def _sizes_of(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """The part of a model that makes the tensors ``names``, with their shapes for its outputs."""
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    wanted = set(names)
+    nodes = [helper.make_node("Shape", [name], [f"{name}/shape"]) for name in names]
+    for node in reversed(model.graph.node):
+        if wanted.intersection(node.output):
+            nodes.append(node)
+            wanted.update(_read_by(node))
+    for field in (part.graph.node, part.graph.output, part.graph.initializer):
+        del field[:]
+    part.graph.node.extend(reversed(nodes))
+    part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in wanted)
+    part.graph.output.extend(
+        helper.make_tensor_value_info(f"{name}/shape", onnx.TensorProto.INT64, None) for name in names
+    )
+    return part
+
+
+def _read_by(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node reads, its branches and loops included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _read_by(inner)
 
 
 def is_static(graph: gs.Graph) -> bool:
