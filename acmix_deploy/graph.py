@@ -349,6 +349,16 @@ def name_nodes(model: onnx.ModelProto) -> None:
             taken.add(node.name)
 
 
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
+    """Names of the tensors that a node reads, those in graphs within it among them."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield from (value.name for value in attribute.g.output)
+            for inner in attribute.g.node:
+                yield from names_read(inner)
+
+
 def count_nodes(model: onnx.ModelProto) -> int:
     """Nodes of a graph, without the Constant nodes that some exporters write for what others store."""
     return sum(node.op_type != "Constant" for node in model.graph.node)

@@ -104,9 +104,11 @@ def test_a_folder(shapes_model: Path, photos: Path, tmp_path: Path, capsys: pyte
     assert code == 0
     found = {line.pop("source"): line for line in lines(out)}
     assert list(found) == ["0000.png", "0001.png", "0001a.png", "0002.png", "0003.png"]
-    for broken in ("0001a.png", "0003.png"):
-        assert found.pop(broken) == {"schema": 1, "detections": [], "problem": "is no image that can be read"}
-        assert err.count(f"{broken}: is no image that can be read\n") == 1
+    large = "the picture is 50000 x 50000: at most 33.6 million pixels are taken; see --max-pixels"
+    for broken, why in (("0001a.png", "the picture cannot be decoded"), ("0003.png", large)):
+        problem = f"is no image that can be read: {why}"
+        assert found.pop(broken) == {"schema": 1, "detections": [], "problem": problem}
+        assert err.count(f"{broken}: {problem}\n") == 1
     assert "3 images, 2 skipped, " in err
     with Detector.load(shapes_model) as detector:
         for name, line in found.items():
@@ -118,6 +120,27 @@ def test_a_folder(shapes_model: Path, photos: Path, tmp_path: Path, capsys: pyte
             ]
             assert [d["name"] for d in line["detections"]] == [shapes.NAMES[kind] for kind in right.classes]
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == sorted(found)
+
+
+def test_images_of_more_pixels_are_left_out(
+    shapes_model: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "1")  # what the option sets is undone then
+    image = photos / "0000.png"
+    code, _, err = run(capsys, shapes_model, image, "--max-pixels", 160 * 160 - 1)
+    assert code == 2
+    assert "0000.png: is no image that can be read: the picture is 160 x 160: at most 0.0256 million" in err
+    code, out, _ = run(capsys, shapes_model, image, "--max-pixels", 160 * 160)
+    assert (code, out.startswith("0000.png: ")) == (0, True)
+    path = film(tmp_path / "clip.avi", [read(image)])
+    assert run(capsys, shapes_model, path, "--max-pixels", 160 * 160)[0] == 0
+    code, _, err = run(capsys, shapes_model, path, "--max-pixels", 160 * 160 - 1)
+    assert code == 2
+    assert "clip.avi has frames that are too large: the picture is 160 x 160" in err
 
 
 def test_boxes_are_drawn_where_they_are(shapes_model: Path, photos: Path, tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from acmix_deploy.detection.images import Letterbox, batches, find, read, tensor
+from acmix_deploy.detection.images import IMAGE_SUFFIXES, Letterbox, batches, find, read, tensor
+from acmix_deploy.detection.pictures import MAX_PIXELS, NoPicture, TooLarge
 from acmix_deploy.errors import MissingComponent, UserError
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
@@ -24,7 +28,8 @@ def test_fitted_padded_and_turned_to_rgb(tmp_path: Path) -> None:
     (tmp_path / "e.jpg").mkdir()
     (tmp_path / "readme.txt").write_text("left alone")
     photos = find(tmp_path)
-    assert photos.skipped == ["b.jpg", "d.jpg", "e.jpg"]
+    assert list(photos.skipped) == ["b.jpg", "d.jpg", "e.jpg"]
+    assert photos.skipped["b.jpg"] == "not a picture in one of JPEG, PNG, WEBP, BMP, TIFF"
     first, second = batches(photos.paths, [(1, 3, 16, 16), (2, 3, 32, 64)])
     assert (first.shape, second.shape) == ((1, 3, 16, 16), (2, 3, 32, 64))
     wide = first[0]
@@ -61,9 +66,7 @@ def test_a_photograph_is_what_ultralytics_feeds_its_models() -> None:
     expected = np.ascontiguousarray(fitted[..., ::-1].transpose(2, 0, 1)).astype(np.float32) / 255
     (batch,) = batches([path], [(1, 3, 320, 256)])
     np.testing.assert_array_equal(batch[0], expected)
-    image = read(path)
-    assert image is not None
-    assert not np.array_equal(tensor(Letterbox()(image, 320, 256))[::-1], expected), "red and blue differ"
+    assert not np.array_equal(tensor(Letterbox()(read(path), 320, 256))[::-1], expected), "red and blue differ"
 
 
 def test_images_that_cannot_be_had_are_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +82,79 @@ def test_images_that_cannot_be_had_are_a_user_error(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingComponent, match=r"OpenCV.*\n.*acmix-deploy\[images\]"):
         find(tmp_path)
+
+
+def bomb(side: int) -> bytes:
+    """A black PNG of ``side`` x ``side`` pixels in few bytes."""
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(side // 8 + 2)) for _ in range(side)) + packer.flush()
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    head = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def no_limit(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """In the environment."""
+    monkeypatch.delenv("OPENCV_IO_MAX_IMAGE_PIXELS", raising=False)
+    return monkeypatch
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, no_limit: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb(30_000))
+    assert path.stat().st_size < 1 << 20
+    no_limit.setattr(cv2, "imdecode", lambda *arguments: pytest.fail("it was decoded"))
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(TooLarge, match=r"the picture is 30000 x 30000: at most 33\.6 million pixels .*--max-pixels"):
+        read(path)
+    assert time.process_time() - start < 0.5
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+    with pytest.raises(UserError, match=r"no readable image \(tried bomb\.png: the picture is 30000 x 30000"):
+        find(tmp_path)
+
+
+def test_a_limit_can_be_raised_and_lowered(tmp_path: Path, no_limit: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(bomb(6_000))
+    with pytest.raises(TooLarge):
+        read(path)
+    no_limit.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", str(6_000**2))
+    assert read(path).shape == (6_000, 6_000, 3)
+    no_limit.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", str(6_000**2 - 1))
+    with pytest.raises(TooLarge, match="at most 36"):
+        read(path)
+    no_limit.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "many")
+    with pytest.raises(UserError, match="OPENCV_IO_MAX_IMAGE_PIXELS is 'many'"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_every_kind_of_file_is_bounded(tmp_path: Path, suffix: str, no_limit: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"a{suffix}"
+    cv2.imwrite(str(path), np.zeros((30, 41, 3), np.uint8))
+    assert read(path).shape == (30, 41, 3)
+    no_limit.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", str(30 * 41 - 1))
+    no_limit.setattr(cv2, "imdecode", lambda *arguments: pytest.fail("it was decoded"))
+    with pytest.raises(TooLarge, match="41 x 30"):
+        read(path)
+
+
+def test_what_opencv_reads_besides_is_no_image(tmp_path: Path) -> None:
+    """Its size would not be known before it is decoded."""
+    assert cv2.imwrite(str(tmp_path / "a.ppm"), np.zeros((30, 41, 3), np.uint8))
+    with pytest.raises(NoPicture, match="JPEG, PNG, WEBP, BMP, TIFF"):
+        read((tmp_path / "a.ppm").rename(tmp_path / "a.png"))
+
+
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path, no_limit: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(8 * MAX_PIXELS + 1)  # takes no room on a disk
+    no_limit.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
+    with pytest.raises(TooLarge, match="bytes"):
+        read(tmp_path / "a.png")

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,6 +95,39 @@ def test_body_equals_oracle(g, dtype, dynamic, opset, tile, seed):
     limit = LOCAL_ATTENTION.tolerances[dtype].limit(1e-3 if dtype == "float16" else 0)
     assert not found.problem
     assert found.relative_l2 < limit
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_body_fails_where_the_operator_is_not_defined(kernel_size, stride, dtype):
+    attributes = {"num_heads": 2, "kernel_size": kernel_size, "stride": stride, "scale": 0.5}
+    session = open_session(one_node_model(dtype, ["B", 24, "H", "W"], 4, **attributes))
+    position_weight = np.ones((4, 2), dtype)
+    margin = kernel_size // 2
+    for height in range(1, 10):
+        for width in {1, 2, margin, margin + 1, 6, 7, 12}:
+            qkv = np.ones((1, 24, height, width), dtype)
+            try:
+                check_geometry(kernel_size, stride, height, width)
+                defined = True
+            except UserError:
+                defined = False
+            if defined:
+                (y,) = session.run(None, {"qkv": qkv, "position_weight": position_weight})
+                assert y.shape == (1, 8, height // stride, width // stride)
+            else:
+                with pytest.raises(Exception, match="Reshape"):  # ONNX Runtime's error types share no base
+                    session.run(None, {"qkv": qkv, "position_weight": position_weight})
+
+
+def test_body_fails_in_the_reference_evaluator_too():
+    model = one_node_model("float32", ["B", 12, "H", "W"], 4, num_heads=1, kernel_size=7, stride=1, scale=0.5)
+    evaluator = onnx.reference.ReferenceEvaluator(model)
+    feeds = {"qkv": np.ones((1, 12, 4, 4), np.float32), "position_weight": np.ones((4, 2), np.float32)}
+    assert evaluator.run(None, feeds)[0].shape == (1, 4, 4, 4)
+    with pytest.raises(ValueError, match="reshape"):
+        evaluator.run(None, {**feeds, "qkv": np.ones((1, 12, 3, 4), np.float32)})
 
 
 def test_oracle_by_hand():

@@ -76,6 +76,31 @@ def test_body_equals_oracle(batch, heads, head_dim, kernel, stride, height, widt
     assert found.relative_l2 < limit
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 3)])
+def test_body_fails_for_another_number_of_windows(kernel, stride):
+    attributes = {"num_heads": 1, "kernel_size": kernel, "stride": stride, "scale": 0.7}
+    session = open_session(
+        one_node_model(
+            "float32",
+            ["B", kernel**4, "h", "w"],
+            ["B", 2, "H", "W"],
+            OPSETS[0],
+            plugin_version="1",
+            plugin_namespace="",
+            **attributes,
+        )
+    )
+    values = np.ones((1, 2, 7, 6), np.float32)
+    right = (-(-7 // stride), -(-6 // stride))
+    for windows in itertools.product(range(1, 9), range(1, 9)):
+        feeds = {"logits": np.ones((1, kernel**4, *windows), np.float32), "values": values}
+        if windows == right:
+            assert session.run(None, feeds)[0].shape == values.shape
+        else:
+            with pytest.raises(Exception, match="Reshape"):  # ONNX Runtime's error types share no base
+                session.run(None, feeds)
+
+
 def test_body_lists_every_attribute_of_the_definition_and_no_col2im():
     body = function_body()
     assert list(body.attribute) == [attribute.name for attribute in OUTLOOK_ATTENTION.attributes]

@@ -80,7 +80,7 @@ def test_int8_engine_on_photographs(folder, gpu, empty_library, capsys):
     options = ["--int8", "--calibration", "photos", "--plugin", str(empty_library), "--json"]
     assert main(["export", "model.pt", *SIZE, *options]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["int8"]["skipped"] == ["broken.png"]
+    assert found["int8"]["skipped"] == ["broken.png: not a picture in one of JPEG, PNG, WEBP, BMP, TIFF"]
     manifest = found["engines"]["int8"]["manifest"]
     assert (manifest["precision"], manifest["flags"]) == ("int8", ["FP16", "INT8"])
     assert {c["precision"] for c in found["verification"]["comparisons"]} == {"float32", "int8"}

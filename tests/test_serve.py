@@ -154,8 +154,8 @@ def test_large_pictures_and_bodies_are_refused_before_anything_is_decoded(
 
 def test_opencv_refuses_too_what_is_too_large(tmp_path: Path) -> None:
     code = (
-        "from acmix_deploy.serving import pictures; pictures.limit_opencv(); import sys\n"
-        "try: pictures.decode(open(sys.argv[1], 'rb').read())\n"
+        "from acmix_deploy.detection import images, pictures; pictures.limit_opencv(); import sys\n"
+        "try: images.decode(open(sys.argv[1], 'rb').read())\n"
         "except pictures.Broken: print('broken')"
     )
     (tmp_path / "edge.png").write_bytes(png(8_200, 4_200))
@@ -242,13 +242,13 @@ def test_a_fault_of_the_server_is_told_to_its_log_alone(monkeypatch: pytest.Monk
 
 def test_pictures_that_take_long_to_decode_have_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that is being decoded is waited for; those behind it are not begun."""
-    from acmix_deploy.serving import pictures
+    from acmix_deploy.serving import app
     from acmix_deploy.serving.app import Api
     from acmix_deploy.serving.batching import Limits
     from acmix_deploy.serving.worker import Setup
 
     begun: list[bytes] = []
-    monkeypatch.setattr(pictures, "decode", lambda data: (begun.append(data), time.sleep(0.2)))
+    monkeypatch.setattr(app, "decode", lambda data: (begun.append(data), time.sleep(0.2)))
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(Api(Setup(Path("none.onnx")), Limits(deadline=0.3)).app())

@@ -119,6 +119,23 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugin", type=Path, metavar="FILE", help="library with custom layers of the model")
 
 
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """The option of the verbs that read images from files; see :func:`limit_pixels`."""
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        metavar="N",
+        help="leave out images of more pixels (default: OPENCV_IO_MAX_IMAGE_PIXELS, else 33554432 as in 8K video)",
+    )
+
+
+def limit_pixels(options: argparse.Namespace) -> None:
+    """Have larger images than ``--max-pixels`` left out. To be called before anything imports OpenCV."""
+    from acmix_deploy.detection.pictures import limit_opencv, max_pixels
+
+    limit_opencv(options.max_pixels or max_pixels())
+
+
 def add_batching(parser: argparse.ArgumentParser) -> None:
     """Options of the verbs by which images that come one by one are run together."""
     parser.add_argument(

@@ -14,7 +14,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_detector, print_line, progress
+from acmix_deploy.cli.common import add_detector, add_max_pixels, limit_pixels, print_line, progress
 from acmix_deploy.errors import UserError
 
 _EVERY = 2.0  # seconds between two lines of progress
@@ -31,9 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also draw the boxes: a folder for images, an .mp4 or .avi else",
     )
     add_detector(parser)
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    limit_pixels(options)
     # Broken images are told of in our own words.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")

@@ -15,9 +15,11 @@ from acmix_deploy.cli.common import (
     add_checkpoint,
     add_float32,
     add_fusion,
+    add_max_pixels,
     add_target,
     console,
     input_shape,
+    limit_pixels,
     needs_torch,
     positive,
     print_json,
@@ -57,9 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-engine", action="store_true", help="write files alone, also where TensorRT is")
     add_fusion(parser)
     add_checkpoint(parser)
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    limit_pixels(options)
     if options.int8 != (options.calibration is not None):
         raise UserError(
             "--int8 and --calibration go together", "Give both: --int8 --calibration DIR, a folder of images."

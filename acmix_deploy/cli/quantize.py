@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_float32, console, positive, print_json, progress
+from acmix_deploy.cli.common import add_float32, add_max_pixels, console, limit_pixels, positive, print_json, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image size where the file leaves it free (default: that of training, else 640)",
     )
     parser.add_argument("--limit", type=positive, default=256, metavar="N", help="read at most N images (default: 256)")
+    add_max_pixels(parser)
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -53,6 +54,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def run(options: argparse.Namespace) -> int:
+    limit_pixels(options)
     from acmix_deploy.artifacts import write_artifact
     from acmix_deploy.precision import quantize
 
@@ -95,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         out.print(output_errors(report))
         if report.skipped:
             out.print(
-                f"Note: {len(report.skipped)} images could not be read: {', '.join(report.skipped)}", style="yellow"
+                f"Note: {len(report.skipped)} images could not be read: {'; '.join(report.skipped)}", style="yellow"
             )
         sizes = f"{report.bytes_before / 1e6:.2f} MB became {report.bytes_after / 1e6:.2f} MB"
         out.print(f"{len(report.layers)} layers in INT8, calibrated on {report.images} images")

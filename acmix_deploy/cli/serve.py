@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        from acmix_deploy.serving import pictures
+        from acmix_deploy.detection import pictures
 
         pictures.limit_opencv()
         from acmix_deploy.serving.batching import Limits

@@ -12,7 +12,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acmix_deploy.cli.common import add_input_shape, console, not_negative, positive, print_json, progress, share
+from acmix_deploy.cli.common import (
+    add_input_shape,
+    add_max_pixels,
+    console,
+    limit_pixels,
+    not_negative,
+    positive,
+    print_json,
+    progress,
+    share,
+)
 from acmix_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,9 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write what --json prints to a file")
     parser.add_argument("--worst", type=Path, metavar="FILE", help="draw the worst image, both detectors side by side")
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    limit_pixels(options)
     from acmix_deploy.artifacts import replacing
     from acmix_deploy.report.documents import VerifyDocument
     from acmix_deploy.verify.limits import relative_at_most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from acmix_deploy.detection import pictures
+from acmix_deploy.detection.pictures import Broken, TooLarge, Unreadable
 from acmix_deploy.errors import MissingComponent, UserError
 
 Image = NDArray[np.uint8]
@@ -19,6 +22,11 @@ Boxes = NDArray[np.float32]
 Shape = Sequence[int]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+"""What files hold, whatever their suffix."""
+
+_MAX_BYTES = 8  # of a pixel in a file: four channels of 16 bits
 
 
 class Placement(NamedTuple):
@@ -81,8 +89,8 @@ class Photos(NamedTuple):
     """The images of a folder."""
 
     paths: list[Path]
-    skipped: list[str]
-    """Names of files that look like images by their suffix and cannot be read."""
+    skipped: dict[str, str]
+    """Names of files that look like images by their suffix and cannot be read, and why."""
 
 
 def find(folder: Path, limit: int | None = None) -> Photos:
@@ -96,18 +104,20 @@ def find(folder: Path, limit: int | None = None) -> Photos:
         UserError: the folder does not exist or holds no readable image.
         MissingComponent: OpenCV is not installed.
     """
-    photos = Photos([], [])
+    photos = Photos([], {})
     for path in in_folder(folder):
         if limit is not None and len(photos.paths) == limit:
             break
-        if read(path) is None:
-            photos.skipped.append(path.name)
+        try:
+            read(path)
+        except Unreadable as error:
+            photos.skipped[path.name] = str(error)
         else:
             photos.paths.append(path)
     if not photos.paths:
+        tried = "; ".join(f"{name}: {why}" for name, why in islice(photos.skipped.items(), 3))
         raise UserError(
-            f"{folder} holds no readable image"
-            + (f" (tried {', '.join(photos.skipped[:3])})" if photos.skipped else ""),
+            f"{folder} holds no readable image" + (f" (tried {tried})" if tried else ""),
             f"Images end in one of {', '.join(sorted(IMAGE_SUFFIXES))}.",
         )
     return photos
@@ -124,21 +134,41 @@ def in_folder(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def read(path: Path) -> Image | None:
-    """An image [h, w, 3] in BGR, as OpenCV has it; None where the file holds none that can be decoded.
-
-    That is also so where it has more pixels than OpenCV takes: 2^30, or OPENCV_IO_MAX_IMAGE_PIXELS in the environment.
+def read(path: Path) -> Image:
+    """An image [h, w, 3] in BGR, as OpenCV has it. One of more pixels than are taken is not decoded.
 
     Raises:
+        Unreadable: the file holds none of :data:`FORMATS` that can be decoded, or a larger one than is taken.
+        MissingComponent: OpenCV is not installed.
+    """
+    opencv()
+    try:
+        if (size := path.stat().st_size) > _MAX_BYTES * max(pictures.max_pixels(), pictures.MAX_PIXELS):
+            raise TooLarge(f"the file has {size} bytes, more than any picture that is taken")
+        data = path.read_bytes()
+        pictures.pixels(data, FORMATS)
+    except TooLarge as error:
+        raise TooLarge(f"{error}; see --max-pixels") from error
+    except OSError as error:
+        raise Broken(f"the file cannot be read: {error.strerror}") from error
+    return decode(data)
+
+
+def decode(data: bytes) -> Image:
+    """A picture as OpenCV reads it: [h, w, 3] in BGR, turned as its EXIF data say.
+
+    Raises:
+        Broken: it cannot be decoded.
         MissingComponent: OpenCV is not installed.
     """
     cv2 = opencv()
     try:
-        data = np.frombuffer(path.read_bytes(), np.uint8)
-        image: Any = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    except (OSError, cv2.error):
-        return None
-    return image if image is None else np.asarray(image)
+        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise Broken("the picture cannot be decoded")
+    return np.asarray(image)
 
 
 def tensor(image: Image) -> Images:
@@ -192,10 +222,10 @@ def placed_batches(
 
 
 def _read_again(path: Path) -> Image:
-    image = read(path)
-    if image is None:
-        raise UserError(f"{path} could be read before and cannot be read now")
-    return image
+    try:
+        return read(path)
+    except Unreadable as error:
+        raise UserError(f"{path} could be read before and cannot be read now: {error}") from error
 
 
 def opencv() -> ModuleType:

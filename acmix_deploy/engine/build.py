@@ -19,6 +19,7 @@ from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.forms import refused, to_form
 from acmix_deploy.graph import name_nodes, read
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
+from acmix_deploy.runtime.inputs import check_size
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import out_of_memory
 from acmix_deploy.targets import Form, Target, target_of
@@ -221,7 +222,8 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
     """
     found: dict[str, tuple[Shape, Shape, Shape]] = {}
     fixed = []
-    stride = int(onnx_file.metadata(model).get("stride", 1))
+    metadata = onnx_file.metadata(model)
+    stride = int(metadata.get("stride", 1))
     for value in onnx_file.inputs(model):
         declared = onnx_file.shape(value)
         free = [f"{axis} ({size})" for axis, size in enumerate(declared) if not isinstance(size, int)]
@@ -238,6 +240,7 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
                 raise UserError(f"{option} {list(shape)} does not fit input {value.name} {list(declared)} of {source}")
             if any(size % stride for size in shape[2:]):
                 raise UserError(f"{option} {list(shape)} is no multiple of {stride}, the stride of {source}")
+            check_size(f"{option} of {source}", shape, metadata)
         smallest, usual, largest = map(tuple, shapes)
         if not all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True)):
             raise UserError(f"--min {smallest}, --opt {usual} and --max {largest} do not grow from one to the next")

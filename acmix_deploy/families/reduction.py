@@ -50,6 +50,10 @@ class Reduced(NamedTuple):
     """What computes its attention: the type of a custom operator, or the standard ones."""
     settings: Mapping[str, Any]
     """What the report says of it."""
+    smallest: int = 1
+    """Fewest rows and columns of x that it is defined for."""
+    height_axis: int = 2
+    """Of x; the width's is the next."""
 
 
 def anchors(graph: gs.Graph, op: str) -> list[gs.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,9 +17,10 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, anchors
 from acmix_deploy.fusion.prepare import load
-from acmix_deploy.fusion.sizes import Patience, Source, sources, sources_of, values_at_sizes
-from acmix_deploy.graph import Feeds, NoMatch, Reached, Region, count_nodes, evaluate
+from acmix_deploy.fusion.sizes import Need, Patience, Source, smallest_image, sources, sources_of, values_at_sizes
+from acmix_deploy.graph import Array, Feeds, NoMatch, Reached, Region, count_nodes, evaluate, names_read
 from acmix_deploy.operators.spec import Operator, Tolerance
+from acmix_deploy.runtime.inputs import MIN_SIZE, min_size
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 
@@ -28,6 +29,9 @@ ConvBranchChoice = Literal["auto", "dense", "grouped"]
 AUTO_BRANCH: ConvBranch = "dense"
 """What "auto" means. In a prototype on a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); the CPU
 prefers the grouped one from about 128 channels, but the file is made for the target."""
+
+_ODD = (11, 13)
+"""Rows and columns of a map that neither strides nor windows divide, to compare free sizes at."""
 
 
 class FusedBlock(BaseModel):
@@ -108,11 +112,13 @@ def fuse(
     blocks: list[FusedBlock] = []
     left_alone: dict[str, tuple[Reached, FusedBlock]] = {}
     functions: list[tuple[Operator, onnx.FunctionProto]] = []
+    needs: list[Need] = []
     patience = Patience()
     for family in FAMILIES:
         known = [*model.functions, *(body for _, body in functions)]
-        found, left, used = _fuse_family(graph, family, branch, known, inputs, patience, progress)
+        found, left, used, needed = _fuse_family(graph, family, branch, known, inputs, patience, progress)
         blocks += found.values()
+        needs += needed
         functions += [(operator, body) for operator, body in used if all(operator != other for other, _ in functions)]
         for anchor in found:
             left_alone.pop(anchor, None)
@@ -136,11 +142,27 @@ def fuse(
             f"{report.fused} blocks fused in {source}, expected {expect}",
             f"Left alone: {reasons}" if reasons else "Nothing else in the graph resembles a block.",
         )
+    if needs and not all(source.has_fixed_size for source in inputs):
+        progress("finding the smallest image")
+        try:
+            _note_smallest_image(fused, needs)
+        except UserError as error:
+            if not report.unknown:  # else nothing can be run that is in front of a block
+                raise CheckFailed(f"the fused file cannot be used: {error.message}") from error
     progress("loading the fused file")
     report = report.model_copy(update={"unproven": _refusal(fused, model, source, inputs)})
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
     return report
+
+
+def _note_smallest_image(model: onnx.ModelProto, needs: list[Need]) -> None:
+    """Write into the metadata for which images all fused blocks are defined, those of an earlier run among them."""
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    found = smallest_image(model, needs, int(metadata.get("stride", 1)))
+    before = min_size(metadata)
+    metadata[MIN_SIZE] = str([max(pair) for pair in zip(found, before, strict=True)])
+    onnx.helper.set_model_props(model, metadata)
 
 
 def _fuse_family(
@@ -151,14 +173,19 @@ def _fuse_family(
     inputs: list[Source],
     patience: Patience,
     progress: Callable[[str], None],
-) -> tuple[dict[str, FusedBlock], dict[str, tuple[Reached, FusedBlock]], list[tuple[Operator, onnx.FunctionProto]]]:
+) -> tuple[
+    dict[str, FusedBlock],
+    dict[str, tuple[Reached, FusedBlock]],
+    list[tuple[Operator, onnx.FunctionProto]],
+    list[Need],
+]:
     """Fuse the blocks of one family in ``graph``, in place.
 
     ``functions`` are the definitions of the custom operators that are in the graph, ``inputs`` what values come from.
 
     Returns:
         By the name of their anchor, blocks that are fused, and those that are not with how far they came; and the
-        operators that came in, with their bodies.
+        operators that came in, with their bodies; and what the blocks need of their maps.
     """
     kit: Any = part(family, "graph")
     fused: dict[str, FusedBlock] = {}
@@ -175,7 +202,7 @@ def _fuse_family(
         except NoMatch as error:
             leave(anchor, error)
     if not matches:
-        return fused, left, []
+        return fused, left, [], []
 
     progress(f"evaluating the graph around {len(matches)} candidate blocks")
     seen = _values(graph, [found.region for _, found in matches], functions, inputs, patience)
@@ -183,6 +210,7 @@ def _fuse_family(
     present = {(body.domain, body.name) for body in functions}
     missing = [body for _, body in bodies.values() if (body.domain, body.name) not in present]
     used: set[str] = set()
+    needs: list[Need] = []
     for index, ((anchor, found), block) in enumerate(zip(matches, seen, strict=True), _first_free(graph, family)):
         if isinstance(block, NoMatch):
             leave(anchor, block, Reached.WHOLE)
@@ -204,11 +232,15 @@ def _fuse_family(
         try:
             reduced: Reduced = kit.reduce(found, request)
             reached = Reached.REDUCED
-            relative_l2 = _compare(graph, region, reduced.graph, block.values, kit.TOLERANCES, [*functions, *missing])
+            relative_l2 = _compare(
+                graph, region, reduced, block.values, request, kit.TOLERANCES, [*functions, *missing]
+            )
         except NoMatch as error:
             leave(anchor, error, reached)
             continue
         _splice(graph, reduced.graph, region.y)
+        if reduced.smallest > 1:
+            needs.append(Need(region.x.name, reduced.height_axis, reduced.smallest))
         used |= {node.op for node in reduced.graph.nodes if node.op in bodies}
         fused[anchor.name] = FusedBlock(
             name=name,
@@ -220,7 +252,7 @@ def _fuse_family(
         )
     if fused:
         graph.cleanup()  # what fell away is no anchor of another family
-    return fused, left, [bodies[op] for op in sorted(used)]
+    return fused, left, [bodies[op] for op in sorted(used)], needs
 
 
 class _Seen(NamedTuple):
@@ -258,26 +290,54 @@ def _first_free(graph: gs.Graph, family: str) -> int:
 def _compare(
     graph: gs.Graph,
     region: Region,
-    replacement: gs.Graph,
+    reduced: Reduced,
     values: list[Feeds],
+    request: Request,
     tolerances: Mapping[str, Tolerance],
     functions: list[onnx.FunctionProto],
 ) -> float:
-    """The largest relative L2 error on random input. Raises NoMatch where it is beyond the operator's tolerance."""
-    limit = tolerances[str(replacement.outputs[0].dtype)].floor
+    """The largest relative L2 error on random input. Raises NoMatch where it is beyond the operator's tolerance, or
+    where the reduced form runs and the block does not."""
+    limit = tolerances[str(reduced.graph.outputs[0].dtype)].floor
     random = np.random.default_rng(1)
-    worst = 0.0
-    for at in values:
-        feeds = {tensor.name: at[tensor.name] for tensor in region.outside}
-        feeds[region.x.name] = random.standard_normal(at[region.x.name].shape).astype(np.float32)
-        (original,) = evaluate(graph, [region.y], feeds)
-        (candidate,) = evaluate(replacement, replacement.outputs, feeds, functions)
+
+    def reduced_form(feeds: Feeds) -> Array:
+        return evaluate(reduced.graph, reduced.graph.outputs, feeds, functions)[0]
+
+    def error(original: Array, candidate: Array) -> float:
         difference = deviation(original, candidate)
         if difference.relative_l2 is None or difference.relative_l2 > limit:
             distance = difference.problem or f"relative L2 {difference.relative_l2:.1e}, limit {limit:.0e}"
             raise NoMatch(f"the block computes something else than its fused form ({distance})")
-        worst = max(worst, difference.relative_l2)
+        return difference.relative_l2
+
+    def inputs(shape: Sequence[int], at: Feeds) -> Feeds:
+        x = random.standard_normal(shape).astype(np.float32)
+        return {tensor.name: at[tensor.name] for tensor in region.outside} | {region.x.name: x}
+
+    worst = 0.0
+    for at in values:
+        feeds = inputs(at[region.x.name].shape, at)
+        (original,) = evaluate(graph, [region.y], feeds)
+        worst = max(worst, error(original, reduced_form(feeds)))
+    first, last = values[0], values[-1]
+    same = all(np.array_equal(first[tensor.name], last[tensor.name]) for tensor in region.outside)
+    if len(values) > 1 and not request.fixed_size and same:  # else the block is of the sizes that were tried
+        shape = list(first[region.x.name].shape)
+        shape[reduced.height_axis : reduced.height_axis + 2] = (max(side, reduced.smallest) for side in _ODD)
+        feeds = inputs(shape, first)
+        if (block := _try(lambda: evaluate(graph, [region.y], feeds)[0])) is not None:
+            worst = max(worst, error(block, reduced_form(feeds)))
+        elif _try(lambda: reduced_form(feeds)) is not None:
+            raise NoMatch(f"the block does not run at {shape}, and its fused form does")
     return worst
+
+
+def _try(compute: Callable[[], Array]) -> Array | None:
+    try:
+        return compute()
+    except NoMatch:
+        return None
 
 
 def _splice(graph: gs.Graph, replacement: gs.Graph, y: gs.Variable) -> None:
@@ -316,8 +376,8 @@ def _export(
     stay = {index[id(node)] for node in graph.nodes if id(node) in index}
     gone = [node for place, node in enumerate(original.graph.node) if place not in stay]
     used = {value.name for value in original.graph.output}
-    used.update(name for node in nodes for name in (*_names_read(node), *node.output))
-    lost = {name for node in gone for name in (*_names_read(node), *node.output)} - used
+    used.update(name for node in nodes for name in (*names_read(node), *node.output))
+    lost = {name for node in gone for name in (*names_read(node), *node.output)} - used
 
     model = onnx.ModelProto()
     model.CopyFrom(original)
@@ -343,16 +403,6 @@ def _export(
             model.opset_import.append(onnx.helper.make_opsetid(operator.domain, operator.version))
     onnx.checker.check_model(model)
     return model
-
-
-def _names_read(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of the tensors that a node reads, those in graphs within it among them."""
-    yield from filter(None, node.input)
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield from (value.name for value in attribute.g.output)
-            for inner in attribute.g.node:
-                yield from _names_read(inner)
 
 
 def _keep(entries: Any, kept: list[Any]) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -15,8 +16,8 @@ import onnx_graphsurgeon as gs
 from onnx import helper, shape_inference
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import Feeds, NoMatch, Region, constant_value, evaluate, piece, reads, upstream
-from acmix_deploy.runtime.onnxruntime import folded, known_operators
+from acmix_deploy.graph import Feeds, NoMatch, Region, constant_value, evaluate, names_read, piece, reads, upstream
+from acmix_deploy.runtime.onnxruntime import folded, inputs_of, known_operators, open_session
 
 Size = tuple[int, int, int]
 """Batch, height and width."""
@@ -93,6 +94,76 @@ def sources_of(tensors: Iterable[gs.Variable], all_sources: Collection[Source]) 
     nodes = upstream(tensors, lambda node: False, stop_at=by_name)
     read = {tensor.name for tensor in chain(tensors, chain.from_iterable(map(reads, nodes)))}
     return [source for name, source in by_name.items() if name in read]
+
+
+class Need(NamedTuple):
+    """What a fused block asks of the map that it reads."""
+
+    x: str
+    """Name of the map."""
+    height_axis: int
+    """Of the map; the width's is the next."""
+    smallest: int
+    """Fewest rows and columns."""
+
+
+def smallest_image(model: onnx.ModelProto, needs: Collection[Need], step: int) -> tuple[int, int]:
+    """The smallest height and width at which the maps of all blocks are as large as they need.
+
+    The part of the file that makes the maps is run, so it does not matter how sizes go through it. Height and width
+    are found one after the other, both as multiples of ``step``; one that is fixed stays as it is.
+
+    Raises:
+        UserError: ONNX Runtime refuses the file, or it runs at none of the sizes tried.
+    """
+    maps = list(dict.fromkeys(need.x for need in needs))
+    session = open_session(_sizes_of(model, maps))
+    inputs = inputs_of(session)
+
+    def defined(height: int, width: int) -> bool:
+        free = {2: height, 3: width}
+        feeds = {
+            name: np.zeros([n if isinstance(n, int) else free.get(axis, 1) for axis, n in enumerate(dims)], dtype)
+            for name, dims, dtype in inputs
+        }
+        try:
+            sizes = dict(zip(maps, session.run(None, feeds), strict=True))
+        except Exception:  # ONNX Runtime's error types share no base of their own
+            return False
+        return all(sizes[need.x][need.height_axis :][:2].min() >= need.smallest for need in needs)
+
+    def sizes(axis: int, end: int) -> Iterable[int]:
+        fixed = [size for _, dims, _ in inputs if len(dims) == 4 and isinstance(size := dims[axis], int)]
+        return fixed or range(step, end + 1, step)
+
+    known = (*((height, width) for _, height, width in _TRIALS), *zip(_FROZEN, _FROZEN, strict=True))
+    tried = [(height + -height % step, width + -width % step) for height, width in known]
+    start = next((size for size in tried if defined(*size)), None)
+    if start is None:
+        raise UserError("the fused file runs at none of the sizes tried")
+    height = next((size for size in sizes(2, start[0]) if defined(size, start[1])), start[0])
+    width = next((size for size in sizes(3, start[1]) if defined(start[0], size)), start[1])
+    return height, width
+
+
+def _sizes_of(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """The part of a model that makes the tensors ``names``, with their shapes for its outputs."""
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    wanted = set(names)
+    nodes = [helper.make_node("Shape", [name], [f"{name}/shape"]) for name in names]
+    for node in reversed(model.graph.node):
+        if wanted.intersection(node.output):
+            nodes.append(node)
+            wanted.update(names_read(node))
+    for field in (part.graph.node, part.graph.output, part.graph.initializer):
+        del field[:]
+    part.graph.node.extend(reversed(nodes))
+    part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in wanted)
+    part.graph.output.extend(
+        helper.make_tensor_value_info(f"{name}/shape", onnx.TensorProto.INT64, None) for name in names
+    )
+    return part
 
 
 def values_at_sizes(

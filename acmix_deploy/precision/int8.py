@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
@@ -24,6 +23,7 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.graph import Feeds, name_nodes
 from acmix_deploy.precision.fp16 import FLOAT32, Fp16Report, fits, kept_by_pattern, tail, to_fp16
 from acmix_deploy.precision.ranges import Method, calibrate
+from acmix_deploy.runtime.inputs import check_size, size_in
 from acmix_deploy.runtime.metrics import Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, open_session, precision_of
 
@@ -69,7 +69,7 @@ class Int8Report(BaseModel):
     input_shape: tuple[int, ...] = Field(description="[B, C, H, W] of the calibration batches")
     images: int = Field(description="images calibrated with")
     measured: int = Field(description="images that errors were measured on, the first of those")
-    skipped: list[str] = Field(description="images that could not be read")
+    skipped: list[str] = Field(description="images that could not be read, and why")
     layers: list[QuantizedLayer] = Field(description="layers in INT8, the one with the largest error first")
     float_layers: list[FloatLayer] = Field(description="layers that are not in INT8")
     outputs: dict[str, Deviation] = Field(description="error of each output; of boxes and scores, where they are known")
@@ -165,7 +165,7 @@ def quantize(
         input_shape=shape,
         images=len(photos.paths),
         measured=min(len(photos.paths), len(samples) * shape[0]),
-        skipped=photos.skipped,
+        skipped=[f"{name}: {why}" for name, why in photos.skipped.items()],
         layers=sorted(layers, key=lambda layer: layer.relative_l2, reverse=True),
         float_layers=chosen.kept,
         outputs=outputs,
@@ -304,11 +304,12 @@ def _shape(
     if len(inputs) != 1 or len(inputs[0].dims) != 4:
         found = ", ".join(f"{node.name} {list(node.dims)}" for node in inputs)
         raise UserError(f"one image input [B, 3, H, W] is expected; {source} takes {found}")
-    height, width = image_size or ast.literal_eval(metadata.get("imgsz", "[640, 640]"))
+    height, width = image_size or size_in(metadata, "imgsz", "[640, 640]")
     wanted = (1, 3, height, width)
     batch, channels, *size = (a if isinstance(a, int) else b for a, b in zip(inputs[0].dims, wanted, strict=True))
     if image_size and tuple(size) != image_size:
         raise UserError(f"{source} takes images of {size[0]}x{size[1]} alone, not of {height}x{width}")
+    check_size(str(source), (batch, channels, *size), metadata)
     return batch, channels, size[0], size[1]
 
 

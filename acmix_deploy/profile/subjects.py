@@ -21,7 +21,7 @@ from acmix_deploy.manifest import read_manifest, this_machine
 from acmix_deploy.profile.layers import Blocks, Layer, block_of, blocks_of, nodes_in, onnx_layers
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.runtime.cuda import Event
-from acmix_deploy.runtime.inputs import Input, random_images
+from acmix_deploy.runtime.inputs import Input, check_size, random_images
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import PROVIDER, open_session, usable_cores
@@ -237,6 +237,7 @@ def _feed(file: Path, opened: Model, setup: Setup) -> dict[str, Array]:
         if len(dims) != len(wanted):
             raise UserError(f"{file} takes {name} of {list(dims)}; a shape like {list(wanted)} is expected")
         shape = tuple(dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True))
+        check_size(str(file), shape, opened.metadata)
         if setup.images:
             letterbox = Letterbox.of(opened.metadata)
             images = next(batches(find(setup.images, shape[0]).paths, [shape], letterbox))

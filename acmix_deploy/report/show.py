@@ -64,7 +64,7 @@ def notes(report: ExportReport) -> list[str]:
     found = [*report.notes, *repaired, *report.export.notes, *fusion_notes(report.fusion)]
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped
-        found.append(f"{len(skipped)} calibration images could not be read: {', '.join(skipped)}")
+        found.append(f"{len(skipped)} calibration images could not be read: {'; '.join(skipped)}")
     if report.target:
         found += report.target.notes
         if report.target.form == "plugin":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from acmix_deploy.artifacts import sidecar
 from acmix_deploy.errors import UserError
 from acmix_deploy.manifest import Shape, read_manifest
 from acmix_deploy.runtime import tensorrt
-from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.inputs import Input, size_in
 from acmix_deploy.runtime.onnxruntime import Provider, inputs_of, onnx_runner, open_session, precision_of
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import Precision
@@ -41,15 +40,7 @@ def usual_shape(metadata: Mapping[str, str], profile: tuple[Shape, Shape, Shape]
     """See :meth:`Model.usual_shape`."""
     if profile:
         return profile[1]
-    told = metadata.get("imgsz", "[640, 640]")
-    try:
-        height, width = map(int, ast.literal_eval(told))
-        return 1, int(metadata.get("channels", 3)), height, width
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise UserError(
-            f"the metadata tell the imgsz {told!r:.60}, and expected are a height and a width, such as [640, 640]",
-            "Export the file from its checkpoint: acmix-deploy export",
-        ) from error
+    return 1, int(metadata.get("channels", 3)), *size_in(metadata, "imgsz", "[640, 640]")
 
 
 def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin: Path | None = None) -> Model:

@@ -25,11 +25,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from acmix_deploy.detection import pictures
 from acmix_deploy.detection.boxes import Detection, named
+from acmix_deploy.detection.images import decode
 from acmix_deploy.document import Document
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.runtime.onnxruntime import usable_cores
-from acmix_deploy.serving import kserve, pictures
+from acmix_deploy.serving import kserve
 from acmix_deploy.serving.batching import Batcher, Budget, Expired, Limits, Overloaded, Unavailable
 from acmix_deploy.serving.worker import Setup
 
@@ -182,7 +184,7 @@ class Api:
                 raise HTTPException(413, f"at most {MAX_DECODED / 1e6:.1f} million pixels are taken in a request")
             with self.batcher.places.hold(len(files)), self._decoded.hold(pixels):
                 with anyio.fail_after(self.batcher.limits.deadline):
-                    images = [await run_sync(pictures.decode, file, limiter=self._threads) for file in files]
+                    images = [await run_sync(decode, file, limiter=self._threads) for file in files]
                 found = await self.batcher.detect(images)
         served = self.batcher.served
         response = DetectResponse(

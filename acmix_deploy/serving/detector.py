@@ -14,7 +14,7 @@ from acmix_deploy.detection.boxes import CONFIDENCE, IOU, Array, Detections, dec
 from acmix_deploy.detection.images import Image, Letterbox, tensor
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input, Shape
+from acmix_deploy.runtime.inputs import Input, Shape, check_size
 from acmix_deploy.runtime.models import open_model, usual_shape
 from acmix_deploy.runtime.onnxruntime import Provider, open_session
 from acmix_deploy.runtime.reason import reason
@@ -54,6 +54,7 @@ class Detector:
         """Of the classes, by their indices."""
         self.confidence, self.iou = confidence, iou
         self._run, self._close = opened.run, opened.close
+        self._metadata = opened.metadata
         self._letterbox = Letterbox.of(opened.metadata)
         if len(self.inputs) != 1 or len(self.inputs[0].dims) != 4:
             raise no_detector(name, f"takes {', '.join(map(str, self.inputs))}")
@@ -134,7 +135,7 @@ class Detector:
             feed: an array for each of :attr:`inputs`.
 
         Raises:
-            UserError: other inputs, types or shapes than the model takes.
+            UserError: other inputs, types or shapes than the model takes, or smaller images than it is defined for.
             CheckFailed: the model fails.
         """
         self._check(feed)
@@ -183,6 +184,7 @@ class Detector:
             )
             if not fits or array.dtype != node.dtype:
                 raise UserError(f"{self.name} takes {node}, and is given {list(array.shape)} {array.dtype}")
+            check_size(self.name, array.shape, self._metadata)
 
 
 def _open_onnx(path: Path, threads: int | None, provider: Provider, plugin: Path | None) -> Opened:

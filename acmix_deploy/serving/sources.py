@@ -15,6 +15,7 @@ from pydantic import Field
 
 from acmix_deploy.detection.boxes import Detection, Detections, named
 from acmix_deploy.detection.images import IMAGE_SUFFIXES, Image, in_folder, opencv, read
+from acmix_deploy.detection.pictures import TooLarge, Unreadable, check_pixels
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.serving.detector import Detector
@@ -144,10 +145,10 @@ def ahead(items: Iterable[T], count: int) -> Generator[T]:
 def _images(name: str, files: Sequence[Path]) -> Source:
     def frames() -> Iterator[Frame]:
         for file in files:
-            if (image := read(file)) is None:
-                yield Frame(file.name, None, "is no image that can be read", lost=1)
-            else:
-                yield Frame(file.name, image)
+            try:
+                yield Frame(file.name, read(file))
+            except Unreadable as error:
+                yield Frame(file.name, None, f"is no image that can be read: {error}", lost=1)
 
     return Source(name, frames(), files=files, total=len(files))
 
@@ -160,6 +161,7 @@ def _video(path: Path) -> Source:
             f"{path} is neither an image by its suffix nor a video that OpenCV can open",
             "Videos that were cut off at their end often cannot be opened; ffmpeg may repair them.",
         )
+    _check_frames(path.name, capture)
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
 
     def frames() -> Iterator[Frame]:
@@ -188,6 +190,7 @@ def _live(name: str, address: int | str) -> Source:
             f"{name} cannot be opened as {'a camera' if isinstance(address, int) else 'a video stream'}",
             "Is it there, and may you use it?",
         )
+    _check_frames(name, capture)
 
     def frames() -> Iterator[Frame]:
         index = 0
@@ -196,6 +199,16 @@ def _live(name: str, address: int | str) -> Source:
             index += 1
 
     return Source(name, _released(capture, frames), fps=_fps(capture))
+
+
+def _check_frames(name: str, capture: Any) -> None:
+    """Raise UserError where the frames, as the stream tells their size, are larger than images may be."""
+    cv2 = opencv()
+    try:
+        check_pixels(*(round(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)))
+    except TooLarge as error:
+        capture.release()
+        raise UserError(f"{name} has frames that are too large: {error}", "Raise --max-pixels.") from error
 
 
 def _next(capture: Any) -> Image | None:

@@ -9,6 +9,7 @@ import numpy as np
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.detection.drawing import draw_box
 from acmix_deploy.detection.images import IMAGE_SUFFIXES, Image, opencv, read
+from acmix_deploy.detection.pictures import Unreadable
 from acmix_deploy.errors import UserError
 from acmix_deploy.verify.detections import ImageComparison, Outcome
 
@@ -57,9 +58,10 @@ def halves(comparison: ImageComparison, longest: int | None = None) -> tuple[Ima
         UserError: the image cannot be read any more.
         MissingComponent: OpenCV is not installed.
     """
-    image = read(comparison.image)
-    if image is None:
-        raise UserError(f"{comparison.image} cannot be read to draw on it")
+    try:
+        image = read(comparison.image)
+    except Unreadable as error:
+        raise UserError(f"{comparison.image} cannot be read to draw on it: {error}") from error
     factor = longest / max(image.shape[:2]) if longest else max(1.0, _SMALLEST / image.shape[1])
     size = max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor))
     reference, candidate = (np.asarray(opencv().resize(image, size)) for _ in range(2))

@@ -15,7 +15,7 @@ from acmix_deploy.detection.boxes import CONFIDENCE, is_detector, names_of, part
 from acmix_deploy.detection.images import Letterbox, find, placed_batches
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
-from acmix_deploy.runtime.inputs import random_images, trial_shapes
+from acmix_deploy.runtime.inputs import check_size, min_size, random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import Provider
@@ -185,10 +185,13 @@ def compare_files(
                 f"the input shape {example} has a side of {size}, and sides are multiples of the stride {stride}",
                 f"Give --input-shape a side of {max(1, round(size / stride)) * stride}.",
             )
+    for model in (right, other):
+        check_size(model.runner.name, example, model.metadata)
     profiles = [model.profiles[name] for model in (right, other) if name in model.profiles]
-    shapes = _shapes(trial_shapes(dims, example, stride), dims, profiles)
+    smallest = [max(pair) for pair in zip(min_size(right.metadata), min_size(other.metadata), strict=True)]
+    shapes = _shapes(trial_shapes(dims, example, stride), dims, profiles, smallest)
     feeds: list[Feed] = []
-    scenes, skipped = None, list[str]()
+    scenes, skipped = None, dict[str, str]()
     if images is None:
         count = max(random, len(shapes))
         feeds += [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in range(count)]
@@ -205,7 +208,7 @@ def compare_files(
         scenes=scenes,
         tolerances=FILE_TOLERANCES,
     )
-    notes = (*(f"{image} could not be read" for image in skipped), *result.notes)
+    notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
     if images is None and other.precision == "int8":
         notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
     return result.model_copy(update={"notes": notes})
@@ -226,8 +229,11 @@ def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | 
     return first[0].name, tuple(a if isinstance(a, int) else b for a, b in pairs)
 
 
-def _shapes(trials: Sequence[Shape], dims: Sequence[int | str | None], profiles: Sequence[Profile]) -> list[Shape]:
-    """The shapes that are tried: of engines those that their profiles name, and what lies within all of them.
+def _shapes(
+    trials: Sequence[Shape], dims: Sequence[int | str | None], profiles: Sequence[Profile], smallest: Sequence[int]
+) -> list[Shape]:
+    """The shapes that are tried: of engines those that their profiles name, and what lies within all of them; images of
+    at least ``smallest``, height and width.
 
     Raises:
         UserError: there is none.
@@ -235,10 +241,15 @@ def _shapes(trials: Sequence[Shape], dims: Sequence[int | str | None], profiles:
 
     def fits(shape: Shape) -> bool:
         fixed = all(size == dim for size, dim in zip(shape, dims, strict=True) if isinstance(dim, int))
-        return fixed and all(
-            least <= size <= most
-            for low, _, high in profiles
-            for least, size, most in zip(low, shape, high, strict=True)
+        large = all(size >= least for size, least in zip(shape[2:], smallest, strict=True))
+        return (
+            fixed
+            and large
+            and all(
+                least <= size <= most
+                for low, _, high in profiles
+                for least, size, most in zip(low, shape, high, strict=True)
+            )
         )
 
     named = [shape for low, usual, high in profiles for shape in (usual, low, high)]

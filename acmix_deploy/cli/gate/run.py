@@ -11,7 +11,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_running, console, duration, positive, print_json, progress
+from acmix_deploy.cli.common import (
+    add_max_pixels,
+    add_running,
+    console,
+    duration,
+    limit_pixels,
+    positive,
+    print_json,
+    progress,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what `verify -o` wrote of the candidate (default: the report of `export` beside it, if there is one)",
     )
     add_running(parser)
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    limit_pixels(options)
     from acmix_deploy.gate.measure import measure
     from acmix_deploy.profile.subjects import Setup
 

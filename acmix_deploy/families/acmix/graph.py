@@ -99,7 +99,8 @@ def reduce(found: Match, request: Request) -> Reduced:
     map_size = request.values[found.region.x.name].shape[2:] if request.static else None
     graph = rewrite(found, weights, request.conv_branch, request.name, request.opset, map_size)
     (attention,) = (node for node in graph.nodes if node.domain == LOCAL_ATTENTION.domain)
-    return Reduced(graph, attention.op, {**attention.attrs, "conv_branch": request.conv_branch})
+    smallest = -(-(weights.kernel_size // 2 + 1) // weights.stride) * weights.stride
+    return Reduced(graph, attention.op, {**attention.attrs, "conv_branch": request.conv_branch}, smallest)
 
 
 def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], Feeds], list[Array]]) -> AcmixWeights:

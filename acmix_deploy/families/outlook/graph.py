@@ -69,6 +69,8 @@ class Match:
     softmax: gs.Node
     scale: float
     stride: int
+    ceil_mode: int
+    """Of the average over squares: whether a map that they do not divide has one more."""
 
 
 def match(graph: gs.Graph, softmax: gs.Node) -> Match:
@@ -92,17 +94,18 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     if last is None:
         raise NoMatch("its weighted sum is not read by one linear layer in the end")
 
-    from_values = {tensor.name: layout for tensor, layout, side in _upwards(values) if side == 1}
+    from_values = {tensor.name: layout for tensor, layout, pool in _upwards(values) if pool is None}
     shared = [found for found in _upwards(logits) if from_values.get(found[0].name) == found[1]]
     if not shared:
         raise NoMatch("its logits and its values do not come from one tensor, but for an average over squares")
-    x, x_layout, stride = shared[-1]  # before it was transposed, where it was
+    x, x_layout, pool = shared[-1]  # before it was transposed, where it was
     y, y_layout = last.x, last.layout
     before = producer(y)
     if y_layout == "NHWC" and before is not None and before.op == "Transpose" and before.attrs["perm"] == _TO_NHWC:
         y, y_layout = before.inputs[0], "NCHW"
     scale, _ = scalar_factor(softmax.inputs[0])
-    return Match(region_between(graph, x, y), x_layout, y_layout, logits, values, softmax, scale, stride)
+    stride, ceil_mode = (pool.attrs["strides"][0], pool.attrs.get("ceil_mode", 0)) if pool else (1, 0)
+    return Match(region_between(graph, x, y), x_layout, y_layout, logits, values, softmax, scale, stride, ceil_mode)
 
 
 def reduce(found: Match, request: Request) -> Reduced:
@@ -130,7 +133,8 @@ def reduce(found: Match, request: Request) -> Reduced:
         "plugin_version": OUTLOOK_ATTENTION.attribute("plugin_version").default,
         "plugin_namespace": OUTLOOK_ATTENTION.attribute("plugin_namespace").default,
     }
-    return Reduced(_rewrite(found, attributes, request.name, request.opset), OUTLOOK_ATTENTION.op_type, attributes)
+    graph = _rewrite(found, attributes, request.name, request.opset)
+    return Reduced(graph, OUTLOOK_ATTENTION.op_type, attributes, height_axis=found.x_layout.index("H"))
 
 
 def _rewrite(found: Match, attributes: dict[str, Any], name: str, opset: int) -> gs.Graph:
@@ -141,7 +145,7 @@ def _rewrite(found: Match, attributes: dict[str, Any], name: str, opset: int) ->
     squares = maps
     if stride > 1:
         window: dict[str, Any] = {"kernel_shape": [stride] * 2, "strides": [stride] * 2}
-        squares = write.add("AveragePool", "squares", maps, ceil_mode=1, **window)
+        squares = write.add("AveragePool", "squares", maps, ceil_mode=found.ceil_mode, **window)
     logits, values = (
         write.conv(label, source, layer.weight[..., None, None], layer.bias)
         for label, source, layer in (("logits", squares, found.logits), ("values", maps, found.values))
@@ -176,20 +180,21 @@ def _linear(node: gs.Node) -> _Linear | None:
     return _Linear(node.inputs[0], "NHWC", weight.T, bias)
 
 
-def _upwards(layer: _Linear) -> Iterator[tuple[gs.Variable, str, int]]:
+def _upwards(layer: _Linear) -> Iterator[tuple[gs.Variable, str, gs.Node | None]]:
     """What a layer reads, and what that was before it was transposed or averaged over squares, with its layout and the
-    side of the squares."""
-    tensor, layout, side = layer.x, layer.layout, 1
-    yield tensor, layout, side
+    node that averages."""
+    tensor, layout = layer.x, layer.layout
+    pool: gs.Node | None = None
+    yield tensor, layout, pool
     while (node := producer(tensor)) is not None:
         if node.op == "Transpose" and len(perm := node.attrs["perm"]) == len(layout):
             layout = "".join(layout[perm.index(axis)] for axis in range(len(layout)))
-        elif node.op == "AveragePool" and layout == "NCHW" and side == 1 and _averages_squares(node):
-            side = node.attrs["strides"][0]
+        elif node.op == "AveragePool" and layout == "NCHW" and pool is None and _averages_squares(node):
+            pool = node
         else:
             return
         tensor = node.inputs[0]
-        yield tensor, layout, side
+        yield tensor, layout, pool
 
 
 def _averages_squares(pool: gs.Node) -> bool:

@@ -100,7 +100,7 @@ def reduce(found: Match, request: Request) -> Reduced:
         "masked": weights.masked,
         "conv_branch": request.conv_branch,
     }
-    return Reduced(graph, "MatMul / Softmax / MatMul", settings)
+    return Reduced(graph, "MatMul / Softmax / MatMul", settings, weights.window_size, height_axis=1)
 
 
 def _feeds_a_convolution(softmax: gs.Node) -> bool:

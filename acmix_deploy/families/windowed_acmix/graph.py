@@ -108,7 +108,8 @@ def reduce(found: Match, request: Request) -> Reduced:
     table = _table(heads, window, index)
 
     writer = AttentionWriter(x, request.name, request.opset, found.proj.weight.dtype)
-    attended = _attend(writer, x, heads, window, table, channels_first, (batch, height, width), request)
+    divides = not request.fixed_size and not _takes_any_size(found, window, channels_first, request)
+    attended = _attend(writer, x, heads, window, table, channels_first, (batch, height, width), divides, request)
     y = writer.add("Add", "sum", attended, _convolve(writer, found, channels_first))
     if found.norm:
         stored = (constant_value(tensor) for tensor in found.norm.inputs[1:])
@@ -127,7 +128,24 @@ def reduce(found: Match, request: Request) -> Reduced:
         "position_bias": table is not None,
         "norm": found.norm is not None,
     }
-    return Reduced(writer.graph, "MatMul, Softmax, MatMul", settings)
+    smallest = window if divides else 1
+    return Reduced(writer.graph, "MatMul, Softmax, MatMul", settings, smallest, height_axis=2 if channels_first else 1)
+
+
+def _takes_any_size(found: Match, window: int, channels_first: bool, request: Request) -> bool:
+    """Whether the block runs where its windows do not divide the map; so it is taken to, where nothing tells."""
+    if any(constant_value(tensor) is None for tensor in found.region.outside):
+        return True
+    x = found.region.x
+    batch, *sizes = request.values[x.name].shape
+    channels = sizes[0] if channels_first else sizes[-1]
+    size = window + 1, 2 * window + 1
+    shape = (batch, channels, *size) if channels_first else (batch, *size, channels)
+    try:
+        request.compute([found.region.y], request.values | {x.name: np.zeros(shape, np.float32)})
+    except NoMatch:
+        return False
+    return True
 
 
 def _attend(
@@ -138,20 +156,23 @@ def _attend(
     table: Array | None,
     channels_first: bool,
     shape: tuple[int, int, int],
+    divides: bool,
     request: Request,
 ) -> gs.Variable:
-    """The attention, [B, H, W, C]."""
+    """The attention, [B, H, W, C]; ``divides`` where it is defined for maps alone that the windows divide."""
     pixels = writer.add("Transpose", "x.channels_last", x, perm=[0, 2, 3, 1]) if channels_first else x
     channels_in, channels = heads.v[0].shape[2], heads.v[0].shape[0] * heads.v[0].shape[1]
     batch, height, width = _sizes(writer, x, channels_first, shape, request)
 
     def windows(label: str, size: Size) -> tuple[Size, Size]:
         """How many windows lie over ``size`` pixels, and how many pixels they have."""
+        if divides:
+            return writer.arithmetic("Div", label, size, window), size
         count = writer.arithmetic("Div", label, writer.arithmetic("Add", f"{label}.up", size, window - 1), window)
         return count, writer.arithmetic("Mul", f"{label}.pixels", count, window)
 
     (rows, bottom), (columns, right) = windows("rows", height), windows("columns", width)
-    whole = (bottom, right) == (height, width)
+    whole = divides or (bottom, right) == (height, width)
 
     def cut(label: str, maps: gs.Tensor, padding: float, depth: int) -> gs.Variable:
         """[B, H, W, depth] -> [B * windows, N, depth]"""
@@ -164,7 +185,8 @@ def _attend(
             maps = writer.add(
                 "Pad", f"{label}.padded", maps, pads, writer.constant(f"{label}.padding", np.array(padding))
             )
-        grid = writer.reshape(f"{label}.grid", maps, -1, rows, window, columns, window, depth)
+        # With the batch told no other size has this shape.
+        grid = writer.reshape(f"{label}.grid", maps, batch if divides else -1, rows, window, columns, window, depth)
         by_window = writer.add("Transpose", f"{label}.by_window", grid, perm=[0, 1, 3, 2, 4, 5])
         return writer.reshape(label, by_window, -1, window * window, depth)
 

@@ -45,8 +45,10 @@ def _axis(f: FunctionBuilder, size: Value, tile: int, stride: Value, window: Val
     start = (f.range(tiles) * tile).axes(1)
     query = f("Min", start + f.range(tile), out - 1) * stride
     last = size - 1
-    unbounded = start * stride + (f.range(window) - margin)
-    reflected = last - f("Abs", last - f("Abs", unbounded))
+    # Not 0 where reflection is undefined or the stride does not divide: the window then takes no such shape.
+    undefined = margin // size + (size - out * stride)
+    offsets = f("Reshape", f.range(window), (window + undefined).axes(0)) - margin
+    reflected = last - f("Abs", last - f("Abs", start * stride + offsets))
     key = f("Max", reflected, 0)
     pixel = f.range(out)
     return _Axis(out, tiles, query, key, pixel // tile, pixel % tile)

@@ -43,7 +43,8 @@ def function_body(opset: int = OPSETS[0]) -> onnx.FunctionProto:
     padded = f("Pad", values, f.shape(0, 0, margin, margin, 0, 0, margin, margin))
     rows = f.reshape(f("Transpose", f.reshape(padded, 0, 0, -1), perm=[0, 2, 1]), 0, -1, head_dim)
     window_row, window_column = (
-        (f.range(count) * stride).axes(1) + f.range(kernel) for count in (windows_h, windows_w)
+        (f.range(count) * stride).axes(1) + _places(f, size, count, kernel, stride)
+        for size, count in ((height, windows_h), (width, windows_w))
     )
     pixel = window_row.axes(1, 3) * (width + margin * 2) + window_column.axes(0, 2)  # [h, w, K, K]
     seen_rows = f.reshape(pixel, -1, 1, places) * heads + head.axes(1)
@@ -64,6 +65,12 @@ def function_body(opset: int = OPSETS[0]) -> onnx.FunctionProto:
     y = f.reshape(f("Transpose", pixels, perm=[0, 2, 1]), 0, 0, height, width)
 
     return f.function(OUTLOOK_ATTENTION, opset, y)
+
+
+def _places(f: FunctionBuilder, size: Value, windows: Value, kernel: Value, stride: Value) -> Value:
+    """Places of a window along one axis: [K]. Where there are not ceil(size/s) windows that is no shape of them."""
+    wrong = windows - (size + (stride - 1)) // stride
+    return f("Reshape", f.range(kernel), (kernel + wrong * wrong).axes(0))
 
 
 def _covering(

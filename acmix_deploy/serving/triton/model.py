@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as triton
 
+from acmix_deploy.detection import pictures
 from acmix_deploy.detection.boxes import MOST, Array, Detections
-from acmix_deploy.detection.images import Image
+from acmix_deploy.detection.images import Image, decode
 from acmix_deploy.errors import AcmixDeployError, MissingComponent
-from acmix_deploy.serving import pictures
 from acmix_deploy.serving.detector import Detector
 
 
@@ -96,8 +96,8 @@ def _taken(request: Any) -> list[Image] | str:
     try:
         for file in files:
             pictures.pixels(file)
-        return [pictures.decode(file) for file in files]
-    except (pictures.NoPicture, pictures.TooLarge, pictures.Broken) as error:
+        return [decode(file) for file in files]
+    except pictures.Unreadable as error:
         return str(error)
 
 

@@ -26,7 +26,7 @@ from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.manifest import Manifest, check, read_manifest
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.inputs import Input, check_size
 from acmix_deploy.runtime.models import usual_shape
 from acmix_deploy.runtime.onnxruntime import Provider, open_session
 from acmix_deploy.serving.detector import no_detector
@@ -161,13 +161,15 @@ def _read(path: Path, plugin: Path | None) -> _Network:
         given = f"takes {', '.join(map(str, inputs))} and gives {', '.join(map(str, outputs))}"
         raise no_detector(path.stem, f"{given}, and its task is {metadata.get('task', 'not told')}")
     wanted = usual_shape(metadata, profile)
+    shape = [dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)]
+    check_size(str(path), shape, metadata)
     batch = inputs[0].dims[0]
     return _Network(
         path=path,
         input=inputs[0],
         output=outputs[0],
         metadata=metadata,
-        shape=[dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)],
+        shape=shape,
         batches=None if isinstance(batch, int) else (profile[0][0], profile[2][0]) if profile else (1, None),
         manifest=manifest,
         library=library,

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from acmix_deploy.serving import pictures
+from acmix_deploy.detection import pictures
+from acmix_deploy.detection.images import decode
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 Pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -38,7 +39,7 @@ def test_the_size_is_that_of_the_decoded_picture(form: str) -> None:
     Pillow.fromarray(NOISE).save(file, kind, **options)
     data = file.getvalue()
     assert pictures.pixels(data) == 37 * 300
-    assert pictures.decode(data).shape == NOISE.shape
+    assert decode(data).shape == NOISE.shape
     outcomes = set()
     for length in range(0, min(len(data), 2000), 3):
         with suppress(pictures.NoPicture, pictures.Broken):
@@ -90,3 +91,31 @@ def test_a_jpeg_is_left_alone_where_readers_could_differ(marker: bytes) -> None:
     data, _ = jpeg(64)
     with pytest.raises(pictures.Broken, match="header cannot be read"):
         pictures.pixels(data[:2] + marker + data[2:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("BMP", {}), ("TIFF", {}), ("TIFF", {"big_tiff": True}), ("TIFF", {"compression": "tiff_lzw"})],
+    ids=str,
+)
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (255, 257), (3000, 2), (2, 3000)])
+def test_sizes_of_what_only_files_hold(kind: str, options: dict[str, Any], width: int, height: int) -> None:
+    file = io.BytesIO()
+    Pillow.new("RGB", (width, height)).save(file, kind, **options)
+    data = file.getvalue()
+    assert pictures.pixels(data, [kind]) == width * height
+    with pytest.raises(pictures.NoPicture):
+        pictures.pixels(data)
+    for length in range(0, min(len(data), 2000), 3):
+        with suppress(pictures.NoPicture, pictures.Broken):
+            assert pictures.pixels(data[:length], [kind]) == width * height
+
+
+def test_sizes_of_rare_spellings() -> None:
+    rows_from_the_top = (40).to_bytes(4, "little") + b"\x05\0\0\0" + (-7).to_bytes(4, "little", signed=True)
+    assert pictures.pixels(b"BM" + bytes(12) + rows_from_the_top, ["BMP"]) == 35
+    short_header = (12).to_bytes(4, "little") + b"\x05\0\x07\0"
+    assert pictures.pixels(b"BM" + bytes(12) + short_header, ["BMP"]) == 35
+    width, height = b"\x01\0\0\x03\0\0\0\x01\0\x05\0\0", b"\x01\x01\0\x04\0\0\0\x01\0\0\0\x07"
+    other_width = width[:9] + b"\x09\0\0"
+    assert pictures.pixels(b"MM\0\x2a\0\0\0\x08\0\x03" + width + height + other_width, ["TIFF"]) == 63
