@@ -300,6 +300,15 @@ def evaluate(
         raise NoMatch(f"it cannot be run on its own: {str(error).splitlines()[0]}") from error
 
 
+def fed(model: onnx.ModelProto) -> set[str]:
+    """Tensors that depend on what is in the inputs, not on their sizes alone."""
+    found = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "Shape" and not found.isdisjoint(node.input):
+            found.update(node.output)
+    return found
+
+
 def name_nodes(model: onnx.ModelProto) -> None:
     """Give every node without a name one of its own, in place."""
     taken = {node.name for node in model.graph.node}
