@@ -444,22 +444,25 @@ def test_the_command(files: dict[str, Path], folder: Path, tmp_path: Path, capsy
     assert "too few detections" in capsys.readouterr().out
 
 
-def test_scores_of_nothing_fail_whatever_the_task_is(files: dict[str, Path], folder: Path, tmp_path: Path) -> None:
-    for task in ("pose", "obb", "segment", "of another kind"):
-        pair = []
-        for name, factor in (("right", 1), ("nothing", 0)):
-            model = onnx.load(files["right"])
-            next(entry for entry in model.metadata_props if entry.key == "task").value = task
-            (last,) = (node for node in model.graph.node if node.op_type == "Sigmoid")
-            made, last.output[0] = last.output[0], "unscaled"
-            model.graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), "factor"))
-            place = list(model.graph.node).index(last) + 1
-            model.graph.node.insert(place, onnx.helper.make_node("Mul", ["unscaled", "factor"], [made]))
-            pair.append(tmp_path / f"{task}.{name}.onnx")
-            onnx.save(model, pair[-1])
-        common = ["--images", str(folder), "--input-shape", "1,3,128,128"]
-        assert main(["verify", str(files["right"]), str(pair[0]), *common]) == 0
-        assert main(["verify", *map(str, pair), *common]) == 1
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("task", ["pose", "obb", "segment", "of another kind"])
+def test_scores_of_nothing_fail_whatever_the_task_is(
+    files: dict[str, Path], folder: Path, tmp_path: Path, task: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "open_model", lambda path, name, **_: open_model(path, name)._replace(precision=precision))
+    right, same, nothing = (tmp_path / f"{name}.onnx" for name in ("right", "same", "nothing"))
+    for path, factor in ((right, 1), (same, 1), (nothing, 0)):
+        model = onnx.load(files["right"])
+        next(entry for entry in model.metadata_props if entry.key == "task").value = task
+        (last,) = (node for node in model.graph.node if node.op_type == "Sigmoid")
+        made, last.output[0] = last.output[0], "unscaled"
+        model.graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), "factor"))
+        place = list(model.graph.node).index(last) + 1
+        model.graph.node.insert(place, onnx.helper.make_node("Mul", ["unscaled", "factor"], [made]))
+        onnx.save(model, path)
+    common = ["--images", str(folder), "--input-shape", "1,3,128,128"]
+    assert main(["verify", str(right), str(same), *common]) == 0
+    assert main(["verify", str(right), str(nothing), *common]) == 1
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
     watched = [*computed, *(tensor for tensor in _tensors(plain, TensorProto.FLOAT) if tensor in sources)]
     seen = fed(plain)
     wide = as_float32(plain)
-    infinite = {tensor.name for tensor in wide.graph.initializer if np.isinf(numpy_helper.to_array(tensor)).any()}
+    stored = [tensor for tensor in wide.graph.initializer if tensor.data_type == TensorProto.FLOAT]
+    infinite = {tensor.name for tensor in stored if np.isinf(numpy_helper.to_array(tensor)).any()}
 
     named = onnx.ModelProto()
     named.CopyFrom(model)
@@ -98,9 +99,8 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
         largest = max(largest, *(found[tensor].finite for tensor in computed))
         for tensor in computed:
             node = writers.get(tensor)
-            made = tensor in seen and tensor in beyond and not (node and beyond & {*node.input})
-            if node and node.op_type in _POLES:
-                made = False
+            pole = node is not None and node.op_type in _POLES
+            made = tensor in beyond & seen and not pole and not (node and beyond & {*node.input})
             if not made and found[tensor].finite <= LARGEST_HALF:
                 continue
             overflow = Overflow(
