@@ -95,6 +95,11 @@ def takes_plugin(model: onnx.ModelProto) -> bool:
     return len(_custom(model)) > len(refused(model))
 
 
+def owner(node: str, nodes: Collection[str]) -> str:
+    """Which of ``nodes`` a node of the form "plain" was made from, by their names; itself where that is not told."""
+    return next((name for name in (node, node.rpartition("/")[0]) if name in nodes), node)
+
+
 def refused(model: onnx.ModelProto) -> dict[str, str]:
     """The custom nodes that the plugin does not take, by name, and what is outside ``Operator.kernel_limits``."""
     tensors = _tensors(model)

@@ -340,6 +340,15 @@ def piece(
     return model, used
 
 
+def fed(model: onnx.ModelProto) -> set[str]:
+    """Tensors that depend on what is in the inputs, not on their sizes alone."""
+    found = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "Shape" and not found.isdisjoint(node.input):
+            found.update(node.output)
+    return found
+
+
 def name_nodes(model: onnx.ModelProto) -> None:
     """Give every node without a name one of its own, in place."""
     taken = {node.name for node in model.graph.node}

@@ -313,9 +313,9 @@ def _verify(
 
 def _candidate(name: str, model: Path | onnx.ModelProto) -> Candidate:
     if isinstance(model, onnx.ModelProto):
-        return Candidate(onnx_runner(model, name), precision_of(model))
+        return Candidate(onnx_runner(model, name), precision_of(model), model)
     opened = open_model(model, name)
-    return Candidate(opened.runner, opened.precision)
+    return Candidate(opened.runner, opened.precision, model if model.suffix == ".onnx" else None)
 
 
 def _feeds(shapes: Sequence[tuple[int, ...]], scenes: Scenes | None) -> list[dict[str, Images]]:

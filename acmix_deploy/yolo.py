@@ -143,9 +143,10 @@ def _is_ultralytics(model: nn.Module) -> bool:
 def detection_metadata(model: nn.Module) -> dict[str, str] | None:
     """What serving needs of an Ultralytics model, as entries of an ONNX file's metadata; None for other models.
 
-    ``task``, ``stride``, ``names``, ``channels`` and ``imgsz`` ([height, width] of training, where the model knows
-    it) are written as Ultralytics writes them; ``letterbox`` is JSON of the rule by which it fits an image into that
-    size: bilinear resize that keeps the aspect ratio, whether centred and enlarged, and the value of the border.
+    ``task``, ``stride``, ``names``, ``channels``, ``kpt_shape`` of keypoints and ``imgsz`` ([height, width] of
+    training, where the model knows it) are written as Ultralytics writes them; ``letterbox`` is JSON of the rule by
+    which it fits an image into that size: bilinear resize that keeps the aspect ratio, whether centred and enlarged,
+    and the value of the border.
     """
     if not _is_ultralytics(model):
         return None
@@ -160,6 +161,8 @@ def detection_metadata(model: nn.Module) -> dict[str, str] | None:
         "channels": str(int(detector.yaml.get("channels", 3))),
         "letterbox": json.dumps(rule),
     }
+    if (points := getattr(detector, "kpt_shape", None)) is not None:
+        metadata["kpt_shape"] = str([int(number) for number in points])
     arguments = getattr(detector, "args", {})
     size = (arguments if isinstance(arguments, dict) else vars(arguments)).get("imgsz")
     if size is not None:

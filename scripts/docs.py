@@ -181,13 +181,13 @@ def _verify_limits() -> str:
     rows = [
         (
             name,
-            *(f"{tolerance_of(FILE_TOLERANCES, name, output).limit():g}" for output in ("", "scores")),
+            *(f"{limit.limit():g}" for part in ("", "scores") if (limit := tolerance_of(FILE_TOLERANCES, name, part))),
             f"{limits.lost:.1%}",
             *(f"{limit:g}" for limit in (limits.score_change, limits.iou, limits.near)),
         )
         for name, limits in DETECTION_LIMITS.items()
     ]
-    outputs = ("candidate", "relative L2 of an output", "of a detector's scores")
+    outputs = ("candidate", "relative L2 of an output", "of scores, or of a channel")
     head = (*outputs, "detections lost, and added", "mean score change", "mean IoU", "near the threshold")
     return _table(head, *rows)
 

@@ -65,7 +65,7 @@ def test_detections_are_those_of_ultralytics(output: np.ndarray, options: dict[s
     np.testing.assert_array_equal(found.boxes, expected[:, :4])
     np.testing.assert_array_equal(found.scores, expected[:, 4])
     np.testing.assert_array_equal(found.classes, expected[:, 5])
-    assert [array.dtype for array in found] == [np.float32, np.float32, np.int64]
+    assert [array.dtype for array in found[:3]] == [np.float32, np.float32, np.int64]
 
 
 def test_boxes_beyond_the_edge_do_not_meet_another_class() -> None:
@@ -194,6 +194,54 @@ def test_matches(reference: list, candidate: list, expected: list) -> None:
     matches = match(found(*reference), found(*candidate), confidence=0.25, near=0.1)
     assert [(m.reference, m.candidate) for m in matches] == [case[:2] for case in expected]
     assert [m.iou for m in matches] == pytest.approx([case[2] if len(case) == 3 else 0 for case in expected])
+
+
+def scored(*boxes: tuple[list[float], float, float]) -> Detections:
+    """Boxes by their scores as a ring and as a circle."""
+    rows = [(box, max(ring, circle), int(circle > ring)) for box, ring, circle in boxes]
+    every = np.array([box[1:] for box in boxes], np.float32).reshape(-1, 2)
+    return found(*rows)._replace(by_class=every)
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "expected"),
+    [
+        pytest.param([(A, 0.56, 0.555)], [(A, 0.555, 0.56)], [(0, 0, True)], id="a tie"),
+        pytest.param([(A, 0.60, 0.595)], [(A, 0.40, 0.60)], [(0, 0, False)], id="the ring is gone"),
+        pytest.param([(A, 0.60, 0.30)], [(A, 0.595, 0.60)], [(0, 0, True), (None, 0, False)], id="the circle is new"),
+        pytest.param([(A, 0.60, 0.1)], [(FAR, 0.59, 0.60)], [(0, None, False), (None, 0, False)], id="elsewhere"),
+        pytest.param(
+            [(A, 0.56, 0.555), (NEAR_A, 0.1, 0.55)],
+            [(A, 0.555, 0.56)],
+            [(1, 0, False), (0, 0, True)],
+            id="one box for two, as it suppresses the other of its class",
+        ),
+        pytest.param(
+            [(A, 0.555, 0.56)],
+            [(A, 0.56, 0.555), (NEAR_A, 0.1, 0.55)],
+            [(0, 1, False)],
+            id="the same the other way round",
+        ),
+        pytest.param([(A, 0.26, 0.255)], [(A, 0.24, 0.245)], [(0, 0, True)], id="both below the threshold by a little"),
+        pytest.param([(A, 0.24, 0.245)], [(A, 0.26, 0.255)], [], id="nothing is added"),
+        pytest.param([(A, 0.24, 0.245)], [(A, 0.29, 0.255)], [(None, 0, False)], id="added"),
+    ],
+)
+def test_boxes_with_two_classes_that_are_equally_good(reference: list, candidate: list, expected: list) -> None:
+    matches = match(scored(*reference), scored(*candidate), confidence=0.25, near=0.02)
+    assert [(m.reference, m.candidate, m.tie) for m in matches] == expected
+    without = (scored(*side)._replace(by_class=None) for side in (reference, candidate))
+    assert not any(m.tie for m in match(*without, confidence=0.25, near=0.02))
+
+
+def test_scores_of_every_class_are_those_of_the_box() -> None:
+    output = raw(200, 4, seed=3)
+    (plain,), (found,) = decode(output, [WHOLE]), decode(output, [WHOLE], by_class=True)
+    assert plain.by_class is None
+    assert found.by_class is not None
+    assert found.by_class.shape == (len(found.scores), 4)
+    np.testing.assert_array_equal(found.by_class.argmax(axis=1), found.classes)
+    np.testing.assert_array_equal(found.by_class.max(axis=1), found.scores)
 
 
 detections = st.lists(

@@ -165,6 +165,15 @@ def test_what_float16_cannot_hold_stays_in_float32(sensitive):
     assert made[made["integer"].input[0]].op_type == "Sqrt", "not rounded before the floor"
     assert [tensor.data_type for tensor in typed.graph.initializer if tensor.name == "last"] == [TensorProto.FLOAT16]
 
+    assert report.clipped == {}
+    model = onnx.load(source)
+    next(tensor for tensor in model.graph.initializer if tensor.name == "last").CopyFrom(
+        numpy_helper.from_array(np.full((8, 8, 3, 3), -1e5, np.float32), "last")
+    )
+    onnx.save(model, source.with_name("large.onnx"))
+    assert to_fp16(source.with_name("large.onnx"), target, float32=()).clipped == {"last": 1e5}
+    assert to_fp16(source.with_name("large.onnx"), target).clipped == {}
+
     broken = source.with_name("broken.onnx")
     assert to_fp16(source, broken).float32_nodes == {"add": "range", "softmax": "softmax"}, "weights alone are seen"
     with np.errstate(all="ignore"):

@@ -55,13 +55,11 @@ def test_the_same_model_passes_on_every_output_of_every_input() -> None:
     result = verify(runner("torch"), [Candidate(runner("again"))], feeds())
     assert result.passed
     result.check()
-    assert [(found.output, found.input_shapes["images"]) for found in result.comparisons] == [
-        ("output0", (1, 3, 8, 8)),
-        ("output1", (1, 3, 8, 8)),
-        ("output0", (2, 3, 6, 8)),
-        ("output1", (2, 3, 6, 8)),
+    assert [(found.part, found.input_shapes["images"]) for found in result.comparisons] == [
+        (part, shape) for shape in ((1, 3, 8, 8), (2, 3, 6, 8)) for part in ("output0", "output0 by channel", "output1")
     ]
-    assert {found.limit for found in result.comparisons} == {FLOAT32.floor}
+    limits = {found.part: found.limit for found in result.comparisons}
+    assert limits == {"output0": FLOAT32.floor, "output0 by channel": 2e-4, "output1": FLOAT32.floor}
     assert {found.max_abs for found in result.comparisons} == {0}
 
 
@@ -83,8 +81,8 @@ def test_a_wrong_candidate_fails_in_its_wrong_output_alone(
     result = verify(runner("torch"), [Candidate(runner("right")), Candidate(runner("wrong", spoil))], feeds())
     assert not result.passed
     assert {(failure.candidate, failure.output) for failure in result.failures} == {("wrong", output)}
-    assert len(result.failures) == 2
-    with pytest.raises(CheckFailed, match=f"wrong, {output} on images .*{why}"):
+    assert [failure.channel for failure in result.failures].count(None) == 2
+    with pytest.raises(CheckFailed, match=f"wrong, {output}.* on images .*{why}"):
         result.check()
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
@@ -119,7 +117,8 @@ def test_float16_may_be_twice_as_far_as_the_eager_model() -> None:
     small, large = (1, 3, 4, 4), (1, 3, 8, 8)
     candidates = [Candidate(runner("typed", rounded), "float16"), Candidate(runner("plain"))]
     alone = verify(runner("torch"), candidates, feeds(large))
-    assert {found.limit for found in alone.comparisons} == {FLOAT16.floor, FLOAT32.floor}
+    whole = [found for found in alone.comparisons if found.channel is None]
+    assert {found.limit for found in whole} == {FLOAT16.floor, FLOAT32.floor}
     assert [failure.candidate for failure in alone.failures] == ["typed"]
 
     off_by = {small[2]: 2**-8, large[2]: 2**-7}
@@ -128,7 +127,7 @@ def test_float16_may_be_twice_as_far_as_the_eager_model() -> None:
         return doubled * (1 + off_by[doubled.shape[2]]), summed
 
     result = verify(runner("torch"), candidates, feeds(large, small), eager={"float16": runner("half", eager)})
-    for found in result.comparisons:
+    for found in (comparison for comparison in result.comparisons if comparison.channel is None):
         if found.candidate == "plain":
             assert found.eager_error is None
             continue
@@ -170,10 +169,10 @@ def test_the_worst_of_each_output_is_told() -> None:
         runner("torch"), [Candidate(runner("off", off_by_batch))], feeds((1, 3, 4, 4), (3, 3, 4, 4), (2, 3, 4, 4))
     )
     worst = result.worst("off")
-    assert [found.output for found in worst] == ["output0", "output1"]
+    assert [found.part for found in worst] == ["output0", "output0 by channel", "output1"]
     assert worst[0].input_shapes == {"images": (3, 3, 4, 4)}
     assert result.worst("unknown") == []
-    wide = result.comparisons[2].model_copy(update={"limit": 1.0})
+    wide = result.comparisons[3].model_copy(update={"limit": 1.0})
     narrow = result.comparisons[0]
     assert wide.relative_l2 > narrow.relative_l2
     assert result.model_copy(update={"comparisons": (wide, narrow)}).worst("off") == [narrow], "what failed comes first"
@@ -212,7 +211,7 @@ def test_files_are_compared_at_every_size_that_both_leave_free(tmp_path: Path) -
     assert shapes == {(1, 3, 64, 64), (2, 3, 96, 128), (1, 3, 128, 96)}
     static = scaled(tmp_path / "static.onnx", 2, 1, 3, 32, 48)
     result = compare_files(one, static, random=2)
-    assert [found.input_shapes["images"] for found in result.comparisons] == [(1, 3, 32, 48)] * 2
+    assert [found.input_shapes["images"] for found in result.comparisons[::2]] == [(1, 3, 32, 48)] * 2
     assert not compare_files(one, scaled(tmp_path / "off.onnx", 2.001, *FREE), input_shape=(1, 3, 32, 32)).passed
 
 
@@ -235,7 +234,7 @@ def test_files_are_compared_on_images(tmp_path: Path) -> None:
     one, other = scaled(tmp_path / "one.onnx", 2, 1, 3, 16, 16), scaled(tmp_path / "other.onnx", 2, 1, 3, 16, 16)
     result = compare_files(one, other, images=folder)
     assert result.passed
-    assert len(result.comparisons) == 3
+    assert [found.part for found in result.comparisons] == ["output0", "output0 by channel"] * 3
     assert result.notes == ("torn.png could not be read: not a picture in one of JPEG, PNG, WEBP, BMP, TIFF",)
 
 

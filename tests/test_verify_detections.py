@@ -231,6 +231,36 @@ def test_a_low_threshold_is_crossed_by_half_of_itself_at_most(
     assert used
 
 
+def test_a_tie_that_rounding_decides_the_other_way_is_a_match(scenes: Scenes) -> None:
+    """The best class of a third of the detections changes, and hardly a score."""
+
+    def tie(by: float) -> Callable[[Tensor], object]:
+        def change(output: Tensor) -> None:
+            best = output[:, 4:].max(1).values
+            output[:, 4], output[:, 5] = best + by, best
+            output[:, 6] = 0
+
+        return change
+
+    right = TorchRunner(Detector(changed(tie(0.003))), "right")
+
+    def judged(change: Callable[[Tensor], object]) -> DetectionComparison:
+        candidate = Candidate(TorchRunner(Detector(changed(change)), "candidate"), "float16")
+        return verify(right, [candidate], metadata=METADATA, scenes=scenes).detections[0]
+
+    def apart(output: Tensor) -> None:
+        tie(0.003)(output)
+        output[:, 4] -= 0.1
+
+    found = judged(tie(-0.003))
+    assert found.passed
+    assert found.matched == found.expected > 20
+    assert (found.lost, found.added, found.class_changes) == (0, 0, 0)
+    assert found.max_score_change == pytest.approx(0.006, abs=1e-4)
+    assert {p.candidate.name for image in found.images for p in image.pairs if p.candidate and p.reference} == {"red"}
+    assert judged(apart).class_changes == found.expected
+
+
 def test_images_beside_other_inputs(scenes: Scenes) -> None:
     noise = [{"images": np.random.default_rng(0).random((1, 3, 32, 48), np.float32)}]
     candidate = Candidate(TorchRunner(Detector(changed(swap)), "candidate"), "float16")
@@ -294,12 +324,21 @@ def test_where_nothing_is_detected_nothing_is_shown(scenes: Scenes) -> None:
     assert seeing.detections[0].passed is False, "what is added to nothing is too much"
 
 
-@pytest.mark.parametrize("metadata", [{}, METADATA | {"task": "segment"}])
-def test_what_is_no_detector_is_compared_by_its_outputs(scenes: Scenes, metadata: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("metadata", "parts"),
+    [
+        ({}, ["output0", "output0 by channel"]),
+        (METADATA | {"task": "segment"}, ["boxes", "scores"]),
+        (METADATA | {"task": "depth"}, ["output0", "output0 by channel"]),
+    ],
+)
+def test_what_is_no_detector_is_compared_by_its_outputs(
+    scenes: Scenes, metadata: dict[str, str], parts: list[str]
+) -> None:
     runners = [TorchRunner(Detector(), name) for name in ("right", "same")]
     result = verify(runners[0], [Candidate(runners[1])], metadata=metadata, scenes=scenes)
     assert result.detections == ()
-    assert [found.output for found in result.comparisons] == ["output0"] * 2
+    assert [found.part for found in result.comparisons] == parts * 2
 
 
 def test_another_number_of_anchors_is_a_problem_of_the_output(scenes: Scenes) -> None:
@@ -403,6 +442,27 @@ def test_the_command(files: dict[str, Path], folder: Path, tmp_path: Path, capsy
     capsys.readouterr()
     assert main(["verify", *pair, *common, "--confidence", "1"]) == 1, "the scores differ, whatever is detected"
     assert "too few detections" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("task", ["pose", "obb", "segment", "of another kind"])
+def test_scores_of_nothing_fail_whatever_the_task_is(
+    files: dict[str, Path], folder: Path, tmp_path: Path, task: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "open_model", lambda path, name, **_: open_model(path, name)._replace(precision=precision))
+    right, same, nothing = (tmp_path / f"{name}.onnx" for name in ("right", "same", "nothing"))
+    for path, factor in ((right, 1), (same, 1), (nothing, 0)):
+        model = onnx.load(files["right"])
+        next(entry for entry in model.metadata_props if entry.key == "task").value = task
+        (last,) = (node for node in model.graph.node if node.op_type == "Sigmoid")
+        made, last.output[0] = last.output[0], "unscaled"
+        model.graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), "factor"))
+        place = list(model.graph.node).index(last) + 1
+        model.graph.node.insert(place, onnx.helper.make_node("Mul", ["unscaled", "factor"], [made]))
+        onnx.save(model, path)
+    common = ["--images", str(folder), "--input-shape", "1,3,128,128"]
+    assert main(["verify", str(right), str(same), *common]) == 0
+    assert main(["verify", str(right), str(nothing), *common]) == 1
 
 
 @pytest.mark.parametrize(
@@ -638,9 +698,9 @@ def test_one_detection_near_the_threshold_is_excused(scores: list, precision: st
 def test_scores_of_files_are_limited_without_detections_too(
     files: dict[str, Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An INT8 file by half where something is detected and by nonsense elsewhere, a float16 file by a tenth."""
+    """An INT8 file by half where something is detected and not at all elsewhere, a float16 file by a tenth."""
 
-    def judged(factor: float, precision: str, **options: Any) -> dict[str, bool]:
+    def judged(factor: float, precision: str, **options: Any) -> bool | None:
         model = onnx.load(files["right"])
         (last,) = (node for node in model.graph.node if node.op_type == "Sigmoid")
         scaled = last.output[0] + "_scaled"
@@ -657,11 +717,21 @@ def test_scores_of_files_are_limited_without_detections_too(
         assert result.judged_by(FILE_TOLERANCES) == result
         failed = {found.output for found in result.failures}
         assert failed <= {"scores"}
-        return {"failed": bool(failed), "empty": {found.empty for found in result.comparisons} == {True}}
+        assert {found.empty for found in result.comparisons} == {factor != 12 and not options}
+        verdicts = {found.passed for found in result.comparisons if found.output == "scores"}
+        passed = False if failed else True if verdicts == {True} else None
+        assert result.model_copy(update={"detections": ()}).passed is passed
+        assert result.unjudged == ["scaled.onnx"] * (verdicts == {None})
+        if passed is None:
+            result.check()
+            assert result.judged_by(relative_at_most(0.6)).passed is True
+            assert result.judged_by(relative_at_most(0.5)).passed is False
+        return passed
 
-    assert judged(0.85, "float16") == {"failed": True, "empty": True}
-    assert judged(0.95, "float16") == {"failed": False, "empty": True}
-    assert judged(0.45, "int8", images=folder) == {"failed": True, "empty": False}
-    assert judged(0.6, "int8", images=folder) == {"failed": False, "empty": False}
-    assert judged(0.45, "int8") == {"failed": False, "empty": True}
-    assert judged(12, "int8") == {"failed": True, "empty": True}
+    assert judged(0.85, "float16") is False
+    assert judged(0.95, "float16") is True
+    assert judged(0.45, "int8", images=folder) is False
+    assert judged(0.6, "int8", images=folder) is True
+    assert judged(0.45, "int8") is None
+    assert judged(0, "int8") is False, "nothing is no score"
+    assert judged(12, "int8") is False, "there the candidate detects"

@@ -30,6 +30,8 @@ class Detections(NamedTuple):
     """[N]"""
     classes: NDArray[np.int64]
     """[N], indices of classes."""
+    by_class: NDArray[np.float32] | None = None
+    """[N, classes], the scores of every class, where they were asked for."""
 
 
 class Detection(BaseModel):
@@ -92,6 +94,7 @@ def decode(
     confidence: float = CONFIDENCE,
     iou: float = IOU,
     most: int | None = MOST,
+    by_class: bool = False,
 ) -> list[Detections]:
     """Detections by class-wise non-maximum suppression, as Ultralytics' ``predict`` finds them.
 
@@ -104,6 +107,7 @@ def decode(
         iou: of two boxes of one class that overlap by more, as intersection over union, the one of the higher score
             stays.
         most: detections in an image at most; all of them with None.
+        by_class: tell the scores of the other classes too.
 
     Raises:
         MissingComponent: OpenCV is not installed.
@@ -120,5 +124,6 @@ def decode(
         rectangles = np.hstack((corners[:, :2] - corners[:, :2].min(axis=0, initial=0), boxes[:, 2:]))
         kept = np.asarray(suppress(rectangles.astype(np.float64), scores, classes, confidence, iou), np.int64)
         kept = kept.reshape(-1)[:most]
-        found.append(Detections(placement.undo(corners[kept]), scores[kept], classes[kept]))
+        every = image[4:, seen][:, kept].T if by_class else None
+        found.append(Detections(placement.undo(corners[kept]), scores[kept], classes[kept], every))
     return found

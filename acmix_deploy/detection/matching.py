@@ -20,6 +20,8 @@ class Match(NamedTuple):
     reference: int | None
     candidate: int | None
     iou: float = 0.0
+    tie: bool = False
+    """The candidate's box has another class, and as good a score for the reference's."""
 
 
 def overlaps(first: Boxes, second: Boxes) -> NDArray[np.float64]:
@@ -32,21 +34,27 @@ def overlaps(first: Boxes, second: Boxes) -> NDArray[np.float64]:
 
 
 def match(reference: Detections, candidate: Detections, confidence: float, near: float) -> list[Match]:
-    """Match detections one to one: first those of one class, then what is left by its place alone.
+    """Match detections one to one: first those of one class, then what is left by its place.
 
     Two of one class match where their boxes overlap by :data:`SAME` or more and both scores are above ``confidence``;
     or one is, and the scores differ by at most ``near``, so that a score that crosses the threshold by a little is no
-    loss. Of several possible pairs those whose scores are both above come first, then those that overlap more. What
-    is left above ``confidence`` on both sides is paired by its boxes: the class has changed. Boxes of no area, which
-    lie beyond the image's edge, are left out.
+    loss. Of several possible pairs those whose scores are both above come first, then those that overlap more. Boxes of
+    no area, which lie beyond the image's edge, are left out.
+
+    A box counts for its best class, and rounding decides between two that are equally good. What is left of the
+    reference therefore matches any box at its place that has its class with a score that differs by at most ``near``,
+    and is paired otherwise with what is left of the candidate there: the class has changed. What is left of the
+    candidate is left out by the same rule the other way round.
 
     Args:
-        reference, candidate: detections in one image, down to ``confidence - near``, so that no match is missed.
+        reference, candidate: detections in one image, down to ``confidence - near``, so that no match is missed, with
+            the scores of every class; without these there are no ties.
         confidence: score above which there is a detection.
         near: difference of scores.
 
     Returns:
-        a match for every detection above ``confidence``, at most one; a pair of different classes is a changed class.
+        a match for every detection above ``confidence``, except for those of the candidate alone that are ties; a pair
+        of different classes that is no tie is a changed class.
     """
     iou = overlaps(reference.boxes, candidate.boxes)
     right, found = reference.scores[:, None], candidate.scores[None]
@@ -56,11 +64,24 @@ def match(reference: Detections, candidate: Detections, confidence: float, near:
     place = iou >= SAME
     rank = np.where(both, 2, 1) + iou
     pairs = _pair(np.where(place & same & (both | close), rank, 0), iou)
+    matched = {pair.reference for pair in pairs}
+    ties = np.where(place & ~same & _as_good(reference, candidate, near), iou, 0)
+    for i in _detected(reference, confidence):
+        if i not in matched and ties[i].any():
+            pairs.append(Match(i, int(ties[i].argmax()), float(ties[i].max()), tie=True))
     pairs += _pair(np.where(place & ~same & both, iou, 0), iou, pairs)
-    taken_right, taken_found = {pair.reference for pair in pairs}, {pair.candidate for pair in pairs}
+    taken_right, taken_found = {pair.reference for pair in pairs}, {pair.candidate for pair in pairs if not pair.tie}
+    excused = (place & ~same & _as_good(candidate, reference, near).T).any(axis=0)
     lost = [Match(i, None) for i in _detected(reference, confidence) if i not in taken_right]
-    added = [Match(None, j) for j in _detected(candidate, confidence) if j not in taken_found]
+    added = [Match(None, j) for j in _detected(candidate, confidence) if j not in taken_found and not excused[j]]
     return pairs + lost + added
+
+
+def _as_good(one: Detections, other: Detections, near: float) -> NDArray[np.bool_]:
+    """Whether the class of each of N has at each of M a score that differs by at most ``near``, [N, M]."""
+    if other.by_class is None:
+        return np.zeros((len(one.scores), len(other.scores)), bool)
+    return np.asarray(np.abs(other.by_class[:, one.classes].T - one.scores[:, None]) <= near)
 
 
 def _detected(found: Detections, confidence: float) -> list[int]:
@@ -72,7 +93,7 @@ def _detected(found: Detections, confidence: float) -> list[int]:
 def _pair(worth: NDArray[np.float64], iou: NDArray[np.float64], taken: list[Match] | None = None) -> list[Match]:
     """One to one, the pairs worth most first; none that is worth nothing or has a part that is taken."""
     rows = {match.reference for match in taken or ()}
-    columns = {match.candidate for match in taken or ()}
+    columns = {match.candidate for match in taken or () if not match.tie}
     pairs = []
     possible = np.argwhere(worth > 0)
     for i, j in possible[np.argsort(-worth[tuple(possible.T)], kind="stable")].tolist():

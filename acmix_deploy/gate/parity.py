@@ -9,6 +9,7 @@ from pathlib import Path
 from acmix_deploy.artifacts import sha256
 from acmix_deploy.errors import UserError
 from acmix_deploy.gate.samples import Parity
+from acmix_deploy.runtime.magnitudes import LARGEST_HALF
 from acmix_deploy.verify import Verification, read_verification
 from acmix_deploy.verify.detections import DetectionComparison
 
@@ -50,9 +51,13 @@ def _reported(model: Path) -> bool:
 
 def _metrics(verification: Verification, candidate: str) -> Iterator[Parity]:
     for found in verification.worst(candidate):
-        yield Parity(
-            metric=f"relative L2 of {found.output}", value=found.relative_l2, limit=found.limit, passed=found.passed
-        )
+        if found.limit is not None:
+            metric = f"relative L2 of {found.part}"
+            yield Parity(metric=metric, value=found.relative_l2, limit=found.limit, passed=bool(found.passed))
+    for half in verification.half:
+        if half.candidate == candidate:
+            metric = "largest magnitude in float16"
+            yield Parity(metric=metric, value=half.largest, limit=LARGEST_HALF, passed=half.passed)
     for detections in verification.detections:
         if detections.candidate == candidate and detections.passed is not None:
             yield from _detections(detections)

@@ -16,16 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import UserError
-from acmix_deploy.forms import to_form
+from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import Feeds, name_nodes
-from acmix_deploy.precision.ranges import largest, largest_magnitudes
+from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
 
 FLOAT32 = ("decode", "softmax", "range")
 """Groups of nodes that :func:`to_fp16` keeps in float32."""
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _DECODE_WEIGHTS = 32  # at most; the fixed kernel in a YOLOv8 head's decode has 16, the bins of its integral
-_LARGEST, _SMALLEST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_subnormal)
+_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 
 
 class Fp16Report(BaseModel):
@@ -38,6 +38,10 @@ class Fp16Report(BaseModel):
     )
     out_of_range: dict[str, float] = Field(
         description="nodes that read or write what float16 cannot hold, with the largest magnitude of that"
+    )
+    clipped: dict[str, float] = Field(
+        default={},
+        description="stored tensors that became float16 and were clipped to its 65504, with what they held",
     )
     float32_io: bool = Field(description="whether inputs and outputs of the file are float32")
 
@@ -69,6 +73,7 @@ def to_fp16(
     choices = kept_by_pattern(model, float32)
     beyond = out_of_range(model, samples) if "range" in float32 else {}
     choices |= {"decode": tail(model), "softmax": _softmax(model), "range": list(beyond)}
+    stored = {name: largest(numpy_helper.to_array(tensor)) for name, tensor in _stored(model).items()}
     kept: dict[str, str] = {}
     for choice in float32:
         kept |= {name: choice for name in choices[choice] if name not in kept}
@@ -86,7 +91,9 @@ def to_fp16(
     onnx.checker.check_model(typed)
     with replacing(target) as temporary:
         onnx.save(typed, temporary)
-    return Fp16Report(float32_nodes=kept, out_of_range=beyond, float32_io=not fp16_io)
+    halved = {name for name, tensor in _stored(typed).items() if tensor.data_type == TensorProto.FLOAT16}
+    clipped = {name: size for name, size in stored.items() if name in halved and size > LARGEST_HALF}
+    return Fp16Report(float32_nodes=kept, out_of_range=beyond, clipped=clipped, float32_io=not fp16_io)
 
 
 def tail(model: onnx.ModelProto) -> list[str]:
@@ -130,26 +137,31 @@ def out_of_range(model: onnx.ModelProto, samples: Iterable[Feeds] = ()) -> dict[
     """
     plain = to_form(model, "plain")
     graph = shape_inference.infer_shapes(plain).graph
-    constants = [node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    stored |= {node.output[0]: node.attribute[0].t for node in constants}
     magnitudes = {
         name: largest(numpy_helper.to_array(tensor))
-        for name, tensor in stored.items()
+        for name, tensor in _stored(plain).items()
         if tensor.data_type == TensorProto.FLOAT
     }
     values = (*graph.input, *graph.value_info, *graph.output)
     seen = [value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT]
     magnitudes |= largest_magnitudes(plain, seen, samples)
-    beyond = {name: m for name, m in magnitudes.items() if m > _LARGEST or 0 < m < _SMALLEST}
+    beyond = {name: m for name, m in magnitudes.items() if m > LARGEST_HALF or 0 < m < _SMALLEST}
     owners = {node.name for node in model.graph.node}
     found: dict[str, float] = {}
     for node in plain.graph.node:
         for name in beyond.keys() & {*node.input, *node.output}:
-            owner = node.name if node.name in owners else node.name.rpartition("/")[0]
-            if owner in owners:
-                found[owner] = max(found.get(owner, 0), beyond[name])
+            writer = owner(node.name, owners)
+            if writer in owners:
+                found[writer] = max(found.get(writer, 0), beyond[name])
     return found
+
+
+def _stored(model: onnx.ModelProto) -> dict[str, TensorProto]:
+    """The tensors that a graph stores, as initializers or in Constant nodes."""
+    constants = [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
+    return {tensor.name: tensor for tensor in model.graph.initializer} | {
+        node.output[0]: node.attribute[0].t for node in constants
+    }
 
 
 def halve_softmax(function: onnx.FunctionProto) -> None:

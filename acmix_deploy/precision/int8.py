@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.detection.images import Letterbox, batches, find
+from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import Feeds, name_nodes
+from acmix_deploy.graph import Feeds, fed, name_nodes
 from acmix_deploy.precision.fp16 import FLOAT32, Fp16Report, fits, kept_by_pattern, tail, to_fp16
 from acmix_deploy.precision.ranges import Method, calibrate
 from acmix_deploy.runtime.inputs import check_size, size_in
@@ -190,7 +191,7 @@ def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quanti
             )
     by_pattern = {id(node): f"excluded by {pattern}" for pattern, nodes in excluded.items() for node in nodes}
     behind = set(tail(model))
-    fed = _fed(model)
+    seen = fed(model)
     in_head = set() if quantize_head else head(model)
 
     def reason(node: onnx.NodeProto) -> str:
@@ -199,7 +200,7 @@ def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quanti
             return "its second operand is computed"
         if node.op_type not in _RANK or _RANK[node.op_type] not in (None, len(weight.dims)):
             return f"{node.op_type} with a weight of rank {len(weight.dims)} is not quantised"
-        if node.input[0] not in fed:
+        if node.input[0] not in seen:
             return "it does not see the image"
         if node.name in behind:
             return "it decodes, behind the last learnt layer"
@@ -254,15 +255,6 @@ def _layers_before(node: onnx.NodeProto, layers: Collection[str], producers: dic
             found.add(source.name)
         else:
             queue.extend(source.input)
-    return found
-
-
-def _fed(model: onnx.ModelProto) -> set[str]:
-    """Tensors that depend on what is in the inputs, not on their sizes alone."""
-    found = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type != "Shape" and not found.isdisjoint(node.input):
-            found.update(node.output)
     return found
 
 
@@ -397,7 +389,7 @@ def _measure(
 
 
 def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dict[str, str]) -> dict[str, Deviation]:
-    """The distance of every output from the float file's; a detector's boxes and scores apart."""
+    """The distance of every output from the float file's, and of the parts of those whose parts are known."""
 
     def outputs(path: Path) -> Feeds:
         session = open_session(path)
@@ -406,8 +398,8 @@ def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dic
         return {name: np.concatenate(arrays) for name, arrays in zip(names, runs, strict=True)}
 
     expected, actual = outputs(source), outputs(target)
-    if metadata.get("task") == "detect" and len(expected) == 1:
-        for arrays in (expected, actual):  # [B, 4 + classes, anchors]
-            ((_, output),) = arrays.items()
-            arrays |= {"boxes": output[:, :4], "scores": output[:, 4:]}
-    return {name: deviation(array, actual[name]) for name, array in expected.items()}
+    found = {name: deviation(array, actual[name]) for name, array in expected.items()}
+    for name, parts in parts_of(metadata, expected).items():
+        for part, channels in parts.items():
+            found[part] = deviation(expected[name][:, channels], actual[name][:, channels])
+    return found

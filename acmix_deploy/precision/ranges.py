@@ -1,19 +1,18 @@
-"""How large tensors become on sample inputs, and how much of that INT8 is to cover."""
+"""How much of what tensors become on sample inputs INT8 is to cover."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import helper
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from acmix_deploy.graph import Feeds
+from acmix_deploy.runtime.magnitudes import largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import open_session
 
 Method = Literal["entropy", "percentile", "minmax"]
@@ -21,32 +20,6 @@ Method = Literal["entropy", "percentile", "minmax"]
 _PERCENTILE = 99.99
 _BINS = {"percentile": 2048, "entropy": 1024}  # entropy has both signs, and takes time by the square of its bins
 _LEVELS = 256  # of int8
-
-
-def largest(values: NDArray[Any]) -> float:
-    """The largest magnitude of an array, infinities and NaNs left out; 0 for an empty one."""
-    return float(np.abs(values[np.isfinite(values)]).max(initial=0))
-
-
-def largest_magnitudes(model: onnx.ModelProto, names: Collection[str], samples: Iterable[Feeds]) -> dict[str, float]:
-    """:func:`largest` of the float32 tensors ``names`` over all samples, empty without any.
-
-    It is computed inside the graph, so that no activation is kept.
-    """
-    reducing = onnx.ModelProto()
-    reducing.CopyFrom(model)
-    del reducing.graph.output[:]
-    for name in names:
-        reducing.graph.node.append(helper.make_node("Abs", [name], [f"{name}/abs"]))
-        reducing.graph.node.append(helper.make_node("ReduceMax", [f"{name}/abs"], [f"{name}/largest"], keepdims=0))
-        reducing.graph.output.append(onnx.ValueInfoProto(name=f"{name}/largest"))
-    found: dict[str, float] = {}
-    session = None
-    for feed in samples:
-        session = session or open_session(reducing, reduces=True)
-        for name, maximum in zip(names, session.run(None, feed), strict=True):
-            found[name] = max(found.get(name, 0), largest(maximum))
-    return found
 
 
 def calibrate(

@@ -32,7 +32,7 @@ from acmix_deploy.report.documents import (
 )
 from acmix_deploy.report.folder import Folder, read_folder
 from acmix_deploy.report.model import ExportReport
-from acmix_deploy.report.show_verification import detections
+from acmix_deploy.report.show_verification import detections, notes
 from acmix_deploy.verify import DetectionComparison, Verification
 from acmix_deploy.verify.detections import ImageComparison
 from acmix_deploy.verify.picture import COLOURS, halves
@@ -152,13 +152,12 @@ def _tiles(folder: Folder) -> Iterator[Tile]:
 
 
 def _accuracy(found: Verification) -> Tile:
-    beyond = sorted({one.candidate for one in found.failures} | {one.candidate for one in found.losses})
-    detail = ", ".join(beyond or _candidates(found))
+    detail = ", ".join(found.beyond or found.unjudged or _candidates(found))
     return Tile(
         f"Against {found.reference}",
-        "within limits" if found.passed else "beyond a limit",
+        {True: "within limits", False: "beyond a limit", None: "not judged"}[found.passed],
         detail,
-        "good" if found.passed else "bad",
+        {True: "good", False: "bad", None: ""}[found.passed],
     )
 
 
@@ -187,7 +186,7 @@ def _files(folder: Folder) -> Iterator[Part]:
 def _errors(folder: Folder) -> Iterator[Part]:
     for name, found in _verifications(folder):
         worst = [one for candidate in _candidates(found) for one in found.worst(candidate)]
-        dots = [plots.Error(f"{one.candidate}, {one.output}", one.relative_l2, one.limit, one.passed) for one in worst]
+        dots = [plots.Error(f"{one.candidate}, {one.part}", one.relative_l2, one.limit, one.passed) for one in worst]
         caption = "Relative L2 of each output, worst over all inputs. The bar is the limit; a cross is beyond it."
         yield Part(
             f"Against {found.reference}",
@@ -196,6 +195,8 @@ def _errors(folder: Folder) -> Iterator[Part]:
             caption,
             table=_grid(tables.errors(found)),
         )
+        if found.half:
+            yield Part("Magnitudes in float16", name, table=_grid(tables.half(found)))
     quantized = {name: report.int8 for name, report in folder.of(ExportReport).items() if report.int8}
     for name, report in (*quantized.items(), *folder.of(QuantizeDocument).items()):
         yield Part("Layers in INT8", name, table=_grid(tables.quantized_layers(report)), folded=True)
@@ -364,7 +365,7 @@ def _notes(folder: Folder) -> Iterator[Part]:
         yield Part("Export", name, lines=show.notes(export))
         yield Part("Next", name, lines=export.next_steps)
     for name, found in folder.of(VerifyDocument).items():
-        yield Part("Comparison", name, lines=found.notes)
+        yield Part("Comparison", name, lines=notes(found))
 
 
 _SECTIONS: dict[str, Callable[[Folder], Iterator[Part]]] = {

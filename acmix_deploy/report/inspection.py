@@ -134,7 +134,7 @@ def _files_of_report(path: Path, document: dict[str, Any]) -> dict[str, str]:
 def _compared(path: Path) -> dict[str, str]:
     found = read_verification(path)
     candidates = {comparison.candidate for comparison in found.comparisons}
-    verdict = "passed" if found.passed else "failed"
+    verdict = {True: "passed", False: "failed", None: "not judged"}[found.passed]
     return {"reference": found.reference, "compared with it": ", ".join(sorted(candidates)), "outcome": verdict}
 
 

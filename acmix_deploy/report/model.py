@@ -61,9 +61,12 @@ class ExportReport(Document):
     seconds: dict[str, float] = Field(description="time that each stage took")
     next_steps: tuple[str, ...] = Field(description="what to run next, line by line")
 
-    @computed_field(description="whether every file is as exact as the operator's definition asks")  # type: ignore[prop-decorator]
+    @computed_field(  # type: ignore[prop-decorator]
+        description="whether every file is as exact as the operator's definition asks; null where too little was "
+        "detected to judge"
+    )
     @property
-    def passed(self) -> bool:
+    def passed(self) -> bool | None:
         """Of which reference, the model as it was loaded or as it was repaired, ``reference`` says."""
         return self.verification.passed
 

@@ -64,12 +64,12 @@ class Plot(NamedTuple):
 
 
 class Error(NamedTuple):
-    """A distance and its limit; None where nothing could be compared."""
+    """A distance, None where nothing could be compared, and its limit, None where it is not judged."""
 
     label: str
     value: float | None
-    limit: float
-    passed: bool
+    limit: float | None
+    passed: bool | None
 
 
 def distributions(samples: Mapping[str, Sequence[float]]) -> Plot:
@@ -111,13 +111,14 @@ def errors(found: Sequence[Error]) -> Plot:
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         for index, error in enumerate(found):
             ground = _ROW * (index + 1) - 24
-            colour = _light("accent" if error.passed else "bad")
+            colour = _light("bad" if error.passed is False else "accent")
             _label(axes, index, width, error.label, "" if error.value is None else f"{error.value:.1e}")
             if error.limit:
                 axes.plot([error.limit] * 2, [ground - 8, ground + 8], color=_light("ink"), lw=2)
             if error.value:
-                axes.plot(sorted((error.value, error.limit)), [ground, ground], color=_light("line"), lw=4)
-                axes.plot(error.value, ground, "o" if error.passed else "X", color=colour, ms=9, mew=0)
+                between = sorted((error.value, error.limit or error.value))
+                axes.plot(between, [ground, ground], color=_light("line"), lw=4)
+                axes.plot(error.value, ground, "X" if error.passed is False else "o", color=colour, ms=9, mew=0)
 
     return _draw(_ROW * len(found), paint)
 

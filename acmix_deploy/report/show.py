@@ -10,11 +10,13 @@ from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.profile import compare
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.report.show_verification import detections, worst_image
+from acmix_deploy.report.show_verification import notes as verification_notes
 from acmix_deploy.report.tables import (
     engine,
     errors,
     fusion_notes,
     graph_blocks,
+    half,
     module_blocks,
     quantized_layers,
     table,
@@ -34,6 +36,7 @@ def show_export(report: ExportReport, console: Console) -> None:
             *(line for built in report.engines.values() for line in _engine(built)),
             *_titled("Files", files(report)),
             *_titled(f"Error against {report.reference}, worst over all inputs", errors(report.verification)),
+            *(_titled("Magnitudes in float16", half(report.verification)) if report.verification.half else ()),
             *_detections(report.verification),
         )
     )
@@ -65,6 +68,12 @@ def notes(report: ExportReport) -> list[str]:
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped
         found.append(f"{len(skipped)} calibration images could not be read: {'; '.join(skipped)}")
+    for typed in (report.fp16, report.int8.fp16 if report.int8 else None):
+        sizes = typed.clipped.items() if typed else ()
+        found += [
+            f"{name} holds up to {size:.4g} and is clipped to float16's 65504: keep range in float32"
+            for name, size in sizes
+        ]
     if report.target:
         found += report.target.notes
         if report.target.form == "plugin":
@@ -78,7 +87,7 @@ def notes(report: ExportReport) -> list[str]:
         found += [f"{name}: {node} has {why}, which the plugin does not take" for node, why in built.inlined.items()]
         found += built.notes
     found += compare([file.profile for role, file in report.files.items() if file.profile and role.endswith("engine")])
-    return [*found, *report.verification.notes, *_latency_notes(report)]
+    return [*found, *verification_notes(report.verification), *_latency_notes(report)]
 
 
 def files(report: ExportReport) -> Table:

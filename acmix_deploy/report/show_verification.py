@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from acmix_deploy.report.tables import errors, table
+from acmix_deploy.report.tables import errors, half, table, verdict
 from acmix_deploy.verify import DetectionComparison, Verification
 
 _SHOWN = 8  # pairs of the worst image that do not match
-_VERDICTS: dict[bool | None, str | Text] = {
-    True: "ok",
-    False: Text("FAILED", style="bold red"),
-    None: "too few detections",
-}
 
 
 def show_verification(verification: Verification, console: Console) -> None:
-    """Print the errors of outputs, the changes of detections and the notes."""
+    """Print the errors of outputs, the changes of detections, the ranges of float16 and the notes."""
     console.print(errors(verification))
     if verification.detections:
         console.print(detections(verification))
@@ -30,8 +24,19 @@ def show_verification(verification: Verification, console: Console) -> None:
         )
         for line in worst_image(found):
             console.print(line)
-    for note in verification.notes:
+    if verification.half:
+        console.print(half(verification))
+    for note in notes(verification):
         console.print(f"Note: {note}", style="yellow")
+
+
+def notes(verification: Verification) -> list[str]:
+    """What the tables do not say."""
+    unjudged = (
+        f"too little was detected to judge the scores of {name}: compare it on images with objects"
+        for name in verification.unjudged
+    )
+    return [*verification.notes, *unjudged]
 
 
 def detections(verification: Verification) -> Table:
@@ -45,7 +50,7 @@ def detections(verification: Verification) -> Table:
             *map(str, counts),
             _two(found.mean_score_change, found.max_score_change, ".1e"),
             _two(found.mean_iou, found.min_iou, ".3f"),
-            _VERDICTS[found.passed],
+            "too few detections" if found.passed is None else verdict(found.passed),
         )
     return rows
 

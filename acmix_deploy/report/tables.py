@@ -16,6 +16,8 @@ from acmix_deploy.precision import Int8Report
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 
+_OVERFLOWS = 8  # nodes of a file
+
 
 def module_blocks(blocks: Iterable[BlockReport]) -> Table:
     """What was recognised in the module."""
@@ -59,13 +61,35 @@ def errors(verification: Verification) -> Table:
     rows = table("candidate", "output", "max abs", "relative L2", "limit", "cosine", "", numeric=(2, 3, 4, 5))
     for candidate in dict.fromkeys(comparison.candidate for comparison in verification.comparisons):
         for found in verification.worst(candidate):
-            row = [candidate, found.output]
+            row = [candidate, found.part]
             if found.problem:
                 row += [found.problem, "", "", ""]
             else:
-                row += [f"{found.max_abs:.1e}", f"{found.relative_l2:.1e}", f"{found.limit:.1e}", f"{found.cosine:.7f}"]
-            rows.add_row(*row, "ok" if found.passed else Text("FAILED", style="bold red"))
+                limit = "" if found.limit is None else f"{found.limit:.1e}"
+                row += [f"{found.max_abs:.1e}", f"{found.relative_l2:.1e}", limit, f"{found.cosine:.7f}"]
+            rows.add_row(*row, verdict(found.passed))
     return rows
+
+
+def half(verification: Verification) -> Table:
+    """What candidates hold in float16, each with its largest magnitude, and the nodes that are beyond float16."""
+    rows = table("candidate", "tensors in float16", "largest magnitude", "node", "", numeric=(1, 2))
+    for found in verification.half:
+        if found.passed:
+            rows.add_row(found.candidate, str(found.tensors), f"{found.largest:.4g}", "", verdict(True))
+        for overflow in found.overflows[:_OVERFLOWS]:
+            size = "infinite" if overflow.magnitude is None else f"{overflow.magnitude:.4g}"
+            rows.add_row(found.candidate, str(found.tensors), size, overflow.node, verdict(False))
+        if rest := len(found.overflows[_OVERFLOWS:]):
+            rows.add_row(found.candidate, "", "", f"and {rest} more", verdict(False))
+    return rows
+
+
+def verdict(passed: bool | None) -> str | Text:
+    """A word for the last column."""
+    if passed is None:
+        return "not judged"
+    return "ok" if passed else Text("FAILED", style="bold red")
 
 
 def quantized_layers(report: Int8Report, most: int = 12) -> Table:

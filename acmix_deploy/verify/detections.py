@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.detection.boxes import CONFIDENCE, Detection, Detections, decode, named
 from acmix_deploy.detection.images import Batch
-from acmix_deploy.detection.matching import match
+from acmix_deploy.detection.matching import Match, match
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.verify.limits import DetectionLimits
 
@@ -215,7 +215,7 @@ def compare_detections(
     for batch, (expected, actual) in zip(scenes.batches, outputs, strict=True):
         height, width = batch.images.shape[2:]
         detections = (
-            decode(array, batch.placements, confidence=scenes.confidence - near, most=_MOST)
+            decode(array, batch.placements, confidence=scenes.confidence - near, most=_MOST, by_class=True)
             for name in expected
             for array in (expected[name], actual[name])
         )
@@ -228,15 +228,14 @@ def _compare(
     scenes: Scenes, path: Path, size: tuple[int, int], reference: Detections, candidate: Detections, near: float
 ) -> ImageComparison:
     expected, actual = named(reference, scenes.names), named(candidate, scenes.names)
-    return ImageComparison(
-        image=path,
-        size=size,
-        pairs=tuple(
-            DetectionPair(
-                reference=None if pair.reference is None else expected[pair.reference],
-                candidate=None if pair.candidate is None else actual[pair.candidate],
-                iou=round(pair.iou, 5),
-            )
-            for pair in match(reference, candidate, scenes.confidence, near)
-        ),
-    )
+
+    def pair(found: Match) -> DetectionPair:
+        right = None if found.reference is None else expected[found.reference]
+        other = None if found.candidate is None else actual[found.candidate]
+        if found.tie and right and other and candidate.by_class is not None:
+            score = float(candidate.by_class[found.candidate, reference.classes[found.reference]])
+            other = other.model_copy(update={"name": right.name, "score": round(score, 5)})
+        return DetectionPair(reference=right, candidate=other, iou=round(found.iou, 5))
+
+    pairs = tuple(pair(found) for found in match(reference, candidate, scenes.confidence, near))
+    return ImageComparison(image=path, size=size, pairs=pairs)

@@ -10,24 +10,35 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import Tolerance
 
-TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
+TOLERANCES: Mapping[str, Tolerance | None] = MappingProxyType(
     LOCAL_ATTENTION.tolerances
     | {
         "float32 scores": Tolerance(floor=2e-4),
         "float16 scores": Tolerance(floor=2e-2),
         "int8": Tolerance(floor=0.25),
         "int8 scores": Tolerance(floor=0.5),
-        "int8 scores of nothing": Tolerance(floor=10),
+        "int8 scores of nothing": None,
     }
 )
-"""Of outputs, by the type that the candidate computes in; and of a detector's scores, which are logistic functions:
-the relative error of a small score is the absolute one of its logit. Where the reference detects nothing, as on noise,
-all scores are small and say nothing of a file that was calibrated on images: there the limit only refuses nonsense."""
+"""Of outputs, by the type that the candidate computes in; and of scores, which are logistic functions: the relative
+error of a small score is the absolute one of its logit. Where nothing is detected, as on noise, all scores are small
+and say nothing of a file that was calibrated on images: there they are not judged."""
 
-FILE_TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
+FILE_TOLERANCES: Mapping[str, Tolerance | None] = MappingProxyType(
     {**TOLERANCES, "float16": Tolerance(floor=1e-2), "float16 scores": Tolerance(floor=0.1)}
 )
 """The same where PyTorch's own error in the type is not known."""
+
+AS_SCORES = frozenset({"scores", "visibility", "angles", "channel"})
+"""Parts that have the limits of scores: other logistic functions, and single channels of an output that is also judged
+as a whole."""
+
+CHANNEL_FLOOR = 0.1
+"""What a channel's error is relative to at least, as a share of the norm of the channels of its kind."""
+
+PIXELS = 10.0
+"""Channels that reach it are of another kind than those that do not: coordinates in pixels, and scores, angles in
+radians or coefficients."""
 
 
 class DetectionLimits(BaseModel):
@@ -54,12 +65,22 @@ DETECTION_LIMITS: Mapping[str, DetectionLimits] = MappingProxyType(
 """Of detections, by the type that the candidate computes in."""
 
 
-def tolerance_of(tolerances: Mapping[str, Tolerance], precision: str, output: str, empty: bool = False) -> Tolerance:
-    """The tolerance of one output: its own for the type, else that of the type; ``empty`` where nothing is detected."""
-    names = f"{precision} {output} of nothing", f"{precision} {output}", precision
+def tolerance_of(
+    tolerances: Mapping[str, Tolerance | None], precision: str, part: str, empty: bool = False
+) -> Tolerance | None:
+    """The tolerance of one part: its own for the type, else that of the type; None where it is not to be judged.
+
+    Args:
+        tolerances: such as :data:`TOLERANCES`.
+        precision: type that the candidate computes in.
+        part: name of the output or of the part; "channel" for one channel.
+        empty: whether nothing is detected.
+    """
+    kind = "scores" if part in AS_SCORES else part
+    names = f"{precision} {kind} of nothing", f"{precision} {kind}", precision
     return next(tolerances[name] for name in names[not empty :] if name in tolerances)
 
 
 def relative_at_most(limit: float) -> dict[str, Tolerance]:
-    """One limit for the relative L2 of every output, whatever the type and PyTorch's own error in it."""
-    return dict.fromkeys(TOLERANCES, Tolerance(floor=limit, factor=0))
+    """One limit for the relative L2 of every output, whatever the type, PyTorch's own error in it and what is seen."""
+    return dict.fromkeys((name for name, known in TOLERANCES.items() if known), Tolerance(floor=limit, factor=0))

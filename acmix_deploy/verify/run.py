@@ -7,21 +7,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnx
 from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.boxes import CONFIDENCE, is_detector, names_of, parts
+from acmix_deploy.detection.boxes import CONFIDENCE, is_detector, names_of
 from acmix_deploy.detection.images import Letterbox, find, placed_batches
+from acmix_deploy.detection.parts import Parts, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.inputs import check_size, min_size, random_images, trial_shapes
-from acmix_deploy.runtime.metrics import Array, Deviation, deviation
+from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import Provider
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
-from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES, tolerance_of
+from acmix_deploy.verify.distances import Part, distances
+from acmix_deploy.verify.half import HalfRange, half_range
+from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES
 from acmix_deploy.verify.verification import Comparison, Verification
 
 Feed = Mapping[str, Array]
@@ -33,10 +37,13 @@ _IMAGES = 32  # of a folder, at most: their outputs are all held until they are 
 
 
 class Candidate(NamedTuple):
-    """Something to compare with the reference: a runner and the element type that it computes in."""
+    """Something to compare with the reference."""
 
     runner: BaseRunner
     precision: str = "float32"
+    """Element type that it computes in."""
+    file: Path | onnx.ModelProto | None = None
+    """The ONNX file that it runs, to look into; None where it runs something else."""
 
 
 def verify(
@@ -47,18 +54,19 @@ def verify(
     metadata: Mapping[str, str] | None = None,
     scenes: Scenes | None = None,
     eager: Mapping[str, BaseRunner] | None = None,
-    tolerances: Mapping[str, Tolerance] = TOLERANCES,
+    tolerances: Mapping[str, Tolerance | None] = TOLERANCES,
 ) -> Verification:
     """Compare every output of every candidate with the reference's on every input, as relative L2.
 
-    The boxes and the scores of a detector are compared apart, and in images its detections too. Runners are active one
-    after another, so at most one ONNX Runtime session lives at a time.
+    Outputs are compared by their parts, such as boxes and scores, in images detections too, and of ONNX files it is
+    looked at whether float16 holds what they keep in it. Runners are active one after another, so at most one ONNX
+    Runtime session lives at a time.
 
     Args:
         reference: what is right; outputs are matched by name.
         candidates: what is compared with it; all names differ.
         inputs: arrays by input name, float32; converted where a runner wants another type.
-        metadata: what the exporter left in the file; says whether the model is a detector.
+        metadata: what the exporter left in the file; says what the outputs are.
         scenes: images, which are inputs too.
         eager: PyTorch's own model in a reduced type, by the name of the type. Its error on an input widens the limit
             of the candidates of that type on the same input. One that fails is noted and widens nothing.
@@ -78,60 +86,74 @@ def verify(
         raise ValueError(f"runners share a name: {names}")
 
     notes: list[str] = []
-    distances: dict[Candidate, list[dict[str, Deviation]]] = {}
+    comparisons: list[Comparison] = []
     detections: list[DetectionComparison] = []
+    half: list[HalfRange] = []
+    confidence = scenes.confidence if scenes else CONFIDENCE
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
         expected = _run(reference, feeds)
-        detector = is_detector(metadata or {}, _outputs(expected)[0])
-        empty = [detector and not _detects(outputs, scenes) for outputs in _outputs(expected)]
-        eager_errors: dict[str, list[dict[str, Deviation]]] = {}
+        rights = _outputs(expected)
+        layout = parts_of(metadata or {}, rights[0])
+        detector = is_detector(metadata or {}, rights[0])
+        eager_errors: dict[str, list[dict[Part, Deviation]]] = {}
         for precision, runner in (eager or {}).items():
             try:
-                eager_errors[precision] = _distances(expected, _run(runner, feeds), detector)
+                eager_errors[precision] = _distances(expected, _run(runner, feeds), layout)
             except CheckFailed as error:
                 notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
         for candidate in candidates:
+            name, precision = candidate.runner.name, candidate.precision
+            limits = DETECTION_LIMITS[precision]
             found = _run(candidate.runner, feeds)
-            distances[candidate] = _distances(expected, found, detector)
-            outputs = [*zip(_outputs(expected), _outputs(found), strict=True)][without_scenes:]
+            others = _outputs(found)
+            for index, by_part in enumerate(_distances(expected, found, layout)):
+                right, other = rights[index], others[index]
+                empty = _fit(right, other) and _nothing_in(right, layout, confidence)
+                empty = empty and _nothing_in(other, layout, confidence + limits.near)
+                own = eager_errors.get(precision)
+                for part, distance in by_part.items():
+                    eager_error = own[index].get(part) if own else None
+                    comparison = Comparison(
+                        **distance.model_dump(),
+                        candidate=name,
+                        precision=precision,
+                        output=part.name,
+                        input_shapes={key: array.shape for key, array in feeds[index].items()},
+                        empty=empty,
+                        eager_error=eager_error.relative_l2 if eager_error else None,
+                        limit=None,
+                    )
+                    comparisons.append(comparison.judged_by(tolerances))
+            outputs = [*zip(rights, others, strict=True)][without_scenes:]
             if scenes and detector and all(_fit(right, other) for right, other in outputs):
-                limits = DETECTION_LIMITS[candidate.precision]
                 detections.append(
                     DetectionComparison(
-                        candidate=candidate.runner.name,
-                        precision=candidate.precision,
+                        candidate=name,
+                        precision=precision,
                         confidence=scenes.confidence,
                         images=compare_detections(scenes, outputs, limits.near),
                         limits=limits,
                     )
                 )
-
-    def comparison(candidate: Candidate, index: int, output: str, distance: Deviation) -> Comparison:
-        own = eager_errors[candidate.precision][index].get(output) if candidate.precision in eager_errors else None
-        eager_error = own.relative_l2 if own else None
-        return Comparison(
-            **distance.model_dump(),
-            candidate=candidate.runner.name,
-            precision=candidate.precision,
-            output=output,
-            input_shapes={name: array.shape for name, array in feeds[index].items()},
-            empty=empty[index],
-            eager_error=eager_error,
-            limit=tolerance_of(tolerances, candidate.precision, output, empty[index]).limit(eager_error or 0.0),
-        )
+            if candidate.file is None:
+                if precision != "float32":
+                    notes.append(f"{name} is no ONNX file: whether float16 holds what it computes was not looked at")
+                continue
+            try:
+                looked = half_range(name, candidate.file, feeds)
+            except Exception as error:  # whatever rewriting a file stumbles over
+                notes.append(f"whether float16 holds what {name} computes could not be looked at: {reason(error)}")
+            else:
+                half += [looked] if looked else []
 
     if any(found.passed is None for found in detections):
         notes.append("too little was detected in the images, so that detections show nothing; an untrained model?")
     return Verification(
         reference=reference.name,
         notes=tuple(notes),
-        comparisons=tuple(
-            comparison(candidate, index, output, distance)
-            for candidate, iterations in distances.items()
-            for index, by_output in enumerate(iterations)
-            for output, distance in by_output.items()
-        ),
+        comparisons=tuple(comparisons),
         detections=tuple(detections),
+        half=tuple(half),
     )
 
 
@@ -202,7 +224,7 @@ def compare_files(
         scenes, skipped = Scenes(name, batches, names_of(metadata), confidence), photos.skipped
     result = verify(
         right.runner,
-        [Candidate(other.runner, other.precision)],
+        [Candidate(other.runner, other.precision, candidate if candidate.suffix == ".onnx" else None)],
         feeds,
         metadata=metadata,
         scenes=scenes,
@@ -279,30 +301,22 @@ def _outputs(results: RunResults) -> list[Feed]:
     return [{name: found[name] for name in found} for found in iterations]
 
 
-def _detects(outputs: Feed, scenes: Scenes | None) -> bool:
-    """Whether a detector has a score above the confidence."""
-    (output,) = outputs.values()
-    return bool((parts(output)["scores"] > (scenes.confidence if scenes else CONFIDENCE)).any())
+def _nothing_in(outputs: Feed, layout: Mapping[str, Parts], confidence: float) -> bool:
+    """Whether there are boxes, and no score of theirs is above ``confidence``."""
+    scores = [outputs[name][:, parts["scores"]] for name, parts in layout.items() if "boxes" in parts]
+    return bool(scores) and not any((array > confidence).any() for array in scores)
 
 
 def _fit(expected: Feed, actual: Feed) -> bool:
     return all(name in actual and actual[name].shape == array.shape for name, array in expected.items())
 
 
-def _distances(expected: RunResults, actual: RunResults, detector: bool) -> list[dict[str, Deviation]]:
-    """For each input the distance of each output; one that ``actual`` lacks is a problem."""
-    found: list[dict[str, Deviation]] = []
+def _distances(expected: RunResults, actual: RunResults, layout: Mapping[str, Parts]) -> list[dict[Part, Deviation]]:
+    """For each input the distance of each part."""
+    found: list[dict[Part, Deviation]] = []
 
-    def compare(wanted: IterationResult, got: IterationResult) -> dict[str, Deviation]:
-        found.append({})
-        for name, array in wanted.items():
-            if name not in got:
-                found[-1][name] = Deviation(problem="the output is missing")
-            elif detector and got[name].shape == array.shape:
-                apart = zip(parts(array).items(), parts(got[name]).values(), strict=True)
-                found[-1] |= {part: deviation(right, other) for (part, right), other in apart}
-            else:
-                found[-1][name] = deviation(array, got[name])
+    def compare(wanted: IterationResult, got: IterationResult) -> dict[Part, Deviation]:
+        found.append(distances(dict(wanted.items()), dict(got.items()), layout))
         return found[-1]
 
     Comparator.compare_accuracy(RunResults([*expected, *actual]), compare_func=compare)

@@ -13,31 +13,56 @@ from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.metrics import Deviation
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.verify.detections import DetectionComparison, ImageComparison
+from acmix_deploy.verify.half import HalfRange
 from acmix_deploy.verify.limits import tolerance_of
 
 
 class Comparison(Deviation):
-    """One output of one candidate on one input, against the same output of the reference."""
+    """One output of one candidate on one input, or a part of it, against the same of the reference."""
 
     candidate: str = Field(description="name of what was compared with the reference")
     precision: str = Field(description="element type that the candidate computes in: float32, float16 or int8")
-    output: str = Field(description="name of the output; boxes and scores of a detector's")
+    output: str = Field(description="name of the output, or of the part where the parts are known, such as scores")
+    channel: int | None = Field(
+        default=None,
+        description="the worst channel, where outputs of unknown parts are compared by channel; relative_l2 is then "
+        "relative to a tenth of the usual norm of such channels where its own is smaller",
+    )
     input_shapes: dict[str, tuple[int, ...]] = Field(description="shape of each input")
-    empty: bool = Field(default=False, description="the reference is a detector and detects nothing on this input")
+    empty: bool = Field(
+        default=False, description="neither the reference nor the candidate, both detectors, detects something here"
+    )
     eager_error: float | None = Field(
         default=None, description="relative L2 of PyTorch's own model in the candidate's type, where it was measured"
     )
-    limit: float = Field(description="largest relative L2 accepted")
+    limit: float | None = Field(
+        description="largest relative L2 accepted; None where too little was detected to judge by it"
+    )
 
-    @computed_field(description="whether there is a relative_l2 and it is within limit")  # type: ignore[prop-decorator]
+    @computed_field(description="whether relative_l2 is there and within limit; null where there is no limit")  # type: ignore[prop-decorator]
     @property
-    def passed(self) -> bool:
-        return self.relative_l2 is not None and self.relative_l2 <= self.limit
+    def passed(self) -> bool | None:
+        if self.relative_l2 is None:
+            return False
+        return None if self.limit is None else self.relative_l2 <= self.limit
+
+    @property
+    def part(self) -> str:
+        """What was compared, the same on every input."""
+        return self.output if self.channel is None else f"{self.output} by channel"
+
+    def judged_by(self, tolerances: Mapping[str, Tolerance | None]) -> Comparison:
+        """The same under other limits, see :func:`acmix_deploy.verify.limits.tolerance_of`."""
+        part = self.output if self.channel is None else "channel"
+        tolerance = tolerance_of(tolerances, self.precision, part, self.empty)
+        return self.model_copy(update={"limit": tolerance and tolerance.limit(self.eager_error or 0.0)})
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.input_shapes.items())
-        found = self.problem or f"relative L2 {self.relative_l2:.1e}, at most {self.limit:.1e} is accepted"
-        return f"{self.candidate}, {self.output} on {shapes}: {found}"
+        accepted = "nothing to judge it by" if self.limit is None else f"at most {self.limit:.1e} is accepted"
+        found = self.problem or f"relative L2 {self.relative_l2:.1e}, {accepted}"
+        channel = "" if self.channel is None else f", channel {self.channel}"
+        return f"{self.candidate}, {self.output}{channel} on {shapes}: {found}"
 
 
 class Verification(BaseModel):
@@ -46,26 +71,57 @@ class Verification(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     reference: str = Field(description="name of what the candidates were compared with")
-    comparisons: tuple[Comparison, ...] = Field(description="one for each candidate, input and output")
+    comparisons: tuple[Comparison, ...] = Field(description="one for each candidate, input and part of an output")
     detections: tuple[DetectionComparison, ...] = Field(
         default=(), description="one for each candidate, where detectors were compared on images"
     )
+    half: tuple[HalfRange, ...] = Field(
+        default=(), description="one for each candidate that is an ONNX file with tensors in float16"
+    )
     notes: tuple[str, ...] = Field(default=(), description="inputs that could not be used, and why")
 
-    @computed_field(description="whether something was compared and nothing failed")  # type: ignore[prop-decorator]
+    @computed_field(  # type: ignore[prop-decorator]
+        description="whether something was compared and nothing failed; null where nothing failed, but too little was "
+        "detected to judge the scores of a candidate"
+    )
     @property
-    def passed(self) -> bool:
-        return bool(self.comparisons) and not self.failures and not self.losses
+    def passed(self) -> bool | None:
+        if not self.comparisons or self.failures or self.losses or self.overflows:
+            return False
+        return None if self.unjudged else True
 
     @property
     def failures(self) -> list[Comparison]:
-        """The comparisons that did not pass."""
-        return [comparison for comparison in self.comparisons if not comparison.passed]
+        """The comparisons that failed."""
+        return [comparison for comparison in self.comparisons if comparison.passed is False]
+
+    @property
+    def unjudged(self) -> list[str]:
+        """The candidates that have a part which was judged on no input."""
+        verdicts: dict[tuple[str, str], set[bool | None]] = {}
+        for found in self.comparisons:
+            verdicts.setdefault((found.candidate, found.part), set()).add(found.passed)
+        return list(dict.fromkeys(candidate for (candidate, _), seen in verdicts.items() if seen == {None}))
+
+    @property
+    def overflows(self) -> list[HalfRange]:
+        """The candidates that hold in float16 what it cannot hold."""
+        return [found for found in self.half if not found.passed]
 
     @property
     def losses(self) -> list[DetectionComparison]:
         """The candidates that detect something else than the reference."""
         return [comparison for comparison in self.detections if comparison.passed is False]
+
+    @property
+    def beyond(self) -> list[str]:
+        """The candidates of which something is beyond a limit."""
+        names = (
+            *(found.candidate for found in self.failures),
+            *(found.candidate for found in self.losses),
+            *(found.candidate for found in self.overflows),
+        )
+        return sorted({*names})
 
     @property
     def worst_image(self) -> ImageComparison | None:
@@ -74,14 +130,16 @@ class Verification(BaseModel):
         return max(images, key=lambda image: image.badness, default=None)
 
     def worst(self, candidate: str) -> list[Comparison]:
-        """The worst comparison for each output of a candidate: one that failed first, then by its relative L2."""
-        outputs: dict[str, Comparison] = {}
+        """The worst comparison for each part of a candidate's outputs: a failure, else the largest that was judged."""
+        parts: dict[str, Comparison] = {}
         for found in (comparison for comparison in self.comparisons if comparison.candidate == candidate):
-            if found.output not in outputs or _badness(found) > _badness(outputs[found.output]):
-                outputs[found.output] = found
-        return list(outputs.values())
+            if found.part not in parts or _badness(found) > _badness(parts[found.part]):
+                parts[found.part] = found
+        return list(parts.values())
 
-    def judged_by(self, tolerances: Mapping[str, Tolerance] | None = None, **detection_limits: float) -> Verification:
+    def judged_by(
+        self, tolerances: Mapping[str, Tolerance | None] | None = None, **detection_limits: float
+    ) -> Verification:
         """The same findings under other limits.
 
         Args:
@@ -90,11 +148,7 @@ class Verification(BaseModel):
         """
         comparisons, detections = self.comparisons, self.detections
         if tolerances is not None:
-            limits = (tolerance_of(tolerances, it.precision, it.output, it.empty) for it in comparisons)
-            comparisons = tuple(
-                found.model_copy(update={"limit": limit.limit(found.eager_error or 0.0)})
-                for found, limit in zip(comparisons, limits, strict=True)
-            )
+            comparisons = tuple(found.judged_by(tolerances) for found in comparisons)
         if detection_limits:
             detections = tuple(
                 found.model_copy(update={"limits": found.limits.model_copy(update=detection_limits)})
@@ -104,9 +158,10 @@ class Verification(BaseModel):
 
     def check(self) -> None:
         """Raise CheckFailed with the worst failure of each candidate, if there is any."""
-        if not self.passed:
+        if self.passed is False:
             by_candidate = {failure.candidate: failure for failure in sorted(self.failures, key=_badness)}
-            raise CheckFailed("; ".join(map(str, (*by_candidate.values(), *self.losses))) or "nothing was compared")
+            found = (*by_candidate.values(), *self.overflows, *self.losses)
+            raise CheckFailed("; ".join(map(str, found)) or "nothing was compared")
 
 
 def read_verification(path: Path) -> Verification:
@@ -125,5 +180,6 @@ def read_verification(path: Path) -> Verification:
         ) from error
 
 
-def _badness(comparison: Comparison) -> tuple[bool, float]:
-    return not comparison.passed, float("inf") if comparison.relative_l2 is None else comparison.relative_l2
+def _badness(comparison: Comparison) -> tuple[bool, bool, float]:
+    relative = float("inf") if comparison.relative_l2 is None else comparison.relative_l2
+    return comparison.passed is False, comparison.passed is not None, relative
