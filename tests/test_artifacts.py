@@ -102,3 +102,10 @@ def test_a_changed_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
 def test_versions_name_what_took_part() -> None:
     assert {"python", "onnx", "onnxruntime"} <= versions().keys()
     assert "schema" in Artifact.model_json_schema(by_alias=True)["properties"]
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(UserError) as failure, replacing(tmp_path / "model.onnx") as temporary:
+        raise UserError(f"ONNX Runtime refuses {temporary}: Load model from {temporary} failed")
+    path = tmp_path / "model.onnx"
+    assert failure.value.message == f"ONNX Runtime refuses {path}: Load model from {path} failed"
