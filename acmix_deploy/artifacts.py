@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import AcmixDeployError, UserError
 
 # The packages whose version can change what a stage writes or measures.
 DISTRIBUTIONS = (
@@ -60,7 +60,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Write a file so that its final name never holds half of it.
 
     Yields a path in the same folder (made where it is missing) for the caller to write to. It takes the place of
-    ``path`` when the block ends and is removed when the block raises anything, KeyboardInterrupt included.
+    ``path`` when the block ends and is removed when the block raises anything, KeyboardInterrupt included; what a user
+    is told names ``path`` then.
 
     Raises:
         UserError: the folder cannot be made or written to, ``path`` is a folder, or the disk is full.
@@ -80,6 +81,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with writing(path):
             yield temporary
             temporary.replace(path)
+    except AcmixDeployError as error:
+        error.message = error.message.replace(temporary.name, path.name)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

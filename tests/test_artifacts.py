@@ -165,3 +165,10 @@ def test_what_was_made_from_a_former_file_is_named(tmp_path: Path, now: str | No
     assert len(found) == len(said)
     assert all(sentence.startswith(words) for sentence, words in zip(found, said, strict=True))
     assert outdated(tmp_path, [], []) == []
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(UserError) as failure, replacing(tmp_path / "model.onnx") as temporary:
+        raise UserError(f"ONNX Runtime refuses {temporary}: Load model from {temporary} failed")
+    path = tmp_path / "model.onnx"
+    assert failure.value.message == f"ONNX Runtime refuses {path}: Load model from {path} failed"

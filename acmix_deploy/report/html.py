@@ -164,12 +164,13 @@ def _accuracy(found: Verification) -> Tile:
 def _fused(folder: Folder) -> Iterator[Part]:
     for name, export in folder.of(ExportReport).items():
         yield Part("In the model", name, table=_grid(tables.module_blocks(export.blocks)))
-        yield Part("In the graph", name, table=_grid(tables.graph_blocks(export.fusion)))
+        notes = tables.fusion_notes(export.fusion)
+        yield Part("In the graph", name, table=_grid(tables.graph_blocks(export.fusion)), lines=notes)
         for built in export.engines.values():
             if built.inlined:
                 yield Part(f"In {built.artifact.path.name}", name, table=_grid(tables.inlined(built.inlined)))
     for name, fusion in folder.of(FuseDocument).items():
-        yield Part("In the graph", name, table=_grid(tables.graph_blocks(fusion)))
+        yield Part("In the graph", name, table=_grid(tables.graph_blocks(fusion)), lines=tables.fusion_notes(fusion))
     for name, built in folder.of(BuildDocument).items():
         if built.inlined:
             yield Part(f"In {built.artifact.path.name}", name, table=_grid(tables.inlined(built.inlined)))
