@@ -156,14 +156,14 @@ def small(path: Path, element: int = TensorProto.FLOAT, outputs: int = 6, **meta
 def test_colours_and_sizes_come_from_the_metadata(tmp_path: Path, element: int) -> None:
     image = np.zeros((64, 96, 3), np.uint8)
     image[:, :, 2] = 204  # red
-    with Detector.load(small(tmp_path / "a.onnx", element, names="{0: 'red'}")) as detector:
+    with Detector.load(small(tmp_path / "a.onnx", element, names="{0: 'red', 1: 'blue'}")) as detector:
         assert detector.input_shape == (1, 3, 32, 48)
         (found,) = detector([image])
         (other,) = detector([image[:, :, ::-1]])
     (red,) = named(found, detector.names)
     assert (red.name, red.score) == ("red", pytest.approx(0.8, abs=1e-3))
     assert red.box == pytest.approx((24, 24, 40, 40), abs=0.05), "twice the 12 to 20 pixels in the model's input"
-    assert named(other, detector.names)[0].name == "1"
+    assert named(other, detector.names)[0].name == "blue"
     with Detector.load(tmp_path / "a.onnx", confidence=0.81) as strict:
         assert strict([image])[0].scores.size == 0
 

@@ -330,7 +330,7 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     for path, options, message in (
         (engine(tmp_path / "rtx.engine", model, machine=rtx), {}, "an engine of TensorRT-RTX 1.7.0, and Triton runs"),
         (engine(tmp_path / "two.engine", model, (2, 3, 4)), {}, "built for 2 images or more"),
-        (bare, {}, "bare is not a detector: it takes images .* and its task is not told"),
+        (bare, {}, "bare is not a detector: it gives output0 .* and its task is not told"),
         (model, {"plugin": tmp_path / "plugin.so"}, "is for engines"),
         (tmp_path / "missing.onnx", {}, "does not exist"),
         (tmp_path / "missing.engine", {}, "has no sidecar"),

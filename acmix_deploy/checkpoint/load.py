@@ -70,9 +70,13 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
         notes.append(f"--arch {arch} is not needed: the file holds a whole module")
     try:
         model = model.float().eval()
+        head = yolo.keep_head(model, contents.version)
         metadata = yolo.detection_metadata(model) or {}
+    except UserError:
+        raise
     except Exception as error:
         raise unreadable(path, error) from error
+    notes += [head] * bool(head)
     notes += [f"weights converted from {name} to float32" for name in contents.types if name != "float32"]
     return LoadedModel(model, metadata, tuple(notes))
 
@@ -88,6 +92,7 @@ class Contents:
         unknown: names of its classes that cannot be imported and are no known blocks.
         beside: names in the pickle for which an inert object was taken, such as a configuration.
         notes: what was chosen on the way.
+        version: of the Ultralytics that saved it, where it says so.
     """
 
     model: Any
@@ -95,6 +100,7 @@ class Contents:
     unknown: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    version: str = ""
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -128,7 +134,9 @@ def read(path: Path, *, trust: bool = False) -> Contents:
         )
 
     _check_unpacked_size(path)
-    model, notes = _find_model(path, unpickle(path, trust=trust))
+    loaded = unpickle(path, trust=trust)
+    model, notes = _find_model(path, loaded)
+    version = str(loaded.get("version", "")) if isinstance(loaded, Mapping) else ""
     unknown: list[str] = []
     state = model
     try:
@@ -141,7 +149,7 @@ def read(path: Path, *, trust: bool = False) -> Contents:
     except Exception as error:
         raise unreadable(path, error) from error
     module = model if isinstance(model, nn.Module) else None
-    return Contents(module, state, tuple(unknown), named_beside_a_model(path), tuple(notes))
+    return Contents(module, state, tuple(unknown), named_beside_a_model(path), tuple(notes), version=version)
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -11,7 +11,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.boxes import CONFIDENCE, is_detector, names_of, parts
+from acmix_deploy.detection.boxes import CONFIDENCE, names_of, no_detector, parts, unlike_detector
 from acmix_deploy.detection.images import Letterbox, find, placed_batches
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
@@ -66,7 +66,8 @@ def verify(
 
     Raises:
         CheckFailed: a runner fails on an input.
-        UserError: there is no input.
+        UserError: there is no input; or images are given, and the reference says that it is a detector and gives
+            something else than boxes and scores.
     """
     feeds = [dict(feed) for feed in inputs]
     without_scenes = len(feeds)
@@ -82,7 +83,12 @@ def verify(
     detections: list[DetectionComparison] = []
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
         expected = _run(reference, feeds)
-        detector = is_detector(metadata or {}, _outputs(expected)[0])
+        unlike = next(filter(None, (unlike_detector(metadata or {}, outputs) for outputs in _outputs(expected))), "")
+        detector = not unlike
+        if unlike and (metadata or {}).get("task") == "detect":
+            if scenes:
+                raise no_detector(reference.name, unlike)
+            notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
         empty = [detector and not _detects(outputs, scenes) for outputs in _outputs(expected)]
         eager_errors: dict[str, list[dict[str, Deviation]]] = {}
         for precision, runner in (eager or {}).items():
@@ -163,7 +169,7 @@ def compare_files(
 
     Raises:
         UserError: a file cannot be used, the two take different inputs, a size that is free is no multiple of the
-            stride, or there is no readable image.
+            stride, or there is no readable image, or a detector's output cannot be decoded in images.
         CheckFailed: a file fails on an input.
         MissingComponent: what runs the candidate is not here.
     """
