@@ -308,7 +308,9 @@ def _check(
             if found.relative_l2 is None or found.relative_l2 > limit:
                 what = found.problem or f"relative L2 {found.relative_l2:.1e}, at most {limit:.0e} is accepted"
                 if same := _same_rows(wanted, array, 10 * limit):
-                    raise _Reordered(f"{output.name} has {same} of the module's in another order on {list(shape)}: {what}")
+                    raise _Reordered(
+                        f"{output.name} has {same} of the module's in another order on {list(shape)}: {what}"
+                    )
                 raise CheckFailed(f"{output.name} is not the module's on {list(shape)}: {what}")
             if any(isinstance(dim, int) and dim != size for dim, size in zip(dims, array.shape, strict=True)):
                 raise CheckFailed(f"{output.name} is declared as {dims} and is {list(array.shape)} on {list(shape)}")

@@ -196,7 +196,7 @@ def _runs_end_to_end(head: Any) -> bool:
 
 
 def _saved_head(model: nn.Module, head: Any, version: str) -> tuple[bool | None, str]:
-    """Whether the end-to-end head was what ran where the model was saved, and how that is known; None where it is not."""
+    """Whether the end-to-end head ran where the model was saved, and how that is known; None where it is not."""
     if getattr(head, "cv2", None) is None:
         return True, "the other one is not in the file"
     if (told := vars(head).get("_end2end")) is not None:
@@ -219,8 +219,9 @@ def detection_metadata(model: nn.Module) -> dict[str, str] | None:
     """What serving needs of an Ultralytics model, as entries of an ONNX file's metadata; None for other models.
 
     ``task``, ``stride``, ``names``, ``channels``, ``end2end`` and ``imgsz`` ([height, width] of training, where the
-    model knows it) are written as Ultralytics writes them; ``letterbox`` is JSON of the rule by which it fits an image into that
-    size: bilinear resize that keeps the aspect ratio, whether centred and enlarged, and the value of the border.
+    model knows it) are written as Ultralytics writes them; ``letterbox`` is JSON of the rule by which it fits an image
+    into that size: bilinear resize that keeps the aspect ratio, whether centred and enlarged, and the value of the
+    border.
     """
     if not _is_ultralytics(model):
         return None

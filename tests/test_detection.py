@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from acmix_deploy.detection.boxes import (
     Detections,
     decode,
-    is_detector,
     names_of,
     parts,
     spoilt,
@@ -129,19 +128,19 @@ def test_a_border_at_the_right_and_no_enlarging() -> None:
 def test_what_a_detector_is() -> None:
     detect = {"task": "detect", "names": "{0: 'person', 1: 'bus'}"}
     output = raw(6, 2)
-    assert is_detector(detect, {"output0": output})
-    assert not is_detector({}, {"output0": output})
-    assert not is_detector({"task": "segment"}, {"output0": output})
-    assert not is_detector(detect, {"output0": output, "output1": output})
-    assert not is_detector(detect, {"output0": output[:, :4]})
-    assert not is_detector(detect, {"output0": output[0]})
+    assert not unlike_detector(detect, {"output0": output})
+    assert "its task is not told" in unlike_detector({}, {"output0": output})
+    assert "its task is segment" in unlike_detector({"task": "segment"}, {"output0": output})
+    assert unlike_detector(detect, {"output0": output, "output1": output})
+    assert unlike_detector(detect, {"output0": output[:, :4]})
+    assert unlike_detector(detect, {"output0": output[0]})
     assert names_of(detect) == {0: "person", 1: "bus"}
     assert names_of({}) == {}
     assert {name: array.shape for name, array in parts(output).items()} == {"boxes": (1, 4, 6), "scores": (1, 2, 6)}
 
 
 def rows(count: int, found: int, classes: int = 80) -> np.ndarray:
-    """[1, count, 6]: corners, score and class of what was found, then zeros, as Ultralytics' ``nms=True`` gives them."""
+    """[1, count, 6]: corners, score and class of what was found, then zeros, as with Ultralytics' ``nms=True``."""
     random = np.random.default_rng(0)
     output = np.zeros((1, count, 6), np.float32)
     output[0, :found, :4] = random.random((found, 4)) * 600

@@ -79,11 +79,6 @@ _NAMES = TypeAdapter(dict[int, str])
 _ARGUMENTS = TypeAdapter(dict[str, Any])
 
 
-def is_detector(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> bool:
-    """Whether a file is a detector that :func:`decode` is for, by its metadata and by what it gave."""
-    return not unlike_detector(metadata, outputs)
-
-
 def unlike_detector(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> str:
     """What tells a file from a detector that :func:`decode` is for; empty where nothing does.
 
@@ -149,8 +144,8 @@ def no_detector(name: str, found: str) -> UserError:
 
 
 NO_DETECTOR_HINT = (
-    "Export it from its checkpoint: acmix-deploy export. Non-maximum suppression and end-to-end heads in a file are not "
-    "supported yet."
+    "Export it from its checkpoint: acmix-deploy export. Non-maximum suppression and end-to-end heads in a file are "
+    "not supported yet."
 )
 
 

@@ -110,8 +110,8 @@ FAULTS: dict[str, Fault] = {
         "Export the checkpoint again with acmix-deploy export.",
     ),
     "other-outputs": Fault(
-        "a file with the task detect gives something else than `[B, 4 + classes, anchors]`, such as rows of boxes, scores "
-        "and classes by Ultralytics' `nms=True` or an end-to-end head",
+        "a file with the task detect gives something else than `[B, 4 + classes, anchors]`, such as rows of boxes, "
+        "scores and classes by Ultralytics' `nms=True` or an end-to-end head",
         "scores above 1, boxes where nothing is; `detect` and `serve` refuse the file",
         NO_DETECTOR_HINT,
     ),

@@ -415,5 +415,5 @@ def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dic
     if not unlike:
         for arrays in (expected, actual):
             ((_, output),) = arrays.items()
-            arrays |= parts(output)
+            arrays.update(parts(output))
     return {name: deviation(array, actual[name]) for name, array in expected.items()}
