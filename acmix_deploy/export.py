@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import numpy as np
 import onnx
 import onnx.version_converter
 import onnx_ir
@@ -314,6 +315,10 @@ def _check(
             found = deviation(wanted, array)
             if found.relative_l2 is None or found.relative_l2 > limit:
                 what = found.problem or f"relative L2 {found.relative_l2:.1e}, at most {limit:.0e} is accepted"
+                if same := _same_rows(wanted, array, 10 * limit):
+                    raise _Reordered(
+                        f"{output.name} has {same} of the module's in another order on {list(shape)}: {what}"
+                    )
                 raise CheckFailed(f"{output.name} is not the module's on {list(shape)}: {what}")
             if any(isinstance(dim, int) and dim != size for dim, size in zip(dims, array.shape, strict=True)):
                 raise CheckFailed(f"{output.name} is declared as {dims} and is {list(array.shape)} on {list(shape)}")
@@ -330,16 +335,44 @@ def _check(
     for shape, outputs in expected.items():
         try:
             worst = max(worst, distance(shape, outputs))
+        except _Reordered:
+            raise
         except CheckFailed as error:
             changed = [name for name in dynamic if shape[AXES[name]] != traced[AXES[name]]]
             alone = {
                 name: tuple(shape[i] if i == AXES[name] else size for i, size in enumerate(traced)) for name in changed
             }
             frozen = [name for name in changed if not right(alone[name])] or changed
+            if not right(traced):  # nor is it another size that makes it wrong
+                frozen = []
             raise CheckFailed(
                 f"the {' and '.join(frozen)} came out frozen: {error.message}" if frozen else error.message
             ) from error
     return worst
+
+
+class _Reordered(CheckFailed):
+    """Rows that tie come in another order, which no axis is to blame for."""
+
+
+def _same_rows(expected: Array, actual: Array, limit: float) -> str:
+    """How many rows [B, N, C] are there, some in other places, within a relative L2; empty where that is not what
+    tells the two apart."""
+    if expected.ndim != 3 or expected.shape != actual.shape or expected.shape[1] > 1000:
+        return ""
+    same = moved = 0
+    for wanted, rows in zip(expected.astype(np.float64), actual.astype(np.float64), strict=True):
+        left = [*range(len(rows))]
+        for place, row in enumerate(wanted):
+            distances = np.nan_to_num(np.linalg.norm(rows[left] - row, axis=1), nan=np.inf)
+            nearest = int(distances.argmin())
+            near = limit * np.linalg.norm(row)
+            if distances[nearest] <= near:
+                same += 1
+                moved += np.linalg.norm(rows[place] - row) > near
+                del left[nearest]
+    total = len(expected) * expected.shape[1]
+    return f"{same} of {total} rows" if moved and same >= 0.9 * total else ""
 
 
 def _describe(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorInfo, ...]:

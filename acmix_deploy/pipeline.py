@@ -20,7 +20,7 @@ from acmix_deploy import __version__, families, yolo
 from acmix_deploy.artifacts import mark_exported, outdated, remove_exported, replacing, write_artifact
 from acmix_deploy.checkpoint import LoadedModel, load
 from acmix_deploy.checkpoint.reference import Reference
-from acmix_deploy.detection.boxes import names_of
+from acmix_deploy.detection.boxes import names_of, no_detector, unlike_told
 from acmix_deploy.detection.images import Images, Letterbox, find, placed_batches
 from acmix_deploy.engine.build import BuildReport, build, target_here
 from acmix_deploy.errors import AcmixDeployError, UserError
@@ -94,7 +94,8 @@ def deploy(
         The report, which is also in ``report.json``. Whether the files are exact enough is in its ``passed``.
 
     Raises:
-        UserError: the checkpoint or the request cannot be used.
+        UserError: the checkpoint or the request cannot be used; or there are calibration images and the model is a
+            detector whose output cannot be decoded, such as one with an end-to-end head.
         CheckFailed: a file that computes something else, or another number of blocks than ``expect``.
         MissingComponent: a package that the checkpoint needs is not installed.
     """
@@ -141,6 +142,9 @@ def deploy(
         )
         asked = {"input_shape": list(shape), "dynamic": sorted(dynamic), "opset": opset}
         artifacts = {"plain": write_artifact(paths["plain"], "plain", parents=[checkpoint], settings=asked)}
+        unlike = unlike_told(model.metadata, {output.name: output.shape for output in exported.outputs})
+        if calibration and unlike and model.metadata.get("task") == "detect":
+            raise no_detector(paths["plain"].name, unlike)
         removed = remove_exported(out, checkpoint.stem)
         (out / "report.json").unlink(missing_ok=True)
 
@@ -230,7 +234,7 @@ def deploy(
         engines=engines,
         verification=verification,
         seconds=seconds,
-        next_steps=next_steps(artifacts, exported, made_for, detector=model.metadata.get("task") == "detect"),
+        next_steps=next_steps(artifacts, exported, made_for, detector=not unlike),
     )
     with replacing(out / "report.json") as temporary:
         temporary.write_text(report.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -140,13 +141,90 @@ def _is_ultralytics(model: nn.Module) -> bool:
     return tasks is not None and isinstance(model, tasks.BaseModel)
 
 
+def keep_head(model: nn.Module, version: str = "") -> str:
+    """Have a detector with two heads run the one that it ran where it was saved, and say which.
+
+    YOLOv10 and YOLO26 have an end-to-end head, [B, detections, 6], beside a one-to-many head,
+    [B, 4 + classes, anchors]. Where a checkpoint sets neither, the Ultralytics that runs it chooses: below 8.4.142 the
+    end-to-end head, from then on the other.
+
+    Args:
+        model: as it was loaded; is set to its head.
+        version: of the Ultralytics that saved it, where the file tells it.
+
+    Returns:
+        Which head and why; empty for models with one.
+
+    Raises:
+        UserError: the installed Ultralytics cannot run that head.
+    """
+    head = _head(model)
+    if getattr(head, "one2one_cv2", None) is None:
+        return ""
+    here = ultralytics("utils").__version__
+    switch = getattr(type(head), "end2end", None)
+    saved_by = f", saved by Ultralytics {version}," if version else ""
+    if not isinstance(switch, property) and type(head).__name__ != "v10Detect":
+        raise UserError(
+            f"the model{saved_by} has an end-to-end head, which the installed Ultralytics {here} does not know",
+            "Install a newer Ultralytics: 8.4 is the first that knows such models.",
+        )
+    end_to_end, why = _saved_head(model, head, version)
+    if end_to_end is None:
+        end_to_end = _runs_end_to_end(head)
+        why = f"the file tells none, and Ultralytics {here} takes it; to choose, save it with model.end2end set"
+    if end_to_end != _runs_end_to_end(head) and isinstance(switch, property) and switch.fset:
+        head.end2end = end_to_end
+    if end_to_end != _runs_end_to_end(head):
+        raise UserError(
+            f"the model{saved_by} is to run its {_HEADS[end_to_end]} head, and the installed Ultralytics {here} "
+            f"runs its {_HEADS[not end_to_end]} one",
+            "Install the Ultralytics that saved it, or a newer one.",
+        )
+    return f"of its two heads the {_HEADS[end_to_end]} one is taken: {why}"
+
+
+_HEADS = {True: "end-to-end", False: "one-to-many"}
+
+
+def _head(model: nn.Module) -> Any:
+    """The last layer of an Ultralytics model; None for other models."""
+    layers: Any = model.model if _is_ultralytics(model) else None
+    return layers[-1] if layers is not None and hasattr(layers, "__getitem__") else None
+
+
+def _runs_end_to_end(head: Any) -> bool:
+    """Whether a head gives detections, with the Ultralytics that is installed; old forks know no other way."""
+    return bool(getattr(head, "end2end", type(head).__name__ == "v10Detect"))
+
+
+def _saved_head(model: nn.Module, head: Any, version: str) -> tuple[bool | None, str]:
+    """Whether the end-to-end head ran where the model was saved, and how that is known; None where it is not."""
+    if getattr(head, "cv2", None) is None:
+        return True, "the other one is not in the file"
+    if (told := vars(head).get("_end2end")) is not None:
+        return bool(told), "the checkpoint sets it"
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    by_version = f"Ultralytics {version or 'below 8.4'}, which saved the file, runs it"
+    if numbers >= _KNOWS_SETTING:
+        return numbers < _ONE_TO_MANY, by_version
+    if numbers or "end2end" in vars(model):  # older ones keep it in plain attributes
+        told = vars(head).get("end2end")
+        return (bool(told), "the checkpoint sets it") if told is not None else (True, by_version)
+    return None, ""
+
+
+_KNOWS_SETTING, _ONE_TO_MANY = (8, 4), (8, 4, 142)
+"""Versions of Ultralytics from which a head keeps its setting apart, and from which the default is one-to-many."""
+
+
 def detection_metadata(model: nn.Module) -> dict[str, str] | None:
     """What serving needs of an Ultralytics model, as entries of an ONNX file's metadata; None for other models.
 
-    ``task``, ``stride``, ``names``, ``channels``, ``kpt_shape`` of keypoints and ``imgsz`` ([height, width] of
-    training, where the model knows it) are written as Ultralytics writes them; ``letterbox`` is JSON of the rule by
-    which it fits an image into that size: bilinear resize that keeps the aspect ratio, whether centred and enlarged,
-    and the value of the border.
+    ``task``, ``stride``, ``names``, ``channels``, ``kpt_shape`` of keypoints, ``end2end`` and ``imgsz`` ([height,
+    width] of training, where the model knows it) are written as Ultralytics writes them; ``letterbox`` is JSON of the
+    rule by which it fits an image into that size: bilinear resize that keeps the aspect ratio, whether centred and
+    enlarged, and the value of the border.
     """
     if not _is_ultralytics(model):
         return None
@@ -159,6 +237,7 @@ def detection_metadata(model: nn.Module) -> dict[str, str] | None:
         "stride": str(int(max(detector.stride))),
         "names": str(_class_names(detector.names)),
         "channels": str(int(detector.yaml.get("channels", 3))),
+        "end2end": str(_runs_end_to_end(_head(model))),
         "letterbox": json.dumps(rule),
     }
     if (points := getattr(detector, "kpt_shape", None)) is not None:
@@ -182,7 +261,8 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     """A copy of an Ultralytics detector that returns one tensor [B, 4 + classes, anchors], for any image size.
 
     In eval mode, batch normalisation folded into the convolutions, boxes decoded to (x, y, width, height) in pixels
-    of the input. Other models come back as they are.
+    of the input. An end-to-end head returns [B, detections, 6]: corners, score and class. Other models come back as
+    they are.
     """
     if not _is_ultralytics(model):
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -109,8 +110,20 @@ def gone(pid: int) -> bool:
 
 def tiny(path: Path, *, names: str = "{0: 'thing'}", batch: int | str = "batch", bias: float = 0.0) -> Path:
     """A detector of images of 32x32 pixels that loads in no time and finds one box; ``bias`` moves its scores."""
-    out = np.zeros((1, 5, 4), np.float32)
-    out[0, :, 0] = 16, 16, 8, 8, 0.9 + bias
+    out = np.zeros((1, 4 + len(ast.literal_eval(names)), 4), np.float32)
+    out[0, :5, 0] = 16, 16, 8, 8, 0.9 + bias
+    return constant(path, out, batch=batch, task="detect", names=names)
+
+
+def selected(path: Path, **metadata: str) -> Path:
+    """A file with non-maximum suppression in it: rows [B, 300, 6] of a box, its score and its class, then zeros."""
+    out = np.zeros((1, 300, 6), np.float32)
+    out[0, :2] = (8, 8, 24, 24, 0.9, 1), (2, 2, 30, 30, 0.4, 0)
+    return constant(path, out, **{"task": "detect", **metadata})
+
+
+def constant(path: Path, out: np.ndarray, *, batch: int | str = "batch", **metadata: str) -> Path:
+    """A file that gives the same for every image of 32x32 pixels, and NaN for one with a NaN or an infinity in it."""
     nodes = [
         helper.make_node("ReduceMean", ["images"], ["mean"], axes=[1, 2, 3], keepdims=1),
         helper.make_node("Squeeze", ["mean", "last"], ["flat"]),
@@ -121,7 +134,7 @@ def tiny(path: Path, *, names: str = "{0: 'thing'}", batch: int | str = "batch",
         nodes,
         "tiny",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, 32, 32])],
-        [helper.make_tensor_value_info("output0", TensorProto.FLOAT, [batch, 5, 4])],
+        [helper.make_tensor_value_info("output0", TensorProto.FLOAT, [batch, *out.shape[1:]])],
         [
             numpy_helper.from_array(out, "boxes"),
             numpy_helper.from_array(np.array([3]), "last"),
@@ -129,7 +142,7 @@ def tiny(path: Path, *, names: str = "{0: 'thing'}", batch: int | str = "batch",
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    helper.set_model_props(model, {"task": "detect", "names": names, "imgsz": "[32, 32]"})
+    helper.set_model_props(model, {"imgsz": "[32, 32]", **metadata})
     onnx.save(model, path)
     return path
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from serving_parts import selected, tiny
 
 from acmix_deploy import cli
 from acmix_deploy.detection.boxes import CONFIDENCE, Detections
@@ -97,6 +98,20 @@ class Slow:
         self.given.append(len(images))
         time.sleep(self.seconds)
         return [NOTHING] * len(images)
+
+
+def test_outputs_that_are_not_finite_are_no_empty_image(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, tiny(tmp_path / "a.onnx", bias=float("nan")), photos)
+    assert (code, out) == (1, "")
+    assert "a gives output0 that is not finite on noise" in err
+
+
+def test_boxes_that_are_selected_already(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, selected(tmp_path / "a.onnx", args="{'nms': True}"), photos)
+    assert (code, out) == (2, "")
+    assert "a is not a detector: it gives output0 [1, 300, 6] after non-maximum suppression" in err
 
 
 def test_a_folder(shapes_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -10,9 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acmix_deploy.detection.boxes import Detections, decode, is_detector, names_of, parts
+from acmix_deploy.detection.boxes import (
+    Detections,
+    decode,
+    names_of,
+    parts,
+    spoilt,
+    unlike_detector,
+)
 from acmix_deploy.detection.images import Letterbox, Placement
 from acmix_deploy.detection.matching import match, overlaps
+from acmix_deploy.errors import UserError
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -119,15 +128,94 @@ def test_a_border_at_the_right_and_no_enlarging() -> None:
 def test_what_a_detector_is() -> None:
     detect = {"task": "detect", "names": "{0: 'person', 1: 'bus'}"}
     output = raw(6, 2)
-    assert is_detector(detect, {"output0": output})
-    assert not is_detector({}, {"output0": output})
-    assert not is_detector({"task": "segment"}, {"output0": output})
-    assert not is_detector(detect, {"output0": output, "output1": output})
-    assert not is_detector(detect, {"output0": output[:, :4]})
-    assert not is_detector(detect, {"output0": output[0]})
+    assert not unlike_detector(detect, {"output0": output})
+    assert "its task is not told" in unlike_detector({}, {"output0": output})
+    assert "its task is segment" in unlike_detector({"task": "segment"}, {"output0": output})
+    assert unlike_detector(detect, {"output0": output, "output1": output})
+    assert unlike_detector(detect, {"output0": output[:, :4]})
+    assert unlike_detector(detect, {"output0": output[0]})
     assert names_of(detect) == {0: "person", 1: "bus"}
     assert names_of({}) == {}
     assert {name: array.shape for name, array in parts(output).items()} == {"boxes": (1, 4, 6), "scores": (1, 2, 6)}
+
+
+def rows(count: int, found: int, classes: int = 80) -> np.ndarray:
+    """[1, count, 6]: corners, score and class of what was found, then zeros, as with Ultralytics' ``nms=True``."""
+    random = np.random.default_rng(0)
+    output = np.zeros((1, count, 6), np.float32)
+    output[0, :found, :4] = random.random((found, 4)) * 600
+    output[0, :found, 4] = np.sort(random.random(found))[::-1]
+    output[0, :found, 5] = random.integers(0, classes, found)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("metadata", "output", "said"),
+    [
+        ({"end2end": "True"}, rows(300, 300), r"gives output0 \[1, 300, 6\] of an end-to-end head"),
+        ({"end2end": "True"}, raw(6, 296), "of an end-to-end head"),
+        ({"args": "{'batch': 1, 'nms': True}"}, rows(300, 4), "after non-maximum suppression"),
+        ({"names": str(dict(enumerate("ab")))}, rows(300, 4), "would be 296 classes, and its metadata name 2"),
+        ({"names": str(dict(enumerate("ab")))}, raw(300, 3), "would be 3 classes, and its metadata name 2"),
+        ({"names": str(dict(enumerate("ab")))}, raw(80, 2).transpose(0, 2, 1), "would be 76 classes"),
+        ({}, rows(300, 300), "whose rows are a box, a score and a class"),
+        ({}, rows(300, 0), "whose rows are a box"),
+        ({}, rows(300, 3), "whose rows are a box"),
+        ({"names": str(dict.fromkeys(range(296), "x"))}, rows(300, 9), "whose rows are a box"),
+        ({"names": str(dict(enumerate("ab")))}, rows(6, 2), "whose rows are a box"),
+        ({}, raw(80, 20).transpose(0, 2, 1), r"scores from 0\.\d+ to \d{3}, which are 0 to 1"),
+        ({}, raw(80, 20) - np.float32(0.1), r"scores from -0\.\d+ to 0\.\d+, which are 0 to 1"),
+    ],
+)
+def test_outputs_that_are_something_else(metadata: dict[str, str], output: np.ndarray, said: str) -> None:
+    found = unlike_detector({"task": "detect", **metadata}, {"output0": output})
+    assert re.search(said, found), found
+
+
+@pytest.mark.parametrize(
+    ("metadata", "output"),
+    [
+        ({}, raw(8400, 80)),
+        ({"end2end": "False", "args": "{'batch': 1, 'nms': None}", "names": "{0: 'a', 1: 'b'}"}, raw(300, 2)),
+        ({"args": "{'nms': False}"}, raw(300, 2)),
+        ({}, raw(8400, 296)),
+        ({}, raw(6, 296)),
+        ({}, raw(6, 2)),
+        ({}, np.concatenate((raw(6, 2)[:, :4], np.zeros((1, 2, 6), np.float32)), axis=1)),
+        ({}, np.concatenate((raw(6, 2)[:, :4], np.ones((1, 2, 6), np.float32)), axis=1)),
+        ({}, raw(50, 2).astype(np.float16)),
+        ({}, np.concatenate((raw(50, 2)[:, :4], np.full((1, 2, 50), 1.0005, np.float32)), axis=1)),
+    ],
+)
+def test_outputs_of_detectors_are_not_taken_for_something_else(metadata: dict[str, str], output: np.ndarray) -> None:
+    assert unlike_detector({"task": "detect", **metadata}, {"output0": output}) == ""
+
+
+def test_arguments_of_any_other_form_are_told() -> None:
+    with pytest.raises(UserError, match=r"the metadata tell the args '\[1\]', and expected are settings by name"):
+        unlike_detector({"task": "detect", "args": "[1]"}, {"output0": raw(50, 2)})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_and_would_count_spoils_an_output(value: float) -> None:
+    output = raw(40, 3)
+    output[0, 4:, 0], output[0, 4:, 1] = 0.1, 0.9
+    assert spoilt(output, 0.25) == ""
+    for row, anchor, expected in (
+        (2, 0, ""),  # its scores are below the threshold
+        (2, 1, "boxes or scores that are not finite"),
+        (np.s_[4:], 0, "boxes or scores that are not finite"),
+    ):
+        changed = output.copy()
+        changed[0, row, anchor] = value
+        assert spoilt(changed, 0.25) == expected
+    assert spoilt(np.full_like(output, value), 0.25)
+
+
+def test_scores_that_are_none_spoil_an_output() -> None:
+    output = raw(40, 3)
+    output[0, 5, 7] = 207.8
+    assert re.fullmatch(r"scores from 0\.\d+ to 208, which are 0 to 1", spoilt(output, 0.25))
 
 
 def test_neither_torch_nor_onnx_is_needed() -> None:

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from engine_parts import make_engine
 from onnx import TensorProto, helper
+from serving_parts import selected, tiny
 
 from acmix_deploy.detection.boxes import Detections, named
 from acmix_deploy.detection.matching import overlaps
@@ -156,14 +157,14 @@ def small(path: Path, element: int = TensorProto.FLOAT, outputs: int = 6, **meta
 def test_colours_and_sizes_come_from_the_metadata(tmp_path: Path, element: int) -> None:
     image = np.zeros((64, 96, 3), np.uint8)
     image[:, :, 2] = 204  # red
-    with Detector.load(small(tmp_path / "a.onnx", element, names="{0: 'red'}")) as detector:
+    with Detector.load(small(tmp_path / "a.onnx", element, names="{0: 'red', 1: 'blue'}")) as detector:
         assert detector.input_shape == (1, 3, 32, 48)
         (found,) = detector([image])
         (other,) = detector([image[:, :, ::-1]])
     (red,) = named(found, detector.names)
     assert (red.name, red.score) == ("red", pytest.approx(0.8, abs=1e-3))
     assert red.box == pytest.approx((24, 24, 40, 40), abs=0.05), "twice the 12 to 20 pixels in the model's input"
-    assert named(other, detector.names)[0].name == "1"
+    assert named(other, detector.names)[0].name == "blue"
     with Detector.load(tmp_path / "a.onnx", confidence=0.81) as strict:
         assert strict([image])[0].scores.size == 0
 
@@ -184,11 +185,44 @@ def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"end2end": "True"}, r"gives output0 \[1, 300, 6\] of an end-to-end head \(end2end in its metadata\)"),
+        (
+            {"args": "{'nms': True}"},
+            r"gives output0 \[1, 300, 6\] after non-maximum suppression \(nms in its metadata\)",
+        ),
+        ({"names": "{0: 'a', 1: 'b'}"}, r"gives output0 \[1, 300, 6\], which would be 296 classes, .* name 2"),
+        ({}, r"gives output0 \[1, 300, 6\], whose rows are a box, a score and a class"),
+    ],
+)
+def test_boxes_that_are_selected_already_are_not_decoded(tmp_path: Path, metadata: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=f"rows is not a detector: it {said}; expected is"):
+        Detector.load(selected(tmp_path / "rows.onnx", **metadata))
+
+
+def test_what_is_not_finite_fails(tmp_path: Path) -> None:
+    """On noise as a server has it, and on an image: to say that there is nothing would be wrong."""
+    with pytest.raises(CheckFailed, match=r"a gives output0 that is not finite on noise \[1, 3, 32, 32\]"):
+        Detector.load(tiny(tmp_path / "a.onnx", bias=float("nan")))
+    image = np.full((64, 96, 3), 255, np.uint8)
+    with Detector.load(small(tmp_path / "b.onnx")) as detector:
+        assert detector([image // 2])[0].scores.size
+        detector._run = lambda feed: {"output0": np.where(np.arange(6)[:, None] < 4, [[8.0]], [[np.nan]])[None]}
+        with pytest.raises(CheckFailed, match="b gives output0 with boxes or scores that are not finite"):
+            detector([image])
+        detector._run = lambda feed: {"output0": np.where(np.arange(6)[:, None] < 4, [[8.0]], [[207.8]])[None]}
+        with pytest.raises(CheckFailed, match="b gives output0 with scores from 208 to 208, which are 0 to 1"):
+            detector([image])
+
+
+@pytest.mark.parametrize(
     "metadata",
     [
         {"names": "{0: oops"},
         {"names": "['a', 'b']"},
         {"names": "open('x')"},
+        {"args": "nms"},
         {"letterbox": "{bad"},
         {"letterbox": '{"center": 7}'},
         {"imgsz": "x"},

@@ -18,8 +18,10 @@ import pytest
 import test_swin_acmix as swin
 import torch
 import torch.nn.functional as F
+from engine_parts import make_engine
 from family_parts import export as traced
 from onnx import TensorProto, helper
+from serving_parts import selected, tiny
 from test_fusion import Frozen, Published, position_map, randomised
 from test_recognise_module import Port, port
 from torch import Tensor, nn
@@ -386,6 +388,35 @@ def test_an_engine(engine: Path, sm: int, expected: set[str], monkeypatch: pytes
     assert found.contents["for"] == "Orin (sm_87)"
     if expected:
         assert "built for Orin (sm_87), here is Orin (sm_90)" in found.findings[0].found
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"args": "{'nms': True}"}, "after non-maximum suppression"),
+        ({"end2end": "True"}, "of an end-to-end head"),
+        ({"names": "{0: 'a'}"}, "which would be 296 classes, and its metadata name 1"),
+        ({"names": "['a']"}, "cannot be decoded: the metadata tell the names"),
+        ({}, "whose rows are a box, a score and a class"),
+    ],
+)
+def test_outputs_that_are_something_else(
+    tmp_path: Path, metadata: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = selected(tmp_path / "a.onnx", **metadata)
+    found = look(file)
+    assert faults(found) == {"other-outputs"}
+    assert said in found.findings[0].found
+    here = Machine(backend="tensorrt", version="8.6.0", gpu="Orin", sm=87)
+    monkeypatch.setattr("acmix_deploy.doctor.files.this_machine", lambda backend: here)
+    told = {"task": "detect", **metadata}
+    assert faults(look(make_engine(tmp_path / "a.engine", onnx.load(file), metadata=told))) == (
+        {"other-outputs"} if metadata else set()  # an engine is not run
+    )
+
+
+def test_a_detector_is_one(tmp_path: Path) -> None:
+    assert faults(look(tiny(tmp_path / "a.onnx"))) == set()
 
 
 def test_an_engine_where_there_is_no_tensorrt(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

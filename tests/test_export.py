@@ -227,8 +227,53 @@ def not_a_number(model: onnx.ModelProto) -> None:
     factor.CopyFrom(onnx.numpy_helper.from_array(np.array(np.nan, np.float32), factor.name))
 
 
+def reverse_rows(model: onnx.ModelProto) -> None:
+    (output,) = model.graph.output
+    for node in model.graph.node:
+        node.output[:] = ["straight" if name == output.name else name for name in node.output]
+    for name, value in (("from", -1), ("to", -1000), ("axis", 1), ("step", -1)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value]), name))
+    model.graph.node.append(onnx.helper.make_node("Slice", ["straight", "from", "to", "axis", "step"], [output.name]))
+
+
 def unknown_operator(model: onnx.ModelProto) -> None:
     model.graph.node[0].op_type = "Unheard"
+
+
+@pytest.mark.parametrize(("change", "moved"), [(reverse_rows, True), (change_weight, False)])
+def test_rows_in_another_order_are_no_frozen_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change, moved: bool
+) -> None:
+    """Nor is an axis frozen where the file is wrong at the very size that it was traced at."""
+
+    class Rows(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, 0, :50, :6]
+
+    for exporter in ("_dynamo", "_torchscript"):
+        poison(monkeypatch, exporter, change)
+    with pytest.raises(CheckFailed) as caught:
+        export(Rows(), tmp_path / "model.onnx", input_shape=SHAPE, dynamic=("batch",))
+    assert "frozen" not in caught.value.message
+    assert ("output0 has 50 of 50 rows of the module's in another order on " in caught.value.message) == moved
+    assert ("output0 is not the module's on " in caught.value.message) != moved
+
+
+def test_which_rows_count_as_the_same() -> None:
+    rows = np.random.default_rng(0).random((2, 30, 6))
+    few = rows.copy()
+    few[:, :2] = 0
+    for other, expected in (
+        (rows[:, ::-1], "60 of 60 rows"),
+        (few[:, ::-1], "56 of 60 rows"),
+        (few, ""),  # at their places
+        (rows * (1 + 5e-5), ""),
+        (rows[::-1], ""),  # of the other image
+        (rows[:, :, ::-1], ""),
+        (np.full_like(rows, np.nan), ""),
+        (rows[:, 1:], ""),
+    ):
+        assert export_module._same_rows(rows, other, 1e-4) == expected
 
 
 @pytest.mark.parametrize(

@@ -398,6 +398,25 @@ def test_a_model_without_the_operator(plain, photographs, tmp_path):
     assert report.bytes_after < 60_000
 
 
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"task": "detect", "end2end": "True"}, "of an end-to-end head"),
+        ({"task": "detect", "names": "{0: 'a'}"}, "which would be 2 classes, and its metadata name 1"),
+        ({"task": "detect"}, "with scores from .* which are 0 to 1"),
+    ],
+)
+def test_what_is_no_detector_and_says_so(photographs, tmp_path, metadata, said):
+    model = nn.Sequential(nn.Conv2d(3, 6, 8, stride=8), nn.Flatten(2)).eval()
+    path = export(model, torch.rand(1, 3, 32, 32), tmp_path / "plain.onnx")
+    file = onnx.load(path)
+    helper.set_model_props(file, metadata)
+    onnx.save(file, path)
+    with pytest.raises(UserError, match=rf"plain\.onnx is not a detector: it gives .* {said}"):
+        quantize(path, tmp_path / "int8.onnx", photographs, limit=2)
+    assert not (tmp_path / "int8.onnx").exists()
+
+
 def onnx_types(path, report):
     layers = {layer.name for layer in report.layers}
     return [node.op_type for node in onnx.load(path).graph.node if node.name in layers]

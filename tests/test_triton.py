@@ -19,7 +19,7 @@ import pytest
 import yaml
 from engine_parts import ORIN, make_engine
 from google.protobuf import text_format
-from serving_parts import tiny
+from serving_parts import selected, tiny
 from tensorrt_parts import run
 from triton_parts import assert_equal, found_in
 
@@ -327,10 +327,16 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     graph = onnx.load(model)
     del graph.metadata_props[:]
     onnx.save(graph, bare)
+    told = selected(tmp_path / "told.onnx", args="{'nms': True}")
+    untold = selected(tmp_path / "untold.onnx")
     for path, options, message in (
+        (told, {}, "told is not a detector: it gives output0 .* after non-maximum suppression"),
+        (told, {"backend": "python"}, "told is not a detector: it gives output0 .* after non-maximum suppression"),
+        (engine(tmp_path / "told.engine", told), {}, "told is not a detector: it gives output0 .* after non-maximum"),
+        (untold, {}, "untold is not a detector: it gives output0 .* whose rows are a box, a score and a class"),
         (engine(tmp_path / "rtx.engine", model, machine=rtx), {}, "an engine of TensorRT-RTX 1.7.0, and Triton runs"),
         (engine(tmp_path / "two.engine", model, (2, 3, 4)), {}, "built for 2 images or more"),
-        (bare, {}, "bare is not a detector: it takes images .* and its task is not told"),
+        (bare, {}, "bare is not a detector: it gives output0 .* and its task is not told"),
         (model, {"plugin": tmp_path / "plugin.so"}, "is for engines"),
         (tmp_path / "missing.onnx", {}, "does not exist"),
         (tmp_path / "missing.engine", {}, "has no sidecar"),

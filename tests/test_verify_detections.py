@@ -14,6 +14,7 @@ import pytest
 import torch
 from engine_parts import make_engine
 from onnx import numpy_helper
+from serving_parts import selected
 from torch import Tensor, nn
 
 from acmix_deploy.cli import main
@@ -339,6 +340,29 @@ def test_what_is_no_detector_is_compared_by_its_outputs(
     result = verify(runners[0], [Candidate(runners[1])], metadata=metadata, scenes=scenes)
     assert result.detections == ()
     assert [found.part for found in result.comparisons] == parts * 2
+
+
+def test_boxes_that_are_selected_already_are_not_decoded(
+    scenes: Scenes, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In images that is an error; elsewhere the output is compared as it is, which a note says."""
+    runners = [TorchRunner(Detector(lambda output: output.transpose(1, 2)), name) for name in ("right", "same")]
+    told = METADATA | {"end2end": "True"}
+    with pytest.raises(
+        UserError, match=r"right is not a detector: it gives output0 \[2, 64, 7\] of an end-to-end head"
+    ):
+        verify(runners[0], [Candidate(runners[1])], metadata=told, scenes=scenes)
+    with pytest.raises(UserError, match="would be 60 classes, and its metadata name 3"):
+        verify(runners[0], [Candidate(runners[1])], metadata=METADATA, scenes=scenes)
+    feeds = [{"images": batch.images} for batch in scenes.batches]
+    result = verify(runners[0], [Candidate(runners[1])], feeds, metadata=told)
+    assert {found.output for found in result.comparisons} == {"output0"}
+    assert (
+        "boxes and scores are not told apart: right gives output0 [2, 64, 7] of an end-to-end head" in result.notes[0]
+    )
+    files = [selected(tmp_path / f"{name}.onnx") for name in "ab"]
+    assert main(["verify", *map(str, files), "--images", str(folder)]) == 2
+    assert "a.onnx is not a detector: it gives output0 " in capsys.readouterr().err
 
 
 def test_another_number_of_anchors_is_a_problem_of_the_output(scenes: Scenes) -> None:

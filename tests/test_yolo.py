@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from acmix_deploy import yolo
+from acmix_deploy.checkpoint import load
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
 
@@ -172,6 +173,100 @@ def test_the_image_size_is_that_of_training(size: Any, expected: str) -> None:
     model: Any = yolo.build("p5")
     model.args = {"imgsz": size}
     assert (yolo.detection_metadata(model) or {})["imgsz"] == expected
+
+
+TWO_HEADS = ("yolov10n.yaml", "yolo26n.yaml")
+X = torch.rand(1, 3, 64, 64)
+
+
+def saved(path: Path, model: Any, **entries: Any) -> Path:
+    torch.save({"model": model, **entries}, path)
+    return path
+
+
+@pytest.mark.parametrize("name", TWO_HEADS)
+@pytest.mark.parametrize(
+    ("version", "told", "end_to_end"),
+    [
+        ("8.4.0", None, True),
+        ("8.4.141", None, True),
+        ("8.4.142", None, False),
+        ("8.4.190", None, False),
+        ("8.4.141", False, False),
+        ("8.4.190", True, True),
+        (None, True, True),
+    ],
+)
+def test_the_head_is_the_one_that_ran_where_it_was_saved(
+    tmp_path: Path, name: str, version: str | None, told: bool | None, end_to_end: bool
+) -> None:
+    model = tasks.DetectionModel(name, verbose=False).eval()
+    if told is not None:
+        model.end2end = told
+    loaded = load(saved(tmp_path / "a.pt", model, **{"version": version} if version else {}))
+    why = "the checkpoint sets it" if told is not None else f"Ultralytics {version}, which saved the file, runs it"
+    head = "end-to-end" if end_to_end else "one-to-many"
+    assert loaded.notes == (f"of its two heads the {head} one is taken: {why}",)
+    assert loaded.metadata["end2end"] == str(end_to_end)
+    output = yolo.prepare_for_export(loaded.module)(X)
+    assert output.shape == ((1, 84, 6) if end_to_end else (1, 84, 84))
+    model.end2end = end_to_end
+    torch.testing.assert_close(loaded.module(X)[0], model(X)[0])
+
+
+@pytest.mark.parametrize("marked", ["model", "head", "version"])
+def test_a_head_that_was_saved_before_it_was_a_setting(tmp_path: Path, marked: str) -> None:
+    """Below 8.4 it is an attribute of the class, of which the model keeps a copy, or of the head itself."""
+    model = tasks.DetectionModel("yolov10n.yaml", verbose=False).eval()
+    if marked != "version":
+        vars(model)["end2end"] = True
+    if marked == "head":
+        vars(model.model[-1])["end2end"] = False
+    entries = {"version": "8.3.63"} if marked == "version" else {}
+    loaded = load(saved(tmp_path / "a.pt", model, **entries))
+    assert loaded.metadata["end2end"] == str(marked != "head")
+
+
+def test_a_head_of_which_nothing_is_told_is_told(tmp_path: Path) -> None:
+    loaded = load(saved(tmp_path / "a.pt", tasks.DetectionModel("yolov10n.yaml", verbose=False)))
+    (note,) = loaded.notes
+    assert "the file tells none, and Ultralytics " in note
+    assert ("end-to-end" in note) == (loaded.metadata["end2end"] == "True")
+
+
+def test_a_fused_checkpoint_has_the_head_that_is_left(tmp_path: Path) -> None:
+    model = tasks.DetectionModel("yolo26n.yaml", verbose=False).eval()
+    model.end2end = True
+    loaded = load(saved(tmp_path / "a.pt", model.fuse(verbose=False), version="8.4.190"), trust=True)
+    assert loaded.notes == ("of its two heads the end-to-end one is taken: the other one is not in the file",)
+    assert loaded.metadata["end2end"] == "True"
+
+
+def test_models_of_one_head_say_nothing_of_it(tmp_path: Path) -> None:
+    loaded = load(saved(tmp_path / "a.pt", yolo.build("p5"), version="8.3.63"))
+    assert (loaded.notes, loaded.metadata["end2end"]) == ((), "False")
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "version", "said"),
+    [
+        # Below 8.4, where Detect has one head and the class of YOLOv10 says which it runs.
+        ("yolo26n.yaml", False, "8.4.60", "saved by Ultralytics 8.4.60, has an end-to-end head, which the installed"),
+        ("yolo26n.yaml", False, None, "the model has an end-to-end head, which the installed"),
+        ("yolov10n.yaml", True, "8.4.190", "is to run its one-to-many head, and the installed .* its end-to-end one"),
+        # In 8.4.0, where it cannot be chosen.
+        ("yolo26n.yaml", property(lambda head: True), "8.4.190", "is to run its one-to-many head, and the installed"),
+    ],
+)
+def test_a_head_that_the_installed_package_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, here: Any, version: str | None, said: str
+) -> None:
+    model = tasks.DetectionModel(name, verbose=False).eval()
+    path = saved(tmp_path / "a.pt", model, **{"version": version} if version else {})
+    monkeypatch.setattr(yolo.ultralytics("nn.modules.head").Detect, "end2end", here)
+    with pytest.raises(UserError, match=said) as caught:
+        load(path)
+    assert yolo.ultralytics("utils").__version__ in caught.value.message
 
 
 def test_other_modules_have_no_metadata_and_come_back_as_they_are() -> None:

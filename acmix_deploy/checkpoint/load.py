@@ -74,9 +74,13 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
         notes.append(f"--arch {arch} is not needed: the file holds a whole module")
     try:
         model = model.float().eval()
+        head = yolo.keep_head(model, contents.version)
         metadata = yolo.detection_metadata(model) or {}
+    except UserError:
+        raise
     except Exception as error:
         raise unreadable(path, error) from error
+    notes += [head] * bool(head)
     notes += [f"weights converted from {name} to float32" for name in contents.types if name != "float32"]
     return LoadedModel(model, metadata, tuple(notes), by_parts)
 
@@ -93,6 +97,7 @@ class Contents:
         by_parts: paths of blocks whose classes cannot be imported and that are known by their parts.
         beside: names in the pickle for which an inert object was taken, such as a configuration.
         notes: what was chosen on the way.
+        version: of the Ultralytics that saved it, where it says so.
     """
 
     model: Any
@@ -101,6 +106,7 @@ class Contents:
     by_parts: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    version: str = ""
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -134,7 +140,9 @@ def read(path: Path, *, trust: bool = False) -> Contents:
         )
 
     _check_unpacked_size(path)
-    model, notes = _find_model(path, unpickle(path, trust=trust))
+    loaded = unpickle(path, trust=trust)
+    model, notes = _find_model(path, loaded)
+    version = str(loaded.get("version", "")) if isinstance(loaded, Mapping) else ""
     unknown: list[str] = []
     by_parts: list[str] = []
     state = model
@@ -148,7 +156,8 @@ def read(path: Path, *, trust: bool = False) -> Contents:
     except Exception as error:
         raise unreadable(path, error) from error
     module = model if isinstance(model, nn.Module) else None
-    return Contents(module, state, tuple(unknown), tuple(by_parts), named_beside_a_model(path), tuple(notes))
+    beside = named_beside_a_model(path)
+    return Contents(module, state, tuple(unknown), tuple(by_parts), beside, tuple(notes), version)
 
 
 def _is_torchscript(path: Path) -> bool:

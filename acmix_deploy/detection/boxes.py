@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from acmix_deploy.detection.images import Boxes, Placement, opencv
 from acmix_deploy.errors import UserError
 
 Array = NDArray[Any]
+Dims = Sequence[int | str | None]
+Key = TypeVar("Key", int, str)
 
 CONFIDENCE = 0.25
 IOU = 0.7
@@ -60,31 +62,115 @@ def names_of(metadata: Mapping[str, str]) -> dict[int, str]:
     Raises:
         UserError: what is there is something else.
     """
-    told = metadata.get("names", "{}")
+    return _entry(metadata, "names", _NAMES, "names by class, such as {0: 'person'}")
+
+
+def _entry(metadata: Mapping[str, str], key: str, form: TypeAdapter[dict[Key, Any]], expected: str) -> dict[Key, Any]:
+    """An entry that is written as Python's repr of a dict; empty where there is none."""
+    told = metadata.get(key, "{}")
     try:
-        return _NAMES.validate_python(ast.literal_eval(told))
+        return form.validate_python(ast.literal_eval(told))
     except (ValueError, SyntaxError) as error:
         raise UserError(
-            f"the metadata tell the names {told!r:.60}, and expected are names by class, such as {{0: 'person'}}",
+            f"the metadata tell the {key} {told!r:.60}, and expected are {expected}",
             "Export the file from its checkpoint: acmix-deploy export",
         ) from error
 
 
 _NAMES = TypeAdapter(dict[int, str])
+_ARGUMENTS = TypeAdapter(dict[str, Any])
 
 
-def is_detector(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> bool:
-    """Whether a file is a detector by its metadata and gives one output [B, 4 + classes, anchors]."""
-    shapes = [output.shape for output in outputs.values()]
-    return metadata.get("task") == "detect" and len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][1] > 4
+def unlike_detector(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> str:
+    """What tells a file from a detector that :func:`decode` is for; empty where nothing does.
 
+    Args:
+        metadata: what the exporter left in the file.
+        outputs: what it gave, by name, on an image or on noise.
 
-def parts(output: Array) -> dict[str, Array]:
-    """The boxes [B, 4, anchors] and the scores [B, classes, anchors] of a detector's output.
-
-    Boxes are hundreds of pixels large and scores at most 1: a norm of both shows nothing of the scores.
+    Raises:
+        UserError: see :func:`unlike_told`.
     """
-    return {"boxes": output[:, :4], "scores": output[:, 4:]}
+    found = unlike_told(metadata, {name: output.shape for name, output in outputs.items()})
+    if found:
+        return found
+    ((name, output),) = outputs.items()
+    values = output.astype(np.float32)
+    if values.shape[2] == 6:
+        scores, classes = values[:, :, 4], values[:, :, 5]
+        if _within(scores) and (classes >= 0).all() and (classes == classes.round()).all():
+            return f"gives {name} {list(output.shape)}, whose rows are a box, a score and a class"
+    if not _within(scores := values[:, 4:]) and np.isfinite(scores).all():
+        return f"gives {name} with scores from {scores.min():.3g} to {scores.max():.3g}, which are 0 to 1"
+    return ""
+
+
+def unlike_told(metadata: Mapping[str, str], outputs: Mapping[str, Dims]) -> str:
+    """What tells a file from a detector that :func:`decode` is for without running it; empty where nothing does.
+
+    Files with non-maximum suppression or an end-to-end head in them give rows [B, N, 6] of boxes, scores and classes,
+    which their shape alone does not tell from 4 + classes and 6 anchors.
+
+    Args:
+        metadata: what the exporter left in the file; ``end2end`` and ``args`` as Ultralytics writes them.
+        outputs: shapes by name; free axes are names or None.
+
+    Raises:
+        UserError: ``names`` or ``args`` in the metadata have another form.
+    """
+    given = f"gives {', '.join(f'{name} {list(dims)}' for name, dims in outputs.items())}"
+    task = metadata.get("task", "not told")
+    if task != "detect":
+        return f"{given}, and its task is {task}"
+    shapes = [*outputs.values()]
+    rows = shapes[0][1] if [len(dims) for dims in shapes] == [3] else 0
+    if isinstance(rows, int) and rows <= 4:
+        return given
+    if metadata.get("end2end") == "True":
+        return f"{given} of an end-to-end head (end2end in its metadata)"
+    if _entry(metadata, "args", _ARGUMENTS, "settings by name, such as {'nms': False}").get("nms"):
+        return f"{given} after non-maximum suppression (nms in its metadata)"
+    names = names_of(metadata)
+    if names and isinstance(rows, int) and rows - 4 != len(names):
+        return f"{given}, which would be {rows - 4} classes, and its metadata name {len(names)}"
+    return ""
+
+
+def no_detector(name: str, found: str) -> UserError:
+    """What to raise for a file that ``found`` tells from a detector."""
+    return UserError(
+        f"{name} is not a detector: it {found}; expected is one image input [B, 3, H, W], one output "
+        "[B, 4 + classes, anchors] and the task detect in its metadata",
+        NO_DETECTOR_HINT,
+    )
+
+
+NO_DETECTOR_HINT = (
+    "Export it from its checkpoint: acmix-deploy export. Non-maximum suppression and end-to-end heads in a file are "
+    "not supported yet."
+)
+
+
+def spoilt(output: Array, confidence: float) -> str:
+    """What keeps an output [B, 4 + classes, anchors] from being decoded; empty where nothing does.
+
+    A box that is not finite spoils nothing where its score is finite and not above the confidence.
+    """
+    best = output[:, 4:].max(axis=1)  # NaN where one is among the scores
+    counted = ~((best >= -_ROUNDING) & (best <= confidence))
+    scores, boxes = best[counted], output[:, :4].transpose(0, 2, 1)[counted]
+    if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+        return "boxes or scores that are not finite"
+    if not _within(scores):
+        return f"scores from {scores.min():.3g} to {scores.max():.3g}, which are 0 to 1"
+    return ""
+
+
+def _within(scores: Array) -> bool:
+    return bool(((scores >= -_ROUNDING) & (scores <= 1 + _ROUNDING)).all())
+
+
+_ROUNDING = 0.01  # beyond [0, 1] that a score may lie; a step of float16 at 1 is 0.001
 
 
 def decode(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from acmix_deploy.detection.boxes import NO_DETECTOR_HINT
+
 _REPLACED = "acmix-deploy export replaces the block by its own, proven equal"
 
 
@@ -106,6 +108,12 @@ FAULTS: dict[str, Fault] = {
         "the file is not valid ONNX, or ONNX Runtime refuses it",
         "",
         "Export the checkpoint again with acmix-deploy export.",
+    ),
+    "other-outputs": Fault(
+        "a file with the task detect gives something else than `[B, 4 + classes, anchors]`, such as rows of boxes, "
+        "scores and classes by Ultralytics' `nms=True` or an end-to-end head",
+        "scores above 1, boxes where nothing is; `detect` and `serve` refuse the file",
+        NO_DETECTOR_HINT,
     ),
     "other-machine": Fault(
         "the engine was built for something else than there is here",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from acmix_deploy import checkpoint
 from acmix_deploy.artifacts import read_artifact, sha256, sidecar
+from acmix_deploy.detection.boxes import unlike_told
 from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 from acmix_deploy.manifest import KIND, check, read_manifest, this_machine
 from acmix_deploy.plugin.library import check as check_plugin
+from acmix_deploy.runtime.tensorrt import outputs_of
 
 Progress = Callable[[str], None]
 
@@ -78,6 +80,12 @@ def _engine(path: Path, plugin: Path | None) -> Examination:
         "plugin": str(manifest.plugin.path) if manifest.plugin else "none",
     }
     findings, notes = [], []
+    try:
+        unlike = unlike_told(manifest.metadata, {node.name: node.dims for node in outputs_of(manifest)})
+    except UserError as error:
+        unlike = f"cannot be decoded: {error.message}"
+    if unlike and manifest.metadata.get("task") == "detect":
+        findings.append(Finding.of("other-outputs", f"it {unlike}"))
     try:
         library = plugin or (manifest.plugin.path if manifest.plugin else None)
         check(manifest, this_machine(machine.backend), sha256(library) if library and library.is_file() else None)

@@ -18,6 +18,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import replacing
+from acmix_deploy.detection.boxes import no_detector, unlike_detector, unlike_told
 from acmix_deploy.detection.images import Letterbox, batches, find
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
@@ -119,8 +120,8 @@ def quantize(
         progress: told what is being done.
 
     Raises:
-        UserError: the file cannot be used, is quantised already or of too low an opset; there is no readable image; a
-            pattern fits nothing.
+        UserError: the file cannot be used, is quantised already or of too low an opset, or says that it is a detector
+            and gives something else than boxes and scores; there is no readable image; a pattern fits nothing.
         MissingComponent: OpenCV is not installed.
     """
     if target.resolve() == source.resolve():
@@ -129,6 +130,9 @@ def quantize(
         raise UserError(f"{target} is a folder", "Give the name of a file with -o.")
     session = open_session(source)
     metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    unlike = unlike_told(metadata, {node.name: node.shape for node in session.get_outputs()})
+    if unlike and metadata.get("task") == "detect":  # before the long work
+        raise no_detector(str(source), unlike)
     model = _load(source, opset=_FLOAT16_SCALES if fp16 else _CHANNEL_SCALES)
     chosen = choose_layers(model, exclude, quantize_head=quantize_head)
     if fp16:
@@ -398,6 +402,9 @@ def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dic
         return {name: np.concatenate(arrays) for name, arrays in zip(names, runs, strict=True)}
 
     expected, actual = outputs(source), outputs(target)
+    unlike = unlike_detector(metadata, expected)
+    if unlike and metadata.get("task") == "detect":
+        raise no_detector(str(source), unlike)
     found = {name: deviation(array, actual[name]) for name, array in expected.items()}
     for name, parts in parts_of(metadata, expected).items():
         for part, channels in parts.items():

@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from acmix_deploy.detection.boxes import CONFIDENCE, IOU, Array, Detections, decode, is_detector, names_of
+from acmix_deploy.detection.boxes import (
+    CONFIDENCE,
+    IOU,
+    Array,
+    Detections,
+    decode,
+    names_of,
+    no_detector,
+    spoilt,
+    unlike_detector,
+)
 from acmix_deploy.detection.images import Image, Letterbox, tensor
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input, Shape, check_size
+from acmix_deploy.runtime.inputs import Input, Shape, check_size, random_images
 from acmix_deploy.runtime.models import open_model, usual_shape
 from acmix_deploy.runtime.onnxruntime import Provider, open_session
 from acmix_deploy.runtime.reason import reason
@@ -40,7 +50,7 @@ class Opened(NamedTuple):
 
 
 class Detector:
-    """A detector that is loaded and has run once. For one caller at a time, of any thread.
+    """A detector that is loaded and has run once, on noise. For one caller at a time, of any thread.
 
     Use it in a ``with`` statement, or call :meth:`close`: an engine holds memory of the device.
     """
@@ -72,10 +82,13 @@ class Detector:
         self._min_batch = profile[0][0] if profile else fixed or 1
         if self.input_shape[1] != 3:
             raise no_detector(name, f"takes {self._input}")
-        outputs = self.infer({self._input.name: self._empty(self._min_batch)})
-        if not is_detector(opened.metadata, outputs):
-            shapes = ", ".join(f"{key} {list(output.shape)}" for key, output in outputs.items())
-            raise no_detector(name, f"gives {shapes}, and its task is {opened.metadata.get('task', 'not told')}")
+        noise = random_images((self._min_batch, *self.input_shape[1:]))
+        outputs = self.infer({self._input.name: noise.astype(self._input.dtype)})
+        if found := unlike_detector(opened.metadata, outputs):
+            raise no_detector(name, found)
+        for key, output in outputs.items():
+            if not np.isfinite(output).all():
+                raise CheckFailed(f"{name} gives {key} that is not finite on noise {list(noise.shape)}")
 
     @classmethod
     def load(
@@ -102,7 +115,7 @@ class Detector:
         Raises:
             UserError: the file cannot be used here, or is not a detector.
             MissingComponent: what runs it, or OpenCV, is not here.
-            CheckFailed: it fails when it runs.
+            CheckFailed: it fails when it runs, or an output is not finite on noise.
         """
         opened = _open_onnx(path, threads, provider, plugin) if path.suffix == ".onnx" else _open_engine(path, plugin)
         try:
@@ -119,7 +132,7 @@ class Detector:
 
         Raises:
             UserError: an array is not such an image.
-            CheckFailed: the model fails.
+            CheckFailed: the model fails, or gives what is no box or score: NaN, infinities, scores outside [0, 1].
         """
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -168,7 +181,9 @@ class Detector:
         batch = self._empty(max(len(images), self._min_batch))
         for place, image in zip(batch, images, strict=False):
             place[:] = tensor(self._letterbox(image, height, width))
-        (output,) = self.infer({self._input.name: batch}).values()
+        ((name, output),) = self.infer({self._input.name: batch}).items()
+        if problem := spoilt(output[: len(images)], self.confidence):
+            raise CheckFailed(f"{self.name} gives {name} with {problem}")
         placements = [self._letterbox.place(image.shape, height, width) for image in images]
         return decode(output[: len(images)], placements, confidence=self.confidence, iou=self.iou)
 
@@ -218,12 +233,3 @@ def _open_engine(path: Path, plugin: Path | None) -> Opened:
 
 def _closed(feed: Feed) -> dict[str, Array]:
     raise ValueError("the detector is closed")
-
-
-def no_detector(name: str, found: str) -> UserError:
-    """What to raise for a file that ``found`` tells from a detector."""
-    return UserError(
-        f"{name} is not a detector: it {found}; expected is one image input [B, 3, H, W], one output "
-        "[B, 4 + classes, anchors] and the task detect in its metadata",
-        "Export it from its checkpoint: acmix-deploy export",
-    )

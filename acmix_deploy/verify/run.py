@@ -12,7 +12,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.boxes import CONFIDENCE, is_detector, names_of
+from acmix_deploy.detection.boxes import CONFIDENCE, names_of, no_detector, unlike_detector
 from acmix_deploy.detection.images import Letterbox, find, placed_batches
 from acmix_deploy.detection.parts import Parts, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
@@ -74,7 +74,8 @@ def verify(
 
     Raises:
         CheckFailed: a runner fails on an input.
-        UserError: there is no input.
+        UserError: there is no input; or images are given, and the reference says that it is a detector and gives
+            something else than boxes and scores.
     """
     feeds = [dict(feed) for feed in inputs]
     without_scenes = len(feeds)
@@ -94,7 +95,13 @@ def verify(
         expected = _run(reference, feeds)
         rights = _outputs(expected)
         layout = parts_of(metadata or {}, rights[0])
-        detector = is_detector(metadata or {}, rights[0])
+        unlike = next(filter(None, (unlike_detector(metadata or {}, outputs) for outputs in rights)), "")
+        detector = not unlike
+        if unlike and (metadata or {}).get("task") == "detect":
+            if scenes:
+                raise no_detector(reference.name, unlike)
+            layout = {name: {} for name in layout}
+            notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
         eager_errors: dict[str, list[dict[Part, Deviation]]] = {}
         for precision, runner in (eager or {}).items():
             try:
@@ -185,7 +192,7 @@ def compare_files(
 
     Raises:
         UserError: a file cannot be used, the two take different inputs, a size that is free is no multiple of the
-            stride, or there is no readable image.
+            stride, or there is no readable image, or a detector's output cannot be decoded in images.
         CheckFailed: a file fails on an input.
         MissingComponent: what runs the candidate is not here.
     """

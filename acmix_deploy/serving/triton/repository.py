@@ -20,7 +20,7 @@ from pydantic import Field
 
 from acmix_deploy import __version__
 from acmix_deploy.artifacts import sha256, sidecar, writing
-from acmix_deploy.detection.boxes import CONFIDENCE, MOST, names_of
+from acmix_deploy.detection.boxes import CONFIDENCE, MOST, names_of, no_detector, unlike_told
 from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
@@ -29,7 +29,7 @@ from acmix_deploy.runtime import onnxruntime, tensorrt
 from acmix_deploy.runtime.inputs import Input, check_size
 from acmix_deploy.runtime.models import usual_shape
 from acmix_deploy.runtime.onnxruntime import Provider, open_session
-from acmix_deploy.serving.detector import no_detector
+from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.triton.suppression import suppression
 
 Backend = Literal["native", "python"]
@@ -156,10 +156,13 @@ def _read(path: Path, plugin: Path | None) -> _Network:
         [len(node.dims) for node in (*inputs, *outputs)] != [4, 3]
         or inputs[0].dims[1] != 3
         or {node.dtype.kind for node in (*inputs, *outputs)} != {"f"}
-        or metadata.get("task") != "detect"
     ):
         given = f"takes {', '.join(map(str, inputs))} and gives {', '.join(map(str, outputs))}"
-        raise no_detector(path.stem, f"{given}, and its task is {metadata.get('task', 'not told')}")
+        raise no_detector(path.stem, given)
+    if found := unlike_told(metadata, {node.name: node.dims for node in outputs}):
+        raise no_detector(path.stem, found)
+    if not manifest:
+        Detector.load(path).close()
     wanted = usual_shape(metadata, profile)
     shape = [dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)]
     check_size(str(path), shape, metadata)
