@@ -94,7 +94,7 @@ def test_free_axes_are_built_for_what_was_checked(folder, gpu, empty_library):
     profiles = read_manifest(engine).profiles
     assert profiles == {"images": ((1, 3, 32, 48), (1, 3, 32, 48), (2, 3, 32, 48))}
     compared = [c.input_shapes["images"] for c in report().verification.comparisons if c.candidate == engine.name]
-    assert compared == [(1, 3, 32, 48), (2, 3, 32, 48)]
+    assert list(dict.fromkeys(compared)) == [(1, 3, 32, 48), (2, 3, 32, 48)]
     (command,) = report().next_steps
     assert main(command.replace("--power", "--samples 3").split()[1:]) == 0
 
