@@ -23,6 +23,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from acmix_deploy.artifacts import replacing
+from acmix_deploy.checkpoint.refusals import does_not_run
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -204,10 +205,7 @@ def run(module: nn.Module, shape: Shape) -> list[Array]:
     except AcmixDeployError:
         raise
     except Exception as error:  # the model's own code
-        raise UserError(
-            f"the model does not run on an input of {list(shape)}: {reason(error)}",
-            "Check the input shape and the dynamic axes.",
-        ) from error
+        raise does_not_run("the model", module, shape, error) from error
     if not outputs:
         raise UserError("the model returns no tensor")
     return [output.numpy() for output in outputs]

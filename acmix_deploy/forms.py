@@ -18,7 +18,7 @@ from onnx import helper, inliner, numpy_helper, shape_inference
 
 from acmix_deploy.artifacts import Artifact, replacing, write_artifact
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import name_nodes
+from acmix_deploy.graph import name_nodes, read
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.targets import Form, Target
@@ -43,7 +43,7 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> tuple[A
     Raises:
         UserError: the target reads no file of this opset or form, or a definition is missing.
     """
-    model = onnx.load(source)
+    model = read(source)
     name_nodes(model)
     target.check_opset(next(entry.version for entry in model.opset_import if entry.domain in _STANDARD), str(source))
     inlined = {} if form == "plain" else refused(model)

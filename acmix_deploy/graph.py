@@ -18,10 +18,13 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo
 
 from acmix_deploy.errors import UserError
+from acmix_deploy.files import LARGEST_MESSAGE, expect, too_large
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
+from acmix_deploy.runtime.refusals import unreadable
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -30,6 +33,8 @@ RESHAPING = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Tra
 """Operators that move values without changing them."""
 
 DOUBLE = frozenset({TensorProto.DOUBLE})
+_LARGEST = LARGEST_MESSAGE - (1 << 26)
+"""Bytes of a model that is changed and written again: room for what is added."""
 FLOATS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 
 
@@ -80,19 +85,31 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         weights: also read those that lie in files of their own.
 
     Raises:
-        UserError: it does not exist or is no ONNX file.
+        UserError: it does not exist, is no ONNX file, or is too large with its weights.
     """
-    if not path.is_file():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "Give an ONNX file.")
+    expect(path, "onnx")
     try:
-        model = onnx.load(path, load_external_data=weights)
+        model = onnx.load(path, load_external_data=False)
+        if weights:
+            _check_size(path, model)
+            onnx.load_external_data_for_model(model, str(path.parent))
+    except UserError:
+        raise
     except Exception as error:  # protobuf's DecodeError, or a missing file of weights
-        raise UserError(
-            f"{path} cannot be read as an ONNX file: {reason(error)}", "Export or copy it again."
-        ) from error
+        raise unreadable(path, error) from error
     if not model.graph.node:
         raise UserError(f"{path} holds no ONNX graph", "Give the file that an exporter wrote.")
     return model
+
+
+def _check_size(path: Path, model: onnx.ModelProto) -> None:
+    """Raises UserError where the model with its weights in it is more than can be written or checked in one piece."""
+    outside = [
+        ExternalDataInfo(tensor) for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL
+    ]
+    size = path.stat().st_size + sum(info.length or 0 for info in outside)
+    if size > _LARGEST:
+        raise too_large(path, size)
 
 
 def check(model: onnx.ModelProto, path: Path) -> None:

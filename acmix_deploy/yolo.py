@@ -16,7 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
+from acmix_deploy.runtime.reason import raised, reason
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,18 +33,30 @@ def ultralytics(module: str) -> ModuleType:
     """The submodule of Ultralytics with this name, e.g. ``nn.tasks``.
 
     Raises:
-        MissingComponent: Ultralytics is not installed.
+        MissingComponent: Ultralytics, or what it imports, is not installed.
+        UserError: the one that is found cannot be imported.
     """
     try:
         import_module("ultralytics")
+        return import_module(f"ultralytics.{module}")
     except ModuleNotFoundError as error:
-        if error.name != "ultralytics":
-            raise
+        if error.name == "ultralytics":
+            raise MissingComponent(
+                "Ultralytics is needed here and is not installed",
+                "Run: pip install 'acmix-deploy[ultralytics]' (the licence of Ultralytics is AGPL-3.0)",
+            ) from error
+        if error.name and error.name.startswith("ultralytics."):
+            raise UserError(
+                f"the Ultralytics that is found has no {error.name}",
+                "docs/checkpoints.md#ultralytics names releases that were tried.",
+            ) from error
         raise MissingComponent(
-            "Ultralytics is needed here and is not installed",
-            "Run: pip install 'acmix-deploy[ultralytics]' (the licence of Ultralytics is AGPL-3.0)",
+            f"Ultralytics is installed and lacks what it imports: {reason(error)}", f"Run: pip install {error.name}"
         ) from error
-    return import_module(f"ultralytics.{module}")
+    except Exception as error:  # a changed copy may raise anything
+        raise UserError(
+            f"the Ultralytics that is found cannot be imported: {raised(error)}", "Mend that line or install it again."
+        ) from error
 
 
 def register() -> None:
@@ -105,8 +119,9 @@ def model_yaml(variant: Variant, scale: Scale = "n", num_classes: int = 80) -> d
             f"there is no variant {variant!r} of scale {scale!r}",
             f"Variants are {', '.join(get_args(Variant))}; scales are {', '.join(get_args(Scale))}.",
         )
-    utils = ultralytics("utils")
-    model: dict[str, Any] = utils.YAML.load(Path(utils.ROOT) / "cfg/models/v8/yolov8.yaml")
+    utils: Any = ultralytics("utils")
+    read = utils.YAML.load if hasattr(utils, "YAML") else utils.yaml_load
+    model: dict[str, Any] = read(Path(utils.ROOT) / "cfg/models/v8/yolov8.yaml")
     layers = model["backbone"] + model["head"]
     maps = layers[-1][0] if variant == "p3p4p5" else layers[-1][0][-1:]
 
@@ -133,6 +148,13 @@ def build(variant: Variant, scale: Scale = "n", num_classes: int = 80) -> nn.Mod
     """An untrained detector of :func:`model_yaml`, an ``ultralytics.nn.tasks.DetectionModel`` in training mode."""
     register()
     model: nn.Module = ultralytics("nn.tasks").DetectionModel(model_yaml(variant, scale, num_classes), verbose=False)
+    return model
+
+
+def smallest() -> nn.Module:
+    """The least that is a detector of the installed package, untrained: one convolution and a head of one class."""
+    layers = {"backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": [[[0], 1, "Detect", ["nc"]]], "nc": 1}
+    model: nn.Module = ultralytics("nn.tasks").DetectionModel(layers, verbose=False)
     return model
 
 
@@ -228,9 +250,7 @@ def detection_metadata(model: nn.Module) -> dict[str, str] | None:
     """
     if not _is_ultralytics(model):
         return None
-    tasks, augment = ultralytics("nn.tasks"), ultralytics("data.augment")
-    defaults = inspect.signature(augment.LetterBox.__init__).parameters
-    rule = {name: defaults[name].default for name in ("center", "scaleup", "padding_value")}
+    tasks = ultralytics("nn.tasks")
     detector: Any = model
     metadata = {
         "task": getattr(detector, "task", None) or tasks.guess_model_task(detector),
@@ -238,7 +258,7 @@ def detection_metadata(model: nn.Module) -> dict[str, str] | None:
         "names": str(_class_names(detector.names)),
         "channels": str(int(detector.yaml.get("channels", 3))),
         "end2end": str(_runs_end_to_end(_head(model))),
-        "letterbox": json.dumps(rule),
+        "letterbox": json.dumps(_letterbox().model_dump()),
     }
     if (points := getattr(detector, "kpt_shape", None)) is not None:
         metadata["kpt_shape"] = str([int(number) for number in points])
@@ -247,6 +267,12 @@ def detection_metadata(model: nn.Module) -> dict[str, str] | None:
     if size is not None:
         metadata["imgsz"] = str([size, size] if isinstance(size, int) else [int(side) for side in size])
     return metadata
+
+
+def _letterbox() -> Letterbox:
+    """The rule of the installed package. What its ``LetterBox`` takes no argument for it does as ours by default."""
+    taken = inspect.signature(ultralytics("data.augment").LetterBox.__init__).parameters
+    return Letterbox(**{name: taken[name].default for name in Letterbox.model_fields if name in taken})
 
 
 def _class_names(names: Any) -> dict[int, str]:

@@ -564,14 +564,14 @@ BROKEN = {
     "empty": "is empty",
     "truncated": "whose end is missing",
     "zeros inside": "cannot be read",
-    "text": "cannot be read",
+    "text": "is a text file that begins with 'hello world'; a PyTorch checkpoint",
     "random": "cannot be read",
     "list": "holds a list and no model",
     "tensor": "holds a Tensor and no model",
     "empty dict": "holds a dict and no model",
     "dict of numbers": "a dict with 'epoch', 'loss', 'x' and no model",
-    "directory": "cannot be opened: Is a directory",
-    "missing": "cannot be opened: No such file",
+    "directory": "is a folder",
+    "missing": "does not exist",
 }
 
 
@@ -587,11 +587,18 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, name: str, trust: bool) ->
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and no end"])
-def test_a_file_that_is_no_program(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"text", "is a text file"),
+        (b"PK\x03\x04 and no end", "cannot be read.*whose end is missing"),
+    ],
+)
+def test_a_file_that_is_no_program(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "a.pt2"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=said):
         load(path)
 
 

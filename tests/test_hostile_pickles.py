@@ -538,5 +538,5 @@ def test_what_would_print_as_more_than_there_is_memory(tmp_path: Path, place: st
     else:
         model.args = {"imgsz": entry}
     torch.save(model, path)
-    with pytest.raises(UserError, match="cannot be read as a PyTorch checkpoint"):
+    with pytest.raises(UserError, match="holds what cannot be used: TypeError"):
         load(path)

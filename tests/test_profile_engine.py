@@ -81,7 +81,7 @@ def test_inputs_of_free_size_have_to_be_in_the_profile(gpu, tmp_path: Path) -> N
 
 def test_a_file_that_is_no_engine(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing to run")
-    with pytest.raises(UserError, match=r"notes.txt is neither an ONNX file"):
+    with pytest.raises(UserError, match=r"notes.txt is a text file that begins with 'nothing to run'; an ONNX file"):
         profile([tmp_path / "notes.txt"])
 
 

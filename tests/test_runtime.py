@@ -123,7 +123,7 @@ def test_a_session_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     for path, why in (
         (tmp_path / "absent.onnx", "does not exist"),
         (tmp_path, "is a folder"),
-        (truncated, "ONNX Runtime refuses .*truncated.onnx: "),
+        (truncated, "truncated.onnx ends too early"),
     ):
         with pytest.raises(UserError, match=why) as caught:
             open_session(path)
@@ -203,7 +203,7 @@ def test_precision_sees_float16_anywhere(tmp_path: Path) -> None:
         cast.graph.node[0].attribute.append(helper.make_attribute("to", target))
         assert precision_of(cast) == name
     (tmp_path / "broken.onnx").write_bytes(b"broken")
-    with pytest.raises(UserError, match="cannot be read as an ONNX file"):
+    with pytest.raises(UserError, match=r"broken.onnx is a text file"):
         precision_of(tmp_path / "broken.onnx")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 import zipfile
 from collections.abc import Mapping
@@ -13,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 from acmix_deploy import families, yolo
 from acmix_deploy.checkpoint.pickles import NotHere, importable_here, named_beside_a_model, unpickle
 from acmix_deploy.checkpoint.programs import load_program
-from acmix_deploy.checkpoint.refusals import not_here, unreadable
-from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.checkpoint.refusals import not_here, unusable
+from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
+from acmix_deploy.files import expect
 from acmix_deploy.runtime.reason import reason
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
-
-SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt")
-"""How the names of checkpoints end."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,10 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
     path = Path(path)
     contents = read(path, trust=trust)
     model, notes = contents.model, [*contents.notes]
-    if path.suffix == ".pt2":
+    if contents.program:
         return LoadedModel(model)
     if contents.unknown and not arch:
-        raise not_here(path, contents.unknown, trust)
+        raise not_here(path, contents.unknown, trust, getattr(model, "saved_by", ""))
     by_parts = contents.by_parts
     if model is None or contents.unknown:
         by_parts = ()
@@ -74,12 +73,12 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
         notes.append(f"--arch {arch} is not needed: the file holds a whole module")
     try:
         model = model.float().eval()
-        head = yolo.keep_head(model, contents.version)
+        head = yolo.keep_head(model, getattr(model, "saved_by", "").rpartition(" ")[2])
         metadata = yolo.detection_metadata(model) or {}
-    except UserError:
+    except AcmixDeployError:
         raise
     except Exception as error:
-        raise unreadable(path, error) from error
+        raise unusable(path, error) from error
     notes += [head] * bool(head)
     notes += [f"weights converted from {name} to float32" for name in contents.types if name != "float32"]
     return LoadedModel(model, metadata, tuple(notes), by_parts)
@@ -97,7 +96,7 @@ class Contents:
         by_parts: paths of blocks whose classes cannot be imported and that are known by their parts.
         beside: names in the pickle for which an inert object was taken, such as a configuration.
         notes: what was chosen on the way.
-        version: of the Ultralytics that saved it, where it says so.
+        program: whether the model is the program of a ``.pt2`` file.
     """
 
     model: Any
@@ -106,7 +105,7 @@ class Contents:
     by_parts: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    version: str = ""
+    program: bool = False
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -122,27 +121,17 @@ def read(path: Path, *, trust: bool = False) -> Contents:
         UserError: not such a file, or one that needs ``trust``.
         MissingComponent: see :func:`load`.
     """
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror}", "Name a checkpoint file.") from error
+    kind = expect(path, "checkpoint", "program")
     try:
         from torch import nn
     except ModuleNotFoundError as error:
         raise MissingComponent(
             "PyTorch is needed to load a checkpoint and is not installed", "Run: pip install 'acmix-deploy[export]'"
         ) from error
-    if path.suffix == ".pt2":
-        return Contents(load_program(path, trust=trust))
-    if _is_torchscript(path):
-        raise UserError(
-            f"{path} is a TorchScript archive, which holds no module", "Name the checkpoint it was made of."
-        )
-
+    if kind == "program":
+        return Contents(load_program(path, trust=trust), program=True)
     _check_unpacked_size(path)
-    loaded = unpickle(path, trust=trust)
-    model, notes = _find_model(path, loaded)
-    version = str(loaded.get("version", "")) if isinstance(loaded, Mapping) else ""
+    model, notes = _find_model(path, unpickle(path, trust=trust))
     unknown: list[str] = []
     by_parts: list[str] = []
     state = model
@@ -154,17 +143,9 @@ def read(path: Path, *, trust: bool = False) -> Contents:
     except UserError:
         raise
     except Exception as error:
-        raise unreadable(path, error) from error
+        raise unusable(path, error) from error
     module = model if isinstance(model, nn.Module) else None
-    beside = named_beside_a_model(path)
-    return Contents(module, state, tuple(unknown), tuple(by_parts), beside, tuple(notes), version)
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return Contents(module, state, tuple(unknown), tuple(by_parts), named_beside_a_model(path), tuple(notes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +157,7 @@ def _find_model(path: Path, loaded: object) -> tuple[Any, list[str]]:
     from torch import nn
 
     notes = []
-    model = loaded
+    model: Any = loaded
     if isinstance(loaded, Mapping):
         choices = [key for key in ("ema", "model", "state_dict") if isinstance(loaded.get(key), nn.Module)]
         choices += [key for key in ("ema", "state_dict", "model") if _is_state_dict(loaded.get(key))]
@@ -185,6 +166,9 @@ def _find_model(path: Path, loaded: object) -> tuple[Any, list[str]]:
             notes += [f"took '{key}' from the checkpoint" for key in choices[:1] if key == "ema"]
         if isinstance(model, nn.Module) and isinstance(loaded.get("train_args"), dict):
             model.args = loaded["train_args"]  # where Ultralytics itself keeps them: the image size is among them
+        version = str(loaded.get("version"))
+        if type(model).__module__.startswith("ultralytics.") and re.fullmatch(r"\d[\w.+]{,31}", version):
+            model.saved_by = f"ultralytics {version}"
     if isinstance(model, nn.DataParallel):
         model = model.module
     if not isinstance(model, nn.Module) and not _is_state_dict(model):

@@ -44,6 +44,7 @@ class Reference(nn.Module):
         super().__init__()
         module = loaded.module
         self.model = module.module() if isinstance(module, ExportedProgram) else copy.deepcopy(module)
+        self.saved_by = getattr(module, "saved_by", "")
         self.uncompared = loaded.by_parts
         self._faults: dict[str, None] = {}
         self._exported: list[int] | None = None

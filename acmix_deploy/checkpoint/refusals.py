@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.runtime.reason import reason
+from acmix_deploy.runtime.reason import place, raised, reason
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """For a file on which ``error`` was raised."""
+    """For a file on which ``error`` was raised while it was unpickled."""
     with path.open("rb") as file:
         start = file.read(2)
-    if not start:
-        found = "it is empty"
-    elif start == b"PK" and not zipfile.is_zipfile(path):
+    if place(error):
+        return _raising(path, error)
+    if start == b"PK" and not zipfile.is_zipfile(path):
         found = "it is an archive whose end is missing"
     elif isinstance(error, (RuntimeError, OSError)):
         found = reason(error)
@@ -28,6 +33,74 @@ def unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
+def unusable(path: Path, error: Exception) -> UserError:
+    """For a file that could be unpickled, and on whose content ``error`` was raised."""
+    if place(error):
+        return _raising(path, error)
+    return UserError(
+        f"{path} holds what cannot be used: {raised(error)}",
+        "Its objects are not as their classes make them: another release of their package saved them, or they were "
+        "changed.",
+    )
+
+
+def _raising(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be loaded, because code that it needs fails: {raised(error)}",
+        "Mend that line, or load with the code that the checkpoint was saved with.",
+    )
+
+
+def does_not_run(what: str, module: nn.Module, shape: Sequence[int], error: Exception) -> UserError:
+    """For a module that raised ``error`` on an input.
+
+    Args:
+        what: how it is called.
+        module: knows the release that saved it, where :func:`acmix_deploy.checkpoint.load` was told.
+        shape: [B, C, H, W] of the input.
+        error: what its code raised. A missing attribute is a class that is not of the checkpoint's release.
+    """
+    where = f" ({found})" if (found := place(error)) else ""
+    if lacking := _lacks(error):
+        kind, attribute = lacking
+        here, saved = _package_of(kind), getattr(module, "saved_by", "")
+        by = f", which {saved} saved," if saved else ""
+        return UserError(
+            f"{what} does not run: {kind.__module__}.{kind.__qualname__}{f' of {here}' if here else ''} reads the "
+            f"attribute {attribute!r}, and the one in the checkpoint{by} has none{where}",
+            f"The class is older or newer than the checkpoint: install the release that saved it{_pinned(saved)}.",
+        )
+    if isinstance(error, (NameError, ImportError, AttributeError, KeyError)):
+        return UserError(f"{what} does not run: {raised(error)}", "No input helps: mend the code of the model.")
+    return UserError(
+        f"{what} does not run on an input of {list(shape)}: {reason(error)}{where}",
+        "Check the input shape and the dynamic axes.",
+    )
+
+
+def _lacks(error: Exception) -> tuple[type, str] | None:
+    """The class of a module and the attribute that its code missed."""
+    from torch import nn
+
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    if not isinstance(root, AttributeError) or not isinstance(root.obj, nn.Module):
+        return None
+    return type(root.obj), str(root.name)
+
+
+def _package_of(kind: type) -> str:
+    """``torch 2.14.1``: the package of a class with its version; empty where it has none."""
+    package = sys.modules.get(kind.__module__.partition(".")[0])
+    version = getattr(package, "__version__", None)
+    return f"{package.__name__} {version}" if package and version else ""
+
+
+def _pinned(saved: str) -> str:
+    return f", pip install {saved.replace(' ', '==')}" if saved else ""
+
+
 def untrusted(path: Path, found: list[str]) -> UserError:
     """For a file that would run ``found``."""
     return UserError(
@@ -37,12 +110,23 @@ def untrusted(path: Path, found: list[str]) -> UserError:
     )
 
 
-def not_here(path: Path, unknown: Sequence[str], trust: bool) -> UserError:
-    """For a module with classes that cannot be imported; ``trust`` says that running their code was allowed."""
+def not_here(path: Path, unknown: Sequence[str], trust: bool, saved: str = "") -> UserError:
+    """For a module with classes that cannot be imported.
+
+    Args:
+        path: the file.
+        unknown: their names.
+        trust: whether running their code was allowed.
+        saved: the release of their package that the file names, ``ultralytics 8.3.100``.
+    """
+    by = f"; {saved} saved it" if saved else ""
     ways = "Run from the directory of their code" + ("" if trust else " with --trust, which runs code from the file")
     return UserError(
-        f"{path} needs classes that cannot be imported here: {_listed(unknown)}",
-        f"{ways}; or name what builds a module that takes the weights: --arch package.module:factory",
+        f"{path} needs classes that cannot be imported here: {_listed(unknown)}{by}",
+        f"Install the release that saved it{_pinned(saved)}; or, for a changed copy of it, run from its directory with "
+        "PYTHONPATH=. in the environment"
+        if saved
+        else f"{ways}; or name what builds a module that takes the weights: --arch package.module:factory",
     )
 
 

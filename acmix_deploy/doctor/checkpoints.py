@@ -23,7 +23,7 @@ def examine_checkpoint(path: Path, trust: bool, progress: Callable[[str], None])
     contents = read(path, trust=trust)
     blocks: list[families.BlockReport] = []
     findings, notes = [], [*contents.notes]
-    if path.suffix == ".pt2":
+    if contents.program:
         notes.append("blocks of a program are recognised once it is an ONNX file")
     elif contents.unknown:
         findings.append(Finding.of("missing-class", f"{', '.join(contents.unknown)} cannot be imported here"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from acmix_deploy import checkpoint
-from acmix_deploy.artifacts import read_artifact, sha256, sidecar
+from acmix_deploy.artifacts import sha256, sidecar
 from acmix_deploy.detection.boxes import unlike_told
 from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
-from acmix_deploy.manifest import KIND, check, read_manifest, this_machine
+from acmix_deploy.files import expect
+from acmix_deploy.manifest import check, read_manifest, this_machine
 from acmix_deploy.plugin.library import check as check_plugin
 from acmix_deploy.runtime.tensorrt import outputs_of
 
@@ -31,27 +31,19 @@ def examine(path: Path, *, trust: bool = False, plugin: Path | None = None, prog
         MissingComponent: PyTorch, for a checkpoint, is not installed.
         CheckFailed: a plugin crashes.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror}", "Name a file.") from error
+    kind = expect(path, "checkpoint", "program", "onnx", "engine", "plugin")
     progress(f"looking into {path}")
-    if head == b"\x7fELF":
+    if kind == "plugin":
         return _plugin(path)
-    if head[1:] == b"trt" or path.suffix in (".engine", ".plan") or _kind(path) == KIND:
+    if kind == "engine":
         return _engine(path, plugin)
-    if head[:2] in (b"PK", b"\x80\x02") or path.suffix in checkpoint.SUFFIXES:
+    if kind != "onnx":
         from acmix_deploy.doctor.checkpoints import examine_checkpoint
 
         return examine_checkpoint(path, trust, progress)
     from acmix_deploy.doctor.graphs import examine_onnx
 
     return examine_onnx(path, progress)
-
-
-def _kind(path: Path) -> str:
-    return read_artifact(path).kind if sidecar(path).is_file() else ""
 
 
 def _plugin(path: Path) -> Examination:

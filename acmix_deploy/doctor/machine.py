@@ -7,11 +7,13 @@ import importlib.util
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from acmix_deploy import __version__
+from acmix_deploy import __version__, yolo
+from acmix_deploy.checkpoint import load
 from acmix_deploy.doctor.diagnosis import Component
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 from acmix_deploy.manifest import TITLES, Backend, gpu_here
@@ -19,7 +21,7 @@ from acmix_deploy.plugin.build import NAME
 from acmix_deploy.plugin.library import check, installed_tensorrt
 from acmix_deploy.plugin.toolchain import find_cmake, find_cuda, find_tensorrt
 from acmix_deploy.profile.monitor import Monitor
-from acmix_deploy.runtime.reason import reason
+from acmix_deploy.runtime.reason import raised, reason
 from acmix_deploy.targets import target_of
 
 _PACKAGES = (
@@ -73,7 +75,32 @@ def _package(module: str, title: str, purpose: str, extra: str) -> Component:
     if module == "onnxruntime":
         names = (name.removesuffix("ExecutionProvider") for name in package.get_available_providers())
         found += f", {', '.join(names)}"
+    if module == "ultralytics" and "torch" in sys.modules and (problem := _ultralytics_problem()):
+        return Component(
+            name=title,
+            state="fault",
+            found=f"{found}, and a checkpoint that it makes does not load: {problem}",
+            advice="docs/checkpoints.md#ultralytics names releases that were tried.",
+        )
     return Component(name=title, state="ok", found=found)
+
+
+def _ultralytics_problem() -> str:
+    """What goes wrong with the least checkpoint that it makes, on the way to an export; empty where nothing does."""
+    import torch
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "smallest.pt")
+            torch.save({"model": yolo.smallest()}, path)
+            loaded: Any = load(path).module
+        with torch.no_grad():
+            yolo.prepare_for_export(loaded)(torch.zeros(1, 3, 64, 64))
+    except AcmixDeployError as error:
+        return error.message
+    except Exception as error:  # whatever another release of it raises
+        return raised(error)
+    return ""
 
 
 def _tensorrt() -> Iterator[Component]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
+from acmix_deploy.files import expect
 
 _ASK = """
 import ctypes, sys
@@ -69,8 +70,9 @@ def describe(path: Path) -> Library:
         UserError: it does not exist, cannot be loaded or is no plugin of acmix-deploy.
         CheckFailed: loading it ended the process, or its answer cannot be read.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} does not exist", "Build it first: acmix-deploy plugin build")
+    expect(path, "plugin")
     command = [sys.executable, "-I", "-c", _ASK, str(path.resolve())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if done.returncode < 0:

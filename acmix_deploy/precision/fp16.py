@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import UserError
 from acmix_deploy.forms import owner, to_form
-from acmix_deploy.graph import Feeds, name_nodes
+from acmix_deploy.graph import Feeds, name_nodes, read
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
 
 FLOAT32 = ("decode", "softmax", "range")
@@ -68,7 +68,7 @@ def to_fp16(
     Raises:
         UserError: a pattern fits no node, or the target cannot be written.
     """
-    model = onnx.load(source)
+    model = read(source)
     name_nodes(model)  # the converter leaves nodes in float32 by name
     choices = kept_by_pattern(model, float32)
     beyond = out_of_range(model, samples) if "range" in float32 else {}

@@ -22,7 +22,7 @@ from acmix_deploy.detection.boxes import no_detector, unlike_detector, unlike_to
 from acmix_deploy.detection.images import Letterbox, batches, find
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import Feeds, fed, name_nodes
+from acmix_deploy.graph import Feeds, fed, name_nodes, read
 from acmix_deploy.precision.fp16 import FLOAT32, Fp16Report, fits, kept_by_pattern, tail, to_fp16
 from acmix_deploy.precision.ranges import Method, calibrate
 from acmix_deploy.runtime.inputs import check_size, size_in
@@ -268,7 +268,7 @@ def _load(source: Path, opset: int) -> onnx.ModelProto:
     Raises:
         UserError: it is quantised already, not in float32, or below ``opset``.
     """
-    model = onnx.load(source)
+    model = read(source)
     quantized = next((node for node in model.graph.node if node.op_type in _QUANTIZED), None)
     if quantized is not None:
         raise UserError(f"{source} is quantised already: it has a {quantized.op_type}", "Give the float32 file.")

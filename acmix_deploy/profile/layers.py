@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.families import FAMILIES, FUSED_NODE, part
 from acmix_deploy.families.reduction import anchors
-from acmix_deploy.graph import NoMatch, name_nodes
+from acmix_deploy.graph import NoMatch, name_nodes, read
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.onnxruntime import PROVIDER, usable_cores
 from acmix_deploy.runtime.tensorrt import PLUGIN_LAYER
@@ -116,7 +116,7 @@ def onnx_layers(file: Path, feed: Mapping[str, Array], runs: int, threads: int |
         runs: how often it is run.
         threads: threads within an operator; by default one for each core the process may use.
     """
-    model = onnx.load(file)
+    model = read(file)
     name_nodes(model)
     _name_bodies(model)
     blocks = blocks_of(model)

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy import checkpoint
 from acmix_deploy.artifacts import read_artifact, sha256
+from acmix_deploy.checkpoint.refusals import does_not_run
 from acmix_deploy.detection.images import Letterbox, batches, find
 from acmix_deploy.errors import UserError
+from acmix_deploy.files import expect
 from acmix_deploy.manifest import read_manifest, this_machine
 from acmix_deploy.profile.layers import Blocks, Layer, block_of, blocks_of, nodes_in, onnx_layers
 from acmix_deploy.profile.timing import Machine
@@ -185,7 +187,7 @@ class Checkpoint:
         from acmix_deploy.runtime.torch import TorchRunner
 
         module = loaded.module.module() if isinstance(loaded.module, ExportedProgram) else loaded.module
-        self.file = file
+        self.file, self.module = file, module
         self.runner = TorchRunner(module)
         self.threads: int | None = setup.threads or usable_cores()
         images = Input(self.runner.input_name, (None,) * 4, np.dtype(np.float32))
@@ -205,7 +207,8 @@ class Checkpoint:
                 try:
                     runner.infer(self.feed)
                 except Exception as error:  # whatever the module raises
-                    raise _does_not_run(self.file, self.feed, error) from error
+                    (image,) = self.feed.values()
+                    raise does_not_run(str(self.file), self.module, image.shape, error) from error
 
                 def run() -> Sample:
                     runner.infer(self.feed)
@@ -224,10 +227,11 @@ Subject = OnnxFile | Engine | Checkpoint
 
 
 def open_subject(file: Path, setup: Setup) -> Subject:
-    """What is timed of a file, by its name. Raises what the constructors of the three raise."""
-    if file.suffix == ".onnx":
+    """What is timed of a file. Raises UserError where it is none of these, and what the constructors raise."""
+    kind = expect(file, "onnx", "engine", "checkpoint", "program")
+    if kind == "onnx":
         return OnnxFile(file, setup)
-    return Checkpoint(file, setup) if file.suffix in checkpoint.SUFFIXES else Engine(file, setup)
+    return Engine(file, setup) if kind == "engine" else Checkpoint(file, setup)
 
 
 def _feed(file: Path, opened: Model, setup: Setup) -> dict[str, Array]:

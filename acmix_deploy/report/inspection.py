@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from acmix_deploy.artifacts import Artifact, Parent, sha256, sidecar
 from acmix_deploy.engine import onnx_file
 from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.files import expect
 from acmix_deploy.graph import read
 from acmix_deploy.manifest import KIND, Manifest
 from acmix_deploy.plugin.library import Library, describe
@@ -68,9 +69,9 @@ def inspect(path: Path) -> Inspection:
     document = _document(path) if path.suffix == ".json" else {}
     if document and {"kind", "sha256", "settings"} <= document.keys():
         path = path.with_suffix("")
-    digest = sha256(path)
     artifact = _read_sidecar(path)
     kind, facts = _look(path, artifact, document)
+    digest = sha256(path)
     return Inspection(
         path=path,
         kind=kind,
@@ -85,32 +86,28 @@ def inspect(path: Path) -> Inspection:
 
 def _look(path: Path, artifact: Artifact | None, document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Kind of a file, and those fields of :class:`Inspection` that belong to it."""
-    with path.open("rb") as file:
-        head = file.read(4)
     if path.suffix == ".json":
         if "comparisons" in document:
             return "verification", {"report": _compared(path)}
         return "report", {"report": _files_of_report(path, document)}
-    if head == b"\x7fELF":
-        return "plugin", {"plugin": describe(path)}
-    if head == b"PK\x03\x04":
-        return "checkpoint", {"notes": ("acmix-deploy export says what is in a checkpoint",)}
     if artifact and artifact.kind == KIND:
         try:
             return KIND, {"manifest": Manifest.model_validate(artifact.settings)}
         except ValidationError:
             return KIND, {"notes": ("its manifest is of another form, so it cannot be checked before it runs",)}
-    if head[1:] == b"trt" or path.suffix in (".engine", ".plan"):
-        return KIND, {"notes": ("it has no manifest, so it cannot be checked before it runs",)}
     try:
-        model = read(path, weights=False)
+        kind = expect(path, "onnx", "engine", "plugin", "checkpoint", "program", "torchscript")
+        model = read(path, weights=False) if kind == "onnx" else None
     except UserError:
         if artifact:
             return artifact.kind, {}
-        raise UserError(
-            f"{path} is nothing that acmix-deploy reads or writes",
-            "It looks into ONNX files, engines, plugins, checkpoints, reports and their sidecars.",
-        ) from None
+        raise
+    if kind == "plugin":
+        return kind, {"plugin": describe(path)}
+    if kind == "engine":
+        return kind, {"notes": ("it has no manifest, so it cannot be checked before it runs",)}
+    if model is None:
+        return "checkpoint", {"notes": ("acmix-deploy doctor says what is in a checkpoint",)}
     return artifact.kind if artifact else "onnx", {"onnx": onnx_file.describe(model)}
 
 

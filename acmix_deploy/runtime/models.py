@@ -10,6 +10,7 @@ from polygraphy.backend.base import BaseRunner
 
 from acmix_deploy.artifacts import sidecar
 from acmix_deploy.errors import UserError
+from acmix_deploy.files import expect
 from acmix_deploy.manifest import Shape, read_manifest
 from acmix_deploy.runtime import tensorrt
 from acmix_deploy.runtime.inputs import Input, size_in
@@ -47,7 +48,7 @@ def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin
     """What is needed to run a file. An engine is only read here; what it needs is looked for when its runner starts.
 
     Args:
-        path: an ONNX file (.onnx), or an engine of any name with its manifest beside it.
+        path: an ONNX file, or an engine with its manifest beside it.
         name: how reports call it; the file's name by default.
         provider: what runs ONNX files, see :func:`acmix_deploy.runtime.onnxruntime.open_session`.
         plugin: the plugin library, for engines that use it (where the manifest says, by default) and for ONNX files on
@@ -57,7 +58,7 @@ def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin
         UserError: the file does not exist, is neither, or cannot be run here, with the reason.
         MissingComponent: ONNX Runtime has no such provider here.
     """
-    if path.suffix == ".onnx":
+    if expect(path, "onnx", "engine") == "onnx":
         session = open_session(path, provider=provider, plugin=plugin)
         return Model(
             runner=onnx_runner(path, name or path.name, provider=provider, plugin=plugin),
@@ -66,13 +67,9 @@ def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin
             metadata=session.get_modelmeta().custom_metadata_map,
             profiles={},
         )
-    if not path.is_file():
-        raise UserError(
-            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "Give an ONNX file or an engine."
-        )
     if not sidecar(path).is_file():
         raise UserError(
-            f"{path} is neither an ONNX file (.onnx) nor an engine with its manifest {sidecar(path).name}",
+            f"{path} is an engine without its manifest {sidecar(path).name}",
             "Build engines with acmix-deploy build, and move the manifest along with the engine.",
         )
     manifest = read_manifest(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -17,8 +16,10 @@ import onnxruntime
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
 from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.files import expect
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.reason import reason
+from acmix_deploy.runtime.refusals import refused, unreadable
 from acmix_deploy.targets import Precision
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ PROVIDERS: dict[Provider, str] = {
 """ONNX Runtime's name of each; what one cannot run the ones before it do."""
 PROVIDER = PROVIDERS["cpu"]
 
-_FLOAT64_CONV = re.compile(r"Could not find an implementation for Conv\(\d+\)")
 _NOT_INSTALLED = "Please install"  # how ONNX Runtime begins its advice on libraries that are missing
 _FATAL = 4  # errors are raised, so ONNX Runtime need not print them too
 
@@ -70,12 +70,12 @@ def open_session(
         plugin: library that provider "tensorrt" loads.
 
     Raises:
-        UserError: the file does not exist or ONNX Runtime refuses it, with its reason.
+        UserError: the file does not exist, is none of ONNX, or ONNX Runtime refuses it, with its reason.
         MissingComponent: the provider is not in this ONNX Runtime, or does not start here; the CPU never takes over.
     """
     name = str(model) if isinstance(model, Path) else "the model"
-    if isinstance(model, Path) and not model.is_file():
-        raise UserError(f"{model} {'is a folder' if model.is_dir() else 'does not exist'}", "Give an ONNX file.")
+    if isinstance(model, Path):
+        expect(model, "onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = _FATAL
@@ -90,15 +90,9 @@ def open_session(
     try:
         session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime's error types share no base of their own
-        text = reason(error)
-        if _NOT_INSTALLED in text:
-            raise _does_not_start(provider, missing or text) from error
-        hint = (
-            "The graph computes the position term in float64; `acmix-deploy fuse` repairs it."
-            if _FLOAT64_CONV.search(text)
-            else "Check that it is a complete ONNX file of opset 21 or below."
-        )
-        raise UserError(f"ONNX Runtime refuses {name}: {text}", hint) from error
+        if _NOT_INSTALLED in str(error):
+            raise _does_not_start(provider, missing or reason(error)) from error
+        raise refused(name, error) from error
     if PROVIDERS[provider] not in session.get_providers():
         raise _does_not_start(provider, missing)
     return session
@@ -208,10 +202,11 @@ def precision_of(model: Path | onnx.ModelProto) -> Precision:
     import onnx
 
     if isinstance(model, Path):
+        expect(model, "onnx")
         try:
             model = onnx.load(model, load_external_data=False)
         except Exception as error:  # a protobuf error or OSError
-            raise UserError(f"{model} cannot be read as an ONNX file: {reason(error)}") from error
+            raise unreadable(model, error) from error
     graph = model.graph
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node):
         return "int8"

@@ -23,6 +23,7 @@ from acmix_deploy.detection.boxes import (
 )
 from acmix_deploy.detection.images import Image, Letterbox, tensor
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
+from acmix_deploy.files import expect
 from acmix_deploy.runtime import onnxruntime, tensorrt
 from acmix_deploy.runtime.inputs import Input, Shape, check_size, random_images
 from acmix_deploy.runtime.models import open_model, usual_shape
@@ -104,7 +105,7 @@ class Detector:
         """Load a file and run it once.
 
         Args:
-            path: an ONNX file (.onnx) or an engine with its manifest.
+            path: an ONNX file or an engine with its manifest.
             plugin: library with custom layers, for engines (where the manifest says, by default) and provider
                 "tensorrt".
             confidence: score above which there is a detection.
@@ -117,7 +118,8 @@ class Detector:
             MissingComponent: what runs it, or OpenCV, is not here.
             CheckFailed: it fails when it runs, or an output is not finite on noise.
         """
-        opened = _open_onnx(path, threads, provider, plugin) if path.suffix == ".onnx" else _open_engine(path, plugin)
+        kind = expect(path, "onnx", "engine")
+        opened = _open_onnx(path, threads, provider, plugin) if kind == "onnx" else _open_engine(path, plugin)
         try:
             return cls(path.stem, opened, confidence, iou)
         except BaseException:

@@ -24,6 +24,7 @@ from acmix_deploy.detection.boxes import CONFIDENCE, MOST, names_of, no_detector
 from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
+from acmix_deploy.files import expect
 from acmix_deploy.manifest import Manifest, check, read_manifest
 from acmix_deploy.runtime import onnxruntime, tensorrt
 from acmix_deploy.runtime.inputs import Input, check_size
@@ -133,7 +134,7 @@ def package(
 
 def _read(path: Path, plugin: Path | None) -> _Network:
     manifest, library, profile = None, None, None
-    if path.suffix == ".onnx":
+    if expect(path, "onnx", "engine") == "onnx":
         if plugin:
             raise UserError(f"{plugin} is for engines, and {path} is an ONNX file", "Leave out --plugin.")
         session = open_session(path)
