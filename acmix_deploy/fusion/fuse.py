@@ -17,7 +17,16 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, anchors
 from acmix_deploy.fusion.prepare import load
-from acmix_deploy.fusion.sizes import Need, Patience, Source, smallest_image, sources, sources_of, values_at_sizes
+from acmix_deploy.fusion.sizes import (
+    Need,
+    Patience,
+    Source,
+    free_sides,
+    smallest_image,
+    sources,
+    sources_of,
+    values_at_sizes,
+)
 from acmix_deploy.graph import Array, Feeds, NoMatch, Reached, Region, count_nodes, evaluate, names_read
 from acmix_deploy.operators.spec import Operator, Tolerance
 from acmix_deploy.runtime.inputs import MIN_SIZE, min_size
@@ -232,9 +241,8 @@ def _fuse_family(
         try:
             reduced: Reduced = kit.reduce(found, request)
             reached = Reached.REDUCED
-            relative_l2 = _compare(
-                graph, region, reduced, block.values, request, kit.TOLERANCES, [*functions, *missing]
-            )
+            free, known = free_sides(block.inputs), [*functions, *missing]
+            relative_l2 = _compare(graph, region, reduced, block.values, free, kit.TOLERANCES, known)
         except NoMatch as error:
             leave(anchor, error, reached)
             continue
@@ -292,7 +300,7 @@ def _compare(
     region: Region,
     reduced: Reduced,
     values: list[Feeds],
-    request: Request,
+    free: tuple[bool, bool],
     tolerances: Mapping[str, Tolerance],
     functions: list[onnx.FunctionProto],
 ) -> float:
@@ -322,9 +330,10 @@ def _compare(
         worst = max(worst, error(original, reduced_form(feeds)))
     first, last = values[0], values[-1]
     same = all(np.array_equal(first[tensor.name], last[tensor.name]) for tensor in region.outside)
-    if len(values) > 1 and not request.fixed_size and same:  # else the block is of the sizes that were tried
+    if len(values) > 1 and any(free) and same:  # else the block is of the sizes that were tried
         shape = list(first[region.x.name].shape)
-        shape[reduced.height_axis : reduced.height_axis + 2] = (max(side, reduced.smallest) for side in _ODD)
+        for axis, (side, is_free) in enumerate(zip(_ODD, free, strict=True), reduced.height_axis):
+            shape[axis] = max(side, reduced.smallest) if is_free else shape[axis]
         feeds = inputs(shape, first)
         if (block := _try(lambda: evaluate(graph, [region.y], feeds)[0])) is not None:
             worst = max(worst, error(block, reduced_form(feeds)))

@@ -96,6 +96,13 @@ def sources_of(tensors: Iterable[gs.Variable], all_sources: Collection[Source]) 
     return [source for name, source in by_name.items() if name in read]
 
 
+def free_sides(inputs: Iterable[Source]) -> tuple[bool, bool]:
+    """Whether the height and the width of images are free."""
+    images = [source.shape for source in inputs if source.shape and len(source.shape) == 4]
+    height, width = (any(not isinstance(shape[axis], int) for shape in images) for axis in (2, 3))
+    return height, width
+
+
 class Need(NamedTuple):
     """What a fused block asks of the map that it reads."""
 
