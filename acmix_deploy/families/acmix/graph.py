@@ -205,12 +205,13 @@ def _without_projections(graph: gs.Graph, softmax: gs.Node) -> NoMatch:
     """Where the logits of a Softmax come from, if not from two convolutions, and how close to ACmix that is."""
     layers, nodes = layers_above(softmax.inputs[0])
     met = meeting(graph, softmax)
-    reached = Reached.NOTHING
-    if met is not None and constant_value(met.dep_conv.inputs[1]) is not None and _is_dep_conv(met.dep_conv):
-        reached = Reached.PARTS
-    elif len(layers) == 1 and is_product(nodes, layers) and any(map(_takes_neighbours, nodes)):
-        reached = Reached.KIND
-    found = " and ".join(layer.name for layer in layers if reached and _reads_an_input(graph, layer)) or "no layer"
+    branch = met is not None and constant_value(met.dep_conv.inputs[1]) is not None and _is_dep_conv(met.dep_conv)
+    near = len(layers) == 1 and is_product(nodes, layers) and any(map(_takes_neighbours, nodes))
+    if not branch and not near:
+        return NoMatch("its logits do not come from two 1x1 convolutions of one tensor", Reached.NOTHING)
+    read = [layer for layer in layers if _reads_an_input(graph, layer)]
+    reached = Reached.PARTS if branch and all(layer.op == "Conv" for layer in read) else Reached.KIND
+    found = " and ".join(layer.name for layer in read) or "no layer"
     return NoMatch(f"its logits come from {found}, not from two 1x1 convolutions of one tensor", reached)
 
 
