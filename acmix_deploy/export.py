@@ -27,7 +27,7 @@ from acmix_deploy.checkpoint.refusals import does_not_run
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.runtime.inputs import Shape, random_images, trial_shapes
+from acmix_deploy.runtime.inputs import MIN_SIZE, Shape, random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
@@ -138,10 +138,18 @@ def export(
             progress("checking the file")
             try:
                 relative_l2 = _check(temporary, reference, expected, traced, dynamic)
+                smallest = _smallest(temporary, reference, shapes, dynamic, divisor)
             except CheckFailed as error:
                 notes.append(f"the {exporter} exporter's file is wrong: {error.message}")
                 reordered |= isinstance(error, _Reordered)
                 continue
+            if smallest:
+                onnx.helper.set_model_props(model, dict(metadata or {}) | {MIN_SIZE: str([*smallest])})
+                onnx.save_model(model, temporary)
+                notes.append(
+                    f"below {smallest[0]}x{smallest[1]} the file computes something else than the model, as where its "
+                    "code asks for the size: smaller images are refused"
+                )
             return ExportResult(
                 exporter=exporter,
                 opset=opset,
@@ -350,6 +358,42 @@ def _check(
                 f"the {' and '.join(frozen)} came out frozen: {error.message}" if frozen else error.message
             ) from error
     return worst
+
+
+def _smallest(
+    file: Path, module: nn.Module, shapes: Sequence[Shape], dynamic: Collection[str], divisor: int
+) -> tuple[int, int] | None:
+    """The smallest [H, W] from which on file and module agree; None where they do at all sizes that were tried.
+
+    Traces hold for the size of the example, and the module's code may take another way on small images. Tried are
+    sides up to those of ``shapes``, as far as the module takes them: all at first, then in steps of an eighth.
+    """
+    free = [AXES[name] for name in ("height", "width") if name in dynamic]
+    if not free:
+        return None
+    example, session = shapes[0], open_session(file)
+    limit = LOCAL_ATTENTION.tolerances["float32"].limit()
+    checked = min(shape[axis] for shape in shapes for axis in free)
+    wrong, least = False, 0
+    side = divisor
+    while side < checked:
+        shape = tuple(side if axis in free else size for axis, size in enumerate(example))
+        try:
+            expected = run(module, shape)
+            actual = session.run(None, {INPUT: random_images(shape)})
+        except Exception:  # one of the two refuses it, so that nobody gets a wrong answer
+            pass
+        else:
+            found = [deviation(*pair).relative_l2 for pair in zip(expected, actual, strict=True)]
+            if any(distance is None or distance > limit for distance in found):
+                wrong, least = True, 0
+            elif not least:
+                least = side
+        side += max(divisor, side // 8 // divisor * divisor)
+    if not wrong:
+        return None
+    height, width = (least or checked if axis in free else example[axis] for axis in (2, 3))
+    return height, width
 
 
 class _Reordered(CheckFailed):

@@ -320,8 +320,13 @@ def exported(model: nn.Module, image: Tensor, outputs: Sequence[Tensor]) -> list
 
 def _place(wanted: Tensor, outputs: Sequence[Tensor]) -> int:
     """Index of the tensor that is equal to ``wanted``. Raises CheckFailed where none is."""
+    import torch
+
     for index, own in enumerate(outputs):
-        if own.shape == wanted.shape and (own - wanted).norm() <= _EQUAL * wanted.norm():
+        if own.shape != wanted.shape or not torch.equal(own.isfinite(), wanted.isfinite()):
+            continue
+        finite = wanted.isfinite()
+        if (own - wanted)[finite].norm() <= _EQUAL * wanted[finite].norm():
             return index
     raise CheckFailed(
         f"in the form for export the model gives a tensor {list(wanted.shape)} that it does not give by itself",

@@ -139,7 +139,7 @@ def test_wrong_file_fails_verification(plain, folder, capsys):
     capsys.readouterr()
     error = fails(capsys, 1, "verify", "plain.onnx", "fused.onnx", "--input-shape", "1,3,12,16")
     assert "relative L2" in error
-    assert "1.0e-05 is accepted" in error
+    assert "is accepted" in error
 
 
 def test_expectation_not_met(checkpoint, plain, folder, capsys):

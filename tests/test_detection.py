@@ -15,7 +15,6 @@ from acmix_deploy.detection.boxes import (
     Detections,
     decode,
     names_of,
-    parts,
     spoilt,
     unlike_detector,
 )
@@ -136,7 +135,6 @@ def test_what_a_detector_is() -> None:
     assert unlike_detector(detect, {"output0": output[0]})
     assert names_of(detect) == {0: "person", 1: "bus"}
     assert names_of({}) == {}
-    assert {name: array.shape for name, array in parts(output).items()} == {"boxes": (1, 4, 6), "scores": (1, 2, 6)}
 
 
 def rows(count: int, found: int, classes: int = 80) -> np.ndarray:

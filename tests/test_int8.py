@@ -373,11 +373,11 @@ def test_near_misses():
 @pytest.fixture
 def plain(tmp_path):
     """A classifier without ACmix, its axes free, its weights in Constant nodes, one convolution right after another."""
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10),
     ).eval()  # fmt: skip
-    torch.manual_seed(0)
     path = export(model, torch.rand(1, 3, 32, 32), tmp_path / "plain.onnx", dynamic=AXES)
     file = onnx.load(path)
     for tensor in list(file.graph.initializer):
@@ -471,7 +471,8 @@ def test_command_line(plain, photographs, tmp_path, monkeypatch, capsys):
     assert read_artifact(tmp_path / "int8.onnx").kind == "int8"
     assert main([*command, "--json", "--exclude", "0.*", "--method", "entropy"]) == 0
     document = QuantizeDocument.model_validate_json(capsys.readouterr().out)
-    assert (document.images, document.skipped, document.method) == (2, ["broken.jpg"], "entropy")
+    assert (document.images, document.method) == (2, "entropy")
+    assert [name.partition(":")[0] for name in document.skipped] == ["broken.jpg"]
     assert [layer.reason for layer in document.float_layers] == ["excluded by 0.*", "detection head"]
 
     (tmp_path / "empty").mkdir()

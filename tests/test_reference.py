@@ -127,9 +127,55 @@ def test_an_honest_block_stays_replaced_at_any_size(folder, capsys):
     assert (report.status, type(model[1])) == ("replaced", ACmix)
 
 
+def test_a_dynamic_file_says_below_which_size_it_is_not_the_model(folder, capsys):
+    """It holds the way that the code took at the size of the example, and blocks are fused for that."""
+    found = exported(capsys, GlobalOnSmallMaps, "--image-size", "32", "--dynamic", "height,width")
+    assert found["blocks"][0]["status"] == "left alone"
+    assert any("below 13x13 the file computes something else" in note for note in found["export"]["notes"])
+    for name in ("model", "model.fused"):
+        told = open_session(pipeline.Path(f"model-deploy/{name}.onnx")).get_modelmeta().custom_metadata_map
+        assert told["min_size"] == "[13, 13]"
+        assert error_of(name, GlobalOnSmallMaps, 13, 14) < 1e-5
+        assert error_of(name, GlobalOnSmallMaps, 12, 14) > 0.1
+    assert (
+        main(["verify", "model-deploy/model.onnx", "model-deploy/model.fused.onnx", "--input-shape", "1,3,12,12"]) == 2
+    )
+    assert "13" in capsys.readouterr().err
+
+
+def test_a_dynamic_file_that_is_the_model_everywhere_says_nothing(folder, capsys):
+    class Copy(ACmix):
+        pass
+
+    globals()["Copy"] = Copy
+    Copy.__qualname__ = "Copy"
+    exported(capsys, Copy, "--image-size", "32", "--dynamic", "height,width")
+    told = open_session(pipeline.Path("model-deploy/model.onnx")).get_modelmeta().custom_metadata_map
+    assert "min_size" not in told
+
+
+class CalledByForward(nn.Module):
+    """No hook of a module sees such a call."""
+
+    def __init__(self, block: nn.Module, by_keyword: bool) -> None:
+        super().__init__()
+        self.block, self.by_keyword = block, by_keyword
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x=x) if self.by_keyword else self.block.forward(x)
+
+
+@pytest.mark.parametrize(("by_keyword", "status"), [(False, "left alone"), (True, "replaced")])
+def test_blocks_that_are_called_in_other_ways(by_keyword, status):
+    original = CalledByForward(net(GlobalOnSmallMaps)[1], by_keyword)
+    model, reports = canonicalise(copy.deepcopy(original))
+    _, (report,) = keep_proven(original, model, reports, lambda: original(torch.rand(1, 32, 16, 16)))
+    assert report.status == status
+
+
 def test_what_was_repaired_to_run_is_told(folder, capsys):
     found = exported(capsys, OnCuda, "--image-size", "32")
-    assert found["reference"]["as_loaded"] == torch.cuda.is_available()
+    assert not found["reference"]["as_loaded"]
     assert found["reference"]["repaired"] == ["tensors moved to CUDA whatever the input's device"]
     assert found["verification"]["reference"] == "the model as it was repaired"
     assert main(["export", "model.pt", "--trust", "--image-size", "32"]) == 0
@@ -149,7 +195,7 @@ def test_a_block_known_by_its_parts_alone_was_not_compared(folder, capsys, monke
     assert main(["export", "model.pt", "--image-size", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["reference"] == {"repaired": [], "uncompared": ["1"], "as_loaded": False}
-    assert found["verification"]["reference"] == "the model as it was repaired"
+    assert found["verification"]["reference"] == "the model as it was loaded, but for 1"
     assert main(["export", "model.pt", "--image-size", "32"]) == 0
     assert "taken for acmix by its parts; its own code was not run to prove it" in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from acmix_deploy.artifacts import Artifact, write_artifact
+from acmix_deploy.checkpoint.reference import ReferenceReport
 from acmix_deploy.cli import main
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import ExportResult
@@ -98,6 +99,7 @@ def exported(folder: Path, name: str, images: list[Path]) -> ExportReport:
         return FileReport(artifact=artifact, size_bytes=size, nodes=10, profile=profile(f"{role} {name}", median))
 
     return ExportReport(
+        reference=ReferenceReport(),
         model=name,
         notes=(f"note of {name}",),
         blocks=(BlockReport(name=name, class_name="ACmix", family="acmix", status="left alone", reason="no bias"),),

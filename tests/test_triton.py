@@ -339,7 +339,7 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
         (bare, {}, "bare is not a detector: it gives output0 .* and its task is not told"),
         (model, {"plugin": tmp_path / "plugin.so"}, "is for engines"),
         (tmp_path / "missing.onnx", {}, "does not exist"),
-        (tmp_path / "missing.engine", {}, "has no sidecar"),
+        (tmp_path / "missing.engine", {}, "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             package(path, out, **options)

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         from acmix_deploy.detection import pictures
 
-        pictures.limit_opencv()
+        pictures.limit_opencv(pictures.max_pixels())
         from acmix_deploy.serving.batching import Limits
         from acmix_deploy.serving.server import ServeDocument, serve
         from acmix_deploy.serving.worker import Setup

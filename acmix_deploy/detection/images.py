@@ -148,7 +148,7 @@ def read(path: Path) -> Image:
         data = path.read_bytes()
         pictures.pixels(data, FORMATS)
     except TooLarge as error:
-        raise TooLarge(f"{error}; see --max-pixels") from error
+        raise TooLarge(f"{error}; see --max-pixels or OPENCV_IO_MAX_IMAGE_PIXELS") from error
     except OSError as error:
         raise Broken(f"the file cannot be read: {error.strerror}") from error
     return decode(data)

@@ -71,6 +71,12 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
     output: Any
 
+    @property
+    def shape(self) -> list[int]:
+        """Of the first tensor that was given."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return next(([*leaf.shape] for leaf in leaves if isinstance(leaf, Tensor)), [])
+
 
 class _Proof:
     """Original and replacement of one block, side by side."""
@@ -87,12 +93,14 @@ class _Proof:
 
     def difference(self, any_size: bool) -> str:
         """Why the replacement is none, empty where it is one."""
+        if not self._calls:
+            return "the model does not call it as a module, so that nothing shows what it computes there"
         with torch.no_grad(), OnCpu():
             calls = chain(self._calls, self._on_small_maps() if any_size else ())
             return next(filter(None, map(self._compare, calls)), "")
 
     def _compare(self, call: _Call) -> str:
-        name, shape = type(self.replacement).__name__, [*call.args[0].shape]
+        name, shape = type(self.replacement).__name__, call.shape
         try:
             result = self.replacement(*call.args, **call.kwargs)
             if result.shape != call.output.shape:
@@ -118,17 +126,18 @@ class _Proof:
             x = torch.randn(shape, generator=random)
             try:
                 output = self.module(x)
+                sound = bool(output.isfinite().all())
             except Exception:  # it does not take this size
                 continue
-            if output.isfinite().all():
+            if sound:
                 yield _Call((x,), {}, output)
 
     def _small_shapes(self) -> Iterator[list[int]]:
-        """Shapes of x in which the axes are small that follow the size of the image.
+        """Shapes of x with small heights and widths: the axes that differ from one image to another.
 
-        None where more than x is given: that may belong to the size, so that it cannot be made up.
+        There are none where the block is given more than x, which may have to be of the same size.
         """
-        shapes = [call.args[0].shape for call in self._calls if len(call.args) == 1 and not call.kwargs]
+        shapes = [call.shape for call in self._calls if len(call.args) == 1 and not call.kwargs]
         example = [*shapes[0]] if shapes else []
         follow = [axis for axis, size in enumerate(example) if axis and any(size != other[axis] for other in shapes)]
         for side in range(1, _SMALL + 1) if follow else ():

@@ -169,9 +169,9 @@ def _note_smallest_image(model: onnx.ModelProto, needs: list[Need]) -> None:
     """Write into the metadata for which images all fused blocks are defined, those of an earlier run among them."""
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     found = smallest_image(model, needs, int(metadata.get("stride", 1)))
-    before = min_size(metadata)
-    metadata[MIN_SIZE] = str([max(pair) for pair in zip(found, before, strict=True)])
-    onnx.helper.set_model_props(model, metadata)
+    smallest = [max(pair) for pair in zip(found, min_size(metadata), strict=True)]
+    if smallest != [1, 1]:
+        onnx.helper.set_model_props(model, metadata | {MIN_SIZE: str(smallest)})
 
 
 def _fuse_family(

@@ -51,9 +51,10 @@ def _reported(model: Path) -> bool:
 
 def _metrics(verification: Verification, candidate: str) -> Iterator[Parity]:
     for found in verification.worst(candidate):
-        if found.limit is not None:
+        if found.passed is not None:
             metric = f"relative L2 of {found.part}"
-            yield Parity(metric=metric, value=found.relative_l2, limit=found.limit, passed=bool(found.passed))
+            limit = found.limit or 0.0  # none where the scores are of nothing, and a problem fails them all the same
+            yield Parity(metric=metric, value=found.relative_l2, limit=limit, passed=found.passed)
     for half in verification.half:
         if half.candidate == candidate:
             metric = "largest magnitude in float16"

@@ -69,6 +69,10 @@ def to_fp16(
         UserError: a pattern fits no node, or the target cannot be written.
     """
     model = read(source)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    declared = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(declared)  # the converter changes the types of weights, but not their declarations
     name_nodes(model)  # the converter leaves nodes in float32 by name
     choices = kept_by_pattern(model, float32)
     beyond = out_of_range(model, samples) if "range" in float32 else {}

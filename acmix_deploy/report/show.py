@@ -42,8 +42,9 @@ def show_export(report: ExportReport, console: Console) -> None:
     )
     for note in notes(report):
         console.print(f"Note: {note}", style="yellow")
-    if report.passed:
-        console.print(f"\nPassed: every file computes what {report.reference} does")
+    if report.passed is not False:
+        verdict = "Passed" if report.passed else "Passed as far as it was judged"
+        console.print(f"\n{verdict}: every file computes what {report.reference} does")
     console.print(f"\nFiles and report.json are in {_folder(report)}")
     console.print("Next:")
     for step in report.next_steps:

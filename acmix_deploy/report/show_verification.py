@@ -36,7 +36,13 @@ def notes(verification: Verification) -> list[str]:
         f"too little was detected to judge the scores of {name}: compare it on images with objects"
         for name in verification.unjudged
     )
-    return [*verification.notes, *unjudged]
+    unseen = (
+        f"{found.unknown} tensors of {found.candidate} were not looked at: they are inside a branch or loop, or their "
+        "type is not known"
+        for found in verification.half
+        if found.unknown
+    )
+    return [*verification.notes, *unjudged, *unseen]
 
 
 def detections(verification: Verification) -> Table:

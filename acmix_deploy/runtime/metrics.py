@@ -38,6 +38,8 @@ def deviation(expected: Array, actual: Array) -> Deviation:
         )
     if not np.array_equal(expected[~finite], actual[~finite], equal_nan=True):
         return Deviation(problem="NaNs and infinities differ")
+    if expected.size and not finite.any():
+        return Deviation(problem="nothing in either is finite")
     expected, actual = expected[finite], actual[finite]
     difference = actual - expected
     error, norm, other = (float(np.linalg.norm(values)) for values in (difference, expected, actual))

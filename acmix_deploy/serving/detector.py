@@ -87,9 +87,9 @@ class Detector:
         outputs = self.infer({self._input.name: noise.astype(self._input.dtype)})
         if found := unlike_detector(opened.metadata, outputs):
             raise no_detector(name, found)
-        for key, output in outputs.items():
-            if not np.isfinite(output).all():
-                raise CheckFailed(f"{name} gives {key} that is not finite on noise {list(noise.shape)}")
+        ((key, output),) = outputs.items()
+        if problem := spoilt(output, confidence):
+            raise CheckFailed(f"{name} gives {key} with {problem}, on noise {list(noise.shape)}")
 
     @classmethod
     def load(

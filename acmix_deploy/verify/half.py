@@ -41,6 +41,9 @@ class HalfRange(BaseModel):
 
     candidate: str = Field(description="name of what was looked into")
     tensors: int = Field(description="how many tensors the file computes in float16")
+    unknown: int = Field(
+        description="how many tensors were not looked at: inside a branch or loop, or of a type that nothing tells"
+    )
     largest: float = Field(description="largest finite magnitude of any of them")
     overflows: tuple[Overflow, ...] = Field(
         description="nodes that write more than 65504, in the order of the graph; each with its largest"
@@ -79,7 +82,8 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
         return None
     plain = to_form(model, "plain")
     computed = _tensors(plain, TensorProto.FLOAT16)
-    if not computed:
+    unknown = _unknown(plain)
+    if not computed and not unknown:
         return None
     writers = {tensor: node for node in plain.graph.node for tensor in node.output}
     sources = {source for tensor in computed if tensor in writers for source in writers[tensor].input}
@@ -96,7 +100,7 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
     largest, worst = 0.0, dict[str, Overflow]()
     for feed, found in zip(feeds, magnitudes(wide, watched, feeds), strict=True):
         beyond = infinite | {tensor for tensor in watched if found[tensor].infinite}
-        largest = max(largest, *(found[tensor].finite for tensor in computed))
+        largest = max(largest, *(found[tensor].finite for tensor in computed), 0.0)
         for tensor in computed:
             node = writers.get(tensor)
             pole = node is not None and node.op_type in _POLES
@@ -112,7 +116,9 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
             before = worst.get(overflow.node)
             if before is None or _size(overflow) > _size(before):
                 worst[overflow.node] = overflow
-    return HalfRange(candidate=name, tensors=len(computed), largest=largest, overflows=tuple(worst.values()))
+    return HalfRange(
+        candidate=name, tensors=len(computed), unknown=unknown, largest=largest, overflows=tuple(worst.values())
+    )
 
 
 def _size(overflow: Overflow) -> float:
@@ -124,6 +130,15 @@ def _halves(function: onnx.FunctionProto) -> bool:
     attributes = [attribute for node in function.node for attribute in node.attribute]
     made = {attribute.i for attribute in attributes if attribute.name in ("to", "dtype")}
     return TensorProto.FLOAT16 in made | {attribute.t.data_type for attribute in attributes}
+
+
+def _unknown(model: onnx.ModelProto) -> int:
+    """How many results of nodes have no type, or are made in graphs within nodes."""
+    graph = shape_inference.infer_shapes(model).graph
+    typed = {value.name for value in (*graph.value_info, *graph.output) if value.type.tensor_type.elem_type}
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.g.node]
+    made = [name for node in graph.node for name in node.output if name]
+    return sum(name not in typed for name in made) + sum(len(node.output) for part in inner for node in part.node)
 
 
 def _tensors(model: onnx.ModelProto, element_type: int) -> list[str]:

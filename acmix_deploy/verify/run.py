@@ -95,13 +95,18 @@ def verify(
         expected = _run(reference, feeds)
         rights = _outputs(expected)
         layout = parts_of(metadata or {}, rights[0])
-        unlike = next(filter(None, (unlike_detector(metadata or {}, outputs) for outputs in rights)), "")
+        try:
+            unlike = next(filter(None, (unlike_detector(metadata or {}, outputs) for outputs in rights)), "")
+        except UserError as error:  # metadata that are none
+            unlike = f"cannot be decoded: {error.message}"
         detector = not unlike
         if unlike and (metadata or {}).get("task") == "detect":
             if scenes:
                 raise no_detector(reference.name, unlike)
             layout = {name: {} for name in layout}
             notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
+        elif scenes and "task" not in (metadata or {}):
+            notes.append(f"detections were not compared: the metadata of {reference.name} tell no task")
         eager_errors: dict[str, list[dict[Part, Deviation]]] = {}
         for precision, runner in (eager or {}).items():
             try:
@@ -311,7 +316,7 @@ def _outputs(results: RunResults) -> list[Feed]:
 def _nothing_in(outputs: Feed, layout: Mapping[str, Parts], confidence: float) -> bool:
     """Whether there are boxes, and no score of theirs is above ``confidence``."""
     scores = [outputs[name][:, parts["scores"]] for name, parts in layout.items() if "boxes" in parts]
-    return bool(scores) and not any((array > confidence).any() for array in scores)
+    return bool(scores) and all((array <= confidence).all() for array in scores)
 
 
 def _fit(expected: Feed, actual: Feed) -> bool:

@@ -32,7 +32,7 @@ class TritonPythonModel:
             AcmixDeployError: see :meth:`Detector.load`, or arrays do not get through; Triton then does not serve it.
         """
         _check_arrays()
-        pictures.limit_opencv()
+        pictures.limit_opencv(pictures.max_pixels())
         parameters = json.loads(args["model_config"])["parameters"]
         options = {name: parameter["string_value"] for name, parameter in parameters.items()}
         folder = Path(args["model_repository"], args["model_version"])
