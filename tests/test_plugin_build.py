@@ -138,7 +138,14 @@ def test_libraries_that_are_no_plugin(name, tmp_path):
         describe(library)
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"text", "is a text file")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        (b"text", "is a text file that begins with 'text'; a shared library is needed"),
+        (b"\x7fELF and no more", "is no plugin that loads here"),
+    ],
+)
 def test_files_that_are_no_library(content, words, tmp_path, capsys):
     if content:
         (tmp_path / "lib.so").write_bytes(content)
