@@ -120,9 +120,12 @@ def test_files_that_need_none_have_none(tmp_path: Path) -> None:
     assert "min_size" not in metadata_of(fused(randomised(padding), tmp_path))
 
 
-def test_a_size_that_is_fixed_stays(tmp_path: Path) -> None:
-    path = fused(randomised(MODELS["window 7"]()), tmp_path, dynamic=("width",))
-    assert metadata_of(path)["min_size"] == "[64, 13]"
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_a_size_that_is_fixed_stays(tmp_path: Path, exporter: str) -> None:
+    model = randomised(MODELS["window 7"]())
+    export(model, torch.randn(1, 3, 64, 96), tmp_path / "plain.onnx", dynamic=("width",), exporter=exporter)
+    fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1)
+    assert metadata_of(tmp_path / "fused.onnx")["min_size"] == "[64, 13]"
 
 
 def test_it_is_kept_and_grows(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, anchors
 from acmix_deploy.fusion.prepare import load
-from acmix_deploy.fusion.sizes import Need, has_fixed_size, is_static, smallest_image, values_at_sizes
+from acmix_deploy.fusion.sizes import Need, free_sides, has_fixed_size, is_static, smallest_image, values_at_sizes
 from acmix_deploy.graph import Array, Feeds, NoMatch, Region, count_nodes, evaluate
 from acmix_deploy.operators.spec import Operator, Tolerance
 from acmix_deploy.runtime.inputs import MIN_SIZE, min_size
@@ -248,9 +248,11 @@ def _compare(
         worst = max(worst, error(original, reduced_form(feeds)))
     first, last = values[0], values[-1]
     same = all(np.array_equal(first[tensor.name], last[tensor.name]) for tensor in region.outside)
-    if len(values) > 1 and not has_fixed_size(graph) and same:  # else the block is of the sizes that were tried
+    free = free_sides(graph)
+    if len(values) > 1 and any(free) and same:  # else the block is of the sizes that were tried
         shape = list(first[region.x.name].shape)
-        shape[reduced.height_axis : reduced.height_axis + 2] = (max(side, reduced.smallest) for side in _ODD)
+        for axis, (side, is_free) in enumerate(zip(_ODD, free, strict=True), reduced.height_axis):
+            shape[axis] = max(side, reduced.smallest) if is_free else shape[axis]
         feeds = inputs(shape, first)
         if (block := _try(lambda: evaluate(graph, [region.y], feeds)[0])) is not None:
             worst = max(worst, error(block, reduced_form(feeds)))

@@ -142,6 +142,13 @@ def is_static(graph: gs.Graph) -> bool:
     return all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape)
 
 
+def free_sides(graph: gs.Graph) -> tuple[bool, bool]:
+    """Whether the height and the width of images are free."""
+    images = [tensor.shape for tensor in graph.inputs if len(tensor.shape) == 4]
+    height, width = (any(not isinstance(shape[axis], int) for shape in images) for axis in (2, 3))
+    return height, width
+
+
 def has_fixed_size(graph: gs.Graph) -> bool:
     """Whether every axis of every input is fixed but the first, the batch."""
     return all(isinstance(size, int) for tensor in graph.inputs for size in tensor.shape[1:])
