@@ -119,6 +119,7 @@ def export(
     }
     order: list[Exporter] = ["dynamo", "torchscript"] if opset >= 18 else ["torchscript", "dynamo"]
     notes: list[str] = []
+    reordered = False
     with replacing(path) as temporary:
         for exporter in order:
             progress(f"exporting with the {exporter} exporter")
@@ -134,6 +135,7 @@ def export(
                 relative_l2 = _check(temporary, reference, expected, traced, dynamic)
             except CheckFailed as error:
                 notes.append(f"the {exporter} exporter's file is wrong: {error.message}")
+                reordered |= isinstance(error, _Reordered)
                 continue
             return ExportResult(
                 exporter=exporter,
@@ -145,7 +147,8 @@ def export(
                 relative_l2=relative_l2,
                 notes=tuple(notes),
             )
-        ways = [f"without dynamic {', '.join(sorted(dynamic))}"] * bool(dynamic) + ["with opset 18"] * (opset < 18)
+        axes = sorted(dynamic) if not reordered else []
+        ways = [f"without dynamic {', '.join(axes)}"] * bool(axes) + ["with opset 18"] * (opset < 18)
         raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
 
 
@@ -348,8 +351,8 @@ class _Reordered(CheckFailed):
 
 
 def _same_rows(expected: Array, actual: Array, limit: float) -> str:
-    """How many rows [B, N, C] are there, some in other places, within a relative L2; empty where that is not what
-    tells the two apart."""
+    """How many rows [B, N, C] are there, some in other places, within a relative L2; empty where none has moved or
+    fewer than half are there. Of rows that tie at the end of a ranking others may be in it."""
     if expected.ndim != 3 or expected.shape != actual.shape or expected.shape[1] > 1000:
         return ""
     same = moved = 0
@@ -364,7 +367,7 @@ def _same_rows(expected: Array, actual: Array, limit: float) -> str:
                 moved += np.linalg.norm(rows[place] - row) > near
                 del left[nearest]
     total = len(expected) * expected.shape[1]
-    return f"{same} of {total} rows" if moved and same >= 0.9 * total else ""
+    return f"{same} of {total} rows" if moved and same >= total / 2 else ""
 
 
 def _describe(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorInfo, ...]:

@@ -255,6 +255,7 @@ def test_rows_in_another_order_are_no_frozen_axis(
     with pytest.raises(CheckFailed) as caught:
         export(Rows(), tmp_path / "model.onnx", input_shape=SHAPE, dynamic=("batch",))
     assert "frozen" not in caught.value.message
+    assert ("dynamic" in caught.value.hint) != moved
     assert ("output0 has 50 of 50 rows of the module's in another order on " in caught.value.message) == moved
     assert ("output0 is not the module's on " in caught.value.message) != moved
 
@@ -267,6 +268,7 @@ def test_which_rows_count_as_the_same() -> None:
         (rows[:, ::-1], "60 of 60 rows"),
         (few[:, ::-1], "56 of 60 rows"),
         (few, ""),  # at their places
+        (np.concatenate((rows[:, 10:0:-1], 0 * rows[:, 10:]), axis=1), ""),  # too few
         (rows * (1 + 5e-5), ""),
         (rows[::-1], ""),  # of the other image
         (rows[:, :, ::-1], ""),
