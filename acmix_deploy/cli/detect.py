@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
-    # Broken images are told of in our own words.
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # broken videos are told of in our own words
     from acmix_deploy.serving.annotate import annotate, open_output
     from acmix_deploy.serving.detector import Detector
     from acmix_deploy.serving.sources import DetectDocument, detect, open_source
