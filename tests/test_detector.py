@@ -203,7 +203,7 @@ def test_boxes_that_are_selected_already_are_not_decoded(tmp_path: Path, metadat
 
 def test_what_is_not_finite_fails(tmp_path: Path) -> None:
     """On noise as a server has it, and on an image: to say that there is nothing would be wrong."""
-    with pytest.raises(CheckFailed, match=r"a gives output0 with boxes or scores that are not finite, on noise \[1, 3, 32, 32\]"):
+    with pytest.raises(CheckFailed, match=r"a gives output0 with .* not finite, on noise \[1, 3, 32, 32\]"):
         Detector.load(tiny(tmp_path / "a.onnx", bias=float("nan")))
     image = np.full((64, 96, 3), 255, np.uint8)
     with Detector.load(small(tmp_path / "b.onnx")) as detector:
