@@ -164,8 +164,9 @@ def test_where_dynamo_freezes_an_axis_the_other_exporter_is_taken(tmp_path: Path
     module = Ramp()
     result = export(module, tmp_path / "model.onnx", input_shape=SHAPE, dynamic=["width"])
     assert result.exporter == "torchscript"
-    assert len(result.notes) == 1
-    assert result.notes[0].startswith("the dynamo exporter failed: ")
+    failed, small = result.notes
+    assert failed.startswith("the dynamo exporter failed: ")
+    assert small.startswith("below 64x2 the file computes something else")  # a ramp of one pixel is -1, and 0 / 0 there
     assert_same(tmp_path / "model.onnx", module, (1, 3, 64, 64), (1, 3, 64, 80))
 
 
