@@ -235,7 +235,10 @@ def test_files_are_compared_on_images(tmp_path: Path) -> None:
     result = compare_files(one, other, images=folder)
     assert result.passed
     assert [found.part for found in result.comparisons] == ["output0", "output0 by channel"] * 3
-    assert result.notes == ("torn.png could not be read: not a picture in one of JPEG, PNG, WEBP, BMP, TIFF",)
+    assert result.notes == (
+        "torn.png could not be read: not a picture in one of JPEG, PNG, WEBP, BMP, TIFF",
+        "detections were not compared: the metadata of one.onnx tell no task",
+    )
 
 
 @pytest.mark.parametrize(
