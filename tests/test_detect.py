@@ -119,7 +119,10 @@ def test_a_folder(shapes_model: Path, photos: Path, tmp_path: Path, capsys: pyte
     assert code == 0
     found = {line.pop("source"): line for line in lines(out)}
     assert list(found) == ["0000.png", "0001.png", "0001a.png", "0002.png", "0003.png"]
-    large = "the picture is 50000 x 50000: at most 33.6 million pixels are taken; see --max-pixels or OPENCV_IO_MAX_IMAGE_PIXELS"
+    large = (
+        "the picture is 50000 x 50000: at most 33.6 million pixels are taken; see --max-pixels or "
+        "OPENCV_IO_MAX_IMAGE_PIXELS"
+    )
     for broken, why in (("0001a.png", "the picture cannot be decoded"), ("0003.png", large)):
         problem = f"is no image that can be read: {why}"
         assert found.pop(broken) == {"schema": 1, "detections": [], "problem": problem}
