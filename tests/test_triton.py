@@ -327,13 +327,16 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     graph = onnx.load(model)
     del graph.metadata_props[:]
     onnx.save(graph, bare)
+    alone = tmp_path / "alone.engine"
+    alone.write_bytes(b"ftrt")
     for path, options, message in (
         (engine(tmp_path / "rtx.engine", model, machine=rtx), {}, "an engine of TensorRT-RTX 1.7.0, and Triton runs"),
         (engine(tmp_path / "two.engine", model, (2, 3, 4)), {}, "built for 2 images or more"),
         (bare, {}, "bare is not a detector: it takes images .* and its task is not told"),
         (model, {"plugin": tmp_path / "plugin.so"}, "is for engines"),
         (tmp_path / "missing.onnx", {}, "does not exist"),
-        (tmp_path / "missing.engine", {}, "has no sidecar"),
+        (tmp_path / "missing.engine", {}, "does not exist"),
+        (alone, {}, "has no sidecar"),
     ):
         with pytest.raises(UserError, match=message):
             package(path, out, **options)
