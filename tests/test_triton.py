@@ -329,6 +329,8 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     onnx.save(graph, bare)
     told = selected(tmp_path / "told.onnx", args="{'nms': True}")
     untold = selected(tmp_path / "untold.onnx")
+    alone = tmp_path / "alone.engine"
+    alone.write_bytes(b"ftrt")
     for path, options, message in (
         (told, {}, "told is not a detector: it gives output0 .* after non-maximum suppression"),
         (told, {"backend": "python"}, "told is not a detector: it gives output0 .* after non-maximum suppression"),
@@ -340,6 +342,7 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
         (model, {"plugin": tmp_path / "plugin.so"}, "is for engines"),
         (tmp_path / "missing.onnx", {}, "does not exist"),
         (tmp_path / "missing.engine", {}, "does not exist"),
+        (alone, {}, "has no sidecar"),
     ):
         with pytest.raises(UserError, match=message):
             package(path, out, **options)
