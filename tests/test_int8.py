@@ -452,7 +452,11 @@ def test_command_line(plain, photographs, tmp_path, monkeypatch, capsys):
     assert read_artifact(tmp_path / "int8.onnx").kind == "int8"
     assert main([*command, "--json", "--exclude", "0.*", "--method", "entropy"]) == 0
     document = QuantizeDocument.model_validate_json(capsys.readouterr().out)
-    assert (document.images, document.skipped, document.method) == (2, ["broken.jpg: not a picture in one of JPEG, PNG, WEBP, BMP, TIFF"], "entropy")
+    assert (document.images, document.skipped, document.method) == (
+        2,
+        ["broken.jpg: not a picture in one of JPEG, PNG, WEBP, BMP, TIFF"],
+        "entropy",
+    )
     assert [layer.reason for layer in document.float_layers] == ["excluded by 0.*", "detection head"]
 
     (tmp_path / "empty").mkdir()
