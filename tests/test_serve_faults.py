@@ -108,7 +108,7 @@ def test_another_model_takes_over_without_a_request_lost(model: Path, tmp_path: 
                 for change, why in (
                     ({"names": "{0: 'other'}"}, "its names were"),
                     ({"batch": 1}, "its inputs were"),
-                    ({"bias": float("nan")}, "not finite on noise"),
+                    ({"bias": float("nan")}, "not finite, on noise"),
                 ):
                     tiny(model, **change)
                     response = server.client.post("/v1/reload")
