@@ -5,10 +5,9 @@ Each step reads what the one before it wrote and writes one file with a sidecar 
 
 from __future__ import annotations
 
-import ast
 import copy
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from acmix_deploy import __version__, families, yolo
 from acmix_deploy.artifacts import mark_exported, outdated, remove_exported, replacing, write_artifact
 from acmix_deploy.checkpoint import LoadedModel, load
 from acmix_deploy.checkpoint.reference import Reference
-from acmix_deploy.detection.boxes import names_of, no_detector, unlike_told
-from acmix_deploy.detection.images import Images, Letterbox, find, placed_batches
+from acmix_deploy.detection.boxes import no_detector, unlike_told
+from acmix_deploy.detection.images import Images, find, placed_batches
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine.build import BuildReport, build, target_here
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.export import INPUT, checked_shapes, export, run
@@ -124,7 +124,7 @@ def deploy(
     with _stage("load", seconds, progress, f"loading {checkpoint}"):
         model = load(checkpoint, arch=arch, trust=trust)
         shape = input_shape or _default_shape(model, image_size)
-        divisor = int(model.metadata.get("stride", 1))
+        divisor = model.metadata.stride
         reference = Reference(model)
         module, blocks = _recognise(model, reference, checked_shapes(shape, dynamic, divisor), dynamic)
 
@@ -143,7 +143,7 @@ def deploy(
         asked = {"input_shape": list(shape), "dynamic": sorted(dynamic), "opset": opset}
         artifacts = {"plain": write_artifact(paths["plain"], "plain", parents=[checkpoint], settings=asked)}
         unlike = unlike_told(model.metadata, {output.name: output.shape for output in exported.outputs})
-        if calibration and unlike and model.metadata.get("task") == "detect":
+        if calibration and unlike:
             raise no_detector(paths["plain"].name, unlike)
         removed = remove_exported(out, checkpoint.stem)
         (out / "report.json").unlink(missing_ok=True)
@@ -234,7 +234,7 @@ def deploy(
         engines=engines,
         verification=verification,
         seconds=seconds,
-        next_steps=next_steps(artifacts, exported, made_for, detector=not unlike),
+        next_steps=next_steps(artifacts, exported, made_for, detector=model.metadata.detects and not unlike),
     )
     with replacing(out / "report.json") as temporary:
         temporary.write_text(report.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
@@ -274,11 +274,9 @@ def _plugin(out: Path, notes: list[str], progress: Progress) -> Path | None:
 
 def _default_shape(model: LoadedModel, image_size: int | None) -> tuple[int, int, int, int]:
     """[1, C, H, W] from ``image_size``, else from the size that the model was trained at, else 640."""
-    channels = int(model.metadata.get("channels", 3))
     if image_size is not None:
-        return 1, channels, image_size, image_size
-    height, width = ast.literal_eval(model.metadata.get("imgsz", "[640, 640]"))
-    return 1, channels, height, width
+        return 1, model.metadata.channels, image_size, image_size
+    return model.metadata.usual_shape
 
 
 def _recognise(
@@ -304,7 +302,7 @@ def _verify(
     candidates: Sequence[Candidate],
     feeds: Sequence[dict[str, Images]],
     scenes: Scenes | None,
-    metadata: Mapping[str, str],
+    metadata: ModelMetadata,
 ) -> Verification:
     """Every file against the model as it was loaded; ``module`` tells what half precision costs in PyTorch."""
     eager = {}
@@ -329,11 +327,10 @@ def _feeds(shapes: Sequence[tuple[int, ...]], scenes: Scenes | None) -> list[dic
     return [{INPUT: random_images(shape, seed)} for seed, shape in enumerate(shapes)]
 
 
-def _scenes(photos: Path, shapes: Sequence[tuple[int, ...]], metadata: Mapping[str, str]) -> Scenes:
+def _scenes(photos: Path, shapes: Sequence[tuple[int, ...]], metadata: ModelMetadata) -> Scenes:
     """Photographs at every shape that the export was checked at, to compare detections in."""
-    letterbox = Letterbox.of(metadata)
-    batches = placed_batches(find(photos, _PHOTOS).paths, shapes, letterbox)
-    return Scenes(INPUT, [*batches], names_of(metadata))
+    batches = placed_batches(find(photos, _PHOTOS).paths, shapes, metadata.letterbox)
+    return Scenes(INPUT, [*batches], metadata.names)
 
 
 @contextmanager

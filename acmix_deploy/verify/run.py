@@ -12,12 +12,13 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.boxes import CONFIDENCE, names_of, no_detector, unlike_detector
-from acmix_deploy.detection.images import Letterbox, find, placed_batches
+from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, unlike_detector
+from acmix_deploy.detection.images import find, placed_batches
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import Parts, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
-from acmix_deploy.runtime.inputs import check_size, min_size, random_images, trial_shapes
+from acmix_deploy.runtime.inputs import random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import Provider
@@ -51,7 +52,7 @@ def verify(
     candidates: Sequence[Candidate],
     inputs: Iterable[Feed] = (),
     *,
-    metadata: Mapping[str, str] | None = None,
+    metadata: ModelMetadata | None = None,
     scenes: Scenes | None = None,
     eager: Mapping[str, BaseRunner] | None = None,
     tolerances: Mapping[str, Tolerance | None] = TOLERANCES,
@@ -77,6 +78,7 @@ def verify(
         UserError: there is no input; or images are given, and the reference says that it is a detector and gives
             something else than boxes and scores.
     """
+    metadata = metadata or ModelMetadata()
     feeds = [dict(feed) for feed in inputs]
     without_scenes = len(feeds)
     feeds += [{scenes.input: batch.images} for batch in scenes.batches] if scenes else []
@@ -94,18 +96,14 @@ def verify(
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
         expected = _run(reference, feeds)
         rights = _outputs(expected)
-        layout = parts_of(metadata or {}, rights[0])
-        try:
-            unlike = next(filter(None, (unlike_detector(metadata or {}, outputs) for outputs in rights)), "")
-        except UserError as error:  # metadata that are none
-            unlike = f"cannot be decoded: {error.message}"
-        detector = not unlike
-        if unlike and (metadata or {}).get("task") == "detect":
+        layout = parts_of(metadata, rights[0])
+        unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
+        if unlike:
             if scenes:
                 raise no_detector(reference.name, unlike)
             layout = {name: {} for name in layout}
             notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
-        elif scenes and "task" not in (metadata or {}):
+        elif scenes and metadata.task is None:
             notes.append(f"detections were not compared: the metadata of {reference.name} tell no task")
         eager_errors: dict[str, list[dict[Part, Deviation]]] = {}
         for precision, runner in (eager or {}).items():
@@ -137,7 +135,7 @@ def verify(
                     )
                     comparisons.append(comparison.judged_by(tolerances))
             outputs = [*zip(rights, others, strict=True)][without_scenes:]
-            if scenes and detector and all(_fit(right, other) for right, other in outputs):
+            if scenes and metadata.detects and all(_fit(right, other) for right, other in outputs):
                 detections.append(
                     DetectionComparison(
                         candidate=name,
@@ -209,10 +207,10 @@ def compare_files(
         candidate, labels[1] if provider == "cpu" else f"{labels[1]} on {provider}", provider=provider, plugin=plugin
     )
     name, dims = _common_input(right, other)
-    metadata = other.metadata | right.metadata
+    metadata = other.metadata.updated(**right.metadata.entries)
     wanted = input_shape or other.usual_shape(name)
     example = [dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True)]
-    stride = int(metadata.get("stride", 1))
+    stride = metadata.stride
     for dim, size in zip(dims[2:], example[2:], strict=True):
         if size % stride and not isinstance(dim, int):
             raise UserError(
@@ -220,9 +218,9 @@ def compare_files(
                 f"Give --input-shape a side of {max(1, round(size / stride)) * stride}.",
             )
     for model in (right, other):
-        check_size(model.runner.name, example, model.metadata)
+        model.metadata.check_size(model.runner.name, example)
     profiles = [model.profiles[name] for model in (right, other) if name in model.profiles]
-    smallest = [max(pair) for pair in zip(min_size(right.metadata), min_size(other.metadata), strict=True)]
+    smallest = [max(pair) for pair in zip(right.metadata.min_size, other.metadata.min_size, strict=True)]
     shapes = _shapes(trial_shapes(dims, example, stride), dims, profiles, smallest)
     feeds: list[Feed] = []
     scenes, skipped = None, dict[str, str]()
@@ -231,9 +229,8 @@ def compare_files(
         feeds += [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in range(count)]
     else:
         photos = find(images, limit=_IMAGES)
-        letterbox = Letterbox.of(metadata)
-        batches = list(placed_batches(photos.paths, shapes, letterbox))
-        scenes, skipped = Scenes(name, batches, names_of(metadata), confidence), photos.skipped
+        batches = list(placed_batches(photos.paths, shapes, metadata.letterbox))
+        scenes, skipped = Scenes(name, batches, metadata.names, confidence), photos.skipped
     result = verify(
         right.runner,
         [Candidate(other.runner, other.precision, candidate if candidate.suffix == ".onnx" else None)],
