@@ -22,20 +22,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from acmix_deploy.artifacts import replacing
+from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.checkpoint.refusals import does_not_run
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
-from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.runtime.inputs import MIN_SIZE, Shape, random_images, trial_shapes
+from acmix_deploy.runtime.inputs import AXES, MIN_SIZE, Shape, Shapes, check_axes, random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.torch import tensors_of
+from acmix_deploy.targets import check_opset
 
 Exporter = Literal["dynamo", "torchscript"]
 
-AXES = {"batch": 0, "height": 2, "width": 3}
 INPUT = "images"
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 
@@ -63,11 +62,20 @@ class ExportResult(BaseModel):
     relative_l2: float = Field(description="largest relative L2 distance of the file from the module over all of them")
     notes: tuple[str, ...] = Field(default=(), description="what did not go the usual way, and why")
 
+    @property
+    def shapes_to_build(self) -> Shapes | None:
+        """The range of the shapes that the file was checked at; None where no axis is free."""
+        if all(isinstance(size, int) for size in self.inputs[0].shape):
+            return None
+        sizes = list(zip(*self.checked_shapes, strict=True))
+        return tuple(map(min, sizes)), self.checked_shapes[0], tuple(map(max, sizes))
+
 
 def export(
     module: nn.Module | ExportedProgram,
     path: Path,
     *,
+    checkpoint: Path | None = None,
     input_shape: Sequence[int] = (1, 3, 640, 640),
     opset: int = 18,
     dynamic: Collection[str] = (),
@@ -75,7 +83,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     reference: nn.Module | None = None,
     progress: Callable[[str], None] = lambda step: None,
-) -> ExportResult:
+) -> Made[ExportResult]:
     """Export a float32 module of one image input to an ONNX file that computes the same.
 
     Opset 18 and above come from the dynamo exporter, whose operators are written for 18; below, from the TorchScript
@@ -88,6 +96,7 @@ def export(
             axes become free in the file.
         path: the file to write. Input ``images``, outputs ``output0``, ``output1``, ...; opset 17 and 18 in IR version
             8, later ones in 10, without the stack traces of the machine it was made on.
+        checkpoint: the file that the module comes from, for the sidecar.
         input_shape: [B, C, H, W] of the example, and of a file with static axes.
         opset: 17 to 21.
         dynamic: axes to leave free, out of ``batch``, ``height`` and ``width``.
@@ -101,8 +110,7 @@ def export(
         CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen.
     """
     shapes = checked_shapes(input_shape, dynamic, divisor)
-    if opset not in OPSETS:
-        raise UserError(f"opset {opset} is not supported; it must be {OPSETS[0]} to {OPSETS[-1]}")
+    check_opset(opset)
     if isinstance(module, ExportedProgram):
         dynamic = _free_axes(module, dynamic)
         shapes = checked_shapes(input_shape, dynamic, divisor)
@@ -150,7 +158,7 @@ def export(
                     f"below {smallest[0]}x{smallest[1]} the file computes something else than the model, as where its "
                     "code asks for the size: smaller images are refused"
                 )
-            return ExportResult(
+            found = ExportResult(
                 exporter=exporter,
                 opset=opset,
                 ir_version=model.ir_version,
@@ -160,9 +168,13 @@ def export(
                 relative_l2=relative_l2,
                 notes=tuple(notes),
             )
-        axes = sorted(dynamic) if not reordered else []
-        ways = [f"without dynamic {', '.join(axes)}"] * bool(axes) + ["with opset 18"] * (opset < 18)
-        raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
+            break
+        else:
+            axes = sorted(dynamic) if not reordered else []
+            ways = [f"without dynamic {', '.join(axes)}"] * bool(axes) + ["with opset 18"] * (opset < 18)
+            raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
+    settings = {"input_shape": list(example), "dynamic": sorted(dynamic), "opset": opset}
+    return Made(write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found)
 
 
 def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), divisor: int = 1) -> list[Shape]:
@@ -171,8 +183,7 @@ def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), di
     Raises:
         UserError: the shape or an axis is none.
     """
-    if unknown := set(dynamic) - AXES.keys():
-        raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
+    check_axes(dynamic)
     shape = tuple(input_shape)
     if len(shape) != 4 or min(shape) < 1:
         raise UserError(f"input shape {list(shape)} is not four positive sizes: batch, channels, height, width")

@@ -15,7 +15,7 @@ from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main, parser
-from acmix_deploy.engine.onnx_file import unread, unread_note
+from acmix_deploy.onnx_file import unread, unread_note
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, input_shape, print_json, progress
+from acmix_deploy.cli.common import console, print_json, progress
 from acmix_deploy.errors import UserError
+from acmix_deploy.options import input_shape
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from acmix_deploy import onnx_file
     from acmix_deploy.artifacts import write_artifact
-    from acmix_deploy.engine import onnx_file
     from acmix_deploy.forms import write_for
     from acmix_deploy.fusion import fuse
     from acmix_deploy.graph import read

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_float32, add_max_pixels, console, limit_pixels, positive, print_json, progress
+from acmix_deploy.cli.common import add_float32, add_max_pixels, console, limit_pixels, print_json, progress
+from acmix_deploy.options import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

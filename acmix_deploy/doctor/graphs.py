@@ -14,9 +14,9 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from acmix_deploy import onnx_file
 from acmix_deploy.detection.boxes import unlike_detector, unlike_told
 from acmix_deploy.doctor.diagnosis import Examination, Finding
-from acmix_deploy.engine import onnx_file
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.fusion import FusedBlock, fuse
 from acmix_deploy.graph import check, read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,13 @@ from acmix_deploy.errors import UserError
 MIN_SIZE = "min_size"
 """Entry of a file's metadata: "[H, W]", the smallest image in pixels that all fused blocks are defined for."""
 
+AXES = {"batch": 0, "height": 2, "width": 3}
+"""The axes of an image input [B, C, H, W] that may be free, by their names."""
+
 Shape = tuple[int, ...]
+Shapes = tuple[Shape, Shape, Shape]
+"""Smallest, usual and largest shape of an input with free axes."""
+
 Images = NDArray[np.float32]
 
 
@@ -56,6 +62,12 @@ def trial_shapes(dims: Sequence[int | str | None], example: Sequence[int], divis
     return list(dict.fromkeys((tuple(example), trial(1, 1, 2), trial(0, 2, 1))))
 
 
+def check_axes(dynamic: Collection[str]) -> None:
+    """Raises UserError where one of the axes that are to be free is none of :data:`AXES`."""
+    if unknown := set(dynamic) - AXES.keys():
+        raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
+
+
 def size_in(metadata: Mapping[str, str], entry: str, default: str) -> tuple[int, int]:
     """Height and width as an entry of a file's metadata tells them. Raises UserError where it tells something else."""
     told = metadata.get(entry, default)
@@ -92,6 +104,12 @@ def check_size(name: str, shape: Sequence[int], metadata: Mapping[str, str]) -> 
             "blocks are defined",
             f"Give images of at least {height}x{width}; below, attention windows do not fit into the maps.",
         )
+
+
+def noise(name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0) -> list[dict[str, Images]]:
+    """Random images for the input ``name``, of all ``shapes`` in turn, at least ``count``; see :func:`random_images`."""
+    seeds = range(max(count, len(shapes)))
+    return [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in seeds]
 
 
 def random_images(shape: Shape, seed: int = 0) -> Images:

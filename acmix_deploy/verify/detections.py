@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from acmix_deploy.detection.boxes import CONFIDENCE, Detection, Detections, decode, named
-from acmix_deploy.detection.images import Batch
+from acmix_deploy.detection.boxes import CONFIDENCE, Detection, Detections, decode, named, names_of
+from acmix_deploy.detection.images import Batch, Letterbox, find, placed_batches
 from acmix_deploy.detection.matching import Match, match
+from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.verify.limits import DetectionLimits
 
@@ -30,6 +32,34 @@ class Scenes(NamedTuple):
     """Of the classes, by their indices; a class without a name is called by its index."""
     confidence: float = CONFIDENCE
     """Score above which there is a detection."""
+    skipped: Mapping[str, str] = MappingProxyType({})
+    """Files of the folder that cannot be read, and why."""
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        folder: Path,
+        shapes: Sequence[Shape],
+        metadata: Mapping[str, str],
+        *,
+        limit: int,
+        confidence: float = CONFIDENCE,
+    ) -> Scenes:
+        """Up to ``limit`` images of a folder as batches of all ``shapes`` of the input ``name``.
+
+        Raises:
+            UserError: there is no readable image, a shape is not that of colour images, or the metadata are none.
+            MissingComponent: OpenCV is not installed.
+        """
+        photos = find(folder, limit)
+        batches = [*placed_batches(photos.paths, shapes, Letterbox.of(metadata))]
+        return cls(name, batches, names_of(metadata), confidence, photos.skipped)
+
+    @property
+    def feeds(self) -> list[dict[str, Array]]:
+        """The images as inputs."""
+        return [{self.input: batch.images} for batch in self.batches]
 
 
 class DetectionPair(BaseModel):

@@ -12,15 +12,14 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.boxes import CONFIDENCE, names_of, no_detector, unlike_detector
-from acmix_deploy.detection.images import Letterbox, find, placed_batches
+from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, unlike_detector
 from acmix_deploy.detection.parts import Parts, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
-from acmix_deploy.runtime.inputs import check_size, min_size, random_images, trial_shapes
+from acmix_deploy.runtime.inputs import check_size, min_size, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
-from acmix_deploy.runtime.onnxruntime import Provider
+from acmix_deploy.runtime.onnxruntime import Provider, onnx_runner, precision_of
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.distances import Part, distances
@@ -44,6 +43,14 @@ class Candidate(NamedTuple):
     """Element type that it computes in."""
     file: Path | onnx.ModelProto | None = None
     """The ONNX file that it runs, to look into; None where it runs something else."""
+
+    @classmethod
+    def of(cls, model: Path | onnx.ModelProto, name: str) -> Candidate:
+        """What is made of a file or a model in memory. Raises what :func:`open_model` does."""
+        if isinstance(model, onnx.ModelProto):
+            return cls(onnx_runner(model, name), precision_of(model), model)
+        opened = open_model(model, name)
+        return cls(opened.runner, opened.precision, model if model.suffix == ".onnx" else None)
 
 
 def verify(
@@ -79,7 +86,7 @@ def verify(
     """
     feeds = [dict(feed) for feed in inputs]
     without_scenes = len(feeds)
-    feeds += [{scenes.input: batch.images} for batch in scenes.batches] if scenes else []
+    feeds += scenes.feeds if scenes else []
     if not feeds:
         raise UserError("there is no input to compare on")
     names = [reference.name, *(candidate.runner.name for candidate in candidates)]
@@ -224,24 +231,16 @@ def compare_files(
     profiles = [model.profiles[name] for model in (right, other) if name in model.profiles]
     smallest = [max(pair) for pair in zip(min_size(right.metadata), min_size(other.metadata), strict=True)]
     shapes = _shapes(trial_shapes(dims, example, stride), dims, profiles, smallest)
-    feeds: list[Feed] = []
-    scenes, skipped = None, dict[str, str]()
-    if images is None:
-        count = max(random, len(shapes))
-        feeds += [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in range(count)]
-    else:
-        photos = find(images, limit=_IMAGES)
-        letterbox = Letterbox.of(metadata)
-        batches = list(placed_batches(photos.paths, shapes, letterbox))
-        scenes, skipped = Scenes(name, batches, names_of(metadata), confidence), photos.skipped
+    scenes = Scenes.read(name, images, shapes, metadata, limit=_IMAGES, confidence=confidence) if images else None
     result = verify(
         right.runner,
         [Candidate(other.runner, other.precision, candidate if candidate.suffix == ".onnx" else None)],
-        feeds,
+        [] if scenes else noise(name, shapes, seed, random),
         metadata=metadata,
         scenes=scenes,
         tolerances=FILE_TOLERANCES,
     )
+    skipped = scenes.skipped if scenes else {}
     notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
     if images is None and other.precision == "int8":
         notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)

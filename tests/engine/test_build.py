@@ -25,7 +25,8 @@ from onnx import TensorProto, helper
 from acmix_deploy import manifest as manifests
 from acmix_deploy.artifacts import Artifact, sha256, sidecar, write_artifact
 from acmix_deploy.cli import main
-from acmix_deploy.engine import backend, onnx_file
+from acmix_deploy import onnx_file
+from acmix_deploy.engine import backend
 from acmix_deploy.engine.build import build
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.manifest import EngineTensor, Machine, Manifest, Plugin, check, read_fitting, read_manifest

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acmix_deploy.engine.onnx_file import describe
+from acmix_deploy.onnx_file import describe
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
