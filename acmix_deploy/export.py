@@ -24,9 +24,10 @@ from torch.export import Dim, ExportedProgram
 
 from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.checkpoint.refusals import does_not_run
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.runtime.inputs import AXES, MIN_SIZE, Shape, Shapes, check_axes, random_images, trial_shapes
+from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, check_axes, random_images, trial_shapes
 from acmix_deploy.runtime.metrics import Array, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
@@ -80,7 +81,7 @@ def export(
     opset: int = 18,
     dynamic: Collection[str] = (),
     divisor: int = 1,
-    metadata: Mapping[str, str] | None = None,
+    metadata: ModelMetadata | None = None,
     reference: nn.Module | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Made[ExportResult]:
@@ -109,6 +110,7 @@ def export(
         UserError: the request cannot be met by this model, or the file cannot be written.
         CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen.
     """
+    metadata = metadata or ModelMetadata()
     shapes = checked_shapes(input_shape, dynamic, divisor)
     check_opset(opset)
     if isinstance(module, ExportedProgram):
@@ -138,7 +140,7 @@ def export(
             progress(f"exporting with the {exporter} exporter")
             try:
                 with _quiet(), torch.no_grad():
-                    model = _finish(exporters[exporter](), opset, metadata or {})
+                    model = _finish(exporters[exporter](), opset, metadata)
                     onnx.save_model(model, temporary)
             except Exception as error:  # whatever an exporter stumbles over
                 notes.append(f"the {exporter} exporter failed: {reason(error)}")
@@ -152,7 +154,7 @@ def export(
                 reordered |= isinstance(error, _Reordered)
                 continue
             if smallest:
-                onnx.helper.set_model_props(model, dict(metadata or {}) | {MIN_SIZE: str([*smallest])})
+                onnx.helper.set_model_props(model, metadata.updated(min_size=[*smallest]).entries)
                 onnx.save_model(model, temporary)
                 notes.append(
                     f"below {smallest[0]}x{smallest[1]} the file computes something else than the model, as where its "
@@ -296,7 +298,7 @@ def _torchscript(
         return onnx.load_model(file)
 
 
-def _finish(model: onnx.ModelProto, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+def _finish(model: onnx.ModelProto, opset: int, metadata: ModelMetadata) -> onnx.ModelProto:
     """The model in the opset asked for, freed of what the exporter noted about the machine it ran on."""
     if any(entry.domain == "" and entry.version != opset for entry in model.opset_import):
         model = onnx.version_converter.convert_version(model, opset)
@@ -304,7 +306,7 @@ def _finish(model: onnx.ModelProto, opset: int, metadata: Mapping[str, str]) -> 
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
     model = onnx_ir.serde.serialize_model(graph)
     model.ir_version = ir_version(opset)
-    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.helper.set_model_props(model, metadata.entries)
     if (size := model.ByteSize()) > _LARGEST_FILE:
         raise ValueError(f"the model takes {size / 1e9:.1f} GB, an ONNX file holds {_LARGEST_FILE / 1e9:.1f}")
     return model

@@ -271,15 +271,11 @@ def _verify(work: _Work, source: _Source, inputs: Scenes | list[Feeds]) -> Verif
         module = source.module.module() if isinstance(source.module, ExportedProgram) else source.module
         eager["float16"] = TorchRunner(copy.deepcopy(module).half(), "torch float16")
     runner = TorchRunner(source.reference, str(source.reference.report))
-    scenes = inputs if isinstance(inputs, Scenes) else None
-    feeds = [] if isinstance(inputs, Scenes) else inputs
-    return verify(runner, candidates, feeds, metadata=source.loaded.metadata, scenes=scenes, eager=eager)
+    return verify(runner, candidates, inputs, metadata=source.loaded.metadata, eager=eager)
 
 
 def _profile(work: _Work, source: _Source) -> dict[str, Profile]:
     """Latency by role, of the files that run here."""
-    timed = {
-        role: artifact.path for role, artifact in work.artifacts.items() if artifact.settings.get("form") != "plugin"
-    }
+    timed = {role: made.path for role, made in work.artifacts.items() if made.settings.get("form") != "plugin"}
     found = profile([*timed.values()], input_shape=source.shape, seconds=work.plan.seconds)
     return dict(zip(timed, found, strict=True))

@@ -57,8 +57,8 @@ class Plan(BaseModel):
     )
     float32: Annotated[tuple[str, ...], Option(float32_list, "LIST")] = Field(
         default=FLOAT32,
-        description="what stays in float32 beside float16: decode, softmax, range (docs/pipeline.md#half-precision) and "
-        "patterns of names of nodes or weights, by commas; none for nothing (default: decode,softmax,range)",
+        description="what stays in float32 beside float16: decode, softmax, range (docs/pipeline.md#half-precision) "
+        "and patterns of names of nodes or weights, by commas; none for nothing (default: decode,softmax,range)",
     )
     int8: Annotated[bool, Option()] = Field(
         default=False, description="also write a file whose layers are INT8; --calibration"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import acmix_deploy.export as export_module
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
@@ -20,6 +21,7 @@ from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 LIMIT = LOCAL_ATTENTION.tolerances["float32"].limit()
 AXES = ("batch", "height", "width")
 SHAPE = (1, 3, 64, 64)
+METADATA = ModelMetadata({"names": "{0: 'cat'}"})
 
 
 class Net(nn.Module):
@@ -79,9 +81,7 @@ def test_the_file_is_the_module(
     tmp_path: Path, opset: int, dynamic: tuple[str, ...], exporter: str, ir_version: int
 ) -> None:
     module, path = Net(), tmp_path / "new" / "model.onnx"
-    result = export(
-        module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic, divisor=4, metadata={"names": "{0: 'cat'}"}
-    )
+    result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic, divisor=4, metadata=METADATA)
     batch, height, width = (name if name in dynamic else size for name, size in zip(AXES, (1, 64, 64), strict=True))
     assert result.inputs[0].model_dump() == {"name": "images", "shape": (batch, 3, height, width)}
     assert [output.name for output in result.outputs] == ["output0", "output1", "output2"]
@@ -97,7 +97,7 @@ def test_the_file_is_the_module(
     onnx.checker.check_model(model)
     assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain == ""] == [("", opset)]
     assert model.ir_version == ir_version
-    assert {entry.key: entry.value for entry in model.metadata_props} == {"names": "{0: 'cat'}"}
+    assert {entry.key: entry.value for entry in model.metadata_props} == METADATA.entries
     assert list(path.parent.iterdir()) == [path]
     content = path.read_bytes()
     assert b".py" not in content

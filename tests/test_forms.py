@@ -15,12 +15,12 @@ from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main, parser
-from acmix_deploy.onnx_file import unread, unread_note
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
+from acmix_deploy.onnx_file import unread, unread_note
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.precision import to_fp16
 from acmix_deploy.report.model import ExportReport, shapes_to_build

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if any(shapes) and not all(shapes):
         raise UserError("--min, --opt and --max go together", "Give all three, or none where no axis is free.")
     with progress() as report_progress:
-        report = build(
+        made = build(
             options.model,
             options.output,
             plugin=options.plugin,
@@ -60,10 +60,11 @@ def run(options: argparse.Namespace) -> int:
             backend=options.backend,
             progress=report_progress,
         )
+    report = made.found
     if options.json:
         from acmix_deploy.report.documents import BuildDocument
 
-        print_json(BuildDocument(**report.model_dump()))
+        print_json(BuildDocument(**report.model_dump(), artifact=made.artifact))
     else:
         from acmix_deploy.report.tables import engine, inlined
 

@@ -32,12 +32,13 @@ def run(options: argparse.Namespace) -> int:
     from acmix_deploy.verify import inputs_for
 
     with progress() as report_progress:
+        samples = inputs_for(options.model, options.images, options.input_shape) if "range" in options.float32 else ()
         made = to_fp16(
             options.model,
             options.output,
             fp16_io=options.fp16_io,
             float32=options.float32,
-            samples=inputs_for(options.model, options.images, options.input_shape) if "range" in options.float32 else (),
+            samples=samples,
             progress=report_progress,
         )
     if options.json:
@@ -45,11 +46,11 @@ def run(options: argparse.Namespace) -> int:
 
         print_json(Fp16Document(**made.found.model_dump(), artifact=made.artifact))
     else:
-        from acmix_deploy.report.tables import half_notes, kept
+        from acmix_deploy.report.tables import fp16_notes, kept_in_float32
 
         out = console()
-        out.print(kept(made.found))
-        for note in half_notes(made.found):
+        out.print(kept_in_float32(made.found))
+        for note in fp16_notes(made.found):
             out.print(f"Note: {note}", style="yellow")
         out.print(f"{len(made.found.float32_nodes)} nodes stay in float32: {options.output}")
     return 0

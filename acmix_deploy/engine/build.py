@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Made, check_output, replacing, sha256, write_artifact
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine.process import ask, find_backend
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.forms import refused, to_form
 from acmix_deploy.graph import name_nodes, read
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
-from acmix_deploy.runtime.inputs import Shapes, check_size
+from acmix_deploy.runtime.inputs import Shapes
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import out_of_memory
 from acmix_deploy.targets import Form, Target, target_of
@@ -141,7 +142,7 @@ def build(
         compute_capabilities=tuple(answer["compute_capabilities"]),
         inputs=tuple(answer["inputs"]),
         outputs=tuple(answer["outputs"]),
-        metadata=onnx_file.metadata(model),
+        metadata=ModelMetadata.of(model),
     )
     report = BuildReport(
         manifest=manifest,
@@ -217,8 +218,7 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
     """
     found: dict[str, tuple[Shape, Shape, Shape]] = {}
     fixed = []
-    metadata = onnx_file.metadata(model)
-    stride = int(metadata.get("stride", 1))
+    metadata = ModelMetadata.of(model)
     for value in onnx_file.inputs(model):
         declared = onnx_file.shape(value)
         free = [f"{axis} ({size})" for axis, size in enumerate(declared) if not isinstance(size, int)]
@@ -233,9 +233,9 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
         for option, shape in zip(("--min", "--opt", "--max"), shapes, strict=True):
             if any(isinstance(size, int) and size != asked for size, asked in zip(declared, shape, strict=True)):
                 raise UserError(f"{option} {list(shape)} does not fit input {value.name} {list(declared)} of {source}")
-            if any(size % stride for size in shape[2:]):
-                raise UserError(f"{option} {list(shape)} is no multiple of {stride}, the stride of {source}")
-            check_size(f"{option} of {source}", shape, metadata)
+            if any(size % metadata.stride for size in shape[2:]):
+                raise UserError(f"{option} {list(shape)} is no multiple of {metadata.stride}, the stride of {source}")
+            metadata.check_size(f"{option} of {source}", shape)
         smallest, usual, largest = map(tuple, shapes)
         if not all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True)):
             raise UserError(f"--min {smallest}, --opt {usual} and --max {largest} do not grow from one to the next")

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, anchors
@@ -30,7 +31,6 @@ from acmix_deploy.fusion.sizes import (
 from acmix_deploy.graph import Array, Feeds, NoMatch, Reached, Region, count_nodes, evaluate, names_read
 from acmix_deploy.operators.spec import Operator, Tolerance
 from acmix_deploy.options import ConvBranchChoice
-from acmix_deploy.runtime.inputs import MIN_SIZE, min_size
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 
@@ -166,11 +166,11 @@ def fuse(
 
 def _note_smallest_image(model: onnx.ModelProto, needs: list[Need]) -> None:
     """Write into the metadata for which images all fused blocks are defined, those of an earlier run among them."""
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    found = smallest_image(model, needs, int(metadata.get("stride", 1)))
-    smallest = [max(pair) for pair in zip(found, min_size(metadata), strict=True)]
+    metadata = ModelMetadata.of(model)
+    found = smallest_image(model, needs, metadata.stride)
+    smallest = [max(pair) for pair in zip(found, metadata.min_size, strict=True)]
     if smallest != [1, 1]:
-        onnx.helper.set_model_props(model, metadata | {MIN_SIZE: str(smallest)})
+        onnx.helper.set_model_props(model, metadata.updated(min_size=smallest).entries)
 
 
 def _fuse_family(

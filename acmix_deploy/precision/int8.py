@@ -19,16 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.detection.boxes import no_detector, unlike_detector, unlike_told
-from acmix_deploy.detection.images import Letterbox, batches, find
+from acmix_deploy.detection.images import batches, find
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import Feeds, fed, name_nodes, read
 from acmix_deploy.options import FLOAT32
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
 from acmix_deploy.precision.ranges import Method, calibrate
-from acmix_deploy.runtime.inputs import check_size, size_in
 from acmix_deploy.runtime.metrics import Deviation, deviation
-from acmix_deploy.runtime.onnxruntime import inputs_of, open_session
+from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
 
 _RANK = {"Conv": None, "Gemm": 2, "MatMul": 2}  # what becomes INT8, and the rank that its weight must have
 _COMPUTE = (*_RANK, "ConvTranspose")
@@ -126,9 +126,8 @@ def quantize(
     """
     check_output(target, source)
     session = open_session(source)
-    metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-    unlike = unlike_told(metadata, {node.name: node.shape for node in session.get_outputs()})
-    if unlike and metadata.get("task") == "detect":  # before the long work
+    metadata = metadata_of(session)
+    if unlike := unlike_told(metadata, {node.name: node.shape for node in session.get_outputs()}):
         raise no_detector(str(source), unlike)
     model = _load(source, opset=_FLOAT16_SCALES if fp16 else _CHANNEL_SCALES)
     chosen = choose_layers(model, exclude, quantize_head=quantize_head)
@@ -137,10 +136,9 @@ def quantize(
     shape = _shape(session, source, metadata, image_size)
     (name,) = (node.name for node in inputs_of(session))
     photos = find(calibration, limit)
-    letterbox = Letterbox.of(metadata)
 
     def feeds() -> Iterator[Feeds]:
-        return ({name: batch} for batch in batches(photos.paths, [shape], letterbox))
+        return ({name: batch} for batch in batches(photos.paths, [shape], metadata.letterbox))
 
     del session
     progress(f"calibrating on {len(photos.paths)} images")
@@ -296,19 +294,19 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def _shape(
-    session: Any, source: Path, metadata: dict[str, str], image_size: tuple[int, int] | None
+    session: Any, source: Path, metadata: ModelMetadata, image_size: tuple[int, int] | None
 ) -> tuple[int, int, int, int]:
     """[B, 3, H, W] to calibrate with. Raises UserError where the file takes something else."""
     inputs = inputs_of(session)
     if len(inputs) != 1 or len(inputs[0].dims) != 4:
         found = ", ".join(f"{node.name} {list(node.dims)}" for node in inputs)
         raise UserError(f"one image input [B, 3, H, W] is expected; {source} takes {found}")
-    height, width = image_size or size_in(metadata, "imgsz", "[640, 640]")
+    height, width = image_size or metadata.imgsz
     wanted = (1, 3, height, width)
     batch, channels, *size = (a if isinstance(a, int) else b for a, b in zip(inputs[0].dims, wanted, strict=True))
     if image_size and tuple(size) != image_size:
         raise UserError(f"{source} takes images of {size[0]}x{size[1]} alone, not of {height}x{width}")
-    check_size(str(source), (batch, channels, *size), metadata)
+    metadata.check_size(str(source), (batch, channels, *size))
     return batch, channels, size[0], size[1]
 
 
@@ -395,7 +393,7 @@ def _measure(
     ]
 
 
-def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dict[str, str]) -> dict[str, Deviation]:
+def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: ModelMetadata) -> dict[str, Deviation]:
     """The distance of every output from the float file's, and of the parts of those whose parts are known."""
 
     def outputs(path: Path) -> Feeds:
@@ -405,8 +403,7 @@ def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dic
         return {name: np.concatenate(arrays) for name, arrays in zip(names, runs, strict=True)}
 
     expected, actual = outputs(source), outputs(target)
-    unlike = unlike_detector(metadata, expected)
-    if unlike and metadata.get("task") == "detect":
+    if unlike := unlike_detector(metadata, expected):
         raise no_detector(str(source), unlike)
     found = {name: deviation(array, actual[name]) for name, array in expected.items()}
     for name, parts in parts_of(metadata, expected).items():

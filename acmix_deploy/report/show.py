@@ -14,6 +14,7 @@ from acmix_deploy.report.show_verification import notes as verification_notes
 from acmix_deploy.report.tables import (
     engine,
     errors,
+    fp16_notes,
     fusion_notes,
     graph_blocks,
     half,
@@ -71,11 +72,7 @@ def notes(report: ExportReport) -> list[str]:
         skipped = report.int8.skipped
         found.append(f"{len(skipped)} calibration images could not be read: {'; '.join(skipped)}")
     for typed in (report.fp16, report.int8.fp16 if report.int8 else None):
-        sizes = typed.clipped.items() if typed else ()
-        found += [
-            f"{name} holds up to {size:.4g} and is clipped to float16's 65504: keep range in float32"
-            for name, size in sizes
-        ]
+        found += fp16_notes(typed) if typed else []
     if report.target:
         found += plugin_notes(report.target)
         if report.target.form == "plugin":

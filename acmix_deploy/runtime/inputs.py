@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from acmix_deploy.errors import UserError
-
-MIN_SIZE = "min_size"
-"""Entry of a file's metadata: "[H, W]", the smallest image in pixels that all fused blocks are defined for."""
 
 AXES = {"batch": 0, "height": 2, "width": 3}
 """The axes of an image input [B, C, H, W] that may be free, by their names."""
@@ -68,46 +64,8 @@ def check_axes(dynamic: Collection[str]) -> None:
         raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
 
 
-def size_in(metadata: Mapping[str, str], entry: str, default: str) -> tuple[int, int]:
-    """Height and width as an entry of a file's metadata tells them. Raises UserError where it tells something else."""
-    told = metadata.get(entry, default)
-    try:
-        height, width = map(int, ast.literal_eval(told))
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise UserError(
-            f"the metadata tell the {entry} {told!r:.60}, and expected are a height and a width, such as {default}",
-            "Export the file from its checkpoint: acmix-deploy export",
-        ) from error
-    return height, width
-
-
-def min_size(metadata: Mapping[str, str]) -> tuple[int, int]:
-    """The smallest height and width that a file is defined for; 1 each where its metadata tell none."""
-    return size_in(metadata, MIN_SIZE, "[1, 1]")
-
-
-def check_size(name: str, shape: Sequence[int], metadata: Mapping[str, str]) -> None:
-    """Refuse images [B, C, H, W] that are smaller than those that a file is defined for: an engine takes them.
-
-    Args:
-        name: of the file, and of what gives the shape where that is not plain.
-        shape: of its input.
-        metadata: of the file.
-
-    Raises:
-        UserError: naming both sizes.
-    """
-    height, width = min_size(metadata)
-    if len(shape) == 4 and (shape[2] < height or shape[3] < width):
-        raise UserError(
-            f"{name}: images of {shape[2]}x{shape[3]} pixels are smaller than {height}x{width}, from which on its "
-            "blocks are defined",
-            f"Give images of at least {height}x{width}; below, attention windows do not fit into the maps.",
-        )
-
-
 def noise(name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0) -> list[dict[str, Images]]:
-    """Random images for the input ``name``, of all ``shapes`` in turn, at least ``count``; see :func:`random_images`."""
+    """Random images for the input ``name``: all ``shapes`` in turn, at least ``count``; see :func:`random_images`."""
     seeds = range(max(count, len(shapes)))
     return [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in seeds]
 

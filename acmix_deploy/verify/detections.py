@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from acmix_deploy.detection.boxes import CONFIDENCE, Detection, Detections, decode, named, names_of
-from acmix_deploy.detection.images import Batch, Letterbox, find, placed_batches
+from acmix_deploy.detection.boxes import CONFIDENCE, Detection, Detections, decode, named
+from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import Match, match
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.verify.limits import DetectionLimits
@@ -41,7 +42,7 @@ class Scenes(NamedTuple):
         name: str,
         folder: Path,
         shapes: Sequence[Shape],
-        metadata: Mapping[str, str],
+        metadata: ModelMetadata,
         *,
         limit: int,
         confidence: float = CONFIDENCE,
@@ -49,12 +50,12 @@ class Scenes(NamedTuple):
         """Up to ``limit`` images of a folder as batches of all ``shapes`` of the input ``name``.
 
         Raises:
-            UserError: there is no readable image, a shape is not that of colour images, or the metadata are none.
+            UserError: there is no readable image, or a shape is not that of colour images.
             MissingComponent: OpenCV is not installed.
         """
         photos = find(folder, limit)
-        batches = [*placed_batches(photos.paths, shapes, Letterbox.of(metadata))]
-        return cls(name, batches, names_of(metadata), confidence, photos.skipped)
+        batches = [*placed_batches(photos.paths, shapes, metadata.letterbox)]
+        return cls(name, batches, metadata.names, confidence, photos.skipped)
 
     @property
     def feeds(self) -> list[dict[str, Array]]:

@@ -23,9 +23,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from acmix_deploy import manifest as manifests
+from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Artifact, sha256, sidecar, write_artifact
 from acmix_deploy.cli import main
-from acmix_deploy import onnx_file
 from acmix_deploy.engine import backend
 from acmix_deploy.engine.build import build
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError

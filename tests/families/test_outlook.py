@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acmix_deploy.onnx_file import describe
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
@@ -25,6 +24,7 @@ from acmix_deploy.families.outlook.module import OutlookAttention
 from acmix_deploy.families.outlook.recognise import by_parts, canonicalise
 from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
+from acmix_deploy.onnx_file import describe
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.pipeline import deploy
 from acmix_deploy.precision import quantize, to_fp16

@@ -5,7 +5,6 @@ What a file finds is measured twice, by Ultralytics' validator as mAP50 and by `
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ import torch
 
 from acmix_deploy import pipeline
 from acmix_deploy.checkpoint import load
-from acmix_deploy.detection.boxes import names_of
-from acmix_deploy.detection.images import Letterbox, find, placed_batches
+from acmix_deploy.detection.images import find, placed_batches
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.forms import to_form
 from acmix_deploy.runtime.onnxruntime import onnx_runner, precision_of
 from acmix_deploy.targets import INT8_OPSET, TARGETS
@@ -36,8 +35,8 @@ OPSETS = sorted({min(INT8_OPSET, target.opset) for target in TARGETS.values()})
 
 def test_the_checkpoint_is_one_of_ultralytics_and_tells_nothing_of_a_machine():
     loaded = load(CHECKPOINT)
-    assert loaded.metadata["names"] == str(dict(enumerate(shapes.NAMES)))
-    assert loaded.metadata["imgsz"] == str([shapes.SIZE] * 2)
+    assert loaded.metadata.entries["names"] == str(dict(enumerate(shapes.NAMES)))
+    assert loaded.metadata.entries["imgsz"] == str([shapes.SIZE] * 2)
     assert "weights converted from float16 to float32" in loaded.notes
     saved = torch.load(CHECKPOINT, weights_only=False)
     assert "AGPL-3.0" in saved["license"]
@@ -54,15 +53,14 @@ ALL_BATCHES = [(count, 3, *_SIZES[count % 4]) for count in range(1, 9)]
 def judge(files: dict[str, Path], folder: Path, shapes: list[tuple[int, ...]]) -> Verification:
     """Every file against the plain one, by what they find in the images of a folder, in batches of these shapes."""
     models = {role: onnx.load(path) for role, path in files.items()}
-    metadata = {entry.key: entry.value for entry in models["plain"].metadata_props}
-    letterbox = Letterbox(**json.loads(metadata["letterbox"]))
-    batches = [*placed_batches(find(folder).paths, shapes, letterbox)]
+    metadata = ModelMetadata.of(models["plain"])
+    batches = [*placed_batches(find(folder).paths, shapes, metadata.letterbox)]
     candidates = [Candidate(onnx_runner(model, role), precision_of(model)) for role, model in models.items()]
     return verify(
         candidates[0].runner,
         candidates[1:],
         metadata=metadata,
-        scenes=Scenes("images", batches, names_of(metadata)),
+        scenes=Scenes("images", batches, metadata.names),
         tolerances=FILE_TOLERANCES,
     )
 
