@@ -73,7 +73,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-def input_shape(text: str) -> tuple[int, int, int, int]:
+def bchw(text: str) -> tuple[int, int, int, int]:
     """``1,3,640,640`` as [B, C, H, W]."""
     sizes = tuple(int(size) for size in text.split(","))
     if len(sizes) != 4 or min(sizes) < 1:

@@ -13,10 +13,10 @@ from acmix_deploy.options import (
     FLOAT32,
     ConvBranchChoice,
     Option,
+    bchw,
     count,
     duration,
     float32_list,
-    input_shape,
     names,
     positive,
 )
@@ -70,7 +70,7 @@ class Plan(BaseModel):
     image_size: Annotated[int | None, Option(positive, "N")] = Field(
         default=None, description="side of the image (default: the model's own)"
     )
-    input_shape: Annotated[tuple[int, int, int, int] | None, Option(input_shape, "B,C,H,W")] = Field(
+    input_shape: Annotated[tuple[int, int, int, int] | None, Option(bchw, "B,C,H,W")] = Field(
         default=None, description="e.g. 1,3,384,640"
     )
     dynamic: Annotated[tuple[str, ...], Option(names, "AXES")] = Field(

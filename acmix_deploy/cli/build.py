@@ -12,7 +12,7 @@ from pathlib import Path
 
 from acmix_deploy.cli.common import console, print_json, progress
 from acmix_deploy.errors import UserError
-from acmix_deploy.options import input_shape
+from acmix_deploy.options import bchw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, meaning in (("min", "smallest"), ("opt", "usual"), ("max", "largest")):
         parser.add_argument(
-            f"--{name}", type=input_shape, metavar="B,C,H,W", help=f"{meaning} input, where the file has free axes"
+            f"--{name}", type=bchw, metavar="B,C,H,W", help=f"{meaning} input, where the file has free axes"
         )
     parser.add_argument(
         "--level", type=int, choices=range(6), default=3, help="optimization level; lower builds sooner (default: 3)"

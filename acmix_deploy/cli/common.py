@@ -16,7 +16,7 @@ from rich.console import Console
 
 from acmix_deploy.artifacts import writing
 from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.options import add_options, input_shape, not_negative, positive, share
+from acmix_deploy.options import add_options, bchw, not_negative, positive, share
 from acmix_deploy.plan import Plan
 
 
@@ -30,7 +30,7 @@ def add_input_shape(parser: argparse.ArgumentParser) -> None:
     """The option of the verbs that run files whose axes may be free."""
     parser.add_argument(
         "--input-shape",
-        type=input_shape,
+        type=bchw,
         metavar="B,C,H,W",
         help="sizes for axes that are free (default: the engine's usual ones, else of training, else 1,3,640,640)",
     )
