@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -23,15 +19,15 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from acmix_deploy.artifacts import Made, replacing, write_artifact
-from acmix_deploy.checkpoint.refusals import does_not_run
+from acmix_deploy.checkpoint.reference import run
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
+from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, check_axes, random_images, trial_shapes
+from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
 from acmix_deploy.runtime.metrics import Array, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
-from acmix_deploy.runtime.torch import tensors_of
+from acmix_deploy.runtime.torch import quiet
 from acmix_deploy.targets import check_opset
 
 Exporter = Literal["dynamo", "torchscript"]
@@ -139,7 +135,7 @@ def export(
         for exporter in order:
             progress(f"exporting with the {exporter} exporter")
             try:
-                with _quiet(), torch.no_grad():
+                with quiet(), torch.no_grad():
                     model = _finish(exporters[exporter](), opset, metadata)
                     onnx.save_model(model, temporary)
             except Exception as error:  # whatever an exporter stumbles over
@@ -179,26 +175,6 @@ def export(
     return Made(write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found)
 
 
-def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), divisor: int = 1) -> list[Shape]:
-    """The shapes at which a file is run against the model, the example first; arguments as in :func:`export`.
-
-    Raises:
-        UserError: the shape or an axis is none.
-    """
-    check_axes(dynamic)
-    shape = tuple(input_shape)
-    if len(shape) != 4 or min(shape) < 1:
-        raise UserError(f"input shape {list(shape)} is not four positive sizes: batch, channels, height, width")
-    if shape[2] % divisor or shape[3] % divisor:
-        near = [max(divisor, round(size / divisor) * divisor) for size in shape[2:]]
-        raise UserError(
-            f"an image of {shape[2]}x{shape[3]} is not divisible by the model's stride {divisor}",
-            f"The nearest size that is: {near[0]}x{near[1]}.",
-        )
-    free = {AXES[name] for name in dynamic}
-    return trial_shapes([None if axis in free else size for axis, size in enumerate(shape)], shape, divisor)
-
-
 def _free_axes(program: ExportedProgram, dynamic: Collection[str]) -> set[str]:
     """The axes that a captured program left free; all that are wanted must be among them."""
     inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
@@ -219,33 +195,6 @@ def _callable(program: ExportedProgram) -> nn.Module:
     for method in ("train", "eval"):  # replaced there by methods that only raise
         vars(module).pop(method, None)
     return module
-
-
-def run(module: nn.Module, shape: Shape) -> list[Array]:
-    """The outputs of a module on noise [B, C, H, W]. What it cannot compute, no file can: raises UserError."""
-    try:
-        with _quiet(), torch.no_grad():
-            outputs = tensors_of(module(torch.from_numpy(random_images(shape))))
-    except AcmixDeployError:
-        raise
-    except Exception as error:  # the model's own code
-        raise does_not_run("the model", module, shape, error) from error
-    if not outputs:
-        raise UserError("the model returns no tensor")
-    return [output.numpy() for output in outputs]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' prints, warnings and logs from the user; stderr stays open for progress."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _dynamo(

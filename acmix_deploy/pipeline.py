@@ -14,19 +14,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import onnx
-from torch import nn
 from torch.export import ExportedProgram
 
-from acmix_deploy import families, yolo
 from acmix_deploy.artifacts import Artifact, Made, mark_exported, outdated, remove_exported
-from acmix_deploy.checkpoint import LoadedModel, load
-from acmix_deploy.checkpoint.reference import Reference
+from acmix_deploy.checkpoint.source import Source, load_source
 from acmix_deploy.detection.boxes import no_detector, unlike_told
 from acmix_deploy.document import write_document
 from acmix_deploy.engine.build import BuildReport, build
 from acmix_deploy.errors import AcmixDeployError
-from acmix_deploy.export import INPUT, ExportResult, checked_shapes, export, run
-from acmix_deploy.families.proof import keep_proven
+from acmix_deploy.export import INPUT, ExportResult, export
 from acmix_deploy.forms import TargetReport, takes_plugin, to_form, write_for
 from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.graph import Feeds
@@ -35,7 +31,7 @@ from acmix_deploy.plugin.build import library_in
 from acmix_deploy.precision import Fp16Report, Int8Report, quantize, to_fp16
 from acmix_deploy.profile import Profile, profile
 from acmix_deploy.report.model import ExportReport, describe_file, next_steps
-from acmix_deploy.runtime.inputs import Shape, noise
+from acmix_deploy.runtime.inputs import noise
 from acmix_deploy.runtime.torch import TorchRunner
 from acmix_deploy.targets import INT8_OPSET
 from acmix_deploy.verify import Candidate, Scenes, Verification, verify
@@ -70,7 +66,7 @@ def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
     artifacts = work.marked()
     report = ExportReport(
         model=str(plan.checkpoint),
-        notes=(*source.loaded.notes, *plan.notes, *work.notes, *outdated(plan.out, work.removed, artifacts.values())),
+        notes=(*source.notes, *plan.notes, *work.notes, *outdated(plan.out, work.removed, artifacts.values())),
         blocks=source.blocks,
         reference=source.reference.report,
         export=exported,
@@ -82,7 +78,7 @@ def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
         engines=engines,
         verification=verification,
         seconds=work.seconds,
-        next_steps=next_steps(artifacts, exported, target, detector=source.detects(exported)),
+        next_steps=next_steps(artifacts, exported, target, detector=source.metadata.detects and not work.unlike),
     )
     write_document(report, plan.report)
     return report
@@ -90,15 +86,19 @@ def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
 
 @dataclass
 class _Work:
-    """What the stages of one run wrote, and how long each took."""
+    """What the stages of one run wrote and found on the way."""
 
     plan: Plan
     progress: Progress
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     """By role: the kind of a file; of an engine with the role of the file that it was built from."""
     seconds: dict[str, float] = field(default_factory=dict)
-    removed: list[str] = field(default_factory=list)
+    """By stage."""
     notes: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    """Names of files of the run before."""
+    unlike: str = ""
+    """What keeps the outputs of a detector from being decoded."""
 
     def stage(self, name: str, message: str, run: Callable[[], Result]) -> Result:
         """Tell that a stage begins, and keep how long it took."""
@@ -120,47 +120,18 @@ class _Work:
         return {role: mark_exported(artifact, checkpoint) for role, artifact in self.artifacts.items()}
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint, loaded."""
-
-    loaded: LoadedModel
-    reference: Reference
-    module: nn.Module | ExportedProgram
-    """Ready for export, with every known block replaced by its family's own."""
-    blocks: tuple[families.BlockReport, ...]
-    shape: Shape
-    """[B, C, H, W]."""
-
-    def detects(self, exported: ExportResult) -> bool:
-        """Whether it is a detector whose detections can be decoded."""
-        return self.loaded.metadata.detects and not self.unlike_detector(exported)
-
-    def unlike_detector(self, exported: ExportResult) -> str:
-        """What keeps the outputs of a detector from being decoded."""
-        return unlike_told(self.loaded.metadata, {output.name: output.shape for output in exported.outputs})
-
-
-def _load(plan: Plan) -> _Source:
-    loaded = load(plan.checkpoint, arch=plan.arch, trust=plan.trust)
-    side = plan.image_size
-    shape = plan.input_shape or ((1, loaded.metadata.channels, side, side) if side else loaded.metadata.usual_shape)
-    shapes = checked_shapes(shape, plan.dynamic, loaded.metadata.stride)
-    reference = Reference(loaded)
-    if isinstance(loaded.module, ExportedProgram):
-        return _Source(loaded, reference, loaded.module, (), shape)
-    module, blocks = families.canonicalise(loaded.module)
-    module, blocks = keep_proven(
-        reference.model,
-        module,
-        blocks,
-        run=lambda: [run(reference, shape) for shape in shapes],
-        any_size=not {"height", "width"}.isdisjoint(plan.dynamic),
+def _load(plan: Plan) -> Source:
+    return load_source(
+        plan.checkpoint,
+        image_size=plan.image_size,
+        input_shape=plan.input_shape,
+        dynamic=plan.dynamic,
+        arch=plan.arch,
+        trust=plan.trust,
     )
-    return _Source(loaded, reference, yolo.prepare_for_export(module), tuple(blocks), shape)
 
 
-def _export(work: _Work, source: _Source) -> Made[ExportResult]:
+def _export(work: _Work, source: Source) -> Made[ExportResult]:
     """Files of a former run are deleted only once there is one to take their place."""
     plan = work.plan
     made = export(
@@ -170,50 +141,38 @@ def _export(work: _Work, source: _Source) -> Made[ExportResult]:
         input_shape=source.shape,
         opset=plan.chosen_opset,
         dynamic=plan.dynamic,
-        divisor=source.loaded.metadata.stride,
-        metadata=source.loaded.metadata,
+        divisor=source.metadata.stride,
+        metadata=source.metadata,
         reference=source.reference,
         progress=work.progress,
     )
-    if plan.int8 and (unlike := source.unlike_detector(made.found)):
-        raise no_detector(made.artifact.path.name, unlike)
+    work.unlike = unlike_told(source.metadata, {output.name: output.shape for output in made.found.outputs})
+    if plan.int8 and work.unlike:
+        raise no_detector(made.artifact.path.name, work.unlike)
     work.removed = remove_exported(plan.out, plan.checkpoint.stem)
     plan.report.unlink(missing_ok=True)
     return made
 
 
 def _fuse(work: _Work) -> Made[FusionReport]:
-    plan = work.plan
-    return fuse(
-        plan.path("plain"),
-        plan.path("fused"),
-        conv_branch=plan.conv_branch,
-        expect=plan.expect,
-        progress=work.progress,
-    )
+    plan, files = work.plan, (work.plan.path("plain"), work.plan.path("fused"))
+    return fuse(*files, conv_branch=plan.conv_branch, expect=plan.expect, progress=work.progress)
 
 
-def _inputs(plan: Plan, source: _Source, exported: ExportResult) -> Scenes | list[Feeds]:
+def _inputs(plan: Plan, source: Source, exported: ExportResult) -> Scenes | list[Feeds]:
     """At every shape that the export was checked at: photographs, or random images where there are none."""
-    shapes = exported.checked_shapes
     if not plan.calibration:
-        return noise(INPUT, shapes)
-    return Scenes.read(INPUT, plan.calibration, shapes, source.loaded.metadata, limit=_PHOTOS)
+        return noise(INPUT, exported.checked_shapes)
+    return Scenes.read(INPUT, plan.calibration, exported.checked_shapes, source.metadata, limit=_PHOTOS)
 
 
 def _to_fp16(work: _Work, inputs: Scenes | list[Feeds]) -> Made[Fp16Report]:
-    plan = work.plan
-    return to_fp16(
-        plan.path("fused"),
-        plan.path("fp16"),
-        fp16_io=plan.fp16_io,
-        float32=plan.float32,
-        samples=inputs.feeds if isinstance(inputs, Scenes) else inputs,
-        progress=work.progress,
-    )
+    plan, files = work.plan, (work.plan.path("fused"), work.plan.path("fp16"))
+    samples = inputs.feeds if isinstance(inputs, Scenes) else inputs
+    return to_fp16(*files, fp16_io=plan.fp16_io, float32=plan.float32, samples=samples, progress=work.progress)
 
 
-def _quantize(work: _Work, source: _Source) -> Made[Int8Report]:
+def _quantize(work: _Work, source: Source) -> Made[Int8Report]:
     plan = work.plan
     assert plan.calibration
     return quantize(
@@ -256,13 +215,13 @@ def _build(work: _Work, exported: ExportResult) -> dict[str, BuildReport]:
     return found
 
 
-def _verify(work: _Work, source: _Source, inputs: Scenes | list[Feeds]) -> Verification:
+def _verify(work: _Work, source: Source, inputs: Scenes | list[Feeds]) -> Verification:
     """Every file against the model as it was loaded; the one for a target by its twin that ONNX Runtime takes."""
     plan = work.plan
     candidates = []
-    for role, artifact in work.artifacts.items():
+    for artifact in work.artifacts.values():
         model: Path | onnx.ModelProto = artifact.path
-        if role == "target" and artifact.settings["form"] == "plugin":
+        if _needs_plugin(artifact):
             assert plan.target
             model = to_form(onnx.load(plan.path(plan.role_for(plan.target))), "any")
         candidates.append(Candidate.of(model, artifact.path.name))
@@ -271,11 +230,16 @@ def _verify(work: _Work, source: _Source, inputs: Scenes | list[Feeds]) -> Verif
         module = source.module.module() if isinstance(source.module, ExportedProgram) else source.module
         eager["float16"] = TorchRunner(copy.deepcopy(module).half(), "torch float16")
     runner = TorchRunner(source.reference, str(source.reference.report))
-    return verify(runner, candidates, inputs, metadata=source.loaded.metadata, eager=eager)
+    return verify(runner, candidates, inputs, metadata=source.metadata, eager=eager)
 
 
-def _profile(work: _Work, source: _Source) -> dict[str, Profile]:
+def _profile(work: _Work, source: Source) -> dict[str, Profile]:
     """Latency by role, of the files that run here."""
-    timed = {role: made.path for role, made in work.artifacts.items() if made.settings.get("form") != "plugin"}
+    timed = {role: artifact.path for role, artifact in work.artifacts.items() if not _needs_plugin(artifact)}
     found = profile([*timed.values()], input_shape=source.shape, seconds=work.plan.seconds)
     return dict(zip(timed, found, strict=True))
+
+
+def _needs_plugin(artifact: Artifact) -> bool:
+    """Whether it is a file for TensorRT's plugin alone, which ONNX Runtime does not take."""
+    return artifact.kind == "target" and artifact.settings["form"] == "plugin"

@@ -87,7 +87,7 @@ def assert_fused(
     """Fusing ``source`` replaces ``count`` blocks of ``family`` and changes no result."""
     limit = part(family, "graph").TOLERANCES["float32"].floor
     target = source.with_name("fused.onnx")
-    report = fuse(source, target, expect=count, **options)
+    report = fuse(source, target, expect=count, **options).found
     assert [block.family for block in report.blocks if block.fused] == [family] * count
     for x in inputs:
         with torch.no_grad():
