@@ -16,7 +16,6 @@ from torch import nn
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main, parser
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
@@ -25,6 +24,7 @@ from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.precision import to_fp16
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.report.target import target_steps
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.targets import TARGETS, target_of

@@ -15,9 +15,9 @@ from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import commands, main
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.report.model import ExportReport
+from acmix_deploy.runtime.inputs import AXES
 from tests.families.parts import export
 from tests.fusion.test_fuse import randomised
 

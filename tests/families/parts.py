@@ -12,9 +12,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy.export import AXES
 from acmix_deploy.families import part
 from acmix_deploy.fusion import fuse
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from acmix_deploy.export import AXES
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.inputs import AXES, random_images
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.families.parts import export, outputs

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.outlook.module import OutlookAttention
 from acmix_deploy.families.outlook.recognise import by_parts, canonicalise
@@ -27,6 +26,7 @@ from acmix_deploy.fusion import fuse
 from acmix_deploy.onnx_file import describe
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.precision import quantize, to_fp16
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.targets import target_of

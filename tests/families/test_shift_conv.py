@@ -15,14 +15,13 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.shift_conv.graph import TOLERANCES
 from acmix_deploy.families.shift_conv.module import ShiftConv
 from acmix_deploy.fusion import fuse
 from acmix_deploy.profile.layers import blocks_of
-from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.inputs import AXES, random_images
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.families.parts import export, operators, outputs, randomised, relative_l2

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families import BlockReport, canonicalise
 from acmix_deploy.families.swin_acmix.graph import TOLERANCES
 from acmix_deploy.families.swin_acmix.module import SwinACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.runtime.inputs import AXES
 from tests.families import parts as family_parts
 from tests.families.parts import export, outputs, randomised, relative_l2
 from tests.pipeline.parts import deployed

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from acmix_deploy import families
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.windowed_acmix.graph import TOLERANCES
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.families.windowed_acmix.recognise import canonicalise
 from acmix_deploy.fusion import fuse
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from tests.families import parts as family_parts
 from tests.families.parts import export, outputs, randomised, relative_l2

@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from acmix_deploy.errors import CheckFailed, UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.families import parts as family_parts

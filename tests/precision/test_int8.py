@@ -21,7 +21,6 @@ from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main
 from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -30,6 +29,7 @@ from acmix_deploy.precision.fp16 import to_fp16
 from acmix_deploy.precision.int8 import choose_layers, head
 from acmix_deploy.precision.ranges import calibrate
 from acmix_deploy.report.documents import QuantizeDocument
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.verify import compare_files
