@@ -26,19 +26,19 @@ $(READY): pyproject.toml scripts/setup.sh
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(READY)
 	ACMIX_SOAK=1 $(BIN)/python -m pytest -m soak
 
 bench: $(READY)
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python -m scripts.bench
 
 docs: $(READY)
-	$(BIN)/python scripts/docs.py
+	$(BIN)/python -m scripts.docs
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -48,14 +48,14 @@ lint: $(READY)
 	git ls-files plugins | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
 
 resources: $(READY)
-	$(BIN)/python scripts/resources.py
+	$(BIN)/python -m scripts.resources
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
 
 bench-gpu: $(READY)
-	$(BIN)/python scripts/bench_gpu.py
-	$(BIN)/python scripts/bench_engines.py
+	$(BIN)/python -m scripts.bench_gpu
+	$(BIN)/python -m scripts.bench_engines
 
 release-check: $(READY)
 	scripts/release_check.sh $(BIN)/python

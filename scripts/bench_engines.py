@@ -13,13 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
-import engines  # noqa: E402
-from engines import BLOCKS, DETECTOR, FORMS, LEVEL, WITHOUT, Variant  # noqa: E402
-
-from acmix_deploy.errors import AcmixDeployError  # noqa: E402
-from acmix_deploy.profile import Profile, profile  # noqa: E402
+from acmix_deploy.errors import AcmixDeployError
+from acmix_deploy.profile import Profile, profile
+from tests.gpu import engines
+from tests.gpu.engines import BLOCKS, DETECTOR, FORMS, LEVEL, WITHOUT, Variant
 
 DETECTORS = (
     *(Variant(DETECTOR, form, "float16") for form in FORMS),

@@ -22,12 +22,9 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
-import device  # noqa: E402
-import kernels  # noqa: E402
-
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION  # noqa: E402
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from tests.gpu import device
+from tests.plugin import kernels
 
 SHAPES = ((64, 80), (128, 40), (256, 20))
 """Channels and side of the map: what P3, P4 and P5 of a YOLOv8n see at 640 pixels."""

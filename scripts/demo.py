@@ -6,10 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-import shapes
-from train_shapes import CHECKPOINT
-
 from acmix_deploy import cli
+from scripts import shapes
+from scripts.train_shapes import CHECKPOINT
 
 FOLDER = Path("out/demo")
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import shapes
+from scripts import shapes
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "tests/data/shapes.pt"
 TRAINING, VALIDATION, HELD_BACK = 1, 3, 2

@@ -11,13 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tensorrt_parts import cuda, libraries, rtx  # noqa: F401  fixtures
+
+from tests.plugin.parts import cuda, libraries, rtx  # noqa: F401  fixtures
 
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_AUTOINSTALL"] = "false"
 os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
 # Ultralytics has PyTorch use all cores but one; where those are busy, threads that spin at barriers hold up their own.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 with suppress(ModuleNotFoundError):  # not on a machine for GPU tests
     import onnxruntime
 
@@ -52,7 +54,7 @@ def fake(monkeypatch):
     """TensorRT 8.6 on an Orin, which does as it is told."""
     from acmix_deploy import manifest
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake_tensorrt"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "engine/fake_tensorrt"))
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.setattr(manifest, "_device", lambda: {"gpu": "Orin", "sm": 87})
     yield lambda mode: monkeypatch.setenv("FAKE_TENSORRT", mode)
@@ -62,7 +64,7 @@ def fake(monkeypatch):
 @pytest.fixture
 def gpu(fake, monkeypatch):
     """The same with a CUDA on which engines run. At the end all that was made is given back."""
-    from fake_cuda.runtime import Cuda
+    from tests.engine.fake_cuda.runtime import Cuda
 
     device = Cuda()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", device)
@@ -90,9 +92,10 @@ def shapes_model(tmp_path_factory):
     from acmix_deploy.checkpoint import load
     from acmix_deploy.export import export
     from acmix_deploy.fusion import fuse
+    from scripts.train_shapes import CHECKPOINT
 
     folder = tmp_path_factory.mktemp("shapes")
-    model = load(Path(__file__).parent / "data/shapes.pt")
+    model = load(CHECKPOINT)
     module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
     options = {"input_shape": (1, 3, 160, 160), "opset": 17, "divisor": 32, "dynamic": ("batch",)}
     export(module, folder / "plain.onnx", metadata=model.metadata, **options)

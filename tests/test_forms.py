@@ -10,10 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from family_parts import export
 from onnx import numpy_helper
-from test_cli import fails
-from test_fusion import randomised
 from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
@@ -31,6 +28,9 @@ from acmix_deploy.report.target import TargetReport
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.targets import TARGETS, target_of
+from tests.cli.test_cli import fails
+from tests.families.parts import export
+from tests.fusion.test_fuse import randomised
 
 SHAPES = [(1, 3, 12, 16), (3, 3, 16, 20)]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import device
-import kernels
 import pytest
+
+from tests.gpu import device
+from tests.plugin import kernels
 
 
 @pytest.fixture(scope="session")

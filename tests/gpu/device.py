@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import kernels
-from kernels import DTYPES, GUARD, LAYOUTS, PLUGINS, Problem, Refused
-
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.plugin.toolchain import find_cuda
+from tests.plugin import kernels
+from tests.plugin.kernels import DTYPES, GUARD, LAYOUTS, PLUGINS, Problem, Refused
 
 if TYPE_CHECKING:
     from torch import Tensor

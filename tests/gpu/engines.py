@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import device
-import kernels
-
 from acmix_deploy.artifacts import read_artifact, sha256
 from acmix_deploy.engine.build import build, target_here
 from acmix_deploy.errors import AcmixDeployError, MissingComponent
 from acmix_deploy.manifest import read_manifest
 from acmix_deploy.plugin.toolchain import find_tensorrt
 from acmix_deploy.targets import Target
+from tests.gpu import device
+from tests.plugin import kernels
 
 BLOCKS = ("block-64x80", "block-128x40", "block-256x20")
 DETECTOR, WITHOUT = "yolov8n-acmix", "yolov8n"

@@ -1,6 +1,6 @@
 """What test_engines_gpu.py and scripts/bench_engines.py need of packages that a machine with a GPU may lack.
 
-    python tests/gpu/make_models.py FOLDER
+    python -m tests.gpu.make_models FOLDER
 
 For each model, in opset 17, which every TensorRT from 8.5 on reads: FOLDER/NAME.plain.onnx as PyTorch exports the
 authors' form of the block, NAME.fused.onnx, both in float32 and in float16 (NAME.plain.fp16.onnx), of a detector

@@ -5,16 +5,16 @@ What it takes from elsewhere is in engines.py.
 
 from __future__ import annotations
 
-import engines
 import numpy as np
 import pytest
-from engines import BLOCKS, DETECTOR, FORMS, WITHOUT, Variant
 
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.manifest import read_manifest
 from acmix_deploy.profile import profile
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.tensorrt import EngineRunner
+from tests.gpu import engines
+from tests.gpu.engines import BLOCKS, DETECTOR, FORMS, WITHOUT, Variant
 
 pytestmark = pytest.mark.skipif(bool(engines.missing()), reason=engines.missing())
 

@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import device
-import kernels
 import pytest
-from device import DeviceKernels, Placed
-from kernels import Problem
 
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.plugin.toolchain import find_cuda
+from tests.gpu import device
+from tests.gpu.device import DeviceKernels, Placed
+from tests.plugin import kernels
+from tests.plugin.kernels import Problem
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(bool(device.missing()), reason=device.missing())

@@ -64,7 +64,7 @@ inline void mma_k8(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b, 
 
 inline void mma_k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], const float (&c)[4]) {
     if (emulator::device_sm() < 80) {
-        ACMIX_MMA_K16_BEFORE_SM_80;  // the statements of the other ptx.cuh, which tests/kernels.py reads there
+        ACMIX_MMA_K16_BEFORE_SM_80;  // the statements of the other ptx.cuh, which tests/plugin/kernels.py reads there
     } else {
         mma<16>(d, a, b, c, "mma.m16n8k16");
     }

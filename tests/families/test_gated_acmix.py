@@ -1,0 +1,429 @@
+"""Gated ACmix: the block itself, blocks that others wrote in modules and in graphs, and what only looks like one."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from acmix_deploy import families
+from acmix_deploy.errors import UserError
+from acmix_deploy.export import AXES
+from acmix_deploy.families.gated_acmix.graph import TOLERANCES
+from acmix_deploy.families.gated_acmix.module import GatedACmix
+from acmix_deploy.families.gated_acmix.recognise import canonicalise
+from acmix_deploy.fusion import fuse
+from acmix_deploy.pipeline import deploy
+from acmix_deploy.runtime.metrics import deviation
+from tests.families import parts as family_parts
+from tests.families.parts import export, outputs, randomised, relative_l2
+
+FLOAT32 = TOLERANCES["float32"].floor
+assert_fused = partial(family_parts.assert_fused, "gated_acmix")
+
+
+def pixel_by_pixel(block: GatedACmix, x: Tensor) -> Tensor:
+    """The definition in float64, one pixel and one head at a time."""
+    weights = {name: value.detach().double().numpy() for name, value in block.state_dict().items()}
+    maps = x.double().numpy()
+    batch, channels, height, width = maps.shape
+    d, reach = channels // block.num_heads, block.kernel_size // 2
+    sequences = [[(b, i, j) for i in range(height) for j in range(width)] for b in range(batch)]
+    if block.sequence_first:
+        sequences = [[(b, i, j) for b in range(batch)] for i in range(height) for j in range(width)]
+    attended, convolved = np.zeros(maps.shape), np.zeros(maps.shape)
+    for sequence in sequences:
+        tokens = np.array([maps[b, :, i, j] for b, i, j in sequence])
+        q, k, v = np.split(tokens @ weights["attention.in_proj_weight"].T + weights["attention.in_proj_bias"], 3, 1)
+        heads = []
+        for n in range(block.num_heads):
+            own = slice(n * d, (n + 1) * d)
+            logits = q[:, own] @ k[:, own].T / np.sqrt(d)
+            share = np.exp(logits - logits.max(1, keepdims=True))
+            heads.append(share / share.sum(1, keepdims=True) @ v[:, own])
+        result = np.concatenate(heads, 1) @ weights["attention.out_proj.weight"].T + weights["attention.out_proj.bias"]
+        for (b, i, j), token in zip(sequence, result, strict=True):
+            attended[b, :, i, j] = token
+    for b, i, j in (place for sequence in sequences for place in sequence):
+        for a in range(max(i - reach, 0), min(i + reach + 1, height)):
+            for c in range(max(j - reach, 0), min(j + reach + 1, width)):
+                kernel = weights["conv.0.weight"][:, :, a - i + reach, c - j + reach]
+                convolved[b, :, i, j] += kernel @ maps[b, :, a, c]
+    statistics = (
+        weights[f"conv.1.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    mean, variance, scale, shift = statistics
+    convolved = np.maximum((convolved - mean) / np.sqrt(variance + 1e-5) * scale + shift, 0)
+    hidden = np.maximum(maps.mean((2, 3)) @ weights["gate.2.weight"].T + weights["gate.2.bias"], 0)
+    gate = 1 / (1 + np.exp(-(hidden @ weights["gate.4.weight"].T + weights["gate.4.bias"])))
+    first, second = (gate[:, index, None, None, None] for index in (0, 1))
+    return torch.from_numpy(first * convolved + second * attended)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 4),
+    kernel=st.sampled_from([1, 3, 5]),
+    hidden=st.integers(1, 5),
+    size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    batch=st.integers(1, 3),
+    sequence_first=st.booleans(),
+)
+def test_is_the_definition(
+    heads: int, head_dim: int, kernel: int, hidden: int, size: tuple[int, int], batch: int, sequence_first: bool
+) -> None:
+    block = randomised(GatedACmix(heads * head_dim, heads, kernel, hidden, sequence_first=sequence_first))
+    x = torch.randn(batch, heads * head_dim, *size)
+    expected = pixel_by_pixel(block, x)
+    assert relative_l2(copy.deepcopy(block).double()(x.double()), expected) < 1e-12
+    assert relative_l2(block(x), expected) < FLOAT32
+
+
+def test_tokens_attend_to_their_own_image_alone() -> None:
+    x = torch.randn(3, 8, 4, 5)
+    right, faulty = (randomised(GatedACmix(8, 2, sequence_first=fault)) for fault in (False, True))
+    torch.testing.assert_close(right(x)[1:2], right(x[1:2]))
+    assert relative_l2(faulty(x)[1:2], faulty(x[1:2])) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_close(dtype: torch.dtype) -> None:
+    block, x = randomised(GatedACmix(8, 2)), torch.randn(2, 8, 7, 5)
+    assert relative_l2(copy.deepcopy(block).to(dtype)(x.to(dtype)), block(x)) < 16 * torch.finfo(dtype).eps
+
+
+def test_every_weight_learns() -> None:
+    torch.manual_seed(0)
+    block = GatedACmix(8, 2, hidden=8)
+    block(torch.randn(4, 8, 7, 5)).square().mean().backward()
+    for name, parameter in block.named_parameters():
+        # The biases of the keys add the same to all logits of a query.
+        gradient = parameter.grad[:8] if name == "attention.in_proj_bias" else parameter.grad
+        assert gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [
+        ({"channels": 10}, "channels=10"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"kernel_size": 2}, "2"),
+        ({"hidden": 0}, "=0"),
+    ],
+)
+def test_the_constructor_refuses_with_the_number(arguments: dict[str, int], number: str) -> None:
+    with pytest.raises(UserError, match=number):
+        GatedACmix(**{"channels": 8, **arguments})
+
+
+class Port(nn.Module):
+    """The block as others write it, with its fault; each choice is a keyword."""
+
+    def __init__(
+        self,
+        dim: int = 8,
+        heads: int = 2,
+        kernel: int = 3,
+        *,
+        tokens: str = "batch first, not told",
+        norm: bool = True,
+        swapped: bool = False,
+        gate: str = "sigmoid",
+        between: type[nn.Module] = nn.ReLU,
+        activation: type[nn.Module] = nn.ReLU,
+        pool: type[nn.Module] = nn.AdaptiveAvgPool2d,
+        of: str = "x",
+        position: bool = False,
+        shared: bool = False,
+        own_qkv: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokens, self.swapped, self.of, self.shared, self.heads = tokens, swapped, of, shared, heads
+        norms = [nn.BatchNorm2d(dim)] if norm else []
+        self.local = nn.Sequential(nn.Conv2d(dim, dim, kernel, padding=kernel // 2), *norms, activation())
+        if own_qkv:
+            self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        else:
+            self.attn = nn.MultiheadAttention(dim, heads, batch_first=tokens == "batch first")
+        last = nn.Sigmoid() if gate == "sigmoid" else nn.Softmax(1)
+        self.weights = nn.Sequential(nn.Linear(dim, 5), between(), nn.Linear(5, 2), last)
+        self.pool = pool(1)
+        self.position = nn.Parameter(torch.zeros(1, dim, 1, 1)) if position else None
+
+    def attend(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        if hasattr(self, "query"):
+            tokens = x.reshape(b, c, h * w).transpose(1, 2)
+            q, k, v = (
+                layer(tokens).view(b, h * w, self.heads, -1).transpose(1, 2)
+                for layer in (self.query, self.key, self.value)
+            )
+            joined = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.out(joined).transpose(1, 2).reshape(b, c, h, w)
+        if self.tokens == "rows":
+            tokens = x.permute(3, 0, 2, 1).reshape(w, b * h, c)
+            return self.attn(tokens, tokens, tokens)[0].reshape(w, b, h, c).permute(1, 3, 2, 0)
+        if self.tokens == "sequence first":
+            tokens = x.reshape(b, c, h * w).permute(2, 0, 1)
+            return self.attn(tokens, tokens, tokens)[0].permute(1, 2, 0).reshape(b, c, h, w)
+        tokens = x.reshape(b, c, h * w).permute(0, 2, 1)
+        return self.attn(tokens, tokens, tokens)[0].permute(0, 2, 1).reshape(b, c, h, w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolved = self.local(x)
+        attended = self.attend(x if self.position is None else x + self.position)
+        weights = self.weights(self.pool(x if self.of == "x" else convolved).flatten(1))
+        first, second = (weights[:, index].view(-1, 1, 1, 1) for index in (0, 1))
+        if self.shared:
+            second = 1 - first
+        if self.swapped:
+            first, second = second, first
+        return first * convolved + second * attended
+
+
+SPELLINGS: list[dict[str, Any]] = [
+    {},
+    {"tokens": "batch first"},
+    {"tokens": "sequence first", "swapped": True, "kernel": 1},
+    {"tokens": "batch first", "norm": False, "heads": 1, "kernel": 5},
+]
+
+
+@pytest.mark.parametrize("options", SPELLINGS, ids=str)
+def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
+    original = randomised(Port(**options))
+    model, (report,) = canonicalise(nn.Sequential(nn.Identity(), original))
+    assert type(model[1]) is GatedACmix, report
+    assert (report.name, report.status, report.class_name) == ("1", "replaced", "Port")
+    assert report.geometry == {
+        "channels": 8,
+        "num_heads": options.get("heads", 2),
+        "kernel_size": options.get("kernel", 3),
+        "hidden": 5,
+        "sequence_first": "tokens" not in options,
+    }
+    assert not model[1].training
+    x = torch.randn(2, 8, 7, 5)
+    torch.testing.assert_close(model[1](x), original(x), rtol=1e-4, atol=1e-5)
+    assert model[1].attention.in_proj_weight is original.attn.in_proj_weight
+
+
+NEAR_MISSES: list[tuple[dict[str, Any], str, str]] = [
+    ({"gate": "softmax"}, "differs from GatedACmix", "weighed by Softmax, not by the Sigmoid"),
+    ({"between": nn.Tanh}, "differs from GatedACmix", "not that of two linear layers with a ReLU"),
+    ({"pool": nn.AdaptiveMaxPool2d}, "differs from GatedACmix", "with a ReLU between them of a mean"),
+    ({"of": "convolved"}, "differs from GatedACmix", "do not read one tensor"),
+    ({"activation": nn.SiLU}, "differs from GatedACmix", "does not weigh the ReLU of a convolution"),
+    ({"shared": True}, "differs from GatedACmix", "weighed by Sub, not by the Sigmoid of a gate"),
+    ({"position": True}, "it has parameters beside those", "do not read one tensor"),
+    ({"tokens": "rows"}, "differs from GatedACmix", "neither all pixels of an image"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), [miss[:2] for miss in NEAR_MISSES], ids=str)
+def test_an_impostor_is_left_alone_and_named(options: dict[str, Any], reason: str) -> None:
+    original = randomised(Port(**options))
+    model, (report,) = canonicalise(nn.Sequential(original))
+    assert model[0] is original
+    assert (report.status, report.geometry) == ("left alone", None)
+    assert reason in report.reason
+
+
+def test_own_blocks_are_no_other_familys() -> None:
+    _, (report,) = families.canonicalise(nn.Sequential(GatedACmix(8, 2)))
+    assert (report.status, report.family) == ("canonical", "gated_acmix")
+
+
+def test_ordinary_modules_are_not_mentioned() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 2))
+    assert canonicalise(model)[1] == []
+
+
+class Detector(nn.Module):
+    """A block with what usually surrounds it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 8, 1), block, nn.Conv2d(8, 4, 1)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(x + self.block(x))
+
+
+@pytest.mark.parametrize(
+    ("exporter", "dynamic", "options"),
+    [
+        *(
+            ("torchscript", dynamic, options)
+            for dynamic in ((), ("batch",))
+            for options in [*SPELLINGS, {"own_qkv": True}]
+        ),
+        *(("dynamo", dynamic, options) for dynamic in ((), ("batch",)) for options in SPELLINGS[:2]),
+    ],
+    ids=str,
+)
+def test_a_port_fuses(tmp_path: Path, exporter: str, dynamic: tuple[str, ...], options: dict[str, Any]) -> None:
+    model = Detector(randomised(Port(**options)))
+    source = export(
+        model, torch.randn(2 if dynamic else 1, 3, 5, 7), tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic
+    )
+    # nn.MultiheadAttention freezes the batch in TorchScript; fusing frees it.
+    assert_fused(model, source, *(torch.randn(n, 3, 5, 7) for n in ((1, 2, 3) if dynamic else (1,))))
+
+
+def test_a_batch_norm_that_the_exporter_left(tmp_path: Path) -> None:
+    model, x = Detector(randomised(Port(tokens="batch first"))), torch.randn(1, 3, 5, 7)
+    program = torch.onnx.export(model, (x,), dynamo=True, opset_version=18, optimize=False, verbose=False)
+    program.save(tmp_path / "plain.onnx")
+    assert "BatchNormalization" in {node.op_type for node in program.model_proto.graph.node}
+    assert_fused(model, tmp_path / "plain.onnx", x)
+
+
+@pytest.mark.parametrize(
+    ("exporter", "sequence_first"), [("dynamo", False), ("torchscript", False), ("torchscript", True)]
+)
+def test_every_axis_free(tmp_path: Path, exporter: str, sequence_first: bool) -> None:
+    model = Detector(randomised(GatedACmix(8, 2, sequence_first=sequence_first)))
+    source = export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx", exporter=exporter, dynamic=AXES)
+    assert_fused(model, source, *(torch.randn(size) for size in ((1, 3, 6, 5), (3, 3, 4, 7), (2, 3, 1, 2))))
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_attention_has_the_form_that_runtimes_fuse(tmp_path: Path, sequence_first: bool) -> None:
+    """q [B, heads, N, d] x k^T, Softmax over the last axis, x v, and back to [B, N, C]."""
+    model = Detector(randomised(GatedACmix(8, 2, sequence_first=sequence_first)))
+    fused = assert_fused(
+        model, export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx"), torch.randn(2, 3, 6, 5)
+    )
+    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(fused))
+    (softmax,) = (node for node in graph.nodes if node.op == "Softmax")
+    logits, attended = softmax.i(), softmax.o()
+    assert [logits.op, attended.op, attended.o().op, attended.o().o().op] == [
+        "MatMul",
+        "MatMul",
+        "Transpose",
+        "Reshape",
+    ]
+    assert (softmax.attrs["axis"], attended.inputs[0] is softmax.outputs[0]) == (-1, True)
+    operands = (*logits.inputs, attended.inputs[1])
+    for tensor, perm in zip(operands, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True):
+        transpose = tensor.inputs[0]
+        assert (transpose.op, transpose.attrs["perm"]) == ("Transpose", perm)
+        assert [transpose.i().op, transpose.i().i().op, transpose.i().i().i().op] == ["Reshape", "Add", "MatMul"]
+    assert operands[0].shape == ([30, 2, 2, 4] if sequence_first else [2, 2, 30, 4])
+    assert "BatchNormalization" not in {node.op for node in graph.nodes}
+
+
+def test_onnxruntime_makes_one_multi_head_attention_of_it(tmp_path: Path) -> None:
+    """Its optimizer for transformers wants the scale as a Mul, which the file has in the queries."""
+    from onnxruntime.transformers.fusion_mha_dit import FusionMultiHeadAttentionDiT
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    model, x = Detector(randomised(GatedACmix(8, 2))), torch.randn(1, 3, 6, 5)
+    fused = assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
+    softmax = next(node for node in fused.graph.node if node.op_type == "Softmax")
+    fused.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
+    index = list(fused.graph.node).index(softmax)
+    fused.graph.node.insert(index, helper.make_node("Mul", [softmax.input[0], "one"], ["scaled"], "scale"))
+    fused.graph.node[index + 1].input[0] = "scaled"
+    editor = OnnxModel(fused)
+    FusionMultiHeadAttentionDiT(editor).apply()
+    editor.prune_graph()
+    editor.topological_sort()
+    assert [n.op_type for n in fused.graph.node if n.op_type in ("Softmax", "MultiHeadAttention")] == [
+        "MultiHeadAttention"
+    ]
+    fused.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(fused, tmp_path / "mha.onnx")
+    assert deviation(model(x).detach().numpy(), outputs(tmp_path / "mha.onnx", x)).relative_l2 < FLOAT32
+
+
+def test_alone_in_a_batch_sequence_first_is_one_convolution(tmp_path: Path) -> None:
+    model = Detector(randomised(Port()))
+    fused = assert_fused(
+        model, export(model, torch.randn(1, 3, 6, 5), tmp_path / "plain.onnx"), torch.randn(1, 3, 6, 5)
+    )
+    operators = [node.op_type for node in fused.graph.node]
+    assert (operators.count("Softmax"), operators.count("Conv")) == (0, 4)
+    assert len(operators) < 22
+
+
+def test_float16_weights(tmp_path: Path) -> None:
+    block, x = randomised(GatedACmix(8, 2)), torch.randn(1, 8, 5, 7)
+    half = copy.deepcopy(block).half()
+    fuse(export(half, x.half(), tmp_path / "half.onnx"), tmp_path / "fused.onnx", expect=1)
+    assert {tensor.data_type for tensor in onnx.load(tmp_path / "fused.onnx").graph.initializer} <= {10, 7}
+    exact = block(x).detach().numpy()
+    eager = deviation(exact, half(x.half()).detach().float().numpy()).relative_l2
+    found = deviation(exact, outputs(tmp_path / "fused.onnx", x.half()).astype(np.float32))
+    assert found.relative_l2 < TOLERANCES["float16"].limit(eager)
+
+
+@pytest.mark.parametrize(("options", "_", "reason"), NEAR_MISSES, ids=str)
+def test_near_misses_do_not_fuse(tmp_path: Path, options: dict[str, Any], _: str, reason: str) -> None:
+    model, x = Detector(randomised(Port(**{"tokens": "batch first", **options}))), torch.randn(2, 3, 5, 7)
+    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx")
+    assert report.fused == 0
+    (block,) = report.blocks
+    assert block.family == "gated_acmix"
+    assert re.search(reason, block.reason), block.reason
+    assert deviation(model(x).detach().numpy(), outputs(tmp_path / "fused.onnx", x)).relative_l2 < FLOAT32
+
+
+def test_values_of_another_width(tmp_path: Path) -> None:
+    port, x = Port(own_qkv=True), torch.randn(2, 3, 5, 7)
+    port.value, port.out = nn.Linear(8, 16), nn.Linear(16, 8)
+    model = Detector(randomised(port))
+    (block,) = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx").blocks
+    assert block.reason == "its values are of another width than its queries and keys"
+
+
+def test_an_intermediate_that_is_also_an_output(tmp_path: Path) -> None:
+    model, x = Detector(randomised(Port(tokens="batch first"))), torch.randn(1, 3, 5, 7)
+    plain = onnx.load(export(model, x, tmp_path / "plain.onnx"))
+    sigmoid = next(node.output[0] for node in plain.graph.node if node.op_type == "Sigmoid")
+    plain.graph.output.append(helper.make_tensor_value_info(sigmoid, 1, [None] * 2))
+    onnx.save(plain, tmp_path / "plain.onnx")
+    (block,) = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").blocks
+    assert not block.fused
+    assert "also an output of the graph" in block.reason
+
+
+def test_a_fused_file_stays_as_it_is(tmp_path: Path) -> None:
+    model, x = Detector(randomised(Port(tokens="batch first"))), torch.randn(1, 3, 5, 7)
+    assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
+    assert fuse(tmp_path / "fused.onnx", tmp_path / "again.onnx").blocks == []
+
+
+@pytest.mark.parametrize("tokens", ["batch first", "batch first, not told"])
+def test_from_checkpoint_to_verified_files(tmp_path: Path, tokens: str) -> None:
+    model = Detector(randomised(Port(tokens=tokens)))
+    torch.save(model, tmp_path / "model.pt")
+    report = deploy(
+        tmp_path / "model.pt", tmp_path / "out", input_shape=(1, 3, 8, 12), dynamic=["batch"], fp16=True, expect=1,
+        opset=17, trust=True, engine=False,
+    )  # fmt: skip
+    assert report.passed
+    assert [(block.family, block.status) for block in report.blocks] == [("gated_acmix", "replaced")]
+    (block,) = report.fusion.blocks
+    assert block.settings == {"num_heads": 2, "kernel_size": 3, "sequence_first": tokens != "batch first"}
+    for batch in (1, 2, 3):
+        x = torch.rand(batch, 3, 8, 12)
+        found = deviation(model(x).detach().numpy(), outputs(tmp_path / "out" / "model.fused.onnx", x))
+        assert found.relative_l2 < FLOAT32

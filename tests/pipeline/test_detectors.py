@@ -1,0 +1,201 @@
+"""Detectors with ACmix as they are written down and saved by those who train them, to files that ONNX Runtime runs."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from acmix_deploy import pipeline, yolo
+from acmix_deploy.pipeline import deploy
+from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.metrics import deviation
+from acmix_deploy.runtime.onnxruntime import open_session
+from tests.untrained import enlivened, make_checkpoint, settled
+
+tasks = pytest.importorskip("ultralytics.nn.tasks", reason="ultralytics is not installed")
+
+
+STYLE = Path(__file__).with_name("yolov5_style")  # a folder with the package models, as those repositories have it
+ANCHORS = [[10, 13, 16, 30], [30, 61, 62, 45], [116, 90, 156, 198]]
+SIZES = {"nc": 3, "depth_multiple": 0.33, "width_multiple": 0.25, "anchors": ANCHORS}
+STYLES = {
+    "yolov5": {
+        **SIZES,
+        "backbone": [
+            [-1, 1, "Conv", [32, 3, 2]],
+            [-1, 1, "Conv", [64, 3, 2]],
+            [-1, 3, "C3", [64]],
+            [-1, 1, "Conv", [128, 3, 2]],
+            [-1, 6, "C3", [128]],
+            [-1, 1, "Conv", [128, 3, 2]],
+            [-1, 3, "C3", [128]],
+            [-1, 1, "Conv", [256, 3, 2]],
+            [-1, 1, "ACmix", [256]],
+            [-1, 1, "SPPF", [256, 5]],
+        ],
+        "head": [
+            [-1, 1, "Conv", [128, 1, 1]],
+            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+            [[-1, 6], 1, "Concat", [1]],
+            [-1, 3, "C3", [128, False]],
+            [-1, 1, "ACmix", [128, 7, 2]],
+            [[4, 14, 9], 1, "Detect", ["nc", "anchors"]],
+        ],
+    },
+    "yolov7": {
+        **SIZES,
+        "backbone": [
+            [-1, 1, "Conv", [32, 3, 2]],
+            [-1, 1, "Conv", [64, 3, 2]],
+            [-1, 1, "Conv", [32, 1, 1]],
+            [-2, 1, "Conv", [32, 1, 1]],
+            [-1, 1, "Conv", [32, 3, 1]],
+            [[-1, -2, -3], 1, "Concat", [1]],
+            [-1, 1, "Conv", [64, 1, 1]],
+            [-1, 1, "MP", []],
+            [-1, 1, "Conv", [64, 1, 1]],
+            [-3, 1, "Conv", [64, 3, 2]],
+            [[-1, -2], 1, "Concat", [1]],
+            [-1, 1, "MP", []],
+            [-1, 1, "Conv", [128, 3, 1]],
+            [-1, 1, "MP", []],
+            [-1, 1, "Conv", [256, 1, 1]],
+            [-1, 1, "ACmix", [256]],
+        ],
+        "head": [
+            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+            [[-1, 12], 1, "Concat", [1]],
+            [-1, 1, "RepConv", [128]],
+            [10, 1, "RepConv", [128]],
+            [15, 1, "RepConv", [256]],
+            [[19, 18, 20], 1, "IDetect", ["nc", "anchors"]],
+        ],
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    """Hardly any time for latencies, which nothing here asks for."""
+    monkeypatch.setattr(pipeline, "_ROUNDS", 1)
+    monkeypatch.setattr(pipeline, "_SECONDS", 0.1)
+
+
+def distances(report):
+    return {(c.candidate, c.output): c.relative_l2 for c in report.verification.comparisons}
+
+
+def test_checkpoint_to_files(tmp_path):
+    make_checkpoint(tmp_path / "model.pt")
+    steps: list[str] = []
+    report = deploy(tmp_path / "model.pt", tmp_path, image_size=160, fp16=True, expect=3, progress=steps.append)
+    assert report.passed
+    assert [block.status for block in report.blocks] == ["canonical"] * 3
+    assert report.files["fused"].nodes < report.files["plain"].nodes
+    assert len(steps) > 6
+    found = distances(report)
+    assert found["model.fused.onnx", "boxes"] < 1e-5
+    assert found["model.fp16.onnx", "boxes"] > 1e-5, "an output that half precision does not change shows nothing"
+
+    for name in ("model.onnx", "model.fused.onnx"):
+        metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / name).metadata_props}
+        assert ast.literal_eval(metadata["names"])[0]
+        assert metadata["stride"] == "32"
+        assert metadata["imgsz"] == "[640, 640]"
+        assert "padding_value" in metadata["letterbox"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "scale", "shape"),
+    [
+        ("p3p4p5", "s", (1, 3, 128, 160)),
+        ("p3p4p5", "m", (2, 3, 160, 128)),
+        ("p5", "n", (1, 3, 128, 224)),
+        ("p5", "s", (3, 3, 192, 128)),
+        ("p5", "m", (1, 3, 128, 160)),
+        pytest.param("p3p4p5", "l", (1, 3, 160, 128), marks=pytest.mark.soak),
+        pytest.param("p3p4p5", "x", (2, 3, 128, 192), marks=pytest.mark.soak),
+        pytest.param("p5", "l", (8, 3, 128, 160), marks=pytest.mark.soak),
+        pytest.param("p5", "x", (1, 3, 192, 160), marks=pytest.mark.soak),
+    ],
+)
+def test_every_scale_at_sizes_that_are_not_square(tmp_path, variant, scale, shape):
+    """n with blocks at all three maps is above. The smaller opset has the faster exporter."""
+    make_checkpoint(tmp_path / "model.pt", variant, scale)
+    opset = 18 if scale in "lx" else 17
+    blocks = {"p3p4p5": 3, "p5": 1}[variant]
+    report = deploy(tmp_path / "model.pt", tmp_path, input_shape=shape, opset=opset, expect=blocks)
+    assert report.passed
+    assert [block.status for block in report.blocks] == ["canonical"] * blocks
+    assert {tuple(c.input_shapes["images"]) for c in report.verification.comparisons} == {shape}
+    assert distances(report)["model.fused.onnx", "boxes"] < 1e-5
+
+
+def test_yolov5_as_ultralytics_builds_it(tmp_path):
+    """The package's own YOLOv5, an ACmix behind the last stage of the backbone, as a YAML file has it."""
+    yolo.register()
+    utils = yolo.ultralytics("utils")
+    model = utils.YAML.load(Path(utils.ROOT) / "cfg/models/v5/yolov5.yaml")
+    model["backbone"].insert(9, [-1, 1, "ACmix", [1024, 7, 4]])
+
+    def moved(source):
+        return source + (source >= 9) if source >= 0 else source
+
+    for layer in model["head"]:
+        layer[0] = [moved(source) for source in layer[0]] if isinstance(layer[0], list) else moved(layer[0])
+    file = tmp_path / "yolov5n-acmix.yaml"
+    utils.YAML.save(file, model | {"nc": 3, "scale": "n"})
+    detector = enlivened(tasks.DetectionModel(str(file), verbose=False))
+    torch.save({"model": detector.half(), "train_args": {"imgsz": [128, 160]}}, tmp_path / "model.pt")
+    report = deploy(tmp_path / "model.pt", tmp_path, opset=17, expect=1)
+    assert report.passed
+    assert {tuple(c.input_shapes["images"]) for c in report.verification.comparisons} == {(1, 3, 128, 160)}
+
+
+@pytest.fixture
+def repository(monkeypatch):
+    """The module models.yolo, in the folder of its code; gone afterwards."""
+    monkeypatch.chdir(STYLE)
+    monkeypatch.syspath_prepend(STYLE)
+    _forget_models()  # any folder of that name on the path becomes the package as soon as someone imports it
+    yield import_module("models.yolo")
+    _forget_models()
+
+
+def _forget_models():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "models"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(("style", "blocks", "opset"), [("yolov5", 2, 17), ("yolov7", 1, 18)])
+def test_checkpoints_of_repositories_with_a_package_models(tmp_path, repository, style, blocks, opset):
+    """With --trust; the block is somebody's port, and boxes have anchors.
+
+    Of such a model nothing is known but its tensors: decoded boxes, and the raw maps that these come from.
+    """
+    torch.manual_seed(0)
+    model, ema = (settled(repository.Model(STYLES[style])) for _ in range(2))
+    saved = {"epoch": -1, "model": model.half(), "ema": ema.half(), "updates": 7, "optimizer": None}
+    torch.save(saved, tmp_path / "model.pt")
+    report = deploy(
+        tmp_path / "model.pt", tmp_path, input_shape=(1, 3, 128, 160), fp16=True, opset=opset, expect=blocks, trust=True
+    )
+    assert report.passed
+    assert report.notes[0] == "took 'ema' from the checkpoint"
+    assert [block.class_name for block in report.blocks] == ["ACmix"] * blocks
+    assert [output.shape for output in report.export.outputs] == [
+        (1, 2 * (16 * 20 + 8 * 10 + 4 * 5), 8),
+        (1, 2, 16, 20, 8),
+        (1, 2, 8, 10, 8),
+        (1, 2, 4, 5, 8),
+    ]
+    (output, *_) = open_session(tmp_path / "model.fused.onnx").run(None, {"images": random_images((1, 3, 128, 160))})
+    with torch.no_grad():
+        expected = ema.float()(torch.from_numpy(random_images((1, 3, 128, 160))))[0].numpy()
+    assert deviation(expected, output).relative_l2 < 1e-5

@@ -1,0 +1,337 @@
+"""The plugin as TensorRT meets it, without a GPU: headers of six releases, TensorRT-RTX's builder, 8.6's registry.
+
+What is not at hand is skipped and named. To have all of it:
+
+    ACMIX_TENSORRT_HEADERS    folder with one folder of headers a release, e.g. 8.5.2, v8.6.1, v10.13.0, v11.1
+    ACMIX_TENSORRT86_PYTHON   a Python 3.10 with `pip install tensorrt==8.6.0 'nvidia-cudnn-cu12<9'`
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from acmix_deploy.operators import LOCAL_ATTENTION, OUTLOOK_ATTENTION
+from acmix_deploy.operators.spec import Operator
+from acmix_deploy.runtime.metrics import deviation
+from tests import ROOT
+from tests.plugin import kernels
+from tests.plugin.kernels import Array
+from tests.plugin.parts import header_sets, newest_headers, run
+
+PLUGINS = ROOT / "plugins"
+WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
+FLOAT, HALF = 0, 1  # DataType
+LINEAR, HWC8 = 0, 2  # TensorFormat
+ENQUEUED = {"num_heads": 2, "kernel_size": 5, "stride": 2}  # in the order of the program's arguments
+
+both_operators = pytest.mark.parametrize(
+    "operator", [LOCAL_ATTENTION, OUTLOOK_ATTENTION], ids=lambda operator: operator.op_type
+)
+
+
+@pytest.mark.parametrize("headers", header_sets() or [None], ids=lambda path: path.name if path else "none")
+def test_wrappers_compile_without_warnings(cuda, headers):
+    if headers is None:
+        pytest.skip("no headers of TensorRT: name a folder of header sets in ACMIX_TENSORRT_HEADERS")
+    system = [flag for folder in (headers, *cuda.includes) for flag in ("-isystem", folder)]
+    include = ["-I", PLUGINS / "include"]
+    sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
+    assert len(sources) > 4
+    run(["g++", "-std=c++17", "-fsyntax-only", "-fvisibility=hidden", *WARNINGS, *system, *include, *sources])
+
+
+@functools.cache
+def compiled(major: int, output: Path, *command: object) -> Path:
+    """``output`` of the C++ compiler, with the headers of a TensorRT and no CUDA but the emulated one."""
+    headers = ["-isystem", newest_headers(major), "-I", kernels.EMULATOR, "-I", PLUGINS / "include"]
+    run(["g++", "-std=c++17", "-Wall", "-Wextra", *headers, *command, "-ldl", "-o", output])
+    return output
+
+
+@pytest.fixture(scope="session")
+def ask(tmp_path_factory):
+    """Run tensorrt_formats.cpp, compiled for a major version, on a library for that version: what it prints."""
+    folder = tmp_path_factory.mktemp("formats")
+
+    def answer(major: int, library: Path, verb: str, operator: Operator, *arguments: object) -> Any:
+        program = compiled(major, folder / f"formats{major}", PLUGINS / "tests" / "tensorrt_formats.cpp")
+        return run([program, verb, library, operator.op_type, *map(str, arguments)])
+
+    return answer
+
+
+@pytest.mark.parametrize("major", [8, 11])
+@pytest.mark.parametrize(
+    ("operator", "attributes", "shapes", "accepted"),
+    [
+        pytest.param("local", (2, 7, 1), ("1,96,8,8", "16,2", "1,32,8,8"), "float half hwc8", id="local"),
+        pytest.param("local", (2, 7, 2), ("-1,96,-1,-1", "16,2", "-1,32,-1,-1"), "float half hwc8", id="local-dynamic"),
+        pytest.param("local", (2, 7, 1), ("1,120,8,8", "20,2", "1,40,8,8"), "", id="local-head_dim-20"),
+        pytest.param("local", (2, 7, 1), ("1,96,8,8", "8,2", "1,32,8,8"), "", id="local-weight-of-another-head_dim"),
+        pytest.param("local", (2, 7, 1), ("1,97,8,8", "16,2", "1,32,8,8"), "", id="local-channels"),
+        pytest.param("local", (2, 7, 2), ("1,96,9,8", "16,2", "1,32,4,4"), "", id="local-odd-with-stride"),
+        pytest.param("local", (2, 9, 1), ("1,96,4,8", "16,2", "1,32,4,8"), "", id="local-smaller-than-window"),
+        pytest.param("outlook", (1, 3, 2), ("1,81,4,3", "1,16,8,5", "1,16,8,5"), "float half hwc8", id="outlook"),
+        pytest.param("outlook", (1, 3, 1), ("1,81,8,6", "1,16,8,5", "1,16,8,5"), "", id="outlook-other-windows"),
+    ],
+)
+def test_formats(ask, libraries, major, operator, attributes, shapes, accepted):
+    """The accepted combinations, and no others, out of all types and formats of all three tensors."""
+    definition = {"local": LOCAL_ATTENTION, "outlook": OUTLOOK_ATTENTION}[operator]
+    second = LINEAR if operator == "local" else HWC8  # position_weight has no channels
+    wanted = {
+        "float": f"{FLOAT}:{LINEAR} {FLOAT}:{LINEAR} {FLOAT}:{LINEAR}",
+        "half": f"{HALF}:{LINEAR} {HALF}:{LINEAR} {HALF}:{LINEAR}",
+        "hwc8": f"{HALF}:{HWC8} {HALF}:{second} {HALF}:{HWC8}",
+    }
+    got = ask(major, libraries(major), "formats", definition, *attributes, *shapes)
+    assert got.stdout.splitlines() == [wanted[name] for name in accepted.split()]
+
+
+@both_operators
+def test_plan(ask, libraries, operator):
+    """What an engine of TensorRT 10 or 11 keeps is read as it was written, and never where a part is another."""
+    lines = ask(11, libraries(11), "plan", operator).stdout.splitlines()
+    answers = dict(line.split(": ") for line in lines)
+    written = "acmix_plan=1 num_heads=4 kernel_size=5 stride=2 scale=0.3 "
+    fields = [field.partition("=")[0] for field in written.split()]
+    assert answers == {
+        **dict.fromkeys(("plan", "clone", "read"), written),
+        **{f"without {name}": "refused" for name in fields},
+        "another version": "refused",
+    }
+
+
+@pytest.fixture(scope="session")
+def enqueue(ask, tmp_path_factory):
+    """Run a node of the plugin, its kernels compiled for the CPU: the result of each step, what it logged, and y."""
+    if kernels.missing_compiler():
+        pytest.skip(kernels.missing_compiler())
+    folder = tmp_path_factory.mktemp("enqueue")
+
+    def answer(major: int, layout: str, operator: Operator, tensors: list[Array]) -> tuple[dict[str, str], str, Array]:
+        sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
+        library = compiled(major, folder / f"acmix{major}.so", "-shared", "-fPIC", *sources, kernels.library())
+        files = [folder / name for name in ("first", "second", "y")]
+        stored = [kernels.to_memory(tensor, layout) for tensor in tensors]
+        for file, array in zip(files, stored, strict=True):
+            file.write_bytes(array.tobytes())
+        shapes = [",".join(map(str, tensor.shape)) for tensor in tensors]
+        kind = (kernels.DTYPES.index(tensors[0].dtype.name), {"NCHW": LINEAR, "NHWC": HWC8}[layout])
+        done = ask(major, library, "enqueue", operator, *ENQUEUED.values(), *shapes, *kind, *files)
+        y = np.fromfile(files[-1], stored[-1].dtype).reshape(stored[-1].shape)
+        results = dict(line.split() for line in done.stdout.splitlines())
+        return results, done.stderr, kernels.from_memory(y, layout, tensors[-1].shape)
+
+    return answer
+
+
+def tensors_of(operator: Operator, dtype: str, batch: int, height: int, width: int) -> list[Array]:
+    """Inputs and an output of NaN for a node with the attributes ENQUEUED, heads of 16 channels."""
+    values, windows = (batch, 32, height, width), (-(-height // 2), -(-width // 2))
+    if operator is LOCAL_ATTENTION:
+        shapes = [(batch, 96, height, width), (16, 2), (batch, 32, height // 2, width // 2)]
+    else:
+        shapes = [(batch, 2 * 5**4, *windows), values, values]
+    random = np.random.default_rng(0)
+    first, second, y = (random.standard_normal(shape).astype(dtype) for shape in shapes)
+    return [first, second, np.full_like(y, np.nan)]
+
+
+@both_operators
+@pytest.mark.parametrize(("dtype", "layout"), [("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC")])
+@pytest.mark.parametrize("major", [8, 11])
+def test_enqueue(enqueue, major, operator, dtype, layout):
+    from acmix_deploy.operators.local_attention.oracle import local_attention
+    from acmix_deploy.operators.outlook_attention.oracle import outlook_attention
+
+    tensors = tensors_of(operator, dtype, 2, 6, 10)
+    results, _, y = enqueue(major, layout, operator, tensors)
+    assert set(results.values()) == {"0"}
+    oracle = local_attention if operator is LOCAL_ATTENTION else outlook_attention
+    first, second = map(torch.from_numpy, tensors[:2])
+    found = deviation(oracle(first, second, **ENQUEUED, scale=0.3).numpy(), y)
+    assert not found.problem
+    assert found.relative_l2 <= operator.tolerances[dtype].limit(2**-11 if dtype == "float16" else 0)
+
+
+@pytest.mark.parametrize("major", [8, 11])
+def test_enqueue_of_nothing_and_of_too_little(enqueue, major):
+    empty = tensors_of(LOCAL_ATTENTION, "float16", 0, 6, 10)
+    results, log, _ = enqueue(major, "NHWC", LOCAL_ATTENTION, empty)
+    assert set(results.values()) == {"0"}, log
+    for height, reason in ((2, "unsupported: got a 2x10 map"), (0, "unsupported: got a size that is not positive")):
+        small = tensors_of(LOCAL_ATTENTION, "float16", 1, height, 10)
+        results, log, y = enqueue(major, "NCHW", LOCAL_ATTENTION, small)
+        assert results["enqueue"] == "-1"
+        if height > 0:  # a builder is told by the ends of the profile's ranges; what is not positive is not known yet
+            assert log.count(f"AcmixLocalAttention: {reason}") > 1
+            assert results.get("configurePlugin", "-1") == "-1"
+        assert f"AcmixLocalAttention: {reason}" in log
+        assert np.isnan(y).all()
+
+
+@pytest.fixture(scope="session")
+def detectors(tmp_path_factory):
+    """Fused YOLOv8n-ACmix, by name: (file, blocks, Datatype of their tensors)."""
+    pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    from acmix_deploy import families, yolo
+    from acmix_deploy.checkpoint import load
+    from acmix_deploy.export import export
+    from acmix_deploy.fusion import fuse
+    from acmix_deploy.precision import to_fp16
+    from tests.untrained import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("detectors")
+    found = {}
+    for name, variant, blocks, dynamic in (
+        ("static", "p3p4p5", 3, ()),
+        ("dynamic", "p5", 1, ("batch", "height", "width")),
+    ):
+        plain, fused, half = (folder / f"{name}{suffix}.onnx" for suffix in ("", ".fused", ".fp16"))
+        make_checkpoint(folder / f"{name}.pt", variant)
+        model = load(folder / f"{name}.pt")
+        module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
+        export(module, plain, input_shape=(1, 3, 128, 128), opset=17, dynamic=dynamic, divisor=32)
+        fuse(plain, fused, expect=blocks)
+        to_fp16(fused, half)
+        found[f"{name} float32"] = (fused, blocks, "Float")
+        found[f"{name} float16"] = (half, blocks, "Half")
+    return found
+
+
+def test_rtx_builds_detectors_with_the_plugin(rtx, libraries, detectors):
+    answers, _ = rtx("build", libraries(11), *(path for path, _, _ in detectors.values()))
+    for (name, (_, blocks, dtype)), answer in zip(detectors.items(), answers, strict=True):
+        assert answer["parsed"], (name, answer)
+        assert answer["built"], (name, answer)
+        assert answer["errors"] == [], name
+        assert sorted(answer["plugins"]) == [f"acmix_{block}.attention" for block in range(blocks)], name
+        assert answer["types"] == [dtype], name
+        assert answer["plans"] >= blocks, name
+
+
+def test_rtx_without_the_library_builds_the_body(rtx, detectors):
+    """So the layers of the test above are there because of the library."""
+    answers, _ = rtx("build", "-", detectors["static float32"][0])
+    assert answers[0]["built"], answers
+    assert answers[0]["layers"] > 50
+    assert answers[0]["plugins"] == []
+
+
+def node_file(path: Path, operator: Any, inputs: list[tuple[object, ...]], **attributes: Any) -> Path:
+    """One node without a body, so that only the plugin can take it."""
+    names = [tensor.name for tensor in operator.inputs][: len(inputs)]
+    node = helper.make_node(
+        operator.op_type, names, ["y"], domain=operator.domain, plugin_version="1", plugin_namespace="", **attributes
+    )
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in zip(names, inputs, strict=True)
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(operator.domain, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def test_rtx_infers_shapes(rtx, libraries, tmp_path):
+    good = [
+        (LOCAL_ATTENTION, [("B", 48, 160, "W"), (8, 2)], {"num_heads": 2, "stride": 2}, [-1, 16, 80, -1]),
+        (LOCAL_ATTENTION, [(3, 96, 7, 6), (32, 2)], {"kernel_size": 3}, [3, 32, 7, 6]),
+        (OUTLOOK_ATTENTION, [(2, 162, 4, 3), (2, 16, 7, 5)], {"num_heads": 2, "stride": 2}, [2, 16, 7, 5]),
+    ]
+    bad = [
+        (LOCAL_ATTENTION, [(1, 60, 8, 8), (20, 2)], {}, "head_dim 20"),
+        (LOCAL_ATTENTION, [(1, 50, 8, 8), (16, 2)], {}, "qkv has 50 channels, not a multiple of 3"),
+        (LOCAL_ATTENTION, [(1, 48, 8, 8), (2, 16)], {}, "position_weight has size 2 at axis 0, not 16"),
+        (LOCAL_ATTENTION, [(1, 48, 8, 8), (1, 1, 16, 2)], {}, "position_weight has 4 dimensions, not 2"),
+        (LOCAL_ATTENTION, [(1, 48, 8, 8)], {}, "got 1 inputs, not 2"),
+        (LOCAL_ATTENTION, [(1, 48, 9, 8), (16, 2)], {"stride": 2}, "a 9x8 map"),
+        (OUTLOOK_ATTENTION, [(1, 81, 4, 4), (1, 16, 7, 5)], {"stride": 2}, "logits has size 4 at axis 3, not 3"),
+        (LOCAL_ATTENTION, [(1, 48, 8, 8), (16, 2)], {"kernel_size": 4}, "kernel_size = 4"),
+    ]
+    files = [
+        node_file(tmp_path / f"{index}.onnx", operator, inputs, **attributes)
+        for index, (operator, inputs, attributes, _) in enumerate([*good, *bad])
+    ]
+    answers, _ = rtx("build", libraries(11), *files)
+    for case, answer in zip(good, answers, strict=False):
+        assert (answer["built"], answer["errors"], len(answer["plugins"])) == (True, [], 1), (case, answer)
+        assert answer["output"] == case[-1], case
+    for case, answer in zip(bad, answers[len(good) :], strict=True):
+        assert not answer.get("built"), case
+        assert any(case[-1] in error for error in answer["errors"]), (case, answer["errors"])
+
+
+def test_rtx_creator_refuses_nonsense(rtx, libraries):
+    plan = {"acmix_plan": [1], "num_heads": [4], "kernel_size": [7], "stride": [1], "scale": [0.25]}
+    good = [("BUILD", {}), ("BUILD", {"num_heads": [8], "scale": [-0.5]}), ("RUNTIME", plan)]
+    bad = [
+        ("BUILD", {"num_heads": [0]}, "num_heads = 0 is below 1"),
+        ("BUILD", {"num_heads": [1.0]}, "num_heads must be one INT32"),
+        ("BUILD", {"num_heads": [1, 2]}, "num_heads must be one INT32, got 2"),
+        ("BUILD", {"kernel_size": [4]}, "kernel_size = 4 is not supported; supported: 3, 5, 7"),
+        ("BUILD", {"stride": [3]}, "stride = 3 is not supported; supported: 1, 2"),
+        ("BUILD", {"scale": [float("inf")]}, "scale = inf is not a finite number"),
+        ("BUILD", {"scale": [1]}, "scale must be one FLOAT32"),
+        ("RUNTIME", {}, "acmix_plan is missing"),
+        ("RUNTIME", {**plan, "acmix_plan": [2]}, "acmix_plan = 2, this library reads 1"),
+    ]
+    for op_type in (LOCAL_ATTENTION.op_type, OUTLOOK_ATTENTION.op_type):
+        cases = [(op_type, phase, fields) for phase, fields, *_ in [*good, *bad]]
+        answers, _ = rtx("create", libraries(11), json.dumps(cases))
+        assert answers[: len(good)] == [[]] * len(good)
+        for case, errors in zip(bad, answers[len(good) :], strict=True):
+            assert len(errors) == 1, case
+            assert errors[0].startswith(f"{op_type}: {case[-1]}"), case
+
+
+def test_rtx_loads_the_library_in_both_ways(rtx, libraries):
+    both = sorted((LOCAL_ATTENTION.op_type, OUTLOOK_ATTENTION.op_type))
+    answer, stderr = rtx("load", libraries(11))
+    assert answer == {"steps": [[], both, both, [], both, []], "errors": []}
+    assert "acmix" not in stderr.lower()
+
+
+def test_library_for_another_tensorrt_registers_nothing(rtx, libraries, tmp_path):
+    file = node_file(tmp_path / "node.onnx", LOCAL_ATTENTION, [(1, 48, 8, 8), (16, 2)])
+    answers, stderr = rtx("build", libraries(8), file)
+    assert not answers[0]["parsed"]
+    assert "acmix: not registered: built for TensorRT 8, but this process has TensorRT 11" in stderr
+
+
+@both_operators
+def test_tensorrt_86(libraries, operator):
+    python = os.environ.get("ACMIX_TENSORRT86_PYTHON")
+    if not python:
+        pytest.skip("no TensorRT 8.6: name a Python 3.10 that has it in ACMIX_TENSORRT86_PYTHON")
+    script = Path(__file__).with_name("tensorrt_86_plugin.py")
+    answer = json.loads(run([python, script, libraries(8), operator.op_type]).stdout.splitlines()[-1])
+    defaults = {attribute.name: attribute.default for attribute in operator.attributes if attribute.kind != "string"}
+    assert answer.pop("version").startswith("8.6.")
+    assert answer == {
+        "registered before": False,
+        "fields": list(defaults),
+        "type": [operator.op_type, "1", "", 1],
+        "plan": [1, 4, 5, 2, 0.25],
+        "clone equal": True,
+        "read equal": True,
+        "defaults": list(defaults.values()),
+        "bad plans accepted": [],
+        "bad attributes accepted": [],
+    }

@@ -1,0 +1,176 @@
+"""The documentation is executed: commands, Python, links, names and generated parts."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+from importlib import metadata
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from acmix_deploy import cli, pipeline
+from acmix_deploy.export import export
+from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.fusion import fuse
+from acmix_deploy.report.model import ExportReport
+from scripts import shapes
+from tests import ROOT
+from tests.gate import parts as gate_parts
+
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))}
+RUNNABLE = [name for name, path in PAGES.items() if re.search(r"^```(python|console)$", path.read_text(), re.M)]
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """Language and content of the fenced blocks of a page."""
+    pattern = re.compile(rf"^```({'|'.join(languages)})\n(.*?)^```$", re.M | re.S)
+    return pattern.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the documentation takes for granted: model.pt with three blocks, ONNX files of it, photos, and test data."""
+    folder = tmp_path_factory.mktemp("docs")
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 16, 3, stride=64, padding=1)
+    model = nn.Sequential(stem, *(ACmix(16, 16) for _ in range(3))).eval()
+    torch.save(model, folder / "model.pt")
+    export(model, folder / "model.onnx")
+    fuse(folder / "model.onnx", folder / "model.fused.onnx", expect=3)
+    pytest.importorskip("cv2", reason="needs opencv")
+    shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
+    shutil.copytree(ROOT / "tests/data", folder / "tests/data")
+    write_measurements(folder)
+    return folder
+
+
+def write_measurements(folder: Path) -> None:
+    """What `gate run` would have written."""
+    names = ["baseline", "candidate"]
+    for name, files in (("old", 6), ("new", 6), ("measurements", 3)):
+        (folder / name).mkdir()
+        names += [f"{name}/{index}" for index in range(files)]
+    for seed, name in enumerate(names):
+        (folder / f"{name}.json").write_text(gate_parts.text(gate_parts.alone(seed=seed)))
+    (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_commands_and_code_run(
+    name: str,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    page = PAGES[name]
+    if re.search("yolo|tests/data/shapes.pt", "".join(code for _, code in blocks(page, "python", "console"))):
+        pytest.importorskip("ultralytics", reason="needs ultralytics")
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    if re.search(
+        r" (detect|triton) shapes.fused.onnx|load\(Path\(\"shapes.fused.onnx", page.read_text(encoding="utf-8")
+    ):
+        shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pipeline, "_SECONDS", 0.3)
+    namespace: dict[str, object] = {}
+    for language, content in blocks(page, "python", "console"):
+        if language == "python":
+            if file := re.match(r"# (\w+\.py)\n", content):
+                Path(file[1]).write_text(content, encoding="utf-8")
+            exec(compile(content, name, "exec"), namespace)
+            continue
+        for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
+            command, _, shown = session.partition("\n")
+            # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
+            if not command.startswith("acmix-deploy "):
+                continue
+            elsewhere = ("acmix-deploy plugin ", "acmix-deploy build ", "acmix-deploy gate run ", "acmix-deploy serve ")
+            if command.startswith(elsewhere) or ".engine" in command:
+                cli.parser().parse_args(shlex.split(command)[1:])
+            else:
+                capsys.readouterr()
+                code = cli.main(shlex.split(command)[1:])
+                printed = capsys.readouterr()
+                assert code == 0, f"{command}\n{printed.err}"
+                assert lines_without_figures(shown) <= lines_without_figures(printed.out)
+    if name == "README.md":
+        written = json.loads(Path("deploy/report.json").read_text(encoding="utf-8"))
+        schema = json.loads((ROOT / "docs/export-report.schema.json").read_text(encoding="utf-8"))
+        assert set(schema["properties"]) == set(written)
+        assert ExportReport.model_validate(written).fusion.fused == 3
+
+
+def lines_without_figures(output: str) -> set[str]:
+    """Titles, heads of tables and the like: what a command prints whatever model it is given."""
+    return {" ".join(line.split()) for line in output.splitlines() if not re.search(r"\d", line)}
+
+
+def test_generated_parts_are_current() -> None:
+    stale = runpy.run_path(str(ROOT / "scripts/docs.py"))["differing"]()
+    assert not stale, f"run `make docs`: {[path.name for path in stale]}"
+
+
+def test_every_verb_and_option_is_described() -> None:
+    verbs = cli.commands()
+    assert {"export", "plugin build"} <= set(verbs)
+    sections = re.split(r"^## ", PAGES["docs/cli.md"].read_text(), flags=re.M)
+    for verb, command in verbs.items():
+        (section,) = (section for section in sections if section.startswith(f"{verb}\n"))
+        for action in command._actions:
+            for option in action.option_strings or [action.dest.upper()]:
+                assert option in ("-h", "--help") or re.search(rf"`[^`]*{option}\b", section), f"{verb} {option}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_resolve(name: str) -> None:
+    page = PAGES[name]
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.is_file(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_named_targets_and_extras_exist() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES.values())
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = re.findall(r"(?:^\$ |`)make ([a-z-]+)", text, re.M)
+    assert named
+    assert set(named) <= targets
+    extras = re.findall(r"pip install '\.\[(\w+)\]'", text)
+    assert extras
+    assert set(extras) <= set(metadata.metadata("acmix-deploy").get_all("Provides-Extra") or ())
+
+
+def test_quoted_reasons_and_faults_exist() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "acmix_deploy").rglob("*.py"))
+    text = PAGES["docs/pipeline.md"].read_text(encoding="utf-8")
+    tables = re.findall(r"^\| reason .*?\n\n", text, re.M | re.S)
+    quoted = [row for table in tables for row in re.findall(r"^\| `([^`]+)`", table, re.M)]
+    assert len(tables) == 2
+    assert len(quoted) > 15
+    for reason in quoted:
+        assert reason in sources, reason
+
+
+def test_the_picture_is_well_formed() -> None:
+    assert ElementTree.parse(ROOT / "docs/path.svg").getroot().tag.endswith("svg")

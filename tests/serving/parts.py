@@ -1,0 +1,157 @@
+"""Servers in processes of their own, and what they are asked."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnx
+import psutil
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+SOAK = bool(os.environ.get("ACMIX_SOAK"))
+SOAK_FORM = [pytest.mark.soak] if SOAK else []
+"""Of tests with a short form, and a long one for `make soak`, which asks for the mark."""
+
+TOKEN = "a-token-for-tests"
+
+cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+PICTURE = bytes(cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))[1])
+
+
+class Server:
+    """``acmix-deploy serve`` as its users start it."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self._log, self.code = process, log, 0
+        assert process.stdout
+        line = process.stdout.readline()
+        assert line, log.read_text()
+        self.document: dict[str, Any] = json.loads(line)
+        self.url: str = self.document["url"]
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.url)
+        assert url.port
+        return url.host, url.port
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Its lines so far; others are those of libpng."""
+        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+
+    @property
+    def model(self) -> psutil.Process:
+        """The process with the model."""
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def rss(self) -> int:
+        """Bytes in memory of both processes."""
+        server = psutil.Process(self.process.pid)
+        return sum(process.memory_info().rss for process in (server, *server.children()))
+
+    def detect(self, data: bytes, **options: Any) -> httpx.Response:
+        return self.client.post("/v1/detect", content=data, **options)
+
+
+@contextmanager
+def serving(model: Path, folder: Path, *options: str, stderr: Path | None = None) -> Iterator[Server]:
+    """A server of a model at a free port, with its log in a folder. It has to end within seconds and with its code."""
+    log = stderr or folder / "serve.log"
+    command = [sys.executable, "-m", "acmix_deploy.cli", "serve", str(model), "--port", "0", "--threads", "1", "--json"]
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=file, text=True, cwd=folder)
+    server = None
+    try:
+        server = Server(process, log)
+        yield server
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == server.code
+    finally:
+        if server:
+            server.client.close()
+        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Any, seconds: float = 20.0) -> None:
+    """Ask again until something is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def tiny(path: Path, *, names: str = "{0: 'thing'}", batch: int | str = "batch", bias: float = 0.0) -> Path:
+    """A detector of images of 32x32 pixels that loads in no time and finds one box; ``bias`` moves its scores."""
+    out = np.zeros((1, 4 + len(ast.literal_eval(names)), 4), np.float32)
+    out[0, :5, 0] = 16, 16, 8, 8, 0.9 + bias
+    return constant(path, out, batch=batch, task="detect", names=names)
+
+
+def selected(path: Path, **metadata: str) -> Path:
+    """A file with non-maximum suppression in it: rows [B, 300, 6] of a box, its score and its class, then zeros."""
+    out = np.zeros((1, 300, 6), np.float32)
+    out[0, :2] = (8, 8, 24, 24, 0.9, 1), (2, 2, 30, 30, 0.4, 0)
+    return constant(path, out, **{"task": "detect", **metadata})
+
+
+def constant(path: Path, out: np.ndarray, *, batch: int | str = "batch", **metadata: str) -> Path:
+    """A file that gives the same for every image of 32x32 pixels, and NaN for one with a NaN or an infinity in it."""
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["mean"], axes=[1, 2, 3], keepdims=1),
+        helper.make_node("Squeeze", ["mean", "last"], ["flat"]),
+        helper.make_node("Mul", ["flat", "nothing"], ["zero"]),
+        helper.make_node("Add", ["zero", "boxes"], ["output0"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, 32, 32])],
+        [helper.make_tensor_value_info("output0", TensorProto.FLOAT, [batch, *out.shape[1:]])],
+        [
+            numpy_helper.from_array(out, "boxes"),
+            numpy_helper.from_array(np.array([3]), "last"),
+            numpy_helper.from_array(np.array(0, np.float32), "nothing"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, {"imgsz": "[32, 32]", **metadata})
+    onnx.save(model, path)
+    return path
+
+
+def score(response: httpx.Response) -> float:
+    """Of the one box that the tiny model finds."""
+    assert response.status_code == 200, response.text
+    ((detection,),) = [image["detections"] for image in response.json()["images"]]
+    return float(detection["score"])
+
+
+def assert_answers(server: Server, **options: object) -> None:
+    assert score(server.detect(PICTURE, **options)) == pytest.approx(0.9)
