@@ -22,7 +22,7 @@ from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import name_nodes, read
 from acmix_deploy.operators import OPERATORS
-from acmix_deploy.operators.spec import Operator
+from acmix_deploy.operators.axes import quantities
 from acmix_deploy.targets import Form, Target
 
 _OPERATORS = {(operator.domain, operator.op_type): operator for operator in OPERATORS}
@@ -131,29 +131,16 @@ def refused(model: onnx.ModelProto) -> dict[str, str]:
     found = {}
     for node in _custom(model):
         operator = _OPERATORS[node.domain, node.op_type]
-        quantities = _attributes(node)
-        quantities["head_dim"] = _head_dim(operator, node, quantities["num_heads"], tensors)
+        shapes = [tensors[name][1] if name in tensors else () for name in node.input]
+        sizes = quantities(operator, _attributes(node), shapes)
         outside = [
-            f"{name} {quantities[name]}"
+            f"{name} {sizes.get(name, 'unknown')}"
             for name, values in operator.kernel_limits.items()
-            if quantities[name] not in values
+            if sizes.get(name) not in values
         ]
         if outside:
             found[node.name] = ", ".join(outside)
     return found
-
-
-def _head_dim(
-    operator: Operator, node: onnx.NodeProto, num_heads: int, tensors: dict[str, tuple[int, tuple[int, ...]]]
-) -> int | str:
-    """d of a custom node, from the input of which it is an axis, or ``num_heads`` times it is; or "unknown"."""
-    sizes = {
-        axis: size
-        for tensor, name in zip(operator.inputs, node.input, strict=True)
-        if name in tensors
-        for axis, size in zip(tensor.axes, tensors[name][1], strict=False)
-    }
-    return sizes.get("d") or sizes.get("N*d", 0) // num_heads or "unknown"
 
 
 def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
