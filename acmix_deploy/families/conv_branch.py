@@ -7,7 +7,7 @@ x, that is a dense convolution of x plus the convolution of the biases. No PyTor
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ import onnx_graphsurgeon as gs
 from acmix_deploy.graph import scalar_factor, way_down
 
 Array = npt.NDArray[np.floating[Any]]
+
+ConvBranch = Literal["dense", "grouped"]
+"""Form of the branch: one convolution of x, or one of q, k and v."""
 
 _LONGEST_TAIL = 24  # nodes from the Softmax to the block's last Add; exporters need 6 to 14
 

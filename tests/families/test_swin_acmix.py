@@ -20,7 +20,7 @@ from acmix_deploy import pipeline
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
 from acmix_deploy.families import BlockReport, canonicalise
-from acmix_deploy.families.swin_acmix.graph import TOLERANCES
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.swin_acmix.module import SwinACmix
 from acmix_deploy.fusion import fuse
 from tests.families import parts as family_parts

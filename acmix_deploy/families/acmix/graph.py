@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.acmix.algebra import AcmixWeights, dense_conv, grouped_conv, qkv_conv
 from acmix_deploy.families.attention import is_product, layers_above
-from acmix_deploy.families.conv_branch import by_head_dim, meeting
-from acmix_deploy.families.reduction import ConvBranch, Operators, Reduced, Request, Writer
+from acmix_deploy.families.conv_branch import ConvBranch, by_head_dim, meeting
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     Feeds,
@@ -34,13 +36,6 @@ from acmix_deploy.graph import (
 )
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.local_attention.body import function_body
-
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ((LOCAL_ATTENTION, function_body),)
-
-TOLERANCES = LOCAL_ATTENTION.tolerances
-"""How far a reduced block may be from the original, by the type of its output."""
 
 _RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
 _ROUNDED_POSITION = 5e-2
@@ -93,14 +88,14 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     return Match(region, softmax, logit_convs, values[0], fcs[0], dep_conv, rate1, rate2)
 
 
-def reduce(found: Match, request: Request) -> Reduced:
+def reduce(found: Match, request: Request, conv_branch: ConvBranch = "dense") -> Reduced:
     """The block in its reduced form. Raises NoMatch where it computes something else than ACmix."""
     weights = recover(found, request.values, request.compute)
     map_size = request.values[found.region.x.name].shape[2:] if request.static else None
-    graph = rewrite(found, weights, request.conv_branch, request.name, request.opset, map_size)
+    graph = rewrite(found, weights, conv_branch, request.name, request.opset, map_size)
     (attention,) = (node for node in graph.nodes if node.domain == LOCAL_ATTENTION.domain)
     smallest = -(-(weights.kernel_size // 2 + 1) // weights.stride) * weights.stride
-    return Reduced(graph, attention.op, {**attention.attrs, "conv_branch": request.conv_branch}, smallest)
+    return Reduced(graph, attention.op, {**attention.attrs, "conv_branch": conv_branch}, smallest)
 
 
 def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], Feeds], list[Array]]) -> AcmixWeights:
@@ -366,3 +361,14 @@ def _limit(residual: float, what: str, limit: float = _RESIDUAL) -> None:
     """Refuse logits that differ from ``what`` by more than rounding does."""
     if not residual < limit:
         raise NoMatch(f"its logits are not {what}: relative residual {residual:.1e}, limit {limit:.0e}")
+
+
+ACMIX = Family(
+    name="acmix",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    reduce_grouped=partial(reduce, conv_branch="grouped"),
+    operators=((LOCAL_ATTENTION, function_body),),
+    tolerances=LOCAL_ATTENTION.tolerances,
+)

@@ -21,8 +21,8 @@ from acmix_deploy.families.attention import (
     next_node,
     origins,
 )
-from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
-from acmix_deploy.families.reduction import Operators, Reduced, Request
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -34,10 +34,6 @@ from acmix_deploy.graph import (
     producer,
     region_between,
 )
-
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ()
 
 
 class Gate(NamedTuple):
@@ -230,3 +226,12 @@ def _other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
 def _before(tensor: gs.Tensor) -> gs.Node | None:
     """The node that computed ``tensor``, before it was moved."""
     return producer(list(origins(tensor))[-1])
+
+
+GATED_ACMIX = Family(
+    name="gated_acmix",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    tolerances=TOLERANCES,
+)

@@ -16,7 +16,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.attention import is_product, layers_above
-from acmix_deploy.families.reduction import Operators, Reduced, Request, Writer
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -32,13 +33,6 @@ from acmix_deploy.graph import (
 )
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.outlook_attention.body import function_body
-
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ((OUTLOOK_ATTENTION, function_body),)
-
-TOLERANCES = OUTLOOK_ATTENTION.tolerances
-"""How far a reduced block may be from the original, by the type of its output."""
 
 _WEIGHTED_SUM = ("MatMul", "Einsum", "Mul")
 _TO_NCHW, _TO_NHWC = [0, 3, 1, 2], [0, 2, 3, 1]
@@ -200,3 +194,13 @@ def _upwards(layer: _Linear) -> Iterator[tuple[gs.Variable, str, gs.Node | None]
 def _averages_squares(pool: gs.Node) -> bool:
     height, width = pool.attrs["kernel_shape"]
     return height == width and pool.attrs.get("strides") == [height, width] and not any(pool.attrs.get("pads", []))
+
+
+OUTLOOK = Family(
+    name="outlook",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    operators=((OUTLOOK_ATTENTION, function_body),),
+    tolerances=OUTLOOK_ATTENTION.tolerances,
+)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
-from acmix_deploy.families.reduction import Operators, Reduced, Request, Writer
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request, Writer
 from acmix_deploy.families.shift_conv.algebra import collapse, is_shift, read_shifts
 from acmix_deploy.graph import (
     Array,
@@ -29,10 +29,6 @@ from acmix_deploy.graph import (
     producer,
     region_between,
 )
-
-ANCHOR = "Conv"
-
-OPERATORS: Operators = ()
 
 _SUMS = frozenset({"Add", "Concat", "Sum"})
 _MOVES = frozenset({"Gather", "Identity", "Pad", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze"})
@@ -205,3 +201,12 @@ def _pointwise_weight(node: gs.Node | None) -> Array | None:
     plain = attrs.get("group", 1) == 1 and {*attrs.get("strides", ()), 1} == {1} and not any(attrs.get("pads", ()))
     weight = constant_value(node.inputs[1])
     return weight if plain and weight is not None and weight.shape[2:] == (1, 1) else None
+
+
+SHIFT_CONV = Family(
+    name="shift_conv",
+    anchors=("Conv",),
+    match=match,
+    reduce=reduce,
+    tolerances=TOLERANCES,
+)

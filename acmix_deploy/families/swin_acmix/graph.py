@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.attention import MASKED, Linear, linear
-from acmix_deploy.families.conv_branch import meeting
-from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
-from acmix_deploy.families.reduction import Operators, Reduced, Request
+from acmix_deploy.families.conv_branch import ConvBranch, meeting
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
 from acmix_deploy.families.swin_acmix.algebra import SwinAcmixWeights
 from acmix_deploy.families.swin_acmix.write import Mask, write
 from acmix_deploy.graph import (
@@ -31,10 +32,6 @@ from acmix_deploy.graph import (
     producer,
     region_between,
 )
-
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ()
 
 _RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
 _HIDDEN = 50.0  # below the largest number added for a query: what is lost in float32 after exp
@@ -88,17 +85,17 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     return Match(region, softmax, qkv, proj, fc, dep_conv, rate1, rate2)
 
 
-def reduce(found: Match, request: Request) -> Reduced:
+def reduce(found: Match, request: Request, conv_branch: ConvBranch = "dense") -> Reduced:
     """The block in its reduced form. Raises NoMatch where it computes something else than Swin's ACmix."""
     weights = _recover(found, request)
     mask = _mask(found, weights, request) if weights.masked and not request.fixed_size else None
-    graph = write(found.region.x, weights, mask, conv_weight(found.dep_conv).dtype, request)
+    graph = write(found.region.x, weights, mask, conv_weight(found.dep_conv).dtype, request, conv_branch)
     settings = {
         "num_heads": weights.num_heads,
         "window_size": weights.window_size,
         "scale": weights.scale,
         "masked": weights.masked,
-        "conv_branch": request.conv_branch,
+        "conv_branch": conv_branch,
     }
     return Reduced(graph, "MatMul / Softmax / MatMul", settings, weights.window_size, height_axis=1)
 
@@ -219,3 +216,13 @@ def _mask(found: Match, weights: SwinAcmixWeights, request: Request) -> Mask:
                     if np.allclose(weights.added[seen], np.broadcast_to(bias, seen.shape)[seen], atol=1e-4):
                         return Mask(tensor, np.where(np.isinf(bias), 0.0, bias))  # inf: no window shows them together
     raise NoMatch("its mask is for one image size, and the size is free")
+
+
+SWIN_ACMIX = Family(
+    name="swin_acmix",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    reduce_grouped=partial(reduce, conv_branch="grouped"),
+    tolerances=TOLERANCES,
+)

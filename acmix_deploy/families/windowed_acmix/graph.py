@@ -23,8 +23,8 @@ from acmix_deploy.families.attention import (
     next_node,
     origins,
 )
-from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
-from acmix_deploy.families.reduction import Operators, Reduced, Request
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -37,10 +37,6 @@ from acmix_deploy.graph import (
     region_between,
     way_down,
 )
-
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ()
 
 
 @dataclass(frozen=True)
@@ -319,3 +315,12 @@ def _crops(node: gs.Node) -> bool:
         return False
     starts, axes = constant_value(node.inputs[1]), constant_value(node.inputs[3])
     return starts is not None and axes is not None and not starts.any() and {*axes.tolist()} <= {1, 2}
+
+
+WINDOWED_ACMIX = Family(
+    name="windowed_acmix",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    tolerances=TOLERANCES,
+)
