@@ -89,13 +89,7 @@ def fuse(
     fusion = Fusion(graph, [*model.functions], sources(graph, model.functions), branch, progress)
     for family in FAMILIES:
         fusion.fuse(family)
-    fused = rewrite(model, before, graph)
-    fused.functions.extend(fusion.functions[len(model.functions) :])
-    imported = {entry.domain for entry in model.opset_import}
-    new = {operator.domain: operator.version for operator in fusion.operators if operator.domain not in imported}
-    fused.opset_import.extend(onnx.helper.make_opsetid(*entry) for entry in new.items())
-    onnx.checker.check_model(fused)
-
+    fused = _written(model, before, fusion)
     report = FusionReport(
         blocks=fusion.blocks,
         nodes_before=count_nodes(model),
@@ -122,3 +116,14 @@ def fuse(
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
     return report
+
+
+def _written(model: onnx.ModelProto, before: list[gs.Node], fusion: Fusion) -> onnx.ModelProto:
+    """``model``, whose nodes were ``before``, with those of ``fusion`` and the definitions that they need."""
+    fused = rewrite(model, before, fusion.graph)
+    fused.functions.extend(fusion.functions[len(model.functions) :])
+    imported = {entry.domain for entry in model.opset_import}
+    new = {operator.domain: operator.version for operator in fusion.operators if operator.domain not in imported}
+    fused.opset_import.extend(onnx.helper.make_opsetid(*entry) for entry in new.items())
+    onnx.checker.check_model(fused)
+    return fused

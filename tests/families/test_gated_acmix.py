@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from acmix_deploy import families
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
-from acmix_deploy.families.reduction import TOLERANCES
-from acmix_deploy.families.gated_acmix.module import GatedACmix
 from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
+from acmix_deploy.families.gated_acmix.module import GatedACmix
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.fusion import fuse
 from acmix_deploy.pipeline import deploy
 from acmix_deploy.runtime.metrics import deviation

@@ -21,8 +21,8 @@ from acmix_deploy.engine.onnx_file import describe
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
-from acmix_deploy.families.outlook.module import OutlookAttention
 from acmix_deploy.families.outlook.graph import OUTLOOK
+from acmix_deploy.families.outlook.module import OutlookAttention
 from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION

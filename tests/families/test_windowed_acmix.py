@@ -21,8 +21,8 @@ from acmix_deploy import families
 from acmix_deploy.errors import UserError
 from acmix_deploy.export import AXES
 from acmix_deploy.families.reduction import TOLERANCES
-from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
+from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.pipeline import deploy
 from acmix_deploy.runtime.metrics import deviation
