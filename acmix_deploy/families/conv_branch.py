@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.graph import scalar_factor, way_down
+from acmix_deploy.graph import conv_weight, scalar_factor, way_down
 
 Array = npt.NDArray[np.floating[Any]]
 
@@ -45,6 +45,11 @@ def meeting(graph: gs.Graph, softmax: gs.Node) -> Meeting | None:
                 return Meeting(node, path, scalar_factor(tensor)[0], rate2, conv)
         path.append((tensor, node))
     return None
+
+
+def is_dep_conv(conv: gs.Node) -> bool:
+    """Whether a Conv has the shape of dep_conv: 3x3 with padding 1 of nine maps a group. Raises NoMatch."""
+    return conv_weight(conv).shape[1:] == (9, 3, 3) and bool(conv.attrs.get("pads") == [1] * 4)
 
 
 class Convolution(NamedTuple):

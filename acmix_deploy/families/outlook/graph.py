@@ -26,6 +26,7 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     nearest,
+    pointwise_weight,
     producer,
     region_between,
     scalar_factor,
@@ -158,15 +159,12 @@ def _nearest_linear(tensor: gs.Tensor) -> _Linear | None:
 
 def _linear(node: gs.Node) -> _Linear | None:
     """A MatMul with a stored matrix and its bias, or a 1x1 convolution, as a linear layer; None for any other node."""
-    weight = constant_value(node.inputs[1]) if node.op in ("Conv", "MatMul") else None
-    if weight is None or not isinstance(node.inputs[0], gs.Variable):
+    if node.op not in ("Conv", "MatMul") or not isinstance(node.inputs[0], gs.Variable):
         return None
-    if node.op == "Conv":
-        one = node.attrs.get("group", 1) == 1 and not any(node.attrs.get("pads", []))
-        if not one or weight.shape[2:] != (1, 1) or any(step != 1 for step in node.attrs.get("strides", [])):
-            return None
-        return _Linear(node.inputs[0], "NCHW", weight[:, :, 0, 0], conv_bias(node))
-    if weight.ndim != 2:
+    if (pointwise := pointwise_weight(node)) is not None:
+        return _Linear(node.inputs[0], "NCHW", pointwise[:, :, 0, 0], conv_bias(node))
+    weight = constant_value(node.inputs[1])
+    if weight is None or weight.ndim != 2:
         return None
     sums = [user for user in node.outputs[0].outputs if user.op == "Add"]
     terms = [value for user in sums for operand in user.inputs if (value := constant_value(operand)) is not None]

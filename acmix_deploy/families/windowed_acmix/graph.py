@@ -18,10 +18,10 @@ from acmix_deploy.families.attention import (
     Size,
     attention_at,
     common_origin,
+    computed_by,
     linear,
     measure,
     next_node,
-    origins,
 )
 from acmix_deploy.families.family import Family
 from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
@@ -33,7 +33,6 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     conv_weight,
-    producer,
     region_between,
     way_down,
 )
@@ -292,7 +291,7 @@ def _channels_first(found: Match, request: Request) -> bool:
 
 def _conv_behind(tensor: gs.Tensor) -> gs.Node | None:
     """The depthwise convolution that ``tensor`` is the result of, moved."""
-    conv = producer(list(origins(tensor))[-1])
+    conv = computed_by(tensor)
     if conv is None or conv.op != "Conv":
         return None
     weight = conv_weight(conv)
