@@ -14,10 +14,10 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from acmix_deploy import onnx_file
 from acmix_deploy.detection.boxes import unlike_detector, unlike_told
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.doctor.diagnosis import Examination, Finding
-from acmix_deploy.engine import onnx_file
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.fusion import FusedBlock, fuse
 from acmix_deploy.graph import check, read
@@ -65,7 +65,7 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
         progress("looking for blocks")
         try:
             with tempfile.TemporaryDirectory() as folder:
-                blocks = fuse(path, Path(folder, "fused.onnx"), progress=progress).blocks
+                blocks = fuse(path, Path(folder, "fused.onnx"), progress=progress).found.blocks
         except AcmixDeployError as error:
             notes.append(f"blocks cannot be looked for: {reason(error)}")
     findings += [

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from acmix_deploy.engine.onnx_file import OnnxFile
+from acmix_deploy.onnx_file import OnnxFile
 from acmix_deploy.report.inspection import Inspection
 from acmix_deploy.report.tables import creators, engine, kernels, table
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from acmix_deploy.errors import UserError
+
+AXES = {"batch": 0, "height": 2, "width": 3}
+"""The axes of an image input [B, C, H, W] that may be free, by their names."""
+
 Shape = tuple[int, ...]
+Shapes = tuple[Shape, Shape, Shape]
+"""Smallest, usual and largest shape of an input with free axes."""
+
 Images = NDArray[np.float32]
 
 
@@ -48,6 +56,43 @@ def trial_shapes(dims: Sequence[int | str | None], example: Sequence[int], divis
         )
 
     return list(dict.fromkeys((tuple(example), trial(1, 1, 2), trial(0, 2, 1))))
+
+
+def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), divisor: int = 1) -> list[Shape]:
+    """The shapes at which a file is run against the model, the example first.
+
+    Args:
+        input_shape: [B, C, H, W] of the example.
+        dynamic: axes that are free, by their names in :data:`AXES`.
+        divisor: H and W must be multiples of it, the model's total stride.
+
+    Raises:
+        UserError: the shape or an axis is none.
+    """
+    check_axes(dynamic)
+    shape = tuple(input_shape)
+    if len(shape) != 4 or min(shape) < 1:
+        raise UserError(f"input shape {list(shape)} is not four positive sizes: batch, channels, height, width")
+    if shape[2] % divisor or shape[3] % divisor:
+        near = [max(divisor, round(size / divisor) * divisor) for size in shape[2:]]
+        raise UserError(
+            f"an image of {shape[2]}x{shape[3]} is not divisible by the model's stride {divisor}",
+            f"The nearest size that is: {near[0]}x{near[1]}.",
+        )
+    free = {AXES[name] for name in dynamic}
+    return trial_shapes([None if axis in free else size for axis, size in enumerate(shape)], shape, divisor)
+
+
+def check_axes(dynamic: Collection[str]) -> None:
+    """Raises UserError where one of the axes that are to be free is none of :data:`AXES`."""
+    if unknown := set(dynamic) - AXES.keys():
+        raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
+
+
+def noise(name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0) -> list[dict[str, Images]]:
+    """Random images for the input ``name``: all ``shapes`` in turn, at least ``count``; see :func:`random_images`."""
+    seeds = range(max(count, len(shapes)))
+    return [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in seeds]
 
 
 def random_images(shape: Shape, seed: int = 0) -> Images:

@@ -13,15 +13,14 @@ from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
 from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, unlike_detector
-from acmix_deploy.detection.images import find, placed_batches
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import Parts, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
-from acmix_deploy.runtime.inputs import random_images, trial_shapes
+from acmix_deploy.runtime.inputs import Shape, Shapes, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
-from acmix_deploy.runtime.onnxruntime import Provider
+from acmix_deploy.runtime.onnxruntime import Provider, onnx_runner, precision_of
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.distances import Part, distances
@@ -29,10 +28,7 @@ from acmix_deploy.verify.half import HalfRange, half_range
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES
 from acmix_deploy.verify.verification import Comparison, Verification
 
-Feed = Mapping[str, Array]
-Shape = tuple[int, ...]
-Profile = tuple[Shape, Shape, Shape]
-
+Feed = dict[str, Array]
 _SILENT = G_LOGGER.CRITICAL + 1
 _IMAGES = 32  # of a folder, at most: their outputs are all held until they are compared
 
@@ -46,14 +42,21 @@ class Candidate(NamedTuple):
     file: Path | onnx.ModelProto | None = None
     """The ONNX file that it runs, to look into; None where it runs something else."""
 
+    @classmethod
+    def of(cls, model: Path | onnx.ModelProto, name: str) -> Candidate:
+        """What is made of a file or a model in memory. Raises what :func:`open_model` does."""
+        if isinstance(model, onnx.ModelProto):
+            return cls(onnx_runner(model, name), precision_of(model), model)
+        opened = open_model(model, name)
+        return cls(opened.runner, opened.precision, model if model.suffix == ".onnx" else None)
+
 
 def verify(
     reference: BaseRunner,
     candidates: Sequence[Candidate],
-    inputs: Iterable[Feed] = (),
+    inputs: Scenes | Iterable[Feed],
     *,
     metadata: ModelMetadata | None = None,
-    scenes: Scenes | None = None,
     eager: Mapping[str, BaseRunner] | None = None,
     tolerances: Mapping[str, Tolerance | None] = TOLERANCES,
 ) -> Verification:
@@ -66,9 +69,9 @@ def verify(
     Args:
         reference: what is right; outputs are matched by name.
         candidates: what is compared with it; all names differ.
-        inputs: arrays by input name, float32; converted where a runner wants another type.
+        inputs: arrays by input name, float32, converted where a runner wants another type; or images, in which
+            detections are compared too.
         metadata: what the exporter left in the file; says what the outputs are.
-        scenes: images, which are inputs too.
         eager: PyTorch's own model in a reduced type, by the name of the type. Its error on an input widens the limit
             of the candidates of that type on the same input. One that fails is noted and widens nothing.
         tolerances: by precision, see :mod:`acmix_deploy.verify.limits`; the limit is ``tolerance.limit(eager error)``.
@@ -79,9 +82,8 @@ def verify(
             something else than boxes and scores.
     """
     metadata = metadata or ModelMetadata()
-    feeds = [dict(feed) for feed in inputs]
-    without_scenes = len(feeds)
-    feeds += [{scenes.input: batch.images} for batch in scenes.batches] if scenes else []
+    scenes = inputs if isinstance(inputs, Scenes) else None
+    feeds = inputs.feeds if isinstance(inputs, Scenes) else [dict(feed) for feed in inputs]
     if not feeds:
         raise UserError("there is no input to compare on")
     names = [reference.name, *(candidate.runner.name for candidate in candidates)]
@@ -134,7 +136,7 @@ def verify(
                         limit=None,
                     )
                     comparisons.append(comparison.judged_by(tolerances))
-            outputs = [*zip(rights, others, strict=True)][without_scenes:]
+            outputs = [*zip(rights, others, strict=True)]
             if scenes and metadata.detects and all(_fit(right, other) for right, other in outputs):
                 detections.append(
                     DetectionComparison(
@@ -206,8 +208,41 @@ def compare_files(
     other = open_model(
         candidate, labels[1] if provider == "cpu" else f"{labels[1]} on {provider}", provider=provider, plugin=plugin
     )
-    name, dims = _common_input(right, other)
     metadata = other.metadata.updated(**right.metadata.entries)
+    name, shapes = _tried(right, other, metadata, input_shape)
+    inputs = (
+        Scenes.read(name, images, shapes, metadata, limit=_IMAGES, confidence=confidence)
+        if images
+        else noise(name, shapes, seed, random)
+    )
+    result = verify(
+        right.runner,
+        [Candidate(other.runner, other.precision, candidate if candidate.suffix == ".onnx" else None)],
+        inputs,
+        metadata=metadata,
+        tolerances=FILE_TOLERANCES,
+    )
+    skipped = inputs.skipped if isinstance(inputs, Scenes) else {}
+    notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
+    if images is None and other.precision == "int8":
+        notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
+    return result.model_copy(update={"notes": notes})
+
+
+def inputs_for(file: Path, images: Path | None = None, input_shape: Sequence[int] | None = None) -> list[Feed]:
+    """Inputs of one file as :func:`compare_files` takes them, of every size that is tried. Raises the same."""
+    model = open_model(file)
+    name, shapes = _tried(model, model, model.metadata, input_shape)
+    if images is None:
+        return [*noise(name, shapes)]
+    return [*Scenes.read(name, images, shapes, model.metadata, limit=_IMAGES).feeds]
+
+
+def _tried(
+    right: Model, other: Model, metadata: ModelMetadata, input_shape: Sequence[int] | None
+) -> tuple[str, list[Shape]]:
+    """Name of the input that two files share, and the shapes at which they are compared."""
+    name, dims = _common_input(right, other)
     wanted = input_shape or other.usual_shape(name)
     example = [dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True)]
     stride = metadata.stride
@@ -221,28 +256,7 @@ def compare_files(
         model.metadata.check_size(model.runner.name, example)
     profiles = [model.profiles[name] for model in (right, other) if name in model.profiles]
     smallest = [max(pair) for pair in zip(right.metadata.min_size, other.metadata.min_size, strict=True)]
-    shapes = _shapes(trial_shapes(dims, example, stride), dims, profiles, smallest)
-    feeds: list[Feed] = []
-    scenes, skipped = None, dict[str, str]()
-    if images is None:
-        count = max(random, len(shapes))
-        feeds += [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in range(count)]
-    else:
-        photos = find(images, limit=_IMAGES)
-        batches = list(placed_batches(photos.paths, shapes, metadata.letterbox))
-        scenes, skipped = Scenes(name, batches, metadata.names, confidence), photos.skipped
-    result = verify(
-        right.runner,
-        [Candidate(other.runner, other.precision, candidate if candidate.suffix == ".onnx" else None)],
-        feeds,
-        metadata=metadata,
-        scenes=scenes,
-        tolerances=FILE_TOLERANCES,
-    )
-    notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
-    if images is None and other.precision == "int8":
-        notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
-    return result.model_copy(update={"notes": notes})
+    return name, _shapes(trial_shapes(dims, example, stride), dims, profiles, smallest)
 
 
 def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | str | None, ...]]:
@@ -261,7 +275,7 @@ def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | 
 
 
 def _shapes(
-    trials: Sequence[Shape], dims: Sequence[int | str | None], profiles: Sequence[Profile], smallest: Sequence[int]
+    trials: Sequence[Shape], dims: Sequence[int | str | None], profiles: Sequence[Shapes], smallest: Sequence[int]
 ) -> list[Shape]:
     """The shapes that are tried: of engines those that their profiles name, and what lies within all of them; images of
     at least ``smallest``, height and width.

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION, check_geometry
 from acmix_deploy.operators.local_attention.body import function_body
 from acmix_deploy.operators.local_attention.oracle import local_attention
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.targets import OPSETS
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 

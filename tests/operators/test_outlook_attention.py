@@ -14,12 +14,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION, check_geometry
 from acmix_deploy.operators.outlook_attention.body import function_body
 from acmix_deploy.operators.outlook_attention.oracle import outlook_attention
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.targets import OPSETS
 
 NATIVE = OUTLOOK_ATTENTION.kernel_limits
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}

@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 
-from acmix_deploy import pipeline
 from acmix_deploy.checkpoint import load
 from acmix_deploy.detection.images import find, placed_batches
 from acmix_deploy.detection.metadata import ModelMetadata
@@ -23,6 +22,7 @@ from acmix_deploy.verify import Candidate, Scenes, Verification, verify
 from acmix_deploy.verify.limits import FILE_TOLERANCES
 from scripts import shapes
 from scripts.train_shapes import CHECKPOINT, HELD_BACK, evaluate
+from tests.pipeline.parts import deployed
 
 pytest.importorskip("ultralytics", reason="ultralytics is not installed")
 
@@ -86,12 +86,9 @@ def judged(request, tmp_path_factory):
     count, batches, options = request.param
     folder = tmp_path_factory.mktemp("judged")
     calibration = shapes.write(folder / "calibration", seed=11, count=32)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(pipeline, "_ROUNDS", 1)
-        monkeypatch.setattr(pipeline, "_SECONDS", 0.1)
-        report = pipeline.deploy(
-            CHECKPOINT, folder, fp16=True, calibration=calibration, expect=3, engine=False, **options
-        )
+    report = deployed(
+        CHECKPOINT, folder, fp16=True, int8=True, calibration=calibration, expect=3, no_engine=True, **options
+    )
     assert report.passed
     files = {role: file.artifact.path for role, file in report.files.items()}
     for role in ("fused", "fp16", "int8"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.operators.spec import Attribute, Operator, Tensor, Tolerance
+from acmix_deploy.operators.spec import ATTENTION_AXES, Attribute, Kernel, Operator, Tensor, Tolerance
 
 LOCAL_ATTENTION = Operator(
     domain="acmix",
@@ -11,21 +11,27 @@ LOCAL_ATTENTION = Operator(
     version=1,
     formula="qkv = [q | k | v], each [B, N*d, H, W]; y_i = softmax_n(scale * q_i . (k_n - P l_n)) v_n, where n runs "
     "over the K x K neighbours of pixel i under reflection padding and l = (x, y) in [-1, 1]^2",
+    axes=ATTENTION_AXES,
     inputs=(
         Tensor("qkv", ("B", "3*N*d", "H", "W"), "queries, keys and values, each N heads of d channels"),
         Tensor("position_weight", ("d", "2"), "P; zeros where the block has no position term"),
     ),
     outputs=(Tensor("y", ("B", "N*d", "H/s", "W/s"), "attended values"),),
     attributes=(
-        Attribute("num_heads", "int", 1, "N", minimum=1),
-        Attribute("kernel_size", "int", 7, "K, odd; H and W must exceed K // 2", minimum=3),
-        Attribute("stride", "int", 1, "s; divides H and W", minimum=1),
+        Attribute("num_heads", "int", 1, "number of heads", minimum=1),
+        Attribute("kernel_size", "int", 7, "odd; H and W must exceed K // 2", minimum=3),
+        Attribute("stride", "int", 1, "divides H and W", minimum=1),
         Attribute("scale", "float", 1.0, "factor of the logits, usually d ** -0.5"),
         Attribute("plugin_version", "string", "1", "read by TensorRT's parser"),
         Attribute("plugin_namespace", "string", "", "read by TensorRT's parser"),
     ),
     tolerances={"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)},
+    kernels=(
+        Kernel("mma", (("float16", "NCHW"), ("float16", "NHWC")), min_sm=75),
+        Kernel("simt", (("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC"))),
+    ),
     kernel_limits={"kernel_size": (3, 5, 7, 9), "stride": (1, 2), "head_dim": tuple(range(8, 129, 8))},
+    minima={"H": "ceil(K/2)", "W": "ceil(K/2)"},
 )
 
 

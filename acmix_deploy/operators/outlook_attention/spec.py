@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.operators.spec import Attribute, Operator, Tensor, Tolerance
+from acmix_deploy.operators.spec import ATTENTION_AXES, Attribute, Kernel, Operator, Tensor, Tolerance
 
 OUTLOOK_ATTENTION = Operator(
     domain="acmix",
     op_type="AcmixOutlookAttention",
     version=1,
     formula="y = fold(softmax_from(scale * logits) unfold(values)), windows of K x K pixels with zero padding K // 2 "
-    "around every s-th pixel, h = ceil(H/s), w = ceil(W/s); channel (n*K^2 + to)*K^2 + from of logits is the weight "
+    "around every s-th pixel; channel (n*K^2 + to)*K^2 + from of logits is the weight "
     "in head n with which place 'from' of a window adds to its place 'to'",
+    axes=ATTENTION_AXES,
     inputs=(
-        Tensor("logits", ("B", "N*K^4", "h", "w"), "attention logits of every window, N heads"),
+        Tensor("logits", ("B", "N*K^4", "ceil(H/s)", "ceil(W/s)"), "attention logits of every window, N heads"),
         Tensor("values", ("B", "N*d", "H", "W"), "N heads of d channels"),
     ),
     outputs=(Tensor("y", ("B", "N*d", "H", "W"), "sum over the windows that cover a pixel"),),
     attributes=(
-        Attribute("num_heads", "int", 1, "N", minimum=1),
-        Attribute("kernel_size", "int", 3, "K, odd", minimum=3),
-        Attribute("stride", "int", 1, "s", minimum=1),
+        Attribute("num_heads", "int", 1, "number of heads", minimum=1),
+        Attribute("kernel_size", "int", 3, "odd", minimum=3),
+        Attribute("stride", "int", 1, "pixels between windows", minimum=1),
         Attribute("scale", "float", 1.0, "factor of the logits, usually d ** -0.5"),
         Attribute("plugin_version", "string", "1", "read by TensorRT's parser"),
         Attribute("plugin_namespace", "string", "", "read by TensorRT's parser"),
     ),
     tolerances={"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)},
+    kernels=(Kernel("simt", (("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC"))),),
     kernel_limits={"kernel_size": (3, 5, 7), "stride": (1, 2), "head_dim": tuple(range(8, 129, 8))},
 )
 
