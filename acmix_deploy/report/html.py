@@ -19,14 +19,13 @@ from acmix_deploy.detection.images import Image, opencv
 from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.history import histories
 from acmix_deploy.gate.samples import GateSamples, Measured
-from acmix_deploy.profile import Machine, Profile, compare
+from acmix_deploy.profile import Machine, Profile, ProfileDocument, compare
 from acmix_deploy.report import plots, show, show_gate, show_profile, show_samples, tables
 from acmix_deploy.report.documents import (
     BuildDocument,
     FuseDocument,
     GateDocument,
     HtmlDocument,
-    ProfileDocument,
     QuantizeDocument,
     VerifyDocument,
 )

@@ -25,8 +25,8 @@ def show_inspection(found: Inspection, console: Console) -> None:
         parts += ["", engine(found.manifest)]
     if found.plugin:
         parts += ["", creators(found.plugin), "", kernels(found.plugin)]
-    if found.report:
-        parts += ["", _pairs(found.report.items())]
+    if found.told:
+        parts += ["", _pairs(found.told.items())]
     if found.artifact:
         parts += ["", Text("Made from", style="bold"), _origin(found)]
         made = {**found.artifact.versions, **({} if found.manifest else found.artifact.settings)}

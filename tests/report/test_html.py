@@ -26,11 +26,11 @@ from acmix_deploy.fusion.fuse import FusedBlock
 from acmix_deploy.gate.samples import GateSamples, Measured, Round, Turn
 from acmix_deploy.gate.verdict import Comparison as GateVerdict
 from acmix_deploy.gate.verdict import Judged
-from acmix_deploy.profile import Machine, Profile
+from acmix_deploy.profile import Machine, Profile, ProfileDocument
 from acmix_deploy.profile.layers import Layer
 from acmix_deploy.profile.monitor import Conditions, Power
 from acmix_deploy.report import plots
-from acmix_deploy.report.documents import GateDocument, ProfileDocument, VerifyDocument
+from acmix_deploy.report.documents import GateDocument, VerifyDocument
 from acmix_deploy.report.folder import read_folder
 from acmix_deploy.report.html import write_html
 from acmix_deploy.report.model import ExportReport, FileReport
@@ -350,7 +350,7 @@ def test_what_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> None:
         "broken.json": (folder / "report.json").read_bytes()[:5000],
         "later.json": json.dumps(written | {"schema": 2}).encode(),
         "lacking.json": json.dumps(written | {"comparisons": [{}]}).encode(),
-        "infinite.json": b'{"reference": "r", "comparisons": [], "x": [1e999]}',
+        "infinite.json": b'{"document": "verify", "reference": "r", "comparisons": [], "x": [1e999]}',
         "other.json": b'{"name": "package"}',
         "times.json": b"[]",
         "text.json": b'"text"',
