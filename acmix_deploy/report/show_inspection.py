@@ -9,7 +9,7 @@ from rich.text import Text
 
 from acmix_deploy.onnx_file import OnnxFile
 from acmix_deploy.report.inspection import Inspection
-from acmix_deploy.report.tables import creators, engine, kernels, table
+from acmix_deploy.report.tables import Cell, creators, engine, kernels, table
 
 _LONGEST = 60  # characters of a property
 
@@ -64,8 +64,8 @@ def _onnx(file: OnnxFile) -> list[RenderableType]:
 def _origin(found: Inspection) -> RenderableType:
     rows = table("file", "kind", "for", "in this folder")
     for ancestor in found.ancestors:
-        style = "bold red" if ancestor.state == "changed" else ""
-        rows.add_row(ancestor.name, ancestor.kind, ancestor.made, Text(ancestor.state, style=style))
+        state = Cell(ancestor.state, "bad" if ancestor.state == "changed" else "")
+        rows.add_row(ancestor.name, ancestor.kind, ancestor.made, state)
     return rows if found.ancestors else "nothing that was told"
 
 

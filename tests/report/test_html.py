@@ -370,6 +370,16 @@ def test_what_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> None:
     assert all(name in text for name in files)
 
 
+def test_a_word_has_no_colour_of_its_own(tmp_path: Path) -> None:
+    """Files may have the names of verdicts."""
+    document = VerifyDocument(reference="r", comparisons=(comparison("ok", 1, 0.1), comparison("FAILED", 0.01, 0.1)))
+    write(document, tmp_path / "verify.json")
+    write_html(tmp_path, tmp_path / "report.html")
+    elements = Parsed((tmp_path / "report.html").read_text(encoding="utf-8")).elements
+    states = [attributes["class"] for tag, attributes in elements if tag == "td" and attributes.get("class")]
+    assert [state for state in states if state in ("good", "bad")] == ["bad", "good"]
+
+
 def test_times_of_trtexec_are_read(tmp_path: Path) -> None:
     times = [{"computeMs": 2.0 + index, "h2dMs": 0, "d2hMs": 0, "latencyMs": 3} for index in range(3)]
     (tmp_path / "times.json").write_text(json.dumps(times), encoding="utf-8")
