@@ -63,9 +63,7 @@ class Axis:
         return {} if rest else {unknown[0]: size}
 
 
-def quantities(
-    operator: Operator, attributes: Mapping[str, Any], shapes: Sequence[Sequence[int]]
-) -> dict[str, int]:
+def quantities(operator: Operator, attributes: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> dict[str, int]:
     """What the operator's letters stand for in a node, by the names of ``Operator.axes``, as far as it follows.
 
     Args:
