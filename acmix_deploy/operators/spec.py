@@ -53,6 +53,9 @@ class Tolerance:
         return min(self.factor * eager_error + self.floor, max(self.floor, LARGEST_LIMIT))
 
 
+TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
+"""What attention is computed to; blocks and files that hold it are measured by the same."""
+
 ATTENTION_AXES = {
     "B": "batch",
     "N": "num_heads",
@@ -63,6 +66,12 @@ ATTENTION_AXES = {
     "s": "stride",
 }
 """The letters of attention in windows of K x K pixels, at every s-th pixel of a map."""
+
+TENSORRT_ATTRIBUTES = (
+    Attribute("plugin_version", "string", "1", "read by TensorRT's parser"),
+    Attribute("plugin_namespace", "string", "", "read by TensorRT's parser"),
+)
+"""By which TensorRT's parser finds the plugin: ``Operator.version``, and the namespace of its creator."""
 
 HEAD_DIMS = (16, 32, 64, 128)
 """What kernels are compiled for; another ``head_dim`` is padded to the next."""

@@ -105,6 +105,7 @@ def test_native_kernels_hold_the_definition(operator):
     assert ("float32", "NCHW") in formats
     assert {dtype for dtype, _ in formats} == set(operator.dtypes)
     assert set(operator.kernel_limits) <= set(operator.axes.values())
+    assert operator.attribute("plugin_version").default == str(operator.version)
 
 
 @pytest.mark.parametrize("text", ["", "N+1", "ceil(H/s", "N*N", "H//s", "2.5*N"])

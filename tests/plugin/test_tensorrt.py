@@ -19,8 +19,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from acmix_deploy.operators import LOCAL_ATTENTION, OPERATORS, OUTLOOK_ATTENTION
+from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import shapes
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.runtime.metrics import deviation
 from tests import ROOT

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from acmix_deploy.operators.local_attention.spec import check_geometry
+from acmix_deploy.operators.local_attention import check_geometry
 
 
 def pixel_coordinates(height: int, width: int) -> Tensor:

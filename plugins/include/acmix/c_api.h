@@ -9,7 +9,7 @@ extern "C" {
 // {"operator", "dtype", "layout", "head_dim", "kernel", "min_sm"}.
 ACMIX_EXPORT const char* acmix_describe();
 
-// acmix_local_attention and the others of acmix/operators.h launch on the current device. `kernel` is an acmix::Kernel
-// or -1 for what find() takes. They return null when the launch was accepted, else one sentence that stays valid until
-// the thread's next call.
+// The functions at the end of acmix/operators.h launch on the current device. `kernel` is an acmix::Kernel or -1 for
+// what find() takes. They return null when the launch was accepted, else one sentence that stays valid until the
+// thread's next call.
 }
