@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_running, console, duration, positive, print_json, progress
+from acmix_deploy.cli.common import add_running, console, print_json, progress
+from acmix_deploy.options import duration, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

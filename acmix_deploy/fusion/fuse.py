@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import replacing
+from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES, part
 from acmix_deploy.families.reduction import ConvBranch, Reduced, Request, anchors
@@ -29,11 +30,9 @@ from acmix_deploy.fusion.sizes import (
 )
 from acmix_deploy.graph import Array, Feeds, NoMatch, Reached, Region, count_nodes, evaluate, names_read
 from acmix_deploy.operators.spec import Operator, Tolerance
-from acmix_deploy.runtime.inputs import MIN_SIZE, min_size
+from acmix_deploy.options import ConvBranchChoice
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
-
-ConvBranchChoice = Literal["auto", "dense", "grouped"]
 
 AUTO_BRANCH: ConvBranch = "dense"
 """What "auto" means. In a prototype on a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); the CPU
@@ -91,7 +90,7 @@ def fuse(
     conv_branch: ConvBranchChoice = "auto",
     expect: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> FusionReport:
+) -> Made[FusionReport]:
     """Fuse the blocks of an ONNX file and write the result.
 
     A block is rewritten only after original and replacement agreed on random input, at two sizes where the axes are
@@ -110,8 +109,7 @@ def fuse(
         CheckFailed: another number of blocks than ``expect`` fused, or ONNX Runtime refuses the result; nothing is
             written then.
     """
-    if target.resolve() == source.resolve():
-        raise UserError(f"{target} is the file to be fused", "Give another name with -o.")
+    check_output(target, source)
     model, inlined = load(source)
     graph = gs.import_onnx(model)
     before = list(graph.nodes)
@@ -162,16 +160,17 @@ def fuse(
     report = report.model_copy(update={"unproven": _refusal(fused, model, source, inputs)})
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
-    return report
+    settings = {"conv_branch": conv_branch}
+    return Made(write_artifact(target, "fused", parents=[source], settings=settings), report)
 
 
 def _note_smallest_image(model: onnx.ModelProto, needs: list[Need]) -> None:
     """Write into the metadata for which images all fused blocks are defined, those of an earlier run among them."""
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    found = smallest_image(model, needs, int(metadata.get("stride", 1)))
-    smallest = [max(pair) for pair in zip(found, min_size(metadata), strict=True)]
+    metadata = ModelMetadata.of(model)
+    found = smallest_image(model, needs, metadata.stride)
+    smallest = [max(pair) for pair in zip(found, metadata.min_size, strict=True)]
     if smallest != [1, 1]:
-        onnx.helper.set_model_props(model, metadata | {MIN_SIZE: str(smallest)})
+        onnx.helper.set_model_props(model, metadata.updated(min_size=smallest).entries)
 
 
 def _fuse_family(

@@ -12,7 +12,7 @@ from pathlib import Path
 from acmix_deploy import __version__
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import CheckFailed
-from acmix_deploy.plugin.library import Library, describe
+from acmix_deploy.plugin.library import Library, check, describe
 from acmix_deploy.plugin.toolchain import check_architectures, find_cmake, find_cuda, find_tensorrt
 
 SOURCES = Path(__file__).parent / "native"
@@ -66,6 +66,14 @@ def build(
         finished.write_bytes(Path(temporary, NAME).read_bytes())
         finished.chmod(0o755)
     return library.model_copy(update={"path": folder / NAME})
+
+
+def library_in(folder: Path, progress: Callable[[str], None] = lambda step: None) -> Path:
+    """The plugin of this version in a folder, compiled where there is none. Raises what :func:`build` does."""
+    library = folder / NAME
+    if not library.is_file() or check(library).version != __version__:
+        build(folder, progress=progress)
+    return library
 
 
 def _run(

@@ -6,27 +6,38 @@ from pathlib import Path
 
 from pydantic import Field, computed_field
 
+from acmix_deploy.artifacts import Artifact
 from acmix_deploy.doctor import Diagnosis
 from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
+from acmix_deploy.forms import TargetReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.gate.history import History
 from acmix_deploy.gate.verdict import Verdict
 from acmix_deploy.plugin.library import Library
-from acmix_deploy.precision import Int8Report
+from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.profile import Profile, compare
 from acmix_deploy.report.inspection import Inspection
-from acmix_deploy.report.target import TargetReport
 from acmix_deploy.verify import Verification
 
 
-class FuseDocument(FusionReport, Document):
+class StageDocument(Document):
+    """Result of a verb that runs one stage."""
+
+    artifact: Artifact = Field(description="the file that was written, and what it was made from")
+
+
+class FuseDocument(FusionReport, StageDocument):
     """Result of ``acmix-deploy fuse``."""
 
     target: TargetReport | None = Field(default=None, description="the file to carry to the target that was asked for")
 
 
-class QuantizeDocument(Int8Report, Document):
+class Fp16Document(Fp16Report, StageDocument):
+    """Result of ``acmix-deploy fp16``."""
+
+
+class QuantizeDocument(Int8Report, StageDocument):
     """Result of ``acmix-deploy quantize``."""
 
 
@@ -49,7 +60,7 @@ class PluginDocument(Library, Document):
     """Result of ``acmix-deploy plugin build`` and ``acmix-deploy plugin check``."""
 
 
-class BuildDocument(BuildReport, Document):
+class BuildDocument(BuildReport, StageDocument):
     """Result of ``acmix-deploy build``."""
 
 

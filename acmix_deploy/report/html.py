@@ -166,9 +166,11 @@ def _fused(folder: Folder) -> Iterator[Part]:
         yield Part("In the model", name, table=_grid(tables.module_blocks(export.blocks)))
         notes = tables.fusion_notes(export.fusion)
         yield Part("In the graph", name, table=_grid(tables.graph_blocks(export.fusion)), lines=notes)
-        for built in export.engines.values():
+        for role, built in export.engines.items():
             if built.inlined:
-                yield Part(f"In {built.artifact.path.name}", name, table=_grid(tables.inlined(built.inlined)))
+                yield Part(
+                    f"In {export.files[role].artifact.path.name}", name, table=_grid(tables.inlined(built.inlined))
+                )
     for name, fusion in folder.of(FuseDocument).items():
         yield Part("In the graph", name, table=_grid(tables.graph_blocks(fusion)), lines=tables.fusion_notes(fusion))
     for name, built in folder.of(BuildDocument).items():
@@ -341,9 +343,12 @@ def _environment(folder: Folder) -> Iterator[Part]:
             names = dict.fromkeys(name for other, name in found if other == machine)
             yield Part("Machine", ", ".join(names), table=_grid(_machine(machine)))
     exports = folder.of(ExportReport)
-    engines = [built for export in exports.values() for built in export.engines.values()]
-    for built in (*engines, *folder.of(BuildDocument).values()):
-        yield Part("Engine", built.artifact.path.name, table=_grid(tables.engine(built.manifest)))
+    engines = [
+        (export.files[role].artifact, built) for export in exports.values() for role, built in export.engines.items()
+    ]
+    engines += [(built.artifact, built) for built in folder.of(BuildDocument).values()]
+    for artifact, built in engines:
+        yield Part("Engine", artifact.path.name, table=_grid(tables.engine(built.manifest)))
     for name, export in exports.items():
         spent = tables.table("stage", "s", numeric=(1,))
         for stage, seconds in export.seconds.items():

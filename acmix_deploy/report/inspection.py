@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Artifact, Parent, sha256, sidecar
-from acmix_deploy.engine import onnx_file
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.graph import read

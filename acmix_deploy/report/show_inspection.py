@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from acmix_deploy.engine.onnx_file import OnnxFile
+from acmix_deploy.onnx_file import OnnxFile
 from acmix_deploy.report.inspection import Inspection
 from acmix_deploy.report.tables import creators, engine, kernels, table
 
@@ -47,7 +47,7 @@ def _onnx(file: OnnxFile) -> list[RenderableType]:
         **{f"input {tensor.name}": f"{tensor.dtype} {_shape(tensor.shape)}" for tensor in file.inputs},
         **{f"output {tensor.name}": f"{tensor.dtype} {_shape(tensor.shape)}" for tensor in file.outputs},
         "operators": ", ".join(f"{count} {name}" for name, count in file.operators.items()),
-        **{name: value[:_LONGEST] for name, value in file.metadata.items()},
+        **{name: value[:_LONGEST] for name, value in file.metadata.entries.items()},
     }
     blocks = table("fused block", "operator", "attributes")
     for node in file.fused:

@@ -12,7 +12,7 @@ from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.manifest import Manifest
 from acmix_deploy.plugin.library import Library
-from acmix_deploy.precision import Int8Report
+from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 
@@ -90,6 +90,22 @@ def verdict(passed: bool | None) -> str | Text:
     if passed is None:
         return "not judged"
     return "ok" if passed else Text("FAILED", style="bold red")
+
+
+def kept_in_float32(report: Fp16Report) -> Table:
+    """How many nodes are not in float16, by the group or the pattern that they fit."""
+    rows = table("nodes in float32", "for", numeric=(0,))
+    for choice, count in Counter(report.float32_nodes.values()).items():
+        rows.add_row(str(count), choice)
+    return rows
+
+
+def fp16_notes(report: Fp16Report) -> list[str]:
+    """What became something else in float16."""
+    return [
+        f"{name} holds up to {size:.4g} and is clipped to float16's 65504: keep range in float32"
+        for name, size in report.clipped.items()
+    ]
 
 
 def quantized_layers(report: Int8Report, most: int = 12) -> Table:

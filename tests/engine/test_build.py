@@ -23,9 +23,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from acmix_deploy import manifest as manifests
+from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Artifact, sha256, sidecar, write_artifact
 from acmix_deploy.cli import main
-from acmix_deploy.engine import backend, onnx_file
+from acmix_deploy.engine import backend
 from acmix_deploy.engine.build import build
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.manifest import EngineTensor, Machine, Manifest, Plugin, check, read_fitting, read_manifest
@@ -74,7 +75,7 @@ def test_rtx_builds(rtx, request, files, tmp_path, axes, precision, form, with_p
     library = request.getfixturevalue("libraries")(11) if with_plugin else None
     source, target = files / f"{axes}.{precision}.onnx", tmp_path / "model.engine"
     shapes = SHAPES if axes == "dynamic" else None
-    report = build(source, target, form=form, plugin=library, shapes=shapes)
+    report = build(source, target, form=form, plugin=library, shapes=shapes).found
 
     assert report.plugin_layers == (("acmix_0.attention",) if with_plugin else ())
     assert (b"acmix_plan" in target.read_bytes()) == with_plugin, "what the plugin itself writes into an engine"
@@ -96,7 +97,7 @@ def test_rtx_builds(rtx, request, files, tmp_path, axes, precision, form, with_p
 
 
 def test_default_form(rtx, files, tmp_path):
-    assert build(files / "static.float32.onnx", tmp_path / "e").manifest.form == "plain"
+    assert build(files / "static.float32.onnx", tmp_path / "e").found.manifest.form == "plain"
 
 
 def test_plugin_that_is_not_used(rtx, files, tmp_path, empty_library):
@@ -201,7 +202,7 @@ def test_no_gpu(fake, monkeypatch, files, tmp_path):
 def test_what_tensorrt_8_is_asked_for(fake, files, tmp_path, empty_library):
     cache, target = tmp_path / "times", tmp_path / "e"
     source = files / "static.float32.onnx"
-    report = build(source, target, plugin=empty_library, fp16=True, level=1, timing_cache=cache)
+    report = build(source, target, plugin=empty_library, fp16=True, level=1, timing_cache=cache).found
     assert json.loads(target.read_bytes())["asked"] == {
         "network": 1, "level": 1, "verbosity": 1, "flags": ["FP16"], "sources": None
     }  # fmt: skip
@@ -212,7 +213,7 @@ def test_what_tensorrt_8_is_asked_for(fake, files, tmp_path, empty_library):
     build(source, target, timing_cache=cache)
     assert cache.read_bytes() == b"++", "the second build read what the first one wrote"
     cache.write_bytes(b"other machine's")
-    assert "started anew" in build(source, target, timing_cache=cache).notes[0]
+    assert "started anew" in build(source, target, timing_cache=cache).found.notes[0]
     assert cache.read_bytes() == b"+"
 
 
@@ -232,7 +233,7 @@ def test_nodes_that_the_plugin_refuses_are_named(fake, files, tmp_path, empty_li
     heads.i *= head_dim // 4
     position.CopyFrom(onnx.numpy_helper.from_array(np.zeros((4, 2), np.float32), position.name))
     onnx.save(model, tmp_path / "small.onnx")
-    report = build(tmp_path / "small.onnx", tmp_path / "e", plugin=empty_library)
+    report = build(tmp_path / "small.onnx", tmp_path / "e", plugin=empty_library).found
     assert report.inlined == {node.name: "head_dim 4"}
     assert (report.plugin_layers, report.manifest.plugin) == ((), None)
 

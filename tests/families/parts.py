@@ -12,9 +12,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy.export import AXES
 from acmix_deploy.families import part
 from acmix_deploy.fusion import fuse
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 
@@ -87,7 +87,7 @@ def assert_fused(
     """Fusing ``source`` replaces ``count`` blocks of ``family`` and changes no result."""
     limit = part(family, "graph").TOLERANCES["float32"].floor
     target = source.with_name("fused.onnx")
-    report = fuse(source, target, expect=count, **options)
+    report = fuse(source, target, expect=count, **options).found
     assert [block.family for block in report.blocks if block.fused] == [family] * count
     for x in inputs:
         with torch.no_grad():

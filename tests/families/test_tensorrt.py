@@ -16,7 +16,8 @@ from acmix_deploy.families.shift_conv.module import ShiftConv
 from acmix_deploy.families.swin_acmix.module import SwinACmix
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.fusion import fuse
-from acmix_deploy.precision import FLOAT32, to_fp16
+from acmix_deploy.options import FLOAT32
+from acmix_deploy.precision import to_fp16
 from tests.families.parts import assert_fused, export, randomised
 from tests.plugin import parts as tensorrt_parts
 
@@ -55,7 +56,7 @@ def test_rtx_builds(tmp_path, family, axes):
     source = export(model, x, tmp_path / "plain.onnx", dynamic=axes)
     assert_fused(family, model, source, x, *others)
     shapes = ((1, 3, *SIZE), (2, 3, *LARGER), (3, 3, *LARGER)) if axes else None
-    report = build(tmp_path / "fused.onnx", tmp_path / "model.engine", shapes=shapes)
+    report = build(tmp_path / "fused.onnx", tmp_path / "model.engine", shapes=shapes).found
     assert report.layers > 0
     assert report.manifest.profiles == ({"x": shapes} if axes else {})
 

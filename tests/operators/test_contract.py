@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acmix_deploy.operators.axes import Axis, quantities, shapes
-from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION, body
 from acmix_deploy.operators.spec import HEAD_DIMS
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.targets import OPSETS
 from tests.operators.parts import (
     TYPES,
     attributes_of,

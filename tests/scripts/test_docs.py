@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from acmix_deploy import cli, pipeline
+from acmix_deploy import cli
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.plan import Plan
 from acmix_deploy.report.model import ExportReport
 from scripts import shapes
 from tests import ROOT
@@ -81,7 +82,7 @@ def test_commands_and_code_run(
         shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(pipeline, "_SECONDS", 0.3)
+    monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.3)
     namespace: dict[str, object] = {}
     for language, content in blocks(page, "python", "console"):
         if language == "python":

@@ -19,6 +19,7 @@ from acmix_deploy.cli import main
 from acmix_deploy.detection.boxes import Detection, Detections, decode
 from acmix_deploy.detection.images import Batch, Letterbox, find, placed_batches
 from acmix_deploy.detection.matching import Match, match
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.export import export
 from acmix_deploy.report.documents import VerifyDocument
@@ -45,7 +46,7 @@ from tests.serving.parts import selected
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
 NAMES = {0: "red", 1: "green", 2: "blue"}
-METADATA = {"task": "detect", "names": str(NAMES), "stride": "16", "letterbox": '{"padding_value": 0}'}
+METADATA = ModelMetadata().updated(task="detect", names=NAMES, stride=16, letterbox='{"padding_value": 0}')
 STRIDE = 16
 
 
@@ -328,9 +329,9 @@ def test_where_nothing_is_detected_nothing_is_shown(scenes: Scenes) -> None:
 @pytest.mark.parametrize(
     ("metadata", "parts"),
     [
-        ({}, ["output0", "output0 by channel"]),
-        (METADATA | {"task": "segment"}, ["boxes", "scores"]),
-        (METADATA | {"task": "depth"}, ["output0", "output0 by channel"]),
+        (ModelMetadata(), ["output0", "output0 by channel"]),
+        (METADATA.updated(task="segment"), ["boxes", "scores"]),
+        (METADATA.updated(task="depth"), ["output0", "output0 by channel"]),
     ],
 )
 def test_what_is_no_detector_is_compared_by_its_outputs(
@@ -347,7 +348,7 @@ def test_boxes_that_are_selected_already_are_not_decoded(
 ) -> None:
     """In images that is an error; elsewhere the output is compared as it is, which a note says."""
     runners = [TorchRunner(Detector(lambda output: output.transpose(1, 2)), name) for name in ("right", "same")]
-    told = METADATA | {"end2end": "True"}
+    told = METADATA.updated(end2end=True)
     with pytest.raises(
         UserError, match=r"right is not a detector: it gives output0 \[2, 64, 7\] of an end-to-end head"
     ):
@@ -633,7 +634,7 @@ def test_engines_are_judged_like_files(
     static = tmp_path / "right.onnx"
     export(Detector().eval(), static, input_shape=(1, 3, 128, 128))
     for source, code in ((static, 0), (blind_to_green(static, tmp_path / "wrong.onnx"), 1)):
-        settings = {"precision": "float16", "metadata": METADATA}
+        settings = {"precision": "float16", "metadata": METADATA.entries}
         engine = make_engine(source.with_suffix(".engine"), onnx.load(source), **settings)
         command = ["verify", str(files["right"]), str(engine), "--images", str(folder), "--json"]
         assert main(command) == code

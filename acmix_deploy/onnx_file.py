@@ -10,6 +10,7 @@ import onnx
 from onnx import helper
 from pydantic import BaseModel, ConfigDict, Field
 
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.targets import READ_SINCE, Precision, Target
@@ -56,7 +57,7 @@ class OnnxFile(BaseModel):
         description="any: custom operators with definitions, plugin: without them, plain: no custom operator"
     )
     precision: Precision = Field(description="int8 with Q/DQ nodes, float16 as soon as a tensor is, else float32")
-    metadata: dict[str, str] = Field(description="properties that the exporter left, such as class names")
+    metadata: ModelMetadata = Field(description="properties that the exporter left, such as class names")
 
 
 def describe(model: onnx.ModelProto) -> OnnxFile:
@@ -78,18 +79,13 @@ def describe(model: onnx.ModelProto) -> OnnxFile:
         ),
         form="plain" if not fused else "any" if functions else "plugin",
         precision=precision_of(model),
-        metadata=metadata(model),
+        metadata=ModelMetadata.of(model),
     )
 
 
 def opset(model: onnx.ModelProto) -> int:
     """Version of the standard operators that the file uses."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
-def metadata(model: onnx.ModelProto) -> dict[str, str]:
-    """The properties that the exporter left."""
-    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
