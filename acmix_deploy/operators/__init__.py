@@ -10,6 +10,6 @@ _FOLDERS = sorted(module.name for module in iter_modules(__path__) if module.isp
 OPERATORS: tuple[Operator, ...] = tuple(
     getattr(import_module(f"{__name__}.{folder}"), folder.upper()) for folder in _FOLDERS
 )
-"""The constant of each folder that is called as the folder is: ``local_attention.LOCAL_ATTENTION``."""
+"""The constant of each folder that is called as the folder is, in capitals."""
 
 __all__ = ["OPERATORS"]

@@ -117,7 +117,7 @@ class Operator:
 
     @property
     def name(self) -> str:
-        """What its folder, its kernels and its functions in C are called: ``local_attention``."""
+        """What its folder, its kernels and its function in C are called: the type in lower case, without Acmix."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", self.op_type.removeprefix("Acmix")).lower()
 
     @property
