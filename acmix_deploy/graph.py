@@ -75,6 +75,8 @@ class Region:
     y: gs.Variable
     outside: list[gs.Variable]
     """Tensors that do not depend on x: sizes, and position terms that an exporter left to be computed."""
+    nodes: list[gs.Node]
+    """On the ways from x to y, in order."""
 
 
 def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
@@ -190,6 +192,16 @@ def conv_weight(conv: gs.Node) -> Array:
     return value
 
 
+def pointwise_weight(node: gs.Node | None) -> Array | None:
+    """The stored weight [Cout, Cin, 1, 1] of a 1x1 convolution that keeps the map size; None for any other node."""
+    if node is None or node.op != "Conv":
+        return None
+    attrs = node.attrs
+    plain = attrs.get("group", 1) == 1 and {*attrs.get("strides", ()), 1} == {1} and not any(attrs.get("pads", ()))
+    weight = constant_value(node.inputs[1])
+    return weight if plain and weight is not None and weight.shape[2:] == (1, 1) else None
+
+
 def conv_bias(conv: gs.Node) -> Array:
     """The bias of a convolution in float64, zeros where it has none."""
     value = constant_value(conv.inputs[2]) if len(conv.inputs) > 2 else None
@@ -233,7 +245,7 @@ def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
         for tensor in reads(node)
         if isinstance(tensor, gs.Variable) and tensor.name not in reached
     }
-    return Region(x, y, list(outside.values()))
+    return Region(x, y, list(outside.values()), nodes)
 
 
 def reads(node: gs.Node) -> Iterator[gs.Tensor]:
@@ -355,6 +367,55 @@ def piece(
     model.graph.output.extend(onnx.ValueInfoProto(name=tensor.name) for tensor in outputs)
     model.functions.extend(functions)
     return model, used
+
+
+def rewrite(original: onnx.ModelProto, before: list[gs.Node], graph: gs.Graph) -> onnx.ModelProto:
+    """``original`` with the nodes of ``graph``, and nothing else of it changed.
+
+    graphsurgeon would lose much: local functions, metadata and documentation of the model, its graph and its nodes,
+    notes on quantization and on training, names of inner graphs. So it only tells which nodes go and come.
+
+    Args:
+        original: the model that ``graph`` was.
+        before: the nodes of ``graph`` as they were, those of ``original`` in order.
+        graph: as it is now.
+    """
+    graph.cleanup()
+    index = {id(node): place for place, node in enumerate(before)}
+    come = gs.Graph([node for node in graph.nodes if id(node) not in index], opset=graph.opset)
+    written = gs.export_onnx(come, do_type_check=False).graph
+    new = iter(written.node)
+    nodes = [original.graph.node[index[id(node)]] if id(node) in index else next(new) for node in graph.nodes]
+    stay = {index[id(node)] for node in graph.nodes if id(node) in index}
+    gone = [node for place, node in enumerate(original.graph.node) if place not in stay]
+    used = {value.name for value in original.graph.output}
+    used.update(name for node in nodes for name in (*names_read(node), *node.output))
+    lost = {name for node in gone for name in (*names_read(node), *node.output)} - used
+
+    model = onnx.ModelProto()
+    model.CopyFrom(original)
+    target = model.graph
+    stored = {tensor.name for tensor in target.initializer}
+    keep(target.input, [value for value in target.input if value.name not in lost & stored])
+    keep(target.initializer, [tensor for tensor in target.initializer if tensor.name not in lost])
+    keep(target.sparse_initializer, [tensor for tensor in target.sparse_initializer if tensor.values.name not in lost])
+    keep(target.value_info, [value for value in target.value_info if value.name not in lost])
+    keep(
+        target.quantization_annotation,
+        [note for note in target.quantization_annotation if note.tensor_name not in lost],
+    )
+    keep(target.node, nodes)
+    target.initializer.extend(written.initializer)
+    told = {value.name for value in (*target.value_info, *target.output)}
+    made = {name for node in written.node for name in node.output} - told
+    target.value_info.extend(value for value in written.value_info if value.name in made)
+    return model
+
+
+def keep(entries: Any, kept: list[Any]) -> None:
+    """Leave only ``kept`` in a repeated field."""
+    del entries[:]
+    entries.extend(kept)
 
 
 def fed(model: onnx.ModelProto) -> set[str]:

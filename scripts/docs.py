@@ -141,7 +141,7 @@ def _operator(operator: Operator) -> str:
             f"`{a.name}`",
             a.kind,
             f"`{json.dumps(a.default)}`",
-            _limits(a.minimum, a.maximum),
+            "" if a.minimum is None else f"at least {a.minimum}",
             letters.get(a.name, "") + a.meaning,
         )
         for a in operator.attributes
@@ -158,11 +158,6 @@ def _operator(operator: Operator) -> str:
             _table(("element type", "floor", "factor"), *tolerances),
         ]
     )
-
-
-def _limits(minimum: int | None, maximum: int | None) -> str:
-    bounds = (("at least", minimum), ("at most", maximum))
-    return ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
 
 def _targets() -> str:

@@ -1,25 +1,27 @@
-"""What can be deployed: one folder a family of blocks, named in ``FAMILIES``.
+"""What can be deployed: one folder a family of blocks.
 
-A family's folder holds ``module`` (the block, needs torch), ``recognise`` (its blocks in a module, needs torch) and
-``graph`` (its blocks in an ONNX graph, without torch). Each is imported when it is asked for, by :func:`part`.
+A family's folder holds ``module`` (the block, needs torch), ``recognise`` (its blocks in a module, needs torch),
+``graph`` (its blocks in an ONNX graph, without torch) and ``examples`` (what tests run it on).
 """
 
 from __future__ import annotations
 
-import re
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
+
+from acmix_deploy.families.acmix.graph import ACMIX
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
+from acmix_deploy.families.outlook.graph import OUTLOOK
+from acmix_deploy.families.shift_conv.graph import SHIFT_CONV
+from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
+from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES: tuple[str, ...] = ("acmix", "swin_acmix", "shift_conv", "outlook", "windowed_acmix", "gated_acmix")
-
-FUSED_NODE = re.compile(rf"((?:{'|'.join(FAMILIES)})_\d+)\.")
-"""Start of the name of every node of a fused block, ``acmix_0.attention``; its group is the block."""
+FAMILIES: tuple[Family[Any], ...] = (ACMIX, SWIN_ACMIX, SHIFT_CONV, OUTLOOK, WINDOWED_ACMIX, GATED_ACMIX)
 
 
 class BlockReport(BaseModel):
@@ -40,20 +42,14 @@ class BlockReport(BaseModel):
     """How close a module that was left alone came, a :class:`acmix_deploy.graph.Reached`."""
 
 
-def part(family: str, name: Literal["module", "recognise", "graph"]) -> ModuleType:
-    """The submodule ``name`` of a family, imported now."""
-    return import_module(f"{__name__}.{family}.{name}")
-
-
 def by_parts(module: nn.Module) -> tuple[str, nn.Module] | None:
     """The family that a module belongs to by its parts alone, and the family's own module with its parameters.
 
     For modules whose code is not here, so that nothing proves them equal; None where the parts leave a doubt.
     """
     for family in FAMILIES:
-        recognise = part(family, "recognise")
-        if hasattr(recognise, "by_parts") and (block := recognise.by_parts(module)):
-            return family, block
+        if block := family.recogniser.by_parts(module):
+            return family.name, block
     return None
 
 
@@ -68,7 +64,7 @@ def canonicalise(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
     """
     reports: list[BlockReport] = []
     for family in FAMILIES:
-        model, found = part(family, "recognise").canonicalise(model)
+        model, found = family.recogniser.canonicalise(model)
         reports += found
     taken = {report.name for report in reports if report.status != "left alone"}
     closest: dict[str, BlockReport] = {}

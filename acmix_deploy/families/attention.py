@@ -35,6 +35,7 @@ MASKED = -1e4
 """Added to the logits of keys that nothing attends to: exp of it is 0, and float16 holds it. Of Swin's -100 it is a
 denormal number in float32, which processors are slow with."""
 
+RESIDUAL = 1e-3  # of logits, relative; evaluated in float32, so that a real block leaves about 1e-6
 _MASKED_BELOW = -50.0  # what a graph adds to hide a key; exp of it is lost in float32
 _MOVING = RESHAPING | {"Expand", "Gather", "Pad", "Slice", "Split"}
 
@@ -94,6 +95,28 @@ class Heads(NamedTuple):
     def hidden(self) -> Array:
         """[L, N, N]: whether a key is masked for a query."""
         return np.less(self.added, _MASKED_BELOW)
+
+
+class Fit(NamedTuple):
+    """Logits as ``scale * q.k``."""
+
+    scale: float
+    residual: float
+    """What is left of the logits, relative."""
+
+
+def fitted(logits: Array, products: Array, head_dim: int) -> Fit:
+    """The factor of ``products`` q.k in ``logits`` of the same shape; the usual one, where only rounding differs."""
+    scale = float((logits * products).sum() / (products * products).sum())
+    residual = float(np.linalg.norm(logits - scale * products) / (np.linalg.norm(logits) or 1.0))
+    usual = head_dim**-0.5
+    return Fit(usual if math.isclose(scale, usual, rel_tol=1e-4) else scale, residual)
+
+
+def check_residual(residual: float, what: str, limit: float = RESIDUAL) -> None:
+    """Refuse logits that differ from ``what`` by more than rounding does. Raises NoMatch."""
+    if not residual < limit:
+        raise NoMatch(f"its logits are not {what}: relative residual {residual:.1e}, limit {limit:.0e}")
 
 
 def linear(node: gs.Node) -> Linear | None:
@@ -168,6 +191,11 @@ def origins(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
     while (node := producer(tensor)) is not None and node.op in _MOVING:
         tensor = node.inputs[0]
         yield tensor
+
+
+def computed_by(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computed ``tensor``, before it was moved."""
+    return producer([*origins(tensor)][-1])
 
 
 def common_origin(tensors: Iterable[gs.Tensor], reached: Reached = Reached.NOTHING) -> gs.Variable:
@@ -274,8 +302,9 @@ def measure(
         return weight[index] * factor, bias[index] * factor
 
     straight = np.broadcast_to(np.arange(d), (len(heads), d))
+    of_ones = (logits(1.0) - added)[added >= _MASKED_BELOW]
     return Heads(
-        q=part(rows[0], straight, _scale(logits(1.0) - added, added, d)),
+        q=part(rows[0], straight, fitted(of_ones, np.full(of_ones.shape, d), d).scale),
         k=part(rows[1], straight, 1.0),
         v=part(rows[2], order.reshape(-1, d) % d, factors[2]),
         added=added,
@@ -291,13 +320,6 @@ def _channels_of(array: Array, count: int) -> Array | None:
         if len(line) == count and len(np.unique(line)) == count:
             return line
     return None
-
-
-def _scale(products: Array, added: Array, d: int) -> float:
-    """The factor of q.k from what the logits are for queries and keys of ones."""
-    scale = float(np.median(products[added >= _MASKED_BELOW])) / d
-    usual = d**-0.5
-    return usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
 
 
 class AttentionWriter(Writer):

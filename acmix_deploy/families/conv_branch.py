@@ -7,15 +7,18 @@ x, that is a dense convolution of x plus the convolution of the biases. No PyTor
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.graph import scalar_factor, way_down
+from acmix_deploy.graph import conv_weight, scalar_factor, way_down
 
 Array = npt.NDArray[np.floating[Any]]
+
+ConvBranch = Literal["dense", "grouped"]
+"""Form of the branch: one convolution of x, or one of q, k and v."""
 
 _LONGEST_TAIL = 24  # nodes from the Softmax to the block's last Add; exporters need 6 to 14
 
@@ -42,6 +45,11 @@ def meeting(graph: gs.Graph, softmax: gs.Node) -> Meeting | None:
                 return Meeting(node, path, scalar_factor(tensor)[0], rate2, conv)
         path.append((tensor, node))
     return None
+
+
+def is_dep_conv(conv: gs.Node) -> bool:
+    """Whether a Conv has the shape of dep_conv: 3x3 with padding 1 of nine maps a group. Raises NoMatch."""
+    return conv_weight(conv).shape[1:] == (9, 3, 3) and bool(conv.attrs.get("pads") == [1] * 4)
 
 
 class Convolution(NamedTuple):

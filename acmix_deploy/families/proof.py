@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from acmix_deploy.families import BlockReport, part
+from acmix_deploy.families import FAMILIES, BlockReport
 from acmix_deploy.families.search import relative_l2
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.torch import OnCpu
@@ -84,7 +84,8 @@ class _Proof:
     def __init__(self, original: nn.Module, model: nn.Module, report: BlockReport) -> None:
         path = _paths(report)[0]
         self.module, self.replacement = original.get_submodule(path), model.get_submodule(path)
-        self._limit = part(report.family, "graph").TOLERANCES["float32"].limit()
+        (family,) = (family for family in FAMILIES if family.name == report.family)
+        self._limit = family.tolerances["float32"].limit()
         self._calls: list[_Call] = []
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

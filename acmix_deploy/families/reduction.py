@@ -1,23 +1,16 @@
-"""What a family's ``graph`` module gets and gives when a block of it is reduced. No PyTorch here."""
+"""What ``Family.reduce`` gets and gives. No PyTorch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families import FUSED_NODE
 from acmix_deploy.graph import Array, Feeds
-from acmix_deploy.operators.spec import Operator, Tolerance
-
-ConvBranch = Literal["dense", "grouped"]
-
-Operators: TypeAlias = "tuple[tuple[Operator, Callable[[int], onnx.FunctionProto]], ...]"
-"""The custom operators that a family's reduced form uses, with their bodies by opset."""
+from acmix_deploy.operators.spec import Tolerance
 
 TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
 """How far a block in standard operators may be from the original, by the type of its output."""
@@ -37,8 +30,6 @@ class Request(NamedTuple):
     """Of x and of the tensors outside the block's region, by name, at one image size."""
     compute: Callable[[list[gs.Variable], Feeds], list[Array]]
     """Tensors of the graph from the values of others, in float32."""
-    conv_branch: ConvBranch
-    """Form of a convolution branch over shared projections: one convolution of x, or one of q, k and v."""
 
 
 class Reduced(NamedTuple):
@@ -54,11 +45,6 @@ class Reduced(NamedTuple):
     """Fewest rows and columns of x that it is defined for."""
     height_axis: int = 2
     """Of x; the width's is the next."""
-
-
-def anchors(graph: gs.Graph, op: str) -> list[gs.Node]:
-    """The nodes of type ``op`` to look for blocks from: those that are not in a fused block already."""
-    return [node for node in graph.nodes if node.op == op and not FUSED_NODE.match(node.name)]
 
 
 class Writer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy.families import BlockReport
+from acmix_deploy.families.family import Family
 from acmix_deploy.graph import Reached
-from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.torch import OnCpu
 
 _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # what Ultralytics sets on a layer: index, inputs, class name, size
@@ -52,7 +52,7 @@ class Proposal:
 class Recogniser:
     """How blocks of one family are known in a module."""
 
-    family: str
+    family: Family[Any]
     block: type[nn.Module]
     """The family's own module."""
     geometry: tuple[str, ...]
@@ -61,10 +61,9 @@ class Recogniser:
     """What a module may be replaced by. Raises NotABlock."""
     resembles: Callable[[nn.Module], bool]
     """Whether a person would take a module for such a block by its parts, so that it is worth saying why it is none."""
-    tolerances: Mapping[str, Tolerance]
-    """How far replacement and original may be apart, by the type that the original runs in."""
-    parameterless: tuple[type[nn.Module], ...] = ()
-    """What a published block has for children beside those with parameters."""
+    parameterless: tuple[type[nn.Module], ...] | None = None
+    """What a published block has for children beside those with parameters; None where its parts alone leave a doubt
+    whose block it is."""
     called: str = ""
     """What the name of such a class has in it, in lower case and without underscores, if names tell a person so."""
 
@@ -87,7 +86,7 @@ class Recogniser:
         reports: dict[nn.Module, BlockReport] = {}
         for module, its_paths in paths.items():
             report = BlockReport(
-                name=", ".join(its_paths), class_name=type(module).__name__, family=self.family, status="canonical"
+                name=", ".join(its_paths), class_name=type(module).__name__, family=self.family.name, status="canonical"
             )
             try:
                 if type(module) is not self.block:
@@ -117,6 +116,8 @@ class Recogniser:
         Needed are parameters under the family's own names, a geometry that the module states itself, and no
         child that the published block does not have.
         """
+        if self.parameterless is None:
+            return None
         try:
             candidates = self.propose(module).candidates
         except NotABlock:
@@ -160,7 +161,7 @@ class Recogniser:
             raise NotABlock("; ".join([*proposal.refusals, failure]), Reached.WHOLE) from error
         dtype = expected[0].dtype
         half = dtype in (torch.float16, torch.bfloat16)
-        limit = self.tolerances["float16" if half else "float32"].limit()
+        limit = self.family.tolerances["float16" if half else "float32"].limit()
         differences = []
         for block in proposal.candidates:
             results = _run(block, proposal, dtype)

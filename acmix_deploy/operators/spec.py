@@ -29,7 +29,6 @@ class Attribute:
     default: int | float | str
     meaning: str
     minimum: int | None = None
-    maximum: int | None = None
 
 
 LARGEST_LIMIT = 0.25

@@ -12,15 +12,14 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.families import FAMILIES, FUSED_NODE, part
-from acmix_deploy.families.reduction import anchors
+from acmix_deploy.families import FAMILIES
+from acmix_deploy.families.blocks import FUSED_NODE, find, free_names
 from acmix_deploy.graph import NoMatch, name_nodes, read
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.onnxruntime import PROVIDER, usable_cores
@@ -64,7 +63,7 @@ class BlockTime(BaseModel):
     def family(self) -> str | None:
         """The family of a block; None for what is no block."""
         found = FUSED_NODE.fullmatch(f"{self.block}.")
-        return found[1].rpartition("_")[0] if found else None
+        return found[2] if found else None
 
 
 def times_by_block(layers: Sequence[Layer]) -> tuple[BlockTime, ...]:
@@ -93,17 +92,10 @@ def blocks_of(model: onnx.ModelProto) -> Blocks:
     graph = gs.import_onnx(model)
     found: dict[str, str | None] = {name: None for node in graph.nodes for name in _names(node)}
     for family in FAMILIES:
-        kit: Any = part(family, "graph")
-        present = len({name.partition(".")[0] for name in found if re.match(rf"{family}_\d+\.", name)})
-        matches = []
-        for anchor in anchors(graph, kit.ANCHOR):
-            try:
-                matches.append(kit.match(graph, anchor))
-            except NoMatch:
-                continue
-        for index, match in enumerate(matches, present):
-            for node in _between(graph, match.region.x.name, match.region.y.name):
-                found |= dict.fromkeys(_names(node), f"{family}_{index}")
+        matches = [match for _, match in find(family, graph) if not isinstance(match, NoMatch)]
+        for name, match in zip(free_names(family, graph), matches, strict=False):
+            for node in match.region.nodes:
+                found |= dict.fromkeys(_names(node), name)
     return found
 
 
@@ -188,19 +180,6 @@ def _module(node: str) -> str:
 def _names(node: gs.Node) -> Iterator[str]:
     yield node.name
     yield from (tensor.name for tensor in node.outputs)
-
-
-def _between(graph: gs.Graph, x: str, y: str) -> Iterator[gs.Node]:
-    """The nodes on the ways from tensor x to tensor y; the graph is in order."""
-    reached, needed = {x}, {y}
-    for node in graph.nodes:
-        if any(tensor.name in reached for tensor in node.inputs):
-            reached.update(tensor.name for tensor in node.outputs)
-    for node in reversed(graph.nodes):
-        outputs = {tensor.name for tensor in node.outputs}
-        if outputs & needed and outputs & reached and x not in outputs:
-            needed.update(tensor.name for tensor in node.inputs)
-            yield node
 
 
 def _name_bodies(model: onnx.ModelProto) -> None:

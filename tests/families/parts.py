@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy.families import part
+from acmix_deploy.families import FAMILIES
 from acmix_deploy.fusion import fuse
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
@@ -85,7 +85,7 @@ def assert_fused(
     family: str, model: nn.Module, source: Path, *inputs: Tensor, count: int = 1, **options: Any
 ) -> onnx.ModelProto:
     """Fusing ``source`` replaces ``count`` blocks of ``family`` and changes no result."""
-    limit = part(family, "graph").TOLERANCES["float32"].floor
+    (limit,) = (known.tolerances["float32"].floor for known in FAMILIES if known.name == family)
     target = source.with_name("fused.onnx")
     report = fuse(source, target, expect=count, **options).found
     assert [block.family for block in report.blocks if block.fused] == [family] * count

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from acmix_deploy import families
 from acmix_deploy.errors import UserError
-from acmix_deploy.families.gated_acmix.graph import TOLERANCES
+from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
 from acmix_deploy.families.gated_acmix.module import GatedACmix
-from acmix_deploy.families.gated_acmix.recognise import canonicalise
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.fusion import fuse
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
@@ -206,7 +206,7 @@ SPELLINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", SPELLINGS, ids=str)
 def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
     original = randomised(Port(**options))
-    model, (report,) = canonicalise(nn.Sequential(nn.Identity(), original))
+    model, (report,) = GATED_ACMIX.recogniser.canonicalise(nn.Sequential(nn.Identity(), original))
     assert type(model[1]) is GatedACmix, report
     assert (report.name, report.status, report.class_name) == ("1", "replaced", "Port")
     assert report.geometry == {
@@ -237,7 +237,7 @@ NEAR_MISSES: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("options", "reason"), [miss[:2] for miss in NEAR_MISSES], ids=str)
 def test_an_impostor_is_left_alone_and_named(options: dict[str, Any], reason: str) -> None:
     original = randomised(Port(**options))
-    model, (report,) = canonicalise(nn.Sequential(original))
+    model, (report,) = GATED_ACMIX.recogniser.canonicalise(nn.Sequential(original))
     assert model[0] is original
     assert (report.status, report.geometry) == ("left alone", None)
     assert reason in report.reason
@@ -250,7 +250,7 @@ def test_own_blocks_are_no_other_familys() -> None:
 
 def test_ordinary_modules_are_not_mentioned() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 2))
-    assert canonicalise(model)[1] == []
+    assert GATED_ACMIX.recogniser.canonicalise(model)[1] == []
 
 
 class Detector(nn.Module):

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.families.outlook.graph import OUTLOOK
 from acmix_deploy.families.outlook.module import OutlookAttention
-from acmix_deploy.families.outlook.recognise import by_parts, canonicalise
 from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
 from acmix_deploy.onnx_file import describe
@@ -217,7 +217,7 @@ def test_a_block_of_others_is_replaced(options):
     original = randomised(Published(**options))
     if options.get("declare") is False and options["stride"] == 3:
         original.stride, original.padding = 3, 2
-    model, (report,) = canonicalise(nn.Sequential(nn.Identity(), original))
+    model, (report,) = OUTLOOK.recogniser.canonicalise(nn.Sequential(nn.Identity(), original))
     assert report.status == "replaced", report.reason
     assert report.repaired == ["fold, which exporters write as Col2Im and TensorRT does not read"]
     heads, kernel, padding, stride = original.geometry
@@ -225,12 +225,12 @@ def test_a_block_of_others_is_replaced(options):
     assert model[1].v.weight is getattr(original, original.names[0]).weight
     x = torch.randn(2, 2 * stride * kernel, stride * kernel, options.get("dim", 16))
     torch.testing.assert_close(model[1](x), original(x))
-    assert canonicalise(model)[1][0].status == "canonical"
+    assert OUTLOOK.recogniser.canonicalise(model)[1][0].status == "canonical"
 
 
 def test_half_precision_weights_are_kept():
     original = randomised(Published(stride=2)).half()
-    block, _ = canonicalise(original)
+    block, _ = OUTLOOK.recogniser.canonicalise(original)
     assert {tensor.dtype for tensor in (*block.parameters(), *block.buffers())} == {torch.float16}
 
 
@@ -239,7 +239,7 @@ def test_recognition_draws_no_random_numbers():
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    canonicalise(original)
+    OUTLOOK.recogniser.canonicalise(original)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -278,7 +278,7 @@ IMPOSTORS = {
 def test_an_impostor_is_left_alone_and_named(kind):
     make, reason = IMPOSTORS[kind]
     module = randomised(make())
-    model, (report,) = canonicalise(nn.Sequential(module))
+    model, (report,) = OUTLOOK.recogniser.canonicalise(nn.Sequential(module))
     assert model[0] is module
     assert (report.status, report.geometry) == ("left alone", None)
     assert reason in report.reason
@@ -286,18 +286,18 @@ def test_an_impostor_is_left_alone_and_named(kind):
 
 def test_ordinary_modules_are_not_mentioned():
     layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 162), nn.Linear(8, 8))
-    assert canonicalise(nn.Sequential(layers, nn.MultiheadAttention(8, 2)))[1] == []
+    assert OUTLOOK.recogniser.canonicalise(nn.Sequential(layers, nn.MultiheadAttention(8, 2)))[1] == []
 
 
 def test_a_block_without_its_code_is_known_by_its_parts():
     original = randomised(Published(stride=2))
     original.spreading, original.num_heads, original.kernel_size = nn.Unfold(3, padding=1, stride=2), 2, 3
     original.padding, original.stride = 1, 2
-    block = by_parts(original)
+    block = OUTLOOK.recogniser.by_parts(original)
     x = torch.randn(1, 5, 6, 16)
     torch.testing.assert_close(block(x), original(x))
     original.num_heads = 4
-    assert by_parts(original) is None
+    assert OUTLOOK.recogniser.by_parts(original) is None
 
 
 # Blocks in graphs.

@@ -17,7 +17,7 @@ from torch import nn
 from acmix_deploy.errors import UserError
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
-from acmix_deploy.families.shift_conv.graph import TOLERANCES
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.shift_conv.module import ShiftConv
 from acmix_deploy.fusion import fuse
 from acmix_deploy.profile.layers import blocks_of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.families import BlockReport, canonicalise
-from acmix_deploy.families.swin_acmix.graph import TOLERANCES
+from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.swin_acmix.module import SwinACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.runtime.inputs import AXES

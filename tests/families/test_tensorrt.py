@@ -48,7 +48,7 @@ SIZE, LARGER = (16, 24), (32, 32)  # no multiples of the window of windowed_acmi
 
 
 @pytest.mark.parametrize("axes", [(), ("batch", "height", "width")], ids=["static", "dynamic"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_rtx_builds(tmp_path, family, axes):
     tensorrt_parts.rtx_libraries()
     model = randomised(MODELS[family]())

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from acmix_deploy import families
 from acmix_deploy.errors import UserError
-from acmix_deploy.families.windowed_acmix.graph import TOLERANCES
+from acmix_deploy.families.reduction import TOLERANCES
+from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
-from acmix_deploy.families.windowed_acmix.recognise import canonicalise
 from acmix_deploy.fusion import fuse
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
@@ -240,7 +240,7 @@ def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
     original = randomised(Port(**options))
     if not options.get("table", True) and "window" in options:
         original.window_size = original.window
-    model, (report,) = canonicalise(nn.Sequential(nn.Identity(), original))
+    model, (report,) = WINDOWED_ACMIX.recogniser.canonicalise(nn.Sequential(nn.Identity(), original))
     assert type(model[1]) is WindowedACmix, report
     assert (report.name, report.status, report.class_name) == ("1", "replaced", "Port")
     assert report.geometry == {
@@ -284,7 +284,7 @@ NEAR_MISSES: list[tuple[dict[str, Any], str, str]] = [
 )
 def test_an_impostor_is_left_alone(options: dict[str, Any], reason: str) -> None:
     original = randomised(Port(**options, packed=False))
-    model, reports = canonicalise(nn.Sequential(original))
+    model, reports = WINDOWED_ACMIX.recogniser.canonicalise(nn.Sequential(original))
     assert model[0] is original
     if reports:
         assert reason in reports[0].reason
@@ -299,7 +299,7 @@ def test_own_blocks_are_no_other_familys() -> None:
 
 def test_ordinary_modules_are_not_mentioned() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 8))
-    assert canonicalise(model)[1] == []
+    assert WINDOWED_ACMIX.recogniser.canonicalise(model)[1] == []
 
 
 class ChannelsFirst(nn.Module):

@@ -337,14 +337,14 @@ def test_a_convolution_behind_an_unknown_operator_tells_the_sizes(exported, x, t
 def test_a_result_that_does_not_load_is_not_written(exported, blocks, tmp_path, monkeypatch):
     """Fused or not; the message names no temporary file."""
     stage = importlib.import_module("acmix_deploy.fusion.fuse")
-    whole = stage._export
+    whole = stage._written
 
     def broken(*arguments):
         model = whole(*arguments)
         model.graph.node[-1].op_type = "Nonsense"
         return model
 
-    monkeypatch.setattr(stage, "_export", broken)
+    monkeypatch.setattr(stage, "_written", broken)
     plain = (
         exported[17] if blocks else onnx.load(export(nn.Conv2d(4, 3, 1), torch.randn(SHAPE), tmp_path / "conv.onnx"))
     )
@@ -358,14 +358,14 @@ def test_a_result_that_does_not_load_is_not_written(exported, blocks, tmp_path, 
 def test_an_unknown_operator_hides_no_fault(exported, tmp_path, monkeypatch):
     """What is left without the unknown operator loads, and has to load when it is fused."""
     stage = importlib.import_module("acmix_deploy.fusion.fuse")
-    whole = stage._export
+    whole = stage._written
 
     def broken(*arguments):
         model = whole(*arguments)
         model.graph.node[0].op_type = "Nonsense"
         return model
 
-    monkeypatch.setattr(stage, "_export", broken)
+    monkeypatch.setattr(stage, "_written", broken)
     onnx.save(with_custom(exported[17], "behind"), tmp_path / "plain.onnx")
     with pytest.raises(CheckFailed, match="cannot be used"):
         fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx")

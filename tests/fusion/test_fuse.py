@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -17,8 +19,10 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.graph import NoMatch, Reached
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
@@ -558,23 +562,25 @@ def test_one_projection_for_queries_and_keys(tmp_path, module, words, exporter):
 
 def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
     """That of the family which came furthest; and none where another family fused it."""
-    from acmix_deploy.families.outlook import graph as outlook
-    from acmix_deploy.families.swin_acmix import graph as swin
-    from acmix_deploy.graph import NoMatch, Reached
+    stage = importlib.import_module("acmix_deploy.fusion.fuse")
 
-    def refuse(reason, reached):
-        def match(graph, anchor):
-            raise NoMatch(reason, reached)
+    def refuse(**reasons):
+        """With families that refuse every anchor with these words, and how close it came."""
 
-        return match
+        def refusing(family):
+            def match(graph, anchor):
+                raise NoMatch(*reasons[family.name])
 
-    monkeypatch.setattr(swin, "match", refuse("closest", Reached.WHOLE))
-    monkeypatch.setattr(outlook, "match", refuse("further away", Reached.PARTS))
+            return replace(family, match=match) if family.name in reasons else family
+
+        monkeypatch.setattr(stage, "FAMILIES", [*map(refusing, FAMILIES)])
+
+    refuse(swin_acmix=("closest", Reached.WHOLE), outlook=("further away", Reached.PARTS))
     near = ZeroPadded(4, 8, 5, head=2)
     source = export(randomised(near), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")
     (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
     assert "relative residual" in block.reason, "what acmix measured tells as much, and acmix comes first"
-    monkeypatch.setattr(swin, "match", refuse("closest", Reached.REDUCED))
+    refuse(swin_acmix=("closest", Reached.REDUCED))
     (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
     assert (block.family, block.reason) == ("swin_acmix", "closest")
     source = export(randomised(ACmix(4, 8, 5, head=2)), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")

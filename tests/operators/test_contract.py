@@ -43,7 +43,7 @@ BODIES = {LOCAL_ATTENTION.name: [partial(body.function_body, tile=tile) for tile
 @given(data=st.data())
 def test_body_equals_oracle(operator, data):
     """With stride 4 and K = 3 some pixels are in no window of an outlook."""
-    size = data.draw(sizes(operator, 12, CHOICES))
+    size = data.draw(sizes(operator, 16, CHOICES))
     dtype = data.draw(st.sampled_from([*TYPES]))
     opset = data.draw(st.sampled_from([OPSETS[0], 18, OPSETS[-1]]))
     random = np.random.default_rng(data.draw(st.integers(0, 99)))

@@ -11,14 +11,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from acmix_deploy.cli.common import add_float32
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.local_attention.body import function_body
 from acmix_deploy.operators.local_attention.oracle import local_attention
-from acmix_deploy.options import FLOAT32
+from acmix_deploy.options import FLOAT32, add_options
+from acmix_deploy.plan import Plan
 from acmix_deploy.precision import to_fp16
 from acmix_deploy.precision.fp16 import halve_softmax, out_of_range, tail
 from acmix_deploy.runtime.metrics import deviation
@@ -259,7 +259,7 @@ def test_softmax_inside_the_body_is_float32():
 
 def test_argument():
     parser = argparse.ArgumentParser()
-    add_float32(parser)
+    add_options(parser, Plan, "float32")
     assert parser.parse_args([]).float32 == FLOAT32
     assert parser.parse_args(["--float32", "none"]).float32 == ()
     assert parser.parse_args(["--float32", "decode,model.22.*"]).float32 == ("decode", "model.22.*")

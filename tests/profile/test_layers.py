@@ -167,6 +167,20 @@ def test_blocks_of_a_plain_file_are_those_that_fusion_replaces(folder: Path) -> 
     assert {known[name] for name in inside} == {"acmix_0", "acmix_1"}
 
 
+def test_a_block_beside_fused_ones_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """acmix_0 only looks like a block, so that acmix_1 alone is fused."""
+    near_miss = ACmix(4, 4, 3, head=2)
+    near_miss._neighbours = lambda x: nn.functional.unfold(x, 3, padding=1)  # type: ignore[method-assign]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), near_miss, ACmix(4, 4, 3, head=2)).eval()
+    export(model, tmp_path / "plain.onnx", input_shape=(1, 3, 8, 8))
+    fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1)
+    fused = onnx.load(tmp_path / "fused.onnx")
+    assert {name.partition(".")[0] for node in fused.graph.node if (name := node.name).startswith("acmix")} == {
+        "acmix_1"
+    }
+    assert {block for block in blocks_of(fused).values() if block} == {"acmix_2"}
+
+
 def test_the_first_runs_are_left_out_and_the_median_is_of_the_rest(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.acmix.algebra import AcmixWeights, dense_conv, grouped_conv, qkv_conv
-from acmix_deploy.families.attention import is_product, layers_above
-from acmix_deploy.families.conv_branch import by_head_dim, meeting
-from acmix_deploy.families.reduction import ConvBranch, Operators, Reduced, Request, Writer
+from acmix_deploy.families.attention import RESIDUAL, check_residual, fitted, is_product, layers_above
+from acmix_deploy.families.conv_branch import ConvBranch, by_head_dim, is_dep_conv, meeting
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     Feeds,
@@ -29,21 +31,14 @@ from acmix_deploy.graph import (
     conv_bias,
     conv_weight,
     nearest,
+    pointwise_weight,
     region_between,
     upstream,
 )
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.local_attention.body import function_body
 
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ((LOCAL_ATTENTION, function_body),)
-
-TOLERANCES = LOCAL_ATTENTION.tolerances
-"""How far a reduced block may be from the original, by the type of its output."""
-
-_RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
-_ROUNDED_POSITION = 5e-2
+_ROUNDED_POSITION = 5e-2  # of the logits; P l stored in half precision
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     """
     by_input: dict[str, list[gs.Node]] = {}
     for conv in nearest(softmax.inputs[0], "Conv"):
-        if _is_projection(conv):
+        if pointwise_weight(conv) is not None:
             by_input.setdefault(conv.inputs[0].name, []).append(conv)
     pairs = [convs for convs in by_input.values() if len(convs) == 2]
     if len(pairs) != 1:
@@ -80,12 +75,14 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     if met is None:
         raise NoMatch("its result is not added to that of a convolution")
     last, _, rate1, rate2, dep_conv = met
-    if not _is_dep_conv(dep_conv):
+    if not is_dep_conv(dep_conv):
         raise NoMatch(f"{dep_conv.name} is not a 3x3 convolution of 9 maps per group with padding 1")
     fcs = nearest(dep_conv.inputs[0], "Conv")
     if len(fcs) != 1 or len(fcs[0].inputs) > 2 or conv_weight(fcs[0]).shape[::2] != (9, 1):
         raise NoMatch(f"{dep_conv.name} does not read one 1x1 convolution to 9 maps without bias")
-    projections = [conv for conv in nearest(fcs[0].inputs[0], "Conv") if conv.inputs[0] is x and _is_projection(conv)]
+    projections = [
+        conv for conv in nearest(fcs[0].inputs[0], "Conv") if conv.inputs[0] is x and pointwise_weight(conv) is not None
+    ]
     values = [conv for conv in projections if conv not in logit_convs]
     if len(projections) != 3 or len(values) != 1:
         raise NoMatch(f"{fcs[0].name} does not read three 1x1 convolutions of {x.name}")
@@ -93,14 +90,14 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     return Match(region, softmax, logit_convs, values[0], fcs[0], dep_conv, rate1, rate2)
 
 
-def reduce(found: Match, request: Request) -> Reduced:
+def reduce(found: Match, request: Request, conv_branch: ConvBranch = "dense") -> Reduced:
     """The block in its reduced form. Raises NoMatch where it computes something else than ACmix."""
     weights = recover(found, request.values, request.compute)
     map_size = request.values[found.region.x.name].shape[2:] if request.static else None
-    graph = rewrite(found, weights, request.conv_branch, request.name, request.opset, map_size)
+    graph = rewrite(found, weights, conv_branch, request.name, request.opset, map_size)
     (attention,) = (node for node in graph.nodes if node.domain == LOCAL_ATTENTION.domain)
     smallest = -(-(weights.kernel_size // 2 + 1) // weights.stride) * weights.stride
-    return Reduced(graph, attention.op, {**attention.attrs, "conv_branch": request.conv_branch}, smallest)
+    return Reduced(graph, attention.op, {**attention.attrs, "conv_branch": conv_branch}, smallest)
 
 
 def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], Feeds], list[Array]]) -> AcmixWeights:
@@ -126,10 +123,10 @@ def recover(found: Match, values: Feeds, compute: Callable[[list[gs.Variable], F
     trials = []
     for order in (found.logit_convs, found.logit_convs[::-1]):
         trials.append((_measure(found.softmax, order, heads, stride, values, values[x.name].shape, compute), order))
-        if trials[-1][0].residual < _RESIDUAL:
+        if trials[-1][0].residual < RESIDUAL:
             break
     best, (query_conv, key_conv) = min(trials, key=lambda trial: trial[0].residual)
-    _limit(best.residual, "scale * q.k over a reflected K x K neighbourhood")
+    check_residual(best.residual, "scale * q.k over a reflected K x K neighbourhood")
 
     convs = (query_conv, key_conv, found.value_conv)
     return AcmixWeights(
@@ -205,7 +202,7 @@ def _without_projections(graph: gs.Graph, softmax: gs.Node) -> NoMatch:
     """Where the logits of a Softmax come from, if not from two convolutions, and how close to ACmix that is."""
     layers, nodes = layers_above(softmax.inputs[0])
     met = meeting(graph, softmax)
-    branch = met is not None and constant_value(met.dep_conv.inputs[1]) is not None and _is_dep_conv(met.dep_conv)
+    branch = met is not None and constant_value(met.dep_conv.inputs[1]) is not None and is_dep_conv(met.dep_conv)
     near = len(layers) == 1 and is_product(nodes, layers) and any(map(_takes_neighbours, nodes))
     if not branch and not near:
         return NoMatch("its logits do not come from two 1x1 convolutions of one tensor", Reached.NOTHING)
@@ -228,17 +225,6 @@ def _takes_neighbours(node: gs.Node) -> bool:
         index = constant_value(node.inputs[1])
         return index is None or bool(index.size > 1)
     return str(node.op) == "Pad"
-
-
-def _is_dep_conv(conv: gs.Node) -> bool:
-    return conv_weight(conv).shape[1:] == (9, 3, 3) and bool(conv.attrs.get("pads") == [1] * 4)
-
-
-def _is_projection(conv: gs.Node) -> bool:
-    """Whether a Conv is a 1x1 convolution with constant weights that keeps the map size."""
-    weight = constant_value(conv.inputs[1])
-    one = conv.attrs.get("group", 1) == 1 and all(step == 1 for step in conv.attrs.get("strides", []))
-    return one and weight is not None and weight.shape[2:] == (1, 1) and not any(conv.attrs.get("pads", []))
 
 
 @dataclass(frozen=True)
@@ -301,7 +287,6 @@ def _measure(
     first = queries[: batch * heads]
     neighbours = _neighbours(by_head(key), math.isqrt(taps), stride)
     products = np.stack([(first * near[..., rows, columns]).sum(1) for near in neighbours], -1)
-    usual = queries.shape[1] ** -0.5
     found = []
     # Below opset 13 exporters put a Transpose before a Softmax over another axis than the last: its rows are columns.
     for turned in (False, True):
@@ -311,11 +296,9 @@ def _measure(
             return (maps.swapaxes(1, 2) if turned else maps)[:, rows, columns].astype(float)
 
         from_keys = arranged(of_keys)
-        scale = float((from_keys * products).sum() / (products * products).sum())
-        residual = float(np.linalg.norm(from_keys - scale * products) / (np.linalg.norm(from_keys) or 1.0))
-        scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
+        fit = fitted(from_keys, products, queries.shape[1])
         from_position = np.concatenate([arranged(raw) for raw in of_position])
-        found.append(_Logits(math.isqrt(taps), scale, residual, queries, from_position, (rows, columns)))
+        found.append(_Logits(math.isqrt(taps), *fit, queries, from_position, (rows, columns)))
     return min(found, key=lambda logits: logits.residual)
 
 
@@ -357,12 +340,17 @@ def _position_weight(logits: _Logits, stride: int, map_size: tuple[int, ...], dt
     expected = np.einsum("mdhw,da,ahwn->mhwn", scaled, weight, moved, optimize=True)
     size = np.linalg.norm(logits.from_position) + 1e-3 * np.linalg.norm(scaled)  # P may be all zeros
     residual = float(np.linalg.norm(logits.from_position - expected) / size)
-    limit = _RESIDUAL if dtype == np.float32 else _ROUNDED_POSITION
-    _limit(residual, "q.(P l_i - P l_n) beside the keys, linear in the coordinates", limit)
+    limit = RESIDUAL if dtype == np.float32 else _ROUNDED_POSITION
+    check_residual(residual, "q.(P l_i - P l_n) beside the keys, linear in the coordinates", limit)
     return np.asarray(weight)
 
 
-def _limit(residual: float, what: str, limit: float = _RESIDUAL) -> None:
-    """Refuse logits that differ from ``what`` by more than rounding does."""
-    if not residual < limit:
-        raise NoMatch(f"its logits are not {what}: relative residual {residual:.1e}, limit {limit:.0e}")
+ACMIX = Family(
+    name="acmix",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    reduce_grouped=partial(reduce, conv_branch="grouped"),
+    operators=((LOCAL_ATTENTION, function_body),),
+    tolerances=LOCAL_ATTENTION.tolerances,
+)

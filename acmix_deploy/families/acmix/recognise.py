@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from acmix_deploy.errors import UserError
+from acmix_deploy.families.acmix.graph import ACMIX
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 
 _COMMON_KERNELS = (7, 3, 5, 9, 11, 13)  # tried where a block does not tell its window
 
@@ -114,14 +114,12 @@ def _assemble(parts: dict[str, nn.Conv2d], rates: list[nn.Parameter], kernel_att
     return block
 
 
-_RECOGNISER = Recogniser(
-    family="acmix",
+RECOGNISER = Recogniser(
+    family=ACMIX,
     block=ACmix,
     geometry=("in_planes", "out_planes", "kernel_att", "head", "stride"),
     propose=_propose,
     resembles=_resembles,
     called="acmix",
-    tolerances=LOCAL_ATTENTION.tolerances,
     parameterless=(nn.ReflectionPad2d, nn.Unfold, nn.Softmax),
 )
-canonicalise, by_parts = _RECOGNISER.canonicalise, _RECOGNISER.by_parts

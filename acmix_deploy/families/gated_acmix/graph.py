@@ -16,13 +16,13 @@ from acmix_deploy.families.attention import (
     Linear,
     attention_at,
     common_origin,
+    computed_by,
     linear,
     measure,
     next_node,
-    origins,
 )
-from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
-from acmix_deploy.families.reduction import Operators, Reduced, Request
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -31,13 +31,8 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     conv_weight,
-    producer,
     region_between,
 )
-
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ()
 
 
 class Gate(NamedTuple):
@@ -80,21 +75,21 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
         raise NoMatch("its result is not projected", Reached.NOTHING)
     product, projected = next_node(graph, proj.result)
     weight = _other(product, projected) if product.op == "Mul" else None
-    if weight is None or _before(weight) is None:
+    if weight is None or computed_by(weight) is None:
         raise NoMatch("its projected result is not weighed", Reached.NOTHING)
     total, weighed = next_node(graph, product.outputs[0])
-    convolved = _before(_other(total, weighed)) if total.op == "Add" else None
+    convolved = computed_by(_other(total, weighed)) if total.op == "Add" else None
     if convolved is None or convolved.op != "Mul":
         raise NoMatch("its weighed result is not added to another", Reached.NOTHING)
 
-    gate = _gate(_before(weight))
-    branches = [operand for operand in convolved.inputs if _before(operand) is not _before(weight)]
-    relu = _before(branches[0]) if len(branches) == 1 else None
+    gate = _gate(computed_by(weight))
+    branches = [operand for operand in convolved.inputs if computed_by(operand) is not computed_by(weight)]
+    relu = computed_by(branches[0]) if len(branches) == 1 else None
     if relu is None or relu.op != "Relu":
         raise NoMatch("beside its attention it does not weigh the ReLU of a convolution by the same gate")
-    node = _before(relu.inputs[0])
+    node = computed_by(relu.inputs[0])
     norm = node if node is not None and node.op == "BatchNormalization" else None
-    conv = _before(norm.inputs[0]) if norm else node
+    conv = computed_by(norm.inputs[0]) if norm else node
     if conv is None or conv.op != "Conv":
         raise NoMatch(f"{relu.name} does not come from a convolution, perhaps with BatchNorm")
     if norm and any(constant_value(tensor) is None for tensor in norm.inputs[1:]):
@@ -211,11 +206,11 @@ def _gate(node: gs.Node | None) -> Gate:
     layers: list[Linear] = []
     before = node
     for following in ("Relu", "GlobalAveragePool"):
-        before = _before(before.inputs[0])
+        before = computed_by(before.inputs[0])
         if before is not None and before.op == "Add":  # the bias
-            before = next((_before(tensor) for tensor in before.inputs if constant_value(tensor) is None), None)
+            before = next((computed_by(tensor) for tensor in before.inputs if constant_value(tensor) is None), None)
         layer = linear(before) if before is not None and before.op in ("MatMul", "Gemm") else None
-        before = _before(layer.source) if layer else None
+        before = computed_by(layer.source) if layer else None
         if layer is None or before is None or before.op not in (following, "ReduceMean"):
             raise NoMatch(f"{node.name} is not that of two linear layers with a ReLU between them of a mean")
         layers.append(layer)
@@ -227,6 +222,10 @@ def _other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
     return node.inputs[node.inputs[0] is tensor]
 
 
-def _before(tensor: gs.Tensor) -> gs.Node | None:
-    """The node that computed ``tensor``, before it was moved."""
-    return producer(list(origins(tensor))[-1])
+GATED_ACMIX = Family(
+    name="gated_acmix",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    tolerances=TOLERANCES,
+)

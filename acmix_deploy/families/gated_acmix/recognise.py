@@ -7,8 +7,8 @@ from itertools import product
 import torch
 from torch import nn
 
+from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
 from acmix_deploy.families.gated_acmix.module import GatedACmix
-from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 
 
@@ -68,11 +68,10 @@ def _swapped(linear: nn.Linear) -> nn.Linear:
     return swapped
 
 
-canonicalise = Recogniser(
-    family="gated_acmix",
+RECOGNISER = Recogniser(
+    family=GATED_ACMIX,
     block=GatedACmix,
     geometry=("channels", "num_heads", "kernel_size", "hidden", "sequence_first"),
     propose=_propose,
     resembles=_resembles,
-    tolerances=TOLERANCES,
-).canonicalise
+)

@@ -16,7 +16,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.attention import is_product, layers_above
-from acmix_deploy.families.reduction import Operators, Reduced, Request, Writer
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import Reduced, Request, Writer
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -25,6 +26,7 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     nearest,
+    pointwise_weight,
     producer,
     region_between,
     scalar_factor,
@@ -32,13 +34,6 @@ from acmix_deploy.graph import (
 )
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.outlook_attention.body import function_body
-
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ((OUTLOOK_ATTENTION, function_body),)
-
-TOLERANCES = OUTLOOK_ATTENTION.tolerances
-"""How far a reduced block may be from the original, by the type of its output."""
 
 _WEIGHTED_SUM = ("MatMul", "Einsum", "Mul")
 _TO_NCHW, _TO_NHWC = [0, 3, 1, 2], [0, 2, 3, 1]
@@ -164,15 +159,12 @@ def _nearest_linear(tensor: gs.Tensor) -> _Linear | None:
 
 def _linear(node: gs.Node) -> _Linear | None:
     """A MatMul with a stored matrix and its bias, or a 1x1 convolution, as a linear layer; None for any other node."""
-    weight = constant_value(node.inputs[1]) if node.op in ("Conv", "MatMul") else None
-    if weight is None or not isinstance(node.inputs[0], gs.Variable):
+    if node.op not in ("Conv", "MatMul") or not isinstance(node.inputs[0], gs.Variable):
         return None
-    if node.op == "Conv":
-        one = node.attrs.get("group", 1) == 1 and not any(node.attrs.get("pads", []))
-        if not one or weight.shape[2:] != (1, 1) or any(step != 1 for step in node.attrs.get("strides", [])):
-            return None
-        return _Linear(node.inputs[0], "NCHW", weight[:, :, 0, 0], conv_bias(node))
-    if weight.ndim != 2:
+    if (pointwise := pointwise_weight(node)) is not None:
+        return _Linear(node.inputs[0], "NCHW", pointwise[:, :, 0, 0], conv_bias(node))
+    weight = constant_value(node.inputs[1])
+    if weight is None or weight.ndim != 2:
         return None
     sums = [user for user in node.outputs[0].outputs if user.op == "Add"]
     terms = [value for user in sums for operand in user.inputs if (value := constant_value(operand)) is not None]
@@ -200,3 +192,13 @@ def _upwards(layer: _Linear) -> Iterator[tuple[gs.Variable, str, gs.Node | None]
 def _averages_squares(pool: gs.Node) -> bool:
     height, width = pool.attrs["kernel_shape"]
     return height == width and pool.attrs.get("strides") == [height, width] and not any(pool.attrs.get("pads", []))
+
+
+OUTLOOK = Family(
+    name="outlook",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    operators=((OUTLOOK_ATTENTION, function_body),),
+    tolerances=OUTLOOK_ATTENTION.tolerances,
+)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
+from acmix_deploy.families.outlook.graph import OUTLOOK
 from acmix_deploy.families.outlook.module import OutlookAttention
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
-from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 
 _COMMON_KERNELS = (3, 5, 7)  # tried where a block does not tell its window
 _COMMON_STRIDES = (1, 2)
@@ -96,14 +96,12 @@ def _input(block: OutlookAttention) -> Tensor:
     return torch.randn(2, height, width, block.dim, generator=torch.Generator().manual_seed(0))
 
 
-_RECOGNISER = Recogniser(
-    family="outlook",
+RECOGNISER = Recogniser(
+    family=OUTLOOK,
     block=OutlookAttention,
     geometry=("num_heads", "kernel_size", "padding", "stride"),
     propose=_propose,
     resembles=_resembles,
     called="outlookatt",
-    tolerances=OUTLOOK_ATTENTION.tolerances,
     parameterless=(nn.AvgPool2d, nn.Dropout, nn.Unfold),
 )
-canonicalise, by_parts = _RECOGNISER.canonicalise, _RECOGNISER.by_parts

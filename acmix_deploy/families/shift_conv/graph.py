@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
-from acmix_deploy.families.reduction import Operators, Reduced, Request, Writer
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request, Writer
 from acmix_deploy.families.shift_conv.algebra import collapse, is_shift, read_shifts
 from acmix_deploy.graph import (
     Array,
@@ -26,13 +26,10 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     conv_weight,
+    pointwise_weight,
     producer,
     region_between,
 )
-
-ANCHOR = "Conv"
-
-OPERATORS: Operators = ()
 
 _SUMS = frozenset({"Add", "Concat", "Sum"})
 _MOVES = frozenset({"Gather", "Identity", "Pad", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze"})
@@ -57,7 +54,7 @@ def match(graph: gs.Graph, conv: gs.Node) -> Match:
     Raises:
         NoMatch: there are no shifts, or their maps are used elsewhere too.
     """
-    weight = _pointwise_weight(conv)
+    weight = pointwise_weight(conv)
     if weight is None:
         raise NoMatch("it is no 1x1 convolution", Reached.NOTHING)
     forms = (_shifts_behind, _shifts_before)
@@ -103,7 +100,7 @@ def _shifts_behind(graph: gs.Graph, conv: gs.Node) -> Match | None:
     """1x1 convolutions of one tensor, shifted and added: the block ends as late as it can. Raises NoMatch."""
     reason: NoMatch | None = None
     for y in reversed([*_downstream(conv.outputs[0])]):
-        nodes = _nodes_between(y, lambda tensor: _pointwise_weight(producer(tensor)) is not None)
+        nodes = _nodes_between(y, lambda tensor: pointwise_weight(producer(tensor)) is not None)
         if nodes is None or not _shift_among(nodes):
             continue
         starts = {id(node): node for node in map(producer, _open_ends(nodes)) if node is not None}
@@ -197,11 +194,10 @@ def _is_shift(node: gs.Node) -> bool:
     return weight is not None and is_shift(weight)
 
 
-def _pointwise_weight(node: gs.Node | None) -> Array | None:
-    """The weight of a plain 1x1 convolution, None for what is none."""
-    if node is None or node.op != "Conv":
-        return None
-    attrs = node.attrs
-    plain = attrs.get("group", 1) == 1 and {*attrs.get("strides", ()), 1} == {1} and not any(attrs.get("pads", ()))
-    weight = constant_value(node.inputs[1])
-    return weight if plain and weight is not None and weight.shape[2:] == (1, 1) else None
+SHIFT_CONV = Family(
+    name="shift_conv",
+    anchors=("Conv",),
+    match=match,
+    reduce=reduce,
+    tolerances=TOLERANCES,
+)

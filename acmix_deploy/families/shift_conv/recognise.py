@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 from acmix_deploy.families.shift_conv.algebra import (
     UNSHIFTED,
@@ -19,6 +18,7 @@ from acmix_deploy.families.shift_conv.algebra import (
     is_shift,
     read_shifts,
 )
+from acmix_deploy.families.shift_conv.graph import SHIFT_CONV
 from acmix_deploy.families.shift_conv.module import ShiftConv
 from acmix_deploy.graph import Array, NoMatch
 
@@ -152,12 +152,11 @@ def _assemble(one: OneConvolution, like: Tensor) -> ShiftConv:
     return block
 
 
-canonicalise = Recogniser(
-    family="shift_conv",
+RECOGNISER = Recogniser(
+    family=SHIFT_CONV,
     block=ShiftConv,
     geometry=("in_channels", "out_channels", "kernel_size", "stride"),
     propose=_propose,
     resembles=_resembles,
     called="shiftconv",
-    tolerances=TOLERANCES,
-).canonicalise
+)

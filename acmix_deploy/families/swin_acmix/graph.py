@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.attention import MASKED, Linear, linear
-from acmix_deploy.families.conv_branch import meeting
-from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
-from acmix_deploy.families.reduction import Operators, Reduced, Request
+from acmix_deploy.families.attention import MASKED, Linear, check_residual, fitted, linear
+from acmix_deploy.families.conv_branch import ConvBranch, is_dep_conv, meeting
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
 from acmix_deploy.families.swin_acmix.algebra import SwinAcmixWeights
 from acmix_deploy.families.swin_acmix.write import Mask, write
 from acmix_deploy.graph import (
@@ -32,11 +33,6 @@ from acmix_deploy.graph import (
     region_between,
 )
 
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ()
-
-_RESIDUAL = 1e-3  # relative; evaluated in float32, so that a real block leaves about 1e-6
 _HIDDEN = 50.0  # below the largest number added for a query: what is lost in float32 after exp
 
 
@@ -73,8 +69,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     if qkv is None:
         raise NoMatch(f"{fc.name} does not read a linear layer", Reached.NOTHING)
 
-    shape = conv_weight(dep_conv).shape
-    if shape[1:] != (9, 3, 3) or dep_conv.attrs.get("pads") != [1] * 4 or set(dep_conv.attrs.get("strides", [1])) > {1}:
+    if not is_dep_conv(dep_conv) or set(dep_conv.attrs.get("strides", [1])) > {1}:
         raise NoMatch(f"{dep_conv.name} is not a 3x3 convolution of 9 maps per group with padding 1")
     matmuls = [node for _, node in path if node.op == "MatMul"]
     if len(matmuls) != 2:
@@ -88,17 +83,17 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     return Match(region, softmax, qkv, proj, fc, dep_conv, rate1, rate2)
 
 
-def reduce(found: Match, request: Request) -> Reduced:
+def reduce(found: Match, request: Request, conv_branch: ConvBranch = "dense") -> Reduced:
     """The block in its reduced form. Raises NoMatch where it computes something else than Swin's ACmix."""
     weights = _recover(found, request)
     mask = _mask(found, weights, request) if weights.masked and not request.fixed_size else None
-    graph = write(found.region.x, weights, mask, conv_weight(found.dep_conv).dtype, request)
+    graph = write(found.region.x, weights, mask, conv_weight(found.dep_conv).dtype, request, conv_branch)
     settings = {
         "num_heads": weights.num_heads,
         "window_size": weights.window_size,
         "scale": weights.scale,
         "masked": weights.masked,
-        "conv_branch": request.conv_branch,
+        "conv_branch": conv_branch,
     }
     return Reduced(graph, "MatMul / Softmax / MatMul", settings, weights.window_size, height_axis=1)
 
@@ -182,15 +177,8 @@ def _measure(found: Match, request: Request, heads: int, head_dim: int) -> tuple
     windows = qkv.reshape(batch, rows, side, columns, side, 3, heads, head_dim).transpose(5, 0, 1, 3, 6, 2, 4, 7)
     q, k = windows.reshape(3, *every[:-1], head_dim)[:2].astype(np.float64)
     products, from_keys = q @ k.swapaxes(-1, -2), (logits(qkv) - zero).reshape(every)
-    scale = float((from_keys * products).sum() / (products * products).sum())
-    residual = float(np.linalg.norm(from_keys - scale * products) / (np.linalg.norm(from_keys) or 1.0))
-    if not residual < _RESIDUAL or not scale:
-        raise NoMatch(
-            f"its logits are not scale * q k^T in windows of {side}x{side}: relative residual {residual:.1e}, limit "
-            f"{_RESIDUAL:.0e}"
-        )
-    usual = head_dim**-0.5
-    scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
+    scale, residual = fitted(from_keys, products, head_dim)
+    check_residual(residual if scale else math.inf, f"scale * q k^T in windows of {side}x{side}")
     added = zero.reshape(every)
     if not np.array_equal(added, np.broadcast_to(added[:1], every)):
         raise NoMatch("what it adds to the logits depends on the image")
@@ -219,3 +207,13 @@ def _mask(found: Match, weights: SwinAcmixWeights, request: Request) -> Mask:
                     if np.allclose(weights.added[seen], np.broadcast_to(bias, seen.shape)[seen], atol=1e-4):
                         return Mask(tensor, np.where(np.isinf(bias), 0.0, bias))  # inf: no window shows them together
     raise NoMatch("its mask is for one image size, and the size is free")
+
+
+SWIN_ACMIX = Family(
+    name="swin_acmix",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    reduce_grouped=partial(reduce, conv_branch="grouped"),
+    tolerances=TOLERANCES,
+)

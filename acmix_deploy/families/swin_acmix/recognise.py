@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
+from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
 from acmix_deploy.families.swin_acmix.module import SwinACmix, relative_positions
 
 
@@ -139,11 +139,10 @@ def _assemble(
     return block
 
 
-canonicalise = Recogniser(
-    family="swin_acmix",
+RECOGNISER = Recogniser(
+    family=SWIN_ACMIX,
     block=SwinACmix,
     geometry=("dim", "window_size", "num_heads", "shift_size"),
     propose=_propose,
     resembles=_resembles,
-    tolerances=TOLERANCES,
-).canonicalise
+)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.attention import AttentionWriter, Size
-from acmix_deploy.families.conv_branch import by_head_dim
+from acmix_deploy.families.conv_branch import ConvBranch, by_head_dim
 from acmix_deploy.families.reduction import Request
 from acmix_deploy.families.swin_acmix.algebra import SwinAcmixWeights, dense_conv, grouped_conv, scaled_qkv
 from acmix_deploy.graph import Array
@@ -31,7 +31,12 @@ class Mask(NamedTuple):
 
 
 def write(
-    x: gs.Variable, weights: SwinAcmixWeights, mask: Mask | None, dtype: np.dtype[np.generic], request: Request
+    x: gs.Variable,
+    weights: SwinAcmixWeights,
+    mask: Mask | None,
+    dtype: np.dtype[np.generic],
+    request: Request,
+    conv_branch: ConvBranch,
 ) -> gs.Graph:
     """The block from x [B, H, W, C] to one output of that shape.
 
@@ -41,6 +46,7 @@ def write(
         mask: where windows are masked and the image size is free.
         dtype: element type.
         request: how it is to be written.
+        conv_branch: form of the convolution branch.
     """
     out = AttentionWriter(x, request.name, request.opset, dtype)
     dim, heads, head_dim, side = weights.dim, weights.num_heads, weights.head_dim, weights.window_size
@@ -57,7 +63,7 @@ def write(
         return out.add("Transpose", label, tensor, perm=list(order))
 
     qkv = out.linear("qkv", x, *scaled_qkv(weights))
-    if request.conv_branch == "dense":
+    if conv_branch == "dense":
         conv, source, group = dense_conv(weights), transpose("channels_first", x, 0, 3, 1, 2), 1
     else:
         order = out.constant("by_head_dim.order", by_head_dim(3 * dim, head_dim))

@@ -18,13 +18,13 @@ from acmix_deploy.families.attention import (
     Size,
     attention_at,
     common_origin,
+    computed_by,
     linear,
     measure,
     next_node,
-    origins,
 )
-from acmix_deploy.families.reduction import TOLERANCES as TOLERANCES
-from acmix_deploy.families.reduction import Operators, Reduced, Request
+from acmix_deploy.families.family import Family
+from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -33,14 +33,9 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     conv_weight,
-    producer,
     region_between,
     way_down,
 )
-
-ANCHOR = "Softmax"
-
-OPERATORS: Operators = ()
 
 
 @dataclass(frozen=True)
@@ -296,7 +291,7 @@ def _channels_first(found: Match, request: Request) -> bool:
 
 def _conv_behind(tensor: gs.Tensor) -> gs.Node | None:
     """The depthwise convolution that ``tensor`` is the result of, moved."""
-    conv = producer(list(origins(tensor))[-1])
+    conv = computed_by(tensor)
     if conv is None or conv.op != "Conv":
         return None
     weight = conv_weight(conv)
@@ -319,3 +314,12 @@ def _crops(node: gs.Node) -> bool:
         return False
     starts, axes = constant_value(node.inputs[1]), constant_value(node.inputs[3])
     return starts is not None and axes is not None and not starts.any() and {*axes.tolist()} <= {1, 2}
+
+
+WINDOWED_ACMIX = Family(
+    name="windowed_acmix",
+    anchors=("Softmax",),
+    match=match,
+    reduce=reduce,
+    tolerances=TOLERANCES,
+)

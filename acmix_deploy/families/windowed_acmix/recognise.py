@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
+from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 
 _COMMON_WINDOWS = (7, 14, 8)  # tried where a block does not tell
@@ -115,11 +115,10 @@ def _input(module: nn.Module, block: WindowedACmix) -> Tensor:
     return x
 
 
-canonicalise = Recogniser(
-    family="windowed_acmix",
+RECOGNISER = Recogniser(
+    family=WINDOWED_ACMIX,
     block=WindowedACmix,
     geometry=("dim", "window_size", "num_heads", "kernel_size", "position_bias"),
     propose=_propose,
     resembles=_resembles,
-    tolerances=TOLERANCES,
-).canonicalise
+)
