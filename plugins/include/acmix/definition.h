@@ -63,7 +63,7 @@ template <class Problem>
 struct Axis {
     const char* text;
     std::int64_t coefficient;
-    Factor<Problem> factors[4];
+    Factor<Problem> factors[5];  // up to the first without a size
     std::int32_t divisor = 1;
     bool rounds_up = false;
 
