@@ -17,6 +17,7 @@ _HEADER = """\
 
 #include <cuda_runtime_api.h>
 
+#include <limits>
 #include <tuple>
 
 #include "acmix/definition.h"
@@ -220,9 +221,10 @@ def _instances(kernel: Kernel) -> list[tuple[str, str, int]]:
 
 
 def _attribute(attribute: Attribute) -> str:
+    name, number = attribute.name, _number(attribute)
     default = attribute.default if attribute.kind == "int" else f"{float(attribute.default)}f"
-    name, minimum = attribute.name, attribute.minimum or 0
-    return f'Attribute<P, {_number(attribute)}>{{"{name}", &P::{name}, {default}, {minimum}}}'
+    minimum = f"std::numeric_limits<{number}>::lowest()" if attribute.minimum is None else attribute.minimum
+    return f'Attribute<P, {number}>{{"{name}", &P::{name}, {default}, {minimum}}}'
 
 
 def _number(attribute: Attribute) -> str:

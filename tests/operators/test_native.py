@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from acmix_deploy.operators import OPERATORS
@@ -103,7 +104,8 @@ def test_cpp_reads_the_same_values(tmp_path):
     for operator in OPERATORS:
         numbers = [attribute for attribute in operator.attributes if attribute.kind != "string"]
         expected.append(operator.op_type)
-        expected += [f"{a.name} {a.default:g} {a.minimum or 0}" for a in numbers]
+        minima = [a.minimum if a.minimum is not None else f"{-np.finfo(np.float32).max:g}" for a in numbers]
+        expected += [f"{a.name} {a.default:g} {least}" for a, least in zip(numbers, minima, strict=True)]
     assert run(tmp_path / "print.cpp").splitlines() == expected
 
 

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <limits>
 #include <tuple>
 
 #include "acmix/definition.h"
@@ -47,7 +48,7 @@ struct Definition<LocalAttention> {
         Attribute<P, std::int32_t>{"num_heads", &P::num_heads, 1, 1},
         Attribute<P, std::int32_t>{"kernel_size", &P::kernel_size, 7, 3},
         Attribute<P, std::int32_t>{"stride", &P::stride, 1, 1},
-        Attribute<P, float>{"scale", &P::scale, 1.0f, 0}};
+        Attribute<P, float>{"scale", &P::scale, 1.0f, std::numeric_limits<float>::lowest()}};
     static constexpr Axis<P> kQkv[] = {
         {"batch", 1, {{&P::batch, 1}}, 1, false},
         {"3 * num_heads * head_dim", 3, {{&P::num_heads, 1}, {&P::head_dim, 1}}, 1, false},
@@ -113,7 +114,7 @@ struct Definition<OutlookAttention> {
         Attribute<P, std::int32_t>{"num_heads", &P::num_heads, 1, 1},
         Attribute<P, std::int32_t>{"kernel_size", &P::kernel_size, 3, 3},
         Attribute<P, std::int32_t>{"stride", &P::stride, 1, 1},
-        Attribute<P, float>{"scale", &P::scale, 1.0f, 0}};
+        Attribute<P, float>{"scale", &P::scale, 1.0f, std::numeric_limits<float>::lowest()}};
     static constexpr Axis<P> kLogits[] = {
         {"batch", 1, {{&P::batch, 1}}, 1, false},
         {"num_heads * kernel_size^4", 1, {{&P::num_heads, 1}, {&P::kernel_size, 4}}, 1, false},
