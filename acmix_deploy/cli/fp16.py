@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         from acmix_deploy.report.documents import Fp16Document
 
-        print_json(Fp16Document(**made.found.model_dump(), artifact=made.artifact))
+        print_json(Fp16Document.of(made))
     else:
         from acmix_deploy.report.tables import fp16_notes, kept_in_float32
 

@@ -486,8 +486,6 @@ def test_inspect_engines_and_others(files, tmp_path, capsys):
     assert main(["inspect", str(engine)]) == 0
     assert "TensorRT 10.3.0" in capsys.readouterr().out
     assert Artifact.model_validate_json(sidecar(engine).read_text()).kind == "engine"
-    (tmp_path / "report.json").write_text(json.dumps({"files": {"plain": {"artifact": {"path": "a.onnx"}}}}))
-    assert inspect(tmp_path / "report.json").report == {"plain": "a.onnx"}
     for name, content in (("text.txt", "text"), ("list.json", "[]"), ("broken.json", "{")):
         (tmp_path / name).write_text(content)
         assert main(["inspect", str(tmp_path / name)]) == 2, name
