@@ -17,6 +17,7 @@ Written = Literal[
     "detect response",
     "doctor",
     "export",
+    "fp16",
     "fuse",
     "gate check",
     "gate history",

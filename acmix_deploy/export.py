@@ -22,7 +22,7 @@ from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.checkpoint.reference import run
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
 from acmix_deploy.runtime.metrics import Array, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
@@ -86,7 +86,7 @@ def export(
     Opset 18 and above come from the dynamo exporter, whose operators are written for 18; below, from the TorchScript
     exporter, since nothing converts a newer Pad down. Where one fails or its file is wrong, the other is tried. A file
     is right when ONNX Runtime runs it at the example and, for dynamic axes, at two more sizes and another batch, and
-    every output is as close to the module's as :data:`LOCAL_ATTENTION` asks of float32.
+    every output is as close to the module's as :data:`TOLERANCES` asks of float32.
 
     Args:
         module: put into eval mode here and otherwise left as it is; or a program captured by ``torch.export``: its free
@@ -274,7 +274,7 @@ def _check(
         if isinstance(size := node.shape[AXES[name]], int):
             raise CheckFailed(f"the {name} came out frozen at {size}")
     declared = [output.shape for output in session.get_outputs()]
-    limit = LOCAL_ATTENTION.tolerances["float32"].limit()
+    limit = TOLERANCES["float32"].limit()
 
     def distance(shape: Shape, outputs: list[Array]) -> float:
         try:
@@ -334,7 +334,7 @@ def _smallest(
     if not free:
         return None
     example, session = shapes[0], open_session(file)
-    limit = LOCAL_ATTENTION.tolerances["float32"].limit()
+    limit = TOLERANCES["float32"].limit()
     checked = min(shape[axis] for shape in shapes for axis in free)
     wrong, least = False, 0
     side = divisor

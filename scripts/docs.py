@@ -16,14 +16,14 @@ from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.document import Document, written
 from acmix_deploy.gate.samples import GateSamples
 from acmix_deploy.manifest import Manifest
-from acmix_deploy.operators.header import cpp_header
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
+from acmix_deploy.operators import OPERATORS
+from acmix_deploy.operators.native import native_sources
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.profile import ProfileDocument
 from acmix_deploy.report.documents import (
     BuildDocument,
     DoctorDocument,
+    Fp16Document,
     FuseDocument,
     GateDocument,
     HistoryDocument,
@@ -49,6 +49,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     DetectResponse,
     DoctorDocument,
     ExportReport,
+    Fp16Document,
     FuseDocument,
     GateDocument,
     GateSamples,
@@ -74,10 +75,7 @@ def generated() -> dict[Path, str]:
     parts = {
         "README.md": {"bench": _rows(_around(_read("docs/benchmarks.md"), "bench")[1])},
         "docs/cli.md": {"cli": _command_line()},
-        "docs/operator.md": {
-            "operator": _operator(LOCAL_ATTENTION),
-            "outlook": _operator(OUTLOOK_ATTENTION),
-        },
+        "docs/operator.md": {operator.name: _operator(operator) for operator in OPERATORS},
         "docs/engines.md": {"manifest": _fields(Manifest.model_json_schema(mode="serialization"))},
         "docs/pipeline.md": {
             "report": _fields(schemas["export"]),
@@ -91,7 +89,7 @@ def generated() -> dict[Path, str]:
         f"docs/schemas/{name.replace(' ', '-')}.json": json.dumps(schema, indent=2) + "\n"
         for name, schema in schemas.items()
     }
-    files["plugins/include/acmix/operators.h"] = cpp_header()
+    files |= {f"plugins/{name}": text for name, text in native_sources().items()}
     for page, contents in parts.items():
         files[page] = _read(page)
         for name, content in contents.items():
@@ -141,8 +139,15 @@ def _operator(operator: Operator) -> str:
         for kind, group in (("input", operator.inputs), ("output", operator.outputs))
         for tensor in group
     ]
+    letters = {name: f"{letter}, " for letter, name in operator.axes.items()}
     attributes = [
-        (f"`{a.name}`", a.kind, f"`{json.dumps(a.default)}`", _limits(a.minimum, a.maximum), a.meaning)
+        (
+            f"`{a.name}`",
+            a.kind,
+            f"`{json.dumps(a.default)}`",
+            "" if a.minimum is None else f"at least {a.minimum}",
+            letters.get(a.name, "") + a.meaning,
+        )
         for a in operator.attributes
     ]
     limits = [(f"`{name}`", ", ".join(map(str, values))) for name, values in operator.kernel_limits.items()]
@@ -157,11 +162,6 @@ def _operator(operator: Operator) -> str:
             _table(("element type", "floor", "factor"), *tolerances),
         ]
     )
-
-
-def _limits(minimum: int | None, maximum: int | None) -> str:
-    bounds = (("at least", minimum), ("at most", maximum))
-    return ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
 
 def _targets() -> str:

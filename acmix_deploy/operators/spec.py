@@ -29,7 +29,6 @@ class Attribute:
     default: int | float | str
     meaning: str
     minimum: int | None = None
-    maximum: int | None = None
 
 
 LARGEST_LIMIT = 0.25
@@ -53,6 +52,9 @@ class Tolerance:
         return min(self.factor * eager_error + self.floor, max(self.floor, LARGEST_LIMIT))
 
 
+TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
+"""What attention is computed to; blocks and files that hold it are measured by the same."""
+
 ATTENTION_AXES = {
     "B": "batch",
     "N": "num_heads",
@@ -63,6 +65,12 @@ ATTENTION_AXES = {
     "s": "stride",
 }
 """The letters of attention in windows of K x K pixels, at every s-th pixel of a map."""
+
+TENSORRT_ATTRIBUTES = (
+    Attribute("plugin_version", "string", "1", "read by TensorRT's parser"),
+    Attribute("plugin_namespace", "string", "", "read by TensorRT's parser"),
+)
+"""By which TensorRT's parser finds the plugin: ``Operator.version``, and the namespace of its creator."""
 
 HEAD_DIMS = (16, 32, 64, 128)
 """What kernels are compiled for; another ``head_dim`` is padded to the next."""
@@ -108,7 +116,7 @@ class Operator:
 
     @property
     def name(self) -> str:
-        """What its folder, its kernels and its functions in C are called: ``local_attention``."""
+        """What its folder, its kernels and its function in C are called: the type in lower case, without Acmix."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", self.op_type.removeprefix("Acmix")).lower()
 
     @property

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from acmix_deploy.artifacts import Artifact
+from acmix_deploy.artifacts import Artifact, Made
 from acmix_deploy.doctor import Diagnosis
 from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
@@ -20,11 +20,19 @@ from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.report.inspection import Inspection
 from acmix_deploy.verify import Verification
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class StageDocument(Document):
     """Result of a verb that runs one stage."""
 
     artifact: Artifact = Field(description="the file that was written, and what it was made from")
+
+    @classmethod
+    def of(cls, made: Made[Any], **more: Any) -> Self:
+        """What a stage returned, and the fields that are not its own."""
+        return cls(**made.found.model_dump(), artifact=made.artifact, **more)
 
 
 class FuseDocument(FusionReport, StageDocument):
@@ -36,6 +44,8 @@ class FuseDocument(FusionReport, StageDocument):
 
 class Fp16Document(Fp16Report, StageDocument):
     """Result of ``acmix-deploy fp16``."""
+
+    document: Literal["fp16"] = "fp16"
 
 
 class QuantizeDocument(Int8Report, StageDocument):

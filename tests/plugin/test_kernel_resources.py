@@ -80,7 +80,7 @@ def test_shared_memory_of_launches():
         least = -(-(kernel_size // 2 + 1) // stride)
         qkv = np.zeros((1, 3 * head_dim, max(rows, least) * stride, least * stride), np.float16)
         window = {"kernel_size": kernel_size, "stride": stride}
-        library.local_attention(qkv, None, num_heads=1, scale=1.0, layout=layout, kernel="mma", **window)
+        library.launch(LOCAL_ATTENTION, qkv, None, num_heads=1, scale=1.0, layout=layout, kernel="mma", **window)
         return library.shared_bytes()
 
     sizes = list(itertools.product(limits["kernel_size"], limits["stride"], (2, 4, 5)))  # rows for 1, 2 and 4 warps

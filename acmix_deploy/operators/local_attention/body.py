@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from acmix_deploy.operators.function_builder import FunctionBuilder, Value
-from acmix_deploy.operators.local_attention.spec import LOCAL_ATTENTION
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.targets import OPSETS
 
 TILE = 4

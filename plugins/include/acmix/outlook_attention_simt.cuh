@@ -71,10 +71,11 @@ __global__ void outlook_attention_kernel(OutlookAttention problem, const Element
 
 // Launches the kernel on `stream`. cudaErrorMisalignedAddress where NHWC tensors are not aligned to 16 bytes.
 template <Dtype kDtype, Layout kLayout, int kHeadDim>
-cudaError_t outlook_attention_simt(const OutlookAttention& problem, const void* logits, const void* values, void* y,
+cudaError_t outlook_attention_simt(const OutlookAttention& problem, const void* const* inputs, void* y,
                                    cudaStream_t stream) {
     using T = Element<kDtype>;
     using Group = LaneGroup<kLayout, kHeadDim>;
+    const void *const logits = inputs[0], *const values = inputs[1];
     if (kLayout == Layout::kNhwc && !(aligned(values, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;
     const int runs = ceil_div(problem.height * problem.width, Group::kPixelsPerBlock);
     return ptx::launch(outlook_attention_kernel<kDtype, kLayout, kHeadDim>,
