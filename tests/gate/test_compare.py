@@ -202,7 +202,7 @@ def test_tolerances_that_are_none(text: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stopped:
         cli.main(["gate", "check", "gate.json", f"--tolerance={text}"])
     assert stopped.value.code == 2
-    assert f"'{text}' is no share below 1, such as 3% or 0.03" in capsys.readouterr().err
+    assert f"'{text}' is not a share below 1, such as 3% or 0.03" in capsys.readouterr().err
 
 
 def test_metrics_may_be_written_with_blanks_and_twice() -> None:
