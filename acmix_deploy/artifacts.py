@@ -212,6 +212,11 @@ def _read_sidecar(path: Path) -> Artifact:
         raise UserError(f"{sidecar(path)} is not the sidecar of an artifact: {place}: {first['msg']}") from error
 
 
+def is_sidecar(content: Any) -> bool:
+    """Whether JSON is a sidecar. It says of which kind its file is, as a document says which ``document`` it is."""
+    return isinstance(content, dict) and {"kind", "sha256"} <= content.keys() and "document" not in content
+
+
 def mark_exported(artifact: Artifact, checkpoint: Parent) -> Artifact:
     """Say in the sidecar that ``export`` made the file from ``checkpoint``, so that its next run may delete it."""
     artifact = artifact.model_copy(update={"checkpoint": checkpoint})

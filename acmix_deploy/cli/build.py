@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         from acmix_deploy.report.documents import BuildDocument
 
-        print_json(BuildDocument(**report.model_dump(), artifact=made.artifact))
+        print_json(BuildDocument.of(made))
     else:
         from acmix_deploy.report.tables import engine, inlined
 

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         from acmix_deploy.report.documents import Fp16Document
 
-        print_json(Fp16Document(**made.found.model_dump(), artifact=made.artifact))
+        print_json(Fp16Document.of(made))
     else:
         from acmix_deploy.report.tables import fp16_notes, kept_in_float32
 
@@ -52,5 +52,5 @@ def run(options: argparse.Namespace) -> int:
         out.print(kept_in_float32(made.found))
         for note in fp16_notes(made.found):
             out.print(f"Note: {note}", style="yellow")
-        out.print(f"{len(made.found.float32_nodes)} nodes stay in float32: {options.output}")
+        out.print(f"All else computes in float16: {options.output}")
     return 0

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         from acmix_deploy.report.documents import FuseDocument
 
-        print_json(FuseDocument(**report.model_dump(), artifact=made.artifact, target=made_for))
+        print_json(FuseDocument.of(made, target=made_for))
     else:
         from acmix_deploy.report.tables import fusion_notes, graph_blocks
         from acmix_deploy.report.target import obstacles, plugin_notes

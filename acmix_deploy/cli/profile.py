@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             power=options.power,
         )
     if options.json:
-        from acmix_deploy.report.documents import ProfileDocument
+        from acmix_deploy.profile import ProfileDocument
 
         print_json(ProfileDocument(profiles=profiles))
     else:

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         from acmix_deploy.report.documents import QuantizeDocument
 
-        print_json(QuantizeDocument(**report.model_dump(), artifact=made.artifact))
+        print_json(QuantizeDocument.of(made))
     else:
         from acmix_deploy.report.tables import float_layers, output_errors, quantized_layers
 

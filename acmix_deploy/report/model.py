@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from typing import Literal
 
 import onnx
 from pydantic import BaseModel, ConfigDict, Field, computed_field
@@ -44,6 +45,7 @@ class ExportReport(Document):
 
     model_config = ConfigDict(frozen=True)
 
+    document: Literal["export"] = Field(default="export", description="which document it is")
     model: str = Field(description="the checkpoint, as it was named")
     notes: tuple[str, ...] = Field(description="what was done to the checkpoint on loading")
     blocks: tuple[BlockReport, ...] = Field(description="blocks found in the module, and modules that resemble one")

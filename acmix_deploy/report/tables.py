@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,17 @@ from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 
 _OVERFLOWS = 8  # nodes of a file
+
+State = Literal["", "good", "unsure", "bad"]
+_STYLES: dict[State, str] = {"": "", "good": "green", "unsure": "yellow", "bad": "bold red"}
+
+
+class Cell(Text):
+    """Text with a state, which a terminal and a page show in their colours."""
+
+    def __init__(self, text: str, state: State = "") -> None:
+        super().__init__(text, style=_STYLES[state])
+        self.state = state
 
 
 def module_blocks(blocks: Iterable[BlockReport]) -> Table:
@@ -85,11 +97,11 @@ def half(verification: Verification) -> Table:
     return rows
 
 
-def verdict(passed: bool | None) -> str | Text:
+def verdict(passed: bool | None, unjudged: str = "not judged") -> Cell:
     """A word for the last column."""
     if passed is None:
-        return "not judged"
-    return "ok" if passed else Text("FAILED", style="bold red")
+        return Cell(unjudged)
+    return Cell("ok", "good") if passed else Cell("FAILED", "bad")
 
 
 def kept_in_float32(report: Fp16Report) -> Table:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix_deploy import pipeline
+from acmix_deploy import yolo
 from acmix_deploy.cli import main
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
@@ -219,7 +219,7 @@ def test_a_fault_of_the_preparation_is_found(folder, capsys, monkeypatch):
         prepared.scale.data *= 1.01
         return prepared
 
-    monkeypatch.setattr(pipeline.yolo, "prepare_for_export", prepare)
+    monkeypatch.setattr(yolo, "prepare_for_export", prepare)
     torch.save(Distorted().eval(), "model.pt")
     assert main(["export", "model.pt", "--trust", "--image-size", "32"]) == 1
     assert "output0 is not the module's" in capsys.readouterr().err

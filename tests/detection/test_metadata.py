@@ -124,7 +124,7 @@ def test_a_wrong_size_ends_every_verb_alike(photos: Path, capsys: pytest.Capture
         "detect": [file, str(photos / "photo.png")],
         "quantize": [file, "--calib", str(photos), *out],
         "package": ["triton", file, *out],
-        "export": [str(photos / "a.pt"), *out],
+        "export": [str(photos / "a.pt"), "--out", out[1]],
     }
     for verb, arguments in needing.items():
         code = main([verb, *arguments])
@@ -132,4 +132,4 @@ def test_a_wrong_size_ends_every_verb_alike(photos: Path, capsys: pytest.Capture
         assert f"the metadata tell the imgsz {told!r}, and expected are a height and a width" in capsys.readouterr().err
         assert code == 2, verb
     assert main(["inspect", file]) == 0
-    assert main(["profile", str(tiny(photos / "c.onnx", names="junk")), "--rounds", "1", "--seconds", "0.1"]) == 0
+    assert main(["profile", str(small(photos / "c.onnx", names="junk")), "--samples", "1"]) == 0

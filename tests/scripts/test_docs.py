@@ -106,7 +106,7 @@ def test_commands_and_code_run(
                 assert lines_without_figures(shown) <= lines_without_figures(printed.out)
     if name == "README.md":
         written = json.loads(Path("deploy/report.json").read_text(encoding="utf-8"))
-        schema = json.loads((ROOT / "docs/export-report.schema.json").read_text(encoding="utf-8"))
+        schema = json.loads((ROOT / "docs/schemas/export.json").read_text(encoding="utf-8"))
         assert set(schema["properties"]) == set(written)
         assert ExportReport.model_validate(written).fusion.fused == 3
 

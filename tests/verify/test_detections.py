@@ -302,14 +302,15 @@ def test_limits_follow_the_type_and_may_be_changed_later(scenes: Scenes, tmp_pat
     assert result.judged_by(lost=share).judged_by(relative_at_most(1e-9)).failures
     path = tmp_path / "report.json"
     document = VerifyDocument(**result.model_dump()).model_dump_json(by_alias=True)
-    for text in (document, json.dumps({"model": "m.pt", "verification": json.loads(document)})):
+    for text in (document, json.dumps({"document": "export", "verification": json.loads(document)})):
         path.write_text(text)
         assert read_verification(path) == result
-    for text in ("", "{}", "[]", '{"verification": 3}'):
+    broken = '{"document": "export"}', '{"document": "verify"}', '{"document": "export", "verification": 3}'
+    for text in ("{}", "[]", *broken):
         path.write_text(text)
         with pytest.raises(UserError, match="holds no result of a verification"):
             read_verification(path)
-    with pytest.raises(UserError, match=r"absent.json holds no result"):
+    with pytest.raises(UserError, match=r"cannot read .*absent\.json"):
         read_verification(tmp_path / "absent.json")
 
 

@@ -57,6 +57,7 @@ __all__ = ["TritonPythonModel"]
 class PackageDocument(Document):
     """Result of ``acmix-deploy package triton``."""
 
+    document: Literal["package triton"] = "package triton"
     repository: Path = Field(description="folder of the model repository")
     model: str = Field(description="the model that clients ask")
     max_batch: int = Field(description="images in a run at most; 0 where the file is made for one number of images")
