@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -303,8 +302,8 @@ def test_an_interruption_leaves_the_rounds_before(in_worker, tmp_path: Path, mon
             raise KeyboardInterrupt
         return run(*arguments, **options)
 
-    run = subprocess.run
-    monkeypatch.setattr(measure_module.subprocess, "run", interrupted)
+    run = measure_module.run
+    monkeypatch.setattr(measure_module, "run", interrupted)
     assert run_pair(tmp_path) == 130
     (kept,) = read_samples(tmp_path / "gate.json")
     assert [one.index for one in kept.candidate.rounds] == [0, 1]
