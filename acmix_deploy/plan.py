@@ -42,7 +42,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    checkpoint: Annotated[Path, Option(Path, "model")] = Field(
+    checkpoint: Annotated[Path, Option(Path)] = Field(
         description="checkpoint of PyTorch or Ultralytics (.pt, .pth) or program (.pt2)"
     )
     out: Annotated[Path, Option(Path, "DIR")] = Field(

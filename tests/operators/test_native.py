@@ -136,6 +136,8 @@ LAUNCHED = """
         problem.head_dim = 16;
         problem.length = 7;
         say();
+        problem.length = 500;
+        say();
         problem.length = 502;
         say();
         const char* reason = acmix_grouped_shift(&problem, -1, nullptr, nullptr, nullptr, nullptr, nullptr);
@@ -157,6 +159,7 @@ def test_another_operator_is_launched(tmp_path):
         "32",
         "unsupported: got head_dim 8, supported 16, 24",
         "unsupported: got length / 2 = 7 / 2, supported whole numbers",
+        "16",
         "unsupported: got groups * length 1004, supported at most 1000",
         "launched",
         "unsupported: got epsilon inf, supported finite numbers",

@@ -59,8 +59,8 @@ def judge(files: dict[str, Path], folder: Path, shapes: list[tuple[int, ...]]) -
     return verify(
         candidates[0].runner,
         candidates[1:],
+        Scenes("images", batches, metadata.names),
         metadata=metadata,
-        scenes=Scenes("images", batches, metadata.names),
         tolerances=FILE_TOLERANCES,
     )
 

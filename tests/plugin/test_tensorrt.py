@@ -111,6 +111,17 @@ def test_plan(ask, libraries, operator):
     }
 
 
+@every_operator
+def test_plan_of_tensorrt_8(ask, libraries, operator):
+    """The magic number, the version and the attributes in words of 32 bits."""
+    lines = ask(8, libraries(8), "plan", operator).stdout.splitlines()
+    written = "584d4341 1 4 5 2 3e99999a "  # ACMX, and 0.3
+    assert dict(line.split(": ") for line in lines) == {
+        **dict.fromkeys(("plan", "clone", "read"), written),
+        **dict.fromkeys(("cut off", "another version"), "refused"),
+    }
+
+
 @pytest.fixture(scope="session")
 def enqueue(ask, tmp_path_factory):
     """Run a node of the plugin, its kernels compiled for the CPU: the result of each step, what it logged, and y."""
