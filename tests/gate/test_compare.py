@@ -137,10 +137,7 @@ SAMPLE = "candidate.rounds.3.turns.1.samples_ms.7"
         ("[]", "the list is empty"),
         (json.dumps(trtexec([1.0, -2.0])), "holds no times of trtexec: 1.computeMs"),
         (json.dumps(trtexec([1.0, 0.0])), "holds latencies that no clock gives: 0.0"),
-        (
-            '{"document": "profile", "profiles": [{"file": "a.onnx", "provider": "x", "samples_ms": [1.0, NaN]}]}',
-            "nan",
-        ),
+        ('{"document": "profile", "profiles": [{"file": "a.onnx", "provider": "x", "samples_ms": [1.0, NaN]}]}', "nan"),
         ('{"document": "profile", "schema": 2, "profiles": []}', "is of version 2"),
         ('{"document": "profile", "schema": 1, "profiles": []}', "profiles: List should have at least 1 item"),
     ],

@@ -486,7 +486,7 @@ def test_scores_of_nothing_fail_whatever_the_task_is(
         ([], "two files are compared"),
         (["a.onnx"], "two files are compared"),
         (["a.onnx", "b.onnx", "--from", "c.json"], "is given too"),
-        (["--from", "c.json"], "c.json holds no result"),
+        (["--from", "c.json"], "cannot read c.json"),
         (
             ["--from", "c.json", "--confidence", "0.3", "--provider", "cpu", "--plugin", "p.so"],
             "--from runs nothing, so that --confidence, --provider, --plugin would change nothing",
