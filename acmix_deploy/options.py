@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 ConvBranchChoice = Literal["auto", "dense", "grouped"]
 """Forms of a convolution branch; "auto" is the one that is faster on a GPU."""
@@ -117,55 +118,19 @@ def image_size(text: str) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
-@parses("a whole number of at least 0")
-def count(text: str) -> int:
-    """An integer of at least 0."""
-    return _at_least(0, int(text))
+def _number(kind: Callable[[str], N], within: Callable[[N], bool], expected: str) -> Callable[[str], N]:
+    @parses(expected)
+    def parse(text: str) -> N:
+        if not within(value := kind(text)):
+            raise ValueError(text)
+        return value
+
+    return parse
 
 
-@parses("a whole number of at least 1")
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    return _at_least(1, int(text))
-
-
-@parses("a port, 0 to 65535")
-def port(text: str) -> int:
-    """A port, or 0."""
-    value = int(text)
-    if not 0 <= value < 1 << 16:
-        raise ValueError(text)
-    return value
-
-
-@parses("a number from 0 to 1")
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError(text)
-    return value
-
-
-@parses("a number of at least 0")
-def not_negative(text: str) -> float:
-    """A number of at least 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError(text)
-    return value
-
-
-@parses("a number of more than 0")
-def duration(text: str) -> float:
-    """Seconds, more than 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
-
-
-def _at_least(least: int, value: int) -> int:
-    if value < least:
-        raise ValueError(value)
-    return value
+count = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+positive = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+port = _number(int, lambda value: 0 <= value < 1 << 16, "a port, 0 to 65535")
+share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+duration = _number(float, lambda value: 0 < value < math.inf, "a number of more than 0")
