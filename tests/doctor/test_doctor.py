@@ -361,6 +361,11 @@ def test_a_swin_block_that_would_freeze(tmp_path: Path) -> None:
     assert faults(found) == {"traced-batch", "no-bias"}
 
 
+def test_a_fold_that_tensorrt_does_not_read(tmp_path: Path) -> None:
+    found = look(saved(tmp_path / "a.pt", nn.Sequential(outlook.randomised(outlook.Published()))), trust=True)
+    assert faults(found) == {"col2im"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Engines and plugins
 

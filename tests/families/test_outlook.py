@@ -207,7 +207,7 @@ def test_a_block_of_others_is_replaced(options):
         original.stride, original.padding = 3, 2
     model, (report,) = OUTLOOK.recogniser.canonicalise(nn.Sequential(nn.Identity(), original))
     assert report.status == "replaced", report.reason
-    assert report.repaired == ["fold, which exporters write as Col2Im and TensorRT does not read"]
+    assert report.repaired == ["col2im"]
     heads, kernel, padding, stride = original.geometry
     assert report.geometry == {"num_heads": heads, "kernel_size": kernel, "padding": padding, "stride": stride}
     assert model[1].v.weight is getattr(original, original.names[0]).weight
