@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy.engine.build import build
-from acmix_deploy.export import AXES
 from acmix_deploy.families import FAMILIES, canonicalise
 from acmix_deploy.families.family import Family
 from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.precision import to_fp16
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.families.parts import Model, example, examples_of, export, operators, outputs, relative_l2
 from tests.plugin import parts as plugin_parts
