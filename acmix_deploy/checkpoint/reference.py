@@ -13,9 +13,10 @@ from acmix_deploy import yolo
 from acmix_deploy.checkpoint.load import LoadedModel
 from acmix_deploy.checkpoint.refusals import does_not_run
 from acmix_deploy.errors import AcmixDeployError, UserError
+from acmix_deploy.faults import FaultId
 from acmix_deploy.runtime.inputs import Shape, random_images
 from acmix_deploy.runtime.metrics import Array
-from acmix_deploy.runtime.torch import MOVED_TO_CUDA, OnCpu, quiet, tensors_of
+from acmix_deploy.runtime.torch import OnCpu, quiet, tensors_of
 
 
 class ReferenceReport(BaseModel):
@@ -23,7 +24,7 @@ class ReferenceReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    repaired: tuple[str, ...] = Field(default=(), description="what of the model was changed so that it runs here")
+    repaired: tuple[FaultId, ...] = Field(default=(), description="what of the model was changed so that it runs here")
     uncompared: tuple[str, ...] = Field(
         default=(), description="blocks that were known by their parts alone: their own code was not there to run"
     )
@@ -51,7 +52,7 @@ class Reference(nn.Module):
         self.model = module.module() if isinstance(module, ExportedProgram) else copy.deepcopy(module)
         self.saved_by = getattr(module, "saved_by", "")
         self.uncompared = loaded.by_parts
-        self._faults: dict[str, None] = {}
+        self._faults: dict[FaultId, None] = {}
         self._exported: list[int] | None = None
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -66,7 +67,7 @@ class Reference(nn.Module):
     @property
     def report(self) -> ReferenceReport:
         """What it took to run, so far."""
-        moved = (MOVED_TO_CUDA,) if MOVED_TO_CUDA in self._faults else ()
+        moved = tuple(fault for fault in self._faults if fault == "cuda-position")
         return ReferenceReport(repaired=moved, uncompared=self.uncompared)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from acmix_deploy import families
 from acmix_deploy.checkpoint import Contents, read
 from acmix_deploy.doctor.diagnosis import Examination, Finding
-from acmix_deploy.doctor.faults import reported_as
+from acmix_deploy.doctor.faults import FAULTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,10 +64,10 @@ def _described(contents: Contents) -> dict[str, str]:
 
 def _of_block(block: families.BlockReport) -> Iterator[Finding]:
     name = block.name or "the model"
-    for repaired in block.repaired:
-        yield Finding.of(reported_as(repaired), repaired, name)
-    if block.status == "left alone":
-        yield Finding.of(reported_as(block.reason), f"{block.class_name} is left alone: {block.reason}", name)
+    for fault in block.repaired:
+        yield Finding.of(fault, FAULTS[fault].of_block, name)
+    if block.fault:
+        yield Finding.of(block.fault, f"{block.class_name} is left alone: {block.reason}", name)
 
 
 def _blocks(state: Mapping[str, Tensor]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.families import BlockReport
+from acmix_deploy.faults import FaultId
 from acmix_deploy.fusion import FusedBlock
 
 State = Literal["ok", "missing", "fault"]
@@ -30,13 +31,13 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    fault: str = Field(description="its name in docs/doctor.md")
+    fault: FaultId = Field(description="its name in docs/doctor.md")
     where: str = Field(default="", description="block, node or axis; empty where it is the file")
     found: str = Field(description="what was seen")
     remedy: str = Field(description="what mends it")
 
     @classmethod
-    def of(cls, fault: str, found: str = "", where: str = "", remedy: str = "") -> Finding:
+    def of(cls, fault: FaultId, found: str = "", where: str = "", remedy: str = "") -> Finding:
         """With the words of the fault where there are no better ones."""
         known = FAULTS[fault]
         return cls(fault=fault, where=where, found=found or known.what, remedy=remedy or known.remedy)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from acmix_deploy.detection.boxes import NO_DETECTOR_HINT
+from acmix_deploy.faults import FaultId
 
 _REPLACED = "acmix-deploy export replaces the block by its own, proven equal"
 
@@ -19,11 +19,11 @@ class Fault:
     """What a user sees of it, with the message in the words of the library that gives it."""
     remedy: str
     """What mends it; a sentence."""
-    report: str = ""
-    """Pattern of what the recognition of blocks says of it."""
+    of_block: str = ""
+    """What is said of a block that has it."""
 
 
-FAULTS: dict[str, Fault] = {
+FAULTS: dict[FaultId, Fault] = {
     "float64-position": Fault(
         "`torch.linspace` makes the position term float64 in TorchScript exports",
         "ONNX Runtime: `Could not find an implementation for Conv`",
@@ -57,7 +57,7 @@ FAULTS: dict[str, Fault] = {
         "position tensors are made in float32 whatever the model's type",
         "PyTorch: `Input type (float) and bias type (c10::Half) should be the same`",
         f"{_REPLACED}; in code: make the coordinates in the type of the input.",
-        r"does not run in the \w+ of its weights",
+        "does not run in the type of its weights",
     ),
     "cuda-position": Fault(
         "`.cuda()` whatever the input's device",
@@ -69,13 +69,19 @@ FAULTS: dict[str, Fault] = {
         "initialisation sets `dep_conv.bias` to `None`",
         "checkpoints with and without that tensor: `Missing key(s) in state_dict`, `Unexpected key(s)`",
         "The project's own ACmix loads both; acmix-deploy export needs nothing.",
-        r"dep_conv\.bias is None",
+        "dep_conv.bias is None",
     ),
     "scalar-rates": Fault(
         "rates are scalars in some copies, of shape (1,) in others",
         "PyTorch: `size mismatch for rate1`",
         "The project's own ACmix widens them; acmix-deploy export needs nothing.",
-        "scalar rates widened",
+        "scalar rates widened to shape (1,)",
+    ),
+    "col2im": Fault(
+        "`torch.nn.functional.fold`, which exporters write as Col2Im",
+        "TensorRT reads no Col2Im, and the TorchScript exporter writes none of sizes that it traces",
+        f"{_REPLACED}, or acmix-deploy fuse takes it out of the file.",
+        "fold, which exporters write as Col2Im and TensorRT does not read",
     ),
     "folded-position": Fault(
         "constant folding stored the unfolded position term",
@@ -86,13 +92,11 @@ FAULTS: dict[str, Fault] = {
         "YAML arguments ended up in the wrong place: `kernel_att` 512 or 1",
         "fails, or computes something else",
         "Put the arguments in the order [out_planes, kernel_att, head] and train again.",
-        "it must be odd and at least 3",
     ),
     "no-block": Fault(
         "a module is called or built like a known block and computes something else",
         "",
         "It is exported as it is and not fused; if it should be a known block, the reason says what to change.",
-        ".",
     ),
     "blocked-load": Fault(
         "a configuration object (yacs, argparse) lies beside the weights",
@@ -121,9 +125,3 @@ FAULTS: dict[str, Fault] = {
         "Build it again on this machine: acmix-deploy build.",
     ),
 }
-"""By name. ``no-block`` comes after those whose report is more telling."""
-
-
-def reported_as(text: str) -> str:
-    """Name of the fault that a report of the recognition is about."""
-    return next(name for name, fault in FAULTS.items() if fault.report and re.search(fault.report, text))

@@ -17,6 +17,7 @@ from acmix_deploy.families.outlook.graph import OUTLOOK
 from acmix_deploy.families.shift_conv.graph import SHIFT_CONV
 from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
 from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
+from acmix_deploy.faults import FaultId
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +35,9 @@ class BlockReport(BaseModel):
     status: Literal["canonical", "replaced", "left alone"]
     reason: str = ""
     """Why it was left alone."""
-    repaired: list[str] = []
+    fault: FaultId | None = None
+    """The known fault that is the reason."""
+    repaired: list[FaultId] = []
     """Faults of the original that the replacement does not have."""
     geometry: dict[str, int] | None = None
     """The arguments that the family's own module is built with."""

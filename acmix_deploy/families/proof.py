@@ -57,7 +57,8 @@ def keep_proven(
         if proof and (difference := proof.difference(any_size)):
             for path in _paths(report):
                 model = _put(model, path, copy.deepcopy(proof.module))
-            put_back: dict[str, Any] = {"status": "left alone", "reason": difference, "repaired": [], "geometry": None}
+            put_back: dict[str, Any] = {"status": "left alone", "reason": difference, "fault": "no-block"}
+            put_back |= {"repaired": [], "geometry": None}
             settled.append(report.model_copy(update=put_back))
         else:
             settled.append(report)

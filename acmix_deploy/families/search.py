@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from acmix_deploy.families import BlockReport
 from acmix_deploy.families.family import Family
+from acmix_deploy.faults import FaultId
 from acmix_deploy.graph import Reached
 from acmix_deploy.runtime.torch import OnCpu
 
@@ -24,11 +25,18 @@ _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # what Ultralytics sets on a layer
 
 
 class NotABlock(Exception):
-    """Why a module is no block of a family, and how close it came, where that is known."""
+    """Why a module is no block of a family.
 
-    def __init__(self, reason: str, reached: Reached = Reached.NOTHING) -> None:
+    Args:
+        reason: in words, for the report.
+        reached: how close it came.
+        fault: the known fault that is the reason, if it is one.
+    """
+
+    def __init__(self, reason: str, reached: Reached = Reached.NOTHING, fault: FaultId = "no-block") -> None:
         super().__init__(reason)
         self.reached = reached
+        self.fault: FaultId = fault
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,12 @@ class Proposal:
     """Random input to compare on, float32."""
     calls: Sequence[tuple[Any, ...]] = ((),)
     """What follows x in each call to compare."""
-    repaired: Sequence[str] = ()
+    repaired: Sequence[FaultId] = ()
     """Faults of the original, as its parts tell them."""
     refusals: Sequence[str] = field(default=())
     """Why likelier candidates could not be built."""
+    fault: FaultId = "no-block"
+    """The known fault that they are."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class Recogniser:
                 seen = self._resembles(module)
                 if not seen:
                     continue
-                report.status, report.reason = "left alone", str(reason)
+                report.status, report.reason, report.fault = "left alone", str(reason), reason.fault
                 report.reached = max(seen, reason.reached)
             reports[module] = report
 
@@ -150,7 +160,7 @@ class Recogniser:
                 setattr(block, name, getattr(module, name))
         return block.train(module.training)
 
-    def _replacement(self, module: nn.Module) -> tuple[nn.Module, list[str]]:
+    def _replacement(self, module: nn.Module) -> tuple[nn.Module, list[FaultId]]:
         """The block of this family that computes what ``module`` does, and what it repairs. Raises NotABlock."""
         proposal = self.propose(module)
         own_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
@@ -158,7 +168,7 @@ class Recogniser:
             expected, faults = _run_original(module, proposal, own_dtype)
         except Exception as error:
             failure = f"its own forward fails: {type(error).__name__}: {str(error).splitlines()[0]}"
-            raise NotABlock("; ".join([*proposal.refusals, failure]), Reached.WHOLE) from error
+            raise NotABlock("; ".join([*proposal.refusals, failure]), Reached.WHOLE, proposal.fault) from error
         dtype = expected[0].dtype
         half = dtype in (torch.float16, torch.bfloat16)
         limit = self.family.tolerances["float16" if half else "float32"].limit()
@@ -176,7 +186,7 @@ class Recogniser:
                 else f"it gives {_shapes(expected)} where {self.block.__name__}({arguments}) gives {_shapes(results)}"
             )
         else:
-            raise NotABlock((*proposal.refusals, differences[0])[0], Reached.WHOLE)
+            raise NotABlock((*proposal.refusals, differences[0])[0], Reached.WHOLE, proposal.fault)
         return self._dressed(block, module), [*faults, *proposal.repaired]
 
 
@@ -193,7 +203,7 @@ def _run(module: nn.Module, proposal: Proposal, dtype: torch.dtype) -> list[Tens
     return results
 
 
-def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[str]]:
+def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
     """The block's own results, in the widest type that it runs in, and the faults seen. Raises what the block does."""
     failures: dict[torch.dtype, Exception] = {}
     results = {}
@@ -207,7 +217,7 @@ def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype)
         raise failures[torch.float32]
     faults = list(watch.faults)
     if own_dtype in failures:
-        faults.append(f"does not run in the {str(own_dtype).removeprefix('torch.')} of its weights")
+        faults.append("float32-position")
     return next(iter(results.values())), faults
 
 

@@ -6,6 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.profile import compare
 from acmix_deploy.report.model import ExportReport
@@ -66,7 +67,8 @@ def _detections(verification: Verification) -> list[RenderableType]:
 
 def notes(report: ExportReport) -> list[str]:
     """What the tables of an export do not say."""
-    repaired = (f"repaired, so that the model runs here: {fault}" for fault in report.reference.repaired)
+    faults = [FAULTS[fault].of_block for fault in report.reference.repaired]
+    repaired = (f"repaired, so that the model runs here: {fault}" for fault in faults)
     found = [*report.notes, *repaired, *report.export.notes, *fusion_notes(report.fusion)]
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped

@@ -9,6 +9,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.manifest import Manifest
@@ -36,7 +37,8 @@ def module_blocks(blocks: Iterable[BlockReport]) -> Table:
     rows = table("name", "class", "status", "geometry", "repaired, or why not")
     for block in blocks:
         geometry = ", ".join(f"{key}={value}" for key, value in (block.geometry or {}).items())
-        rows.add_row(block.name, block.class_name, block.status, geometry, "; ".join(block.repaired) or block.reason)
+        repaired = "; ".join(FAULTS[fault].of_block for fault in block.repaired)
+        rows.add_row(block.name, block.class_name, block.status, geometry, repaired or block.reason)
     return rows
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from acmix_deploy.faults import FaultId
 from acmix_deploy.runtime.metrics import Array
 
 
@@ -26,30 +27,27 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-MOVED_TO_CUDA = "tensors moved to CUDA whatever the input's device"
-
-
 class OnCpu(TorchFunctionMode):
     """Keeps on the CPU what code inside would move to CUDA, and notes the faults of published blocks that it sees."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.faults: dict[str, None] = {}
+        self.faults: dict[FaultId, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
-            self.faults[MOVED_TO_CUDA] = None
+            self.faults["cuda-position"] = None
             return args[0]
         if func is torch.linspace:
-            self.faults["position computed with linspace"] = None
+            self.faults["linspace-position"] = None
         if func is torch.nn.functional.fold:
-            self.faults["fold, which exporters write as Col2Im and TensorRT does not read"] = None
+            self.faults["col2im"] = None
         return func(*map(self._moved, args), **{key: self._moved(value) for key, value in (kwargs or {}).items()})
 
     def _moved(self, value: Any) -> Any:
         if not isinstance(value, (str, torch.device)) or not str(value).startswith("cuda"):
             return value
-        self.faults[MOVED_TO_CUDA] = None
+        self.faults["cuda-position"] = None
         return "cpu"
 
 

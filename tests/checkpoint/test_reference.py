@@ -176,7 +176,7 @@ def test_blocks_that_are_called_in_other_ways(by_keyword, status):
 def test_what_was_repaired_to_run_is_told(folder, capsys):
     found = exported(capsys, OnCuda, "--image-size", "32")
     assert not found["reference"]["as_loaded"]
-    assert found["reference"]["repaired"] == ["tensors moved to CUDA whatever the input's device"]
+    assert found["reference"]["repaired"] == ["cuda-position"]
     assert found["verification"]["reference"] == "the model as it was repaired"
     assert main(["export", "model.pt", "--trust", "--image-size", "32"]) == 0
     printed = capsys.readouterr().out

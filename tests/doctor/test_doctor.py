@@ -33,6 +33,7 @@ from acmix_deploy.report.documents import DoctorDocument
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.engine.parts import make_engine
+from tests.families import test_outlook as outlook
 from tests.families.parts import export as traced
 from tests.families.test_recognise_module import Port, port
 from tests.fusion.test_fuse import Frozen, Published, position_map, randomised
@@ -359,6 +360,11 @@ def test_a_swin_block_that_would_freeze(tmp_path: Path) -> None:
     block.window_size = block.side
     found = look(saved(tmp_path / "a.pt", nn.Sequential(block)), trust=True)
     assert faults(found) == {"traced-batch", "no-bias"}
+
+
+def test_a_fold_that_tensorrt_does_not_read(tmp_path: Path) -> None:
+    found = look(saved(tmp_path / "a.pt", nn.Sequential(outlook.randomised(outlook.Published()))), trust=True)
+    assert faults(found) == {"col2im"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,42 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy.families import FAMILIES
+from acmix_deploy.families.examples import Examples
+from acmix_deploy.families.family import Family
 from acmix_deploy.fusion import fuse
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
+
+
+def examples_of(family: Family[Any]) -> Examples:
+    found: Examples = import_module(f"acmix_deploy.families.{family.name}.examples").EXAMPLES
+    return found
+
+
+def example(family: Family[Any], *, as_others_have_it: bool = False) -> tuple[Any, Tensor]:
+    """A block of 8 channels, and two maps for it."""
+    examples = examples_of(family)
+    make = (as_others_have_it and examples.as_others_have_it) or examples.block
+    x = torch.randn(2, 8, 8, 12, generator=torch.Generator().manual_seed(0))
+    return randomised(make(8)), x.permute(0, 2, 3, 1).contiguous() if examples.channels_last else x
+
+
+class Model(nn.Module):
+    """A block between convolutions, as in a detector: [B, 3, H, W] to [B, 4, H, W]."""
+
+    def __init__(self, family: Family[Any], channels: int = 8) -> None:
+        super().__init__()
+        examples = examples_of(family)
+        self.channels_last = examples.channels_last
+        self.before, self.block = nn.Conv2d(3, channels, 1), examples.block(channels)
+        self.after = nn.Conv2d(channels, 4, 1)
+        randomised(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x).relu()
+        y = self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.block(x)
+        return self.after(y.relu())
 
 
 def randomised(module: nn.Module) -> Any:
@@ -52,16 +85,22 @@ def export(
     dynamic: Collection[str] = (),
     opset: int = 17,
     fold: bool = True,
+    divisor: int = 1,
 ) -> Path:
-    """Write ``module`` as ONNX by one of PyTorch's exporters, with the axes named in ``dynamic`` free."""
+    """Write ``module`` as ONNX by one of PyTorch's exporters, with the axes named in ``dynamic`` free.
+
+    Heights and widths are multiples of ``divisor``, which the dynamo exporter wants to be told.
+    """
     axes = {AXES[name]: name for name in dynamic}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if exporter == "dynamo":
-            shapes = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC),) if dynamic else None
+            free: dict[int, Any] = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+            if divisor > 1:
+                free |= {axis: divisor * torch.export.Dim(name, min=2, max=64) for axis, name in axes.items() if axis}
             torch.onnx.export(
-                module, (x,), path, dynamo=True, opset_version=18, dynamic_shapes=shapes, verbose=False,
-                external_data=False,
+                module, (x,), path, dynamo=True, opset_version=18, dynamic_shapes=(free,) if free else None,
+                verbose=False, external_data=False,
             )  # fmt: skip
         else:
             torch.onnx.export(

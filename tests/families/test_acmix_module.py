@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,11 +97,10 @@ def test_shift_initialisation_sums_the_nine_shifted_maps() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("width", [9, 2500])
-def test_half_precision_stays_close(dtype: torch.dtype, width: int) -> None:
-    """Wide: index 2 * 2499 is no float16 number and 256 no longer the end of exact bfloat16 integers."""
+def test_half_precision_stays_close_on_a_wide_map(dtype: torch.dtype) -> None:
+    """Index 2 * 2499 is no float16 number and 256 no longer the end of exact bfloat16 integers."""
     block = randomised(ACmix(4, 8, 3, 2))
-    x = torch.randn(1, 4, 4, width)
+    x = torch.randn(1, 4, 4, 2500)
     assert relative_l2(copy.deepcopy(block).to(dtype)(x.to(dtype)), block(x)) < 16 * torch.finfo(dtype).eps
 
 
@@ -123,24 +120,6 @@ def test_positions_are_exact_before_they_are_rounded() -> None:
 def test_channels_last_input() -> None:
     block, x = randomised(ACmix(4, 8)), torch.randn(2, 4, 6, 5)
     torch.testing.assert_close(block(x.contiguous(memory_format=torch.channels_last)), block(x))
-
-
-def test_trains() -> None:
-    torch.manual_seed(0)
-    block, teacher = ACmix(4, 8, 3, 2), randomised(ACmix(4, 8, 3, 2))
-    optimizer = torch.optim.Adam(block.parameters(), 0.05)
-    x = torch.randn(4, 4, 6, 6)
-    target = teacher(x).detach()
-    losses = []
-    for _ in range(30):
-        loss = (block(x) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] / 2
-    # conv_p.bias shifts all logits of a pixel alike: the softmax cannot see it.
-    assert all(p.grad.abs().max() > 0 for name, p in block.named_parameters() if name != "conv_p.bias")
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
@@ -217,30 +196,3 @@ def test_torch_compile_makes_one_graph_of_any_size() -> None:
     for shape in ((2, 4, 6, 8), (1, 4, 10, 4)):
         x = torch.randn(*shape)
         torch.testing.assert_close(compiled(x), block(x))
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
-def test_exports_with_every_axis_dynamic(dynamo: bool, stride: int) -> None:
-    block = randomised(ACmix(4, 8, 5, 2, stride=stride))
-    if dynamo:
-        height, width = (stride * torch.export.Dim(axis, min=4) for axis in ("h", "w"))
-        dynamic = {"dynamic_shapes": {"x": {0: torch.export.Dim("b"), 2: height, 3: width}}}
-    else:
-        dynamic = {"dynamic_axes": {"x": {0: "b", 2: "h", 3: "w"}}}
-    file = io.BytesIO()
-    torch.onnx.export(
-        block,
-        (torch.randn(2, 4, 8, 10),),
-        file,
-        input_names=["x"],
-        opset_version=18,
-        dynamo=dynamo,
-        verbose=False,
-        **dynamic,
-    )
-    session = onnxruntime.InferenceSession(file.getvalue())
-    for shape in ((2, 4, 8, 10), (1, 4, 14, 8), (3, 4, 8, 18)):
-        x = torch.randn(*shape)
-        (y,) = session.run(None, {"x": x.numpy()})
-        assert relative_l2(torch.from_numpy(y), block(x)) < FLOAT32_LIMIT

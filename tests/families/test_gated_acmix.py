@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from acmix_deploy import families
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
 from acmix_deploy.families.gated_acmix.module import GatedACmix
@@ -98,22 +97,6 @@ def test_tokens_attend_to_their_own_image_alone() -> None:
     right, faulty = (randomised(GatedACmix(8, 2, sequence_first=fault)) for fault in (False, True))
     torch.testing.assert_close(right(x)[1:2], right(x[1:2]))
     assert relative_l2(faulty(x)[1:2], faulty(x[1:2])) > 0.01
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_close(dtype: torch.dtype) -> None:
-    block, x = randomised(GatedACmix(8, 2)), torch.randn(2, 8, 7, 5)
-    assert relative_l2(copy.deepcopy(block).to(dtype)(x.to(dtype)), block(x)) < 16 * torch.finfo(dtype).eps
-
-
-def test_every_weight_learns() -> None:
-    torch.manual_seed(0)
-    block = GatedACmix(8, 2, hidden=8)
-    block(torch.randn(4, 8, 7, 5)).square().mean().backward()
-    for name, parameter in block.named_parameters():
-        # The biases of the keys add the same to all logits of a query.
-        gradient = parameter.grad[:8] if name == "attention.in_proj_bias" else parameter.grad
-        assert gradient.abs().max() > 0, name
 
 
 @pytest.mark.parametrize(
@@ -243,16 +226,6 @@ def test_an_impostor_is_left_alone_and_named(options: dict[str, Any], reason: st
     assert reason in report.reason
 
 
-def test_own_blocks_are_no_other_familys() -> None:
-    _, (report,) = families.canonicalise(nn.Sequential(GatedACmix(8, 2)))
-    assert (report.status, report.family) == ("canonical", "gated_acmix")
-
-
-def test_ordinary_modules_are_not_mentioned() -> None:
-    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 2))
-    assert GATED_ACMIX.recogniser.canonicalise(model)[1] == []
-
-
 class Detector(nn.Module):
     """A block with what usually surrounds it."""
 
@@ -295,12 +268,9 @@ def test_a_batch_norm_that_the_exporter_left(tmp_path: Path) -> None:
     assert_fused(model, tmp_path / "plain.onnx", x)
 
 
-@pytest.mark.parametrize(
-    ("exporter", "sequence_first"), [("dynamo", False), ("torchscript", False), ("torchscript", True)]
-)
-def test_every_axis_free(tmp_path: Path, exporter: str, sequence_first: bool) -> None:
-    model = Detector(randomised(GatedACmix(8, 2, sequence_first=sequence_first)))
-    source = export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx", exporter=exporter, dynamic=AXES)
+def test_every_axis_free_and_sequence_first(tmp_path: Path) -> None:
+    model = Detector(randomised(GatedACmix(8, 2, sequence_first=True)))
+    source = export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx", dynamic=AXES)
     assert_fused(model, source, *(torch.randn(size) for size in ((1, 3, 6, 5), (3, 3, 4, 7), (2, 3, 1, 2))))
 
 
@@ -364,17 +334,6 @@ def test_alone_in_a_batch_sequence_first_is_one_convolution(tmp_path: Path) -> N
     assert len(operators) < 22
 
 
-def test_float16_weights(tmp_path: Path) -> None:
-    block, x = randomised(GatedACmix(8, 2)), torch.randn(1, 8, 5, 7)
-    half = copy.deepcopy(block).half()
-    fuse(export(half, x.half(), tmp_path / "half.onnx"), tmp_path / "fused.onnx", expect=1)
-    assert {tensor.data_type for tensor in onnx.load(tmp_path / "fused.onnx").graph.initializer} <= {10, 7}
-    exact = block(x).detach().numpy()
-    eager = deviation(exact, half(x.half()).detach().float().numpy()).relative_l2
-    found = deviation(exact, outputs(tmp_path / "fused.onnx", x.half()).astype(np.float32))
-    assert found.relative_l2 < TOLERANCES["float16"].limit(eager)
-
-
 @pytest.mark.parametrize(("options", "_", "reason"), NEAR_MISSES, ids=str)
 def test_near_misses_do_not_fuse(tmp_path: Path, options: dict[str, Any], _: str, reason: str) -> None:
     model, x = Detector(randomised(Port(**{"tokens": "batch first", **options}))), torch.randn(2, 3, 5, 7)
@@ -403,12 +362,6 @@ def test_an_intermediate_that_is_also_an_output(tmp_path: Path) -> None:
     (block,) = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").found.blocks
     assert not block.fused
     assert "also an output of the graph" in block.reason
-
-
-def test_a_fused_file_stays_as_it_is(tmp_path: Path) -> None:
-    model, x = Detector(randomised(Port(tokens="batch first"))), torch.randn(1, 3, 5, 7)
-    assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
-    assert fuse(tmp_path / "fused.onnx", tmp_path / "again.onnx").found.blocks == []
 
 
 @pytest.mark.parametrize("tokens", ["batch first", "batch first, not told"])

@@ -11,30 +11,16 @@ import copy
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.export import export
-from acmix_deploy.families.acmix.module import ACmix
-from acmix_deploy.families.gated_acmix.module import GatedACmix
-from acmix_deploy.families.outlook.module import OutlookAttention
-from acmix_deploy.families.shift_conv.module import ShiftConv
-from acmix_deploy.families.swin_acmix.module import SwinACmix
-from acmix_deploy.families.windowed_acmix.module import WindowedACmix
+from acmix_deploy.families import FAMILIES
 from acmix_deploy.fusion import fuse
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
+from tests.families.parts import example
 
-BLOCKS = {
-    "acmix": (lambda: ACmix(6, 8, kernel_att=3, head=2), (1, 6, 8, 10)),
-    "swin_acmix": (lambda: SwinACmix(8, 4, 2, shift_size=2), (1, 8, 12, 8)),
-    "windowed_acmix": (lambda: WindowedACmix(8, 4, 2), (1, 8, 12, 8)),
-    "gated_acmix": (lambda: GatedACmix(8, 2), (1, 8, 6, 7)),
-    "outlook": (lambda: OutlookAttention(8, 2), (1, 8, 10, 8)),
-    "shift_conv": (lambda: ShiftConv(4, 6), (1, 4, 8, 9)),
-}
 SAME = 1e-4  # relative L2; a block that is fused wrongly is off by much more
 OPERATORS = {
     "Add": ("Sub", "Mul"), "Sub": ("Add",), "Mul": ("Add",), "Div": ("Mul",), "Softmax": ("LogSoftmax", "Hardmax"),
@@ -42,17 +28,13 @@ OPERATORS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=BLOCKS)
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
 def block(request, tmp_path_factory):
     """A block as it is exported, its parameters all random, and the shape of its input."""
-    make, shape = BLOCKS[request.param]
-    torch.manual_seed(0)
-    module = make().eval()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    path = tmp_path_factory.mktemp("blocks") / f"{request.param}.onnx"
-    export(module, path, input_shape=shape, opset=17)
-    return onnx.load(path), shape
+    module, x = example(request.param)
+    path = tmp_path_factory.mktemp("blocks") / "block.onnx"
+    export(module, path, input_shape=(1, *x.shape[1:]), opset=17)
+    return onnx.load(path), (1, *x.shape[1:])
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(170, marks=pytest.mark.soak)])

@@ -154,13 +154,13 @@ def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "repaired"),
     [
-        ({}, {"position computed with linspace", "dep_conv.bias is None"}),
+        ({}, {"linspace-position", "no-bias"}),
         ({"position": "ours", "dep_bias": True}, set()),
-        ({"position": "ours"}, {"dep_conv.bias is None"}),
-        ({"position": "ours", "dep_bias": True, "rate_shape": ()}, {"scalar rates widened to shape (1,)"}),
+        ({"position": "ours"}, {"no-bias"}),
+        ({"position": "ours", "dep_bias": True, "rate_shape": ()}, {"scalar-rates"}),
         (
             {"position": "cuda", "dep_bias": True},
-            {"position computed with linspace", "tensors moved to CUDA whatever the input's device"},
+            {"linspace-position", "cuda-position"},
         ),
     ],
 )
@@ -175,7 +175,7 @@ def test_half_precision_weights(position: str) -> None:
     expected = port(position=position, dep_bias=True)(x)
     block, reports = canonicalise(original)
     assert block.conv1.weight.dtype == torch.float16
-    assert ("does not run in the float16 of its weights" in only(reports).repaired) == (position == "linspace")
+    assert ("float32-position" in only(reports).repaired) == (position == "linspace")
     assert (block(x.half()) - expected).norm() < 1e-2 * expected.norm()
 
 
@@ -191,15 +191,6 @@ def test_the_parameters_are_kept_not_copied() -> None:
     assert block.conv1.weight is original.conv1.weight
     assert block.rate1 is original.rate1
     assert not block.conv2.weight.requires_grad
-
-
-def test_recognition_draws_no_random_numbers() -> None:
-    original = port()
-    torch.manual_seed(7)
-    expected = torch.rand(1)
-    torch.manual_seed(7)
-    canonicalise(original)
-    assert torch.equal(torch.rand(1), expected)
 
 
 class Wrapper(nn.Module):
@@ -289,11 +280,6 @@ def test_an_impostor_is_left_alone_and_named(impostor: Any, reason: str) -> None
     assert (report.name, report.status, report.geometry) == ("1", "left alone", None)
     assert report.class_name == type(module).__name__
     assert reason in report.reason
-
-
-def test_ordinary_modules_are_not_mentioned() -> None:
-    model = nn.Sequential(nn.Conv2d(9, 8, 3), nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(5))))
-    assert canonicalise(model)[1] == []
 
 
 class Cropped(ACmix):

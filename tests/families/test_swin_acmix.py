@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from functools import partial
 from pathlib import Path
@@ -234,29 +233,6 @@ def test_is_the_published_block(
     assert relative_l2(randomised(block.double())(x.double()), pixel_by_pixel(block, x)) < 1e-12
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shift", [0, 2])
-def test_half_precision_stays_close(dtype: torch.dtype, shift: int) -> None:
-    block, x = randomised(SwinACmix(8, 4, 2, shift_size=shift)), torch.randn(2, 8, 12, 8)
-    assert relative_l2(copy.deepcopy(block).to(dtype)(x.to(dtype)), block(x)) < 16 * torch.finfo(dtype).eps
-
-
-def test_trains() -> None:
-    block, teacher = SwinACmix(8, 2, 2, shift_size=1), randomised(SwinACmix(8, 2, 2, shift_size=1))
-    x = torch.randn(4, 4, 6, 8)
-    target = teacher(x).detach()
-    losses = []
-    for _ in range(16):
-        loss = (block(x) - target).square().mean()
-        gradients = torch.autograd.grad(loss, list(block.parameters()))
-        assert all(gradient.abs().max() > 0 for gradient in gradients)
-        with torch.no_grad():
-            for parameter, gradient in zip(block.parameters(), gradients, strict=True):
-                parameter.sub_(0.05 * gradient)
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.95 * losses[0]
-
-
 def test_published_names_and_shapes() -> None:
     shapes = {name: tuple(value.shape) for name, value in SwinACmix(96, 7, 3).state_dict().items()}
     assert shapes == {
@@ -341,24 +317,14 @@ def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
     channels, side, heads = options.get("channels", 12), original.side, original.heads
     assert report.geometry == {"dim": channels, "window_size": side, "num_heads": heads, "shift_size": 0}
     assert set(report.repaired) == {
-        *(["dep_conv.bias is None"] if "conv_bias" not in options else []),
-        *(["exported by tracing it holds for one batch alone"] if "reverse" not in options else []),
+        *(["no-bias"] if "conv_bias" not in options else []),
+        *(["traced-batch"] if "reverse" not in options else []),
     }
     assert block.qkv.weight is original.qkv.weight
     assert not block.training
     x = torch.randn(3, 4 * side, 3 * side, channels)
     for actual, expected in zip(called(block, x), called(original, x), strict=True):
         assert relative_l2(actual, expected) < FLOAT32
-
-
-def test_half_precision_weights() -> None:
-    original = randomised(WindowMix())
-    x, mask = torch.randn(1, 8, 12, 12), shift_mask(8, 12, 4, 2)
-    expected = original(x, 8, 12, mask)
-    (block,), reports = canonicalise(nn.Sequential(original.half()))
-    assert only(reports).status == "replaced"
-    assert block.qkv.weight.dtype == torch.float16
-    assert relative_l2(block(x.half(), 8, 12, mask.half()), expected) < 1e-2
 
 
 class OwnRoll(WindowMix):
@@ -399,10 +365,6 @@ def test_an_impostor_is_left_alone_and_named(impostor: Any, reason: str) -> None
     assert reason in report.reason
 
 
-def test_a_block_that_rolls_the_map_itself_is_canonical() -> None:
-    assert only(canonicalise(nn.Sequential(SwinACmix(8, 4, 2, shift_size=2)))[1]).status == "canonical"
-
-
 # In graphs.
 
 
@@ -434,18 +396,9 @@ def test_published_code_as_it_is(tmp_path: Path, exporter: str, dynamic: bool) -
     assert_fused(model, source, *batches, count=2, conv_branch="grouped")
 
 
-@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-def test_own_blocks_at_any_size(tmp_path: Path, exporter: str) -> None:
+def test_own_blocks_at_any_size(tmp_path: Path) -> None:
     model = randomised(Own())
-    if exporter == "dynamo":  # multiples of the window, said so
-        height, width = (4 * torch.export.Dim(axis, min=2, max=64) for axis in "hw")
-        free: Any = ({0: torch.export.Dim.DYNAMIC, 2: height, 3: width},)
-        torch.onnx.export(
-            model, (torch.randn(2, 3, 8, 12),), tmp_path / "plain.onnx", dynamo=True, opset_version=18, verbose=False,
-            dynamic_shapes=free, external_data=False,
-        )  # fmt: skip
-    else:
-        export(model, torch.randn(2, 3, 8, 12), tmp_path / "plain.onnx", dynamic=AXES)
+    export(model, torch.randn(2, 3, 8, 12), tmp_path / "plain.onnx", dynamic=AXES)
     shapes = [(1, 3, 8, 12), (2, 3, 12, 8), (3, 3, 8, 8)]
     for branch in ("dense", "grouped"):
         inputs = [torch.randn(shape) for shape in shapes]
@@ -517,24 +470,6 @@ def test_any_geometry(
     source = export(model, x, tmp_path / "plain.onnx", dynamic=["batch"] if free else (), fold=fold)
     others = [torch.randn(3, height * width, channels)] if free else []
     assert_fused(model, source, x, *others, conv_branch=branch)
-
-
-def test_half_precision_graph(tmp_path: Path) -> None:
-    model, x = randomised(Published(WindowMix(), 8, 12, 4, 2)), torch.randn(2, 96, 12)
-    exact = model(x).detach()
-    source = export(model.half(), x.half(), tmp_path / "plain.onnx", dynamic=["batch"])
-    assert fuse(source, tmp_path / "fused.onnx", expect=1).found.fused
-    types = {tensor.data_type for tensor in onnx.load(tmp_path / "fused.onnx").graph.initializer}
-    assert types <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
-    eager = relative_l2(model(x.half()), exact)
-    assert relative_l2(outputs(tmp_path / "fused.onnx", x.half()), exact) < TOLERANCES["float16"].limit(eager)
-
-
-def test_a_fused_file_is_left_as_it_is(tmp_path: Path) -> None:
-    model, x = randomised(Small()), torch.randn(2, 3, 16, 24)
-    assert_fused(model, export(model, x, tmp_path / "plain.onnx", dynamic=["batch"]), x, count=2)
-    again = fuse(tmp_path / "fused.onnx", tmp_path / "twice.onnx", expect=0).found
-    assert (again.blocks, again.nodes_before) == ([], again.nodes_after)
 
 
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,6 +11,7 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.families.acmix.graph import ACMIX
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
+from acmix_deploy.faults import FaultId
 
 _COMMON_KERNELS = (7, 3, 5, 9, 11, 13)  # tried where a block does not tell its window
 
@@ -28,16 +29,17 @@ def _propose(module: nn.Module) -> Proposal:
             refusals.append(error.message)
     reach = max(block.kernel_att for block in blocks) // 2
     size = [blocks[0].stride * (reach + extra) for extra in (2, 3)]
-    repaired = []
+    repaired: list[FaultId] = []
     if parts["dep_conv"].bias is None:
-        repaired.append("dep_conv.bias is None")
+        repaired.append("no-bias")
     if any(rate.dim() == 0 for rate in rates):
-        repaired.append("scalar rates widened to shape (1,)")
+        repaired.append("scalar-rates")
     return Proposal(
         candidates=blocks,
         x=torch.randn(2, blocks[0].in_planes, *size, generator=torch.Generator().manual_seed(0)),
         repaired=repaired,
         refusals=refusals,
+        fault="misplaced-argument" if refusals else "no-block",
     )
 
 

@@ -139,7 +139,8 @@ def _assemble(one: OneConvolution, like: Tensor) -> ShiftConv:
     top, left, bottom, right = (reach - pad for pad in one.pads)
     widths = ((0, 0), (0, 0), (top, bottom), (left, right))
     kernel, border = np.pad(one.weight, widths), np.pad(one.border, widths)
-    block = ShiftConv(in_channels, out_channels, 2 * reach + 1, one.stride, bias=bool(one.bias.any())).to(like)
+    with torch.random.fork_rng(devices=[]):  # the parameters that are replaced at once draw numbers
+        block = ShiftConv(in_channels, out_channels, 2 * reach + 1, one.stride, bias=bool(one.bias.any())).to(like)
 
     def parameter(values: Array) -> nn.Parameter:
         return nn.Parameter(torch.from_numpy(np.ascontiguousarray(values)).to(like), like.requires_grad)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
 from acmix_deploy.families.swin_acmix.module import SwinACmix, relative_positions
+from acmix_deploy.faults import FaultId
 
 
 def _propose(module: nn.Module) -> Proposal:
@@ -31,9 +32,9 @@ def _propose(module: nn.Module) -> Proposal:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 2 * window_size, 3 * window_size, dim, generator=random)
     calls = _calls(module, window_size, random)
-    faults = {
-        "dep_conv.bias is None": dep_conv.bias is None,
-        "exported by tracing it holds for one batch alone": _freezes_the_batch(module, x, calls[-1]),
+    faults: dict[FaultId, bool] = {
+        "no-bias": dep_conv.bias is None,
+        "traced-batch": _freezes_the_batch(module, x, calls[-1]),
     }
     return Proposal(
         candidates=[_assemble(module, layers, table, window_size, scale) for scale in dict.fromkeys((*scales, usual))],

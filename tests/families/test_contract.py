@@ -1,0 +1,196 @@
+"""What holds of every family, on its examples: the block itself, in modules, in graphs, and in files made of these."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from acmix_deploy.engine.build import build
+from acmix_deploy.families import FAMILIES, canonicalise
+from acmix_deploy.families.family import Family
+from acmix_deploy.forms import to_form
+from acmix_deploy.fusion import FusionReport, fuse
+from acmix_deploy.precision import to_fp16
+from acmix_deploy.runtime.inputs import AXES
+from acmix_deploy.runtime.onnxruntime import open_session
+from tests.families.parts import Model, example, examples_of, export, operators, outputs, relative_l2
+from tests.plugin import parts as plugin_parts
+
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+# The block itself.
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_close(family: Family[Any], dtype: torch.dtype) -> None:
+    block, x = example(family)
+    half = copy.deepcopy(block).to(dtype)(x.to(dtype))
+    assert half.dtype == dtype
+    assert relative_l2(half, block(x)) < 16 * torch.finfo(dtype).eps
+
+
+@every_family
+def test_every_weight_learns(family: Family[Any]) -> None:
+    block, x = example(family)
+    block.train()(x).square().mean().backward()
+    for name, parameter in block.named_parameters():
+        blind = examples_of(family).without_gradient.get(name, slice(0, 0))
+        for part in (parameter.grad[: blind.start], parameter.grad[blind.stop :]):
+            assert not part.numel() or part.abs().max() > 0, name
+
+
+@every_family
+def test_state_dicts_hold_all_there_is(family: Family[Any]) -> None:
+    block, x = example(family)
+    other = examples_of(family).block(8).eval()
+    assert relative_l2(other(x), block(x)) > 0.01
+    other.load_state_dict(block.state_dict())
+    assert torch.equal(other(x), block(x))
+
+
+# Blocks in modules.
+
+
+@every_family
+def test_own_blocks_are_no_other_family_s(family: Family[Any]) -> None:
+    block, _ = example(family)
+    model, (report,) = canonicalise(nn.Sequential(block))
+    assert model[0] is block
+    assert (report.status, report.family) == ("canonical", family.name)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_block_in_the_code_of_others_is_replaced(family: Family[Any], dtype: torch.dtype) -> None:
+    """Known by its parts, though its class is another; no random number is drawn, mode and type are kept."""
+    block, x = example(family, as_others_have_it=True)
+    expected = block(x)
+    block.__class__ = type("Theirs", (type(block),), {})
+    state = torch.random.get_rng_state()
+    model, (report,) = canonicalise(nn.Sequential(nn.Identity(), block.to(dtype)))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (report.name, report.class_name, report.status, report.family) == ("1", "Theirs", "replaced", family.name)
+    assert type(model[1]) is family.recogniser.block
+    assert not model[1].training
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    limit = family.tolerances["float32"].limit() if dtype == torch.float32 else 1e-2
+    assert relative_l2(model[1](x.to(dtype)), expected) < limit
+
+
+def test_ordinary_modules_are_not_mentioned(tmp_path: Path) -> None:
+    layers: list[nn.Module] = [
+        nn.TransformerEncoderLayer(8, 2),
+        nn.MultiheadAttention(8, 2),
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 162), nn.Linear(8, 8)),
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Conv2d(3, 6, 1)),
+        nn.Sequential(nn.Conv2d(6, 6, 1), nn.Identity(), nn.Conv2d(6, 6, 1)),
+        nn.Sequential(nn.Conv2d(9, 8, 3), *(nn.Conv2d(8, 8, 1) for _ in range(5))),
+    ]
+    assert [canonicalise(layer)[1] for layer in layers] == [[]] * len(layers)
+    in_a_graph = nn.Sequential(layers[3], nn.Softmax(1), layers[4]).eval()
+    source = export(in_a_graph, torch.randn(1, 3, 8, 8), tmp_path / "plain.onnx")
+    assert fuse(source, tmp_path / "fused.onnx").found.blocks == []
+
+
+# Blocks in graphs.
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model with one block, as a file and fused."""
+
+    family: Family[Any]
+    model: Model
+    plain: Path
+    fused: Path
+    report: FusionReport
+    inputs: list[Tensor]
+    """All that it takes, where its axes are free at several sizes."""
+
+    def distance(self, path: Path) -> float:
+        """The largest relative L2 between what a file computes and what the model does."""
+        with torch.no_grad():
+            return max(relative_l2(outputs(path, x), self.model(x)) for x in self.inputs)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((family, exporter, dynamic), id=f"{family.name}-{exporter}-{'dynamic' if dynamic else 'static'}")
+        for family in FAMILIES
+        for exporter in ("torchscript", "dynamo")
+        for dynamic in ((), AXES)
+    ],
+)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    family, exporter, dynamic = request.param
+    folder = tmp_path_factory.mktemp("contract")
+    torch.manual_seed(0)
+    model = Model(family)
+    sizes = [(2, 8, 12), *([(1, 16, 12), (3, 12, 8)] if dynamic else [])]
+    inputs = [torch.randn(batch, 3, height, width) for batch, height, width in sizes]
+    plain, fused = folder / "plain.onnx", folder / "fused.onnx"
+    divisor = examples_of(family).divisor
+    export(model, inputs[0], plain, exporter=exporter, dynamic=dynamic, divisor=divisor)
+    return Exported(family, model, plain, fused, fuse(plain, fused, expect=1).found, inputs)
+
+
+def test_blocks_fuse_and_compute_the_same(exported: Exported) -> None:
+    limit = exported.family.tolerances["float32"].floor
+    assert "Col2Im" not in operators(exported.plain), "TensorRT does not read it"
+    (block,) = exported.report.blocks
+    assert (block.name, block.family) == (f"{exported.family.name}_0", exported.family.name)
+    assert exported.distance(exported.plain) < limit
+    assert exported.distance(exported.fused) < limit
+
+
+def test_a_fused_file_stays_as_it_is(exported: Exported, tmp_path: Path) -> None:
+    again = fuse(exported.fused, tmp_path / "again.onnx", expect=0).found
+    assert (again.blocks, again.nodes_after) == ([], again.nodes_before)
+
+
+@pytest.mark.parametrize("form", ["any", "plugin", "plain"])
+def test_every_form(exported: Exported, form: Any, tmp_path: Path) -> None:
+    """What the plugin refuses is in standard operators in each; here that is all, since heads have 4 channels."""
+    formed = to_form(onnx.load(exported.fused), form)
+    assert not [node.name for node in formed.graph.node if node.domain]
+    onnx.save(formed, tmp_path / "formed.onnx")
+    assert exported.distance(tmp_path / "formed.onnx") < exported.family.tolerances["float32"].floor
+
+
+def test_half_precision_file(exported: Exported, tmp_path: Path) -> None:
+    to_fp16(exported.fused, tmp_path / "fp16.onnx")
+    with torch.no_grad():
+        half = copy.deepcopy(exported.model).half()
+        eager = max(relative_l2(half(x.half()), exported.model(x)) for x in exported.inputs)
+    assert exported.distance(tmp_path / "fp16.onnx") < exported.family.tolerances["float16"].limit(eager)
+
+
+def test_rtx_builds(exported: Exported, tmp_path: Path) -> None:
+    plugin_parts.rtx_libraries()
+    (name,) = (node.name for node in open_session(exported.fused).get_inputs())
+    dynamic = len(exported.inputs) > 1
+    shapes = ((1, 3, 8, 8), (2, 3, 8, 12), (3, 3, 16, 12)) if dynamic else None
+    report = build(exported.fused, tmp_path / "model.engine", shapes=shapes).found
+    assert report.layers > 0
+    assert report.manifest.profiles == ({name: shapes} if dynamic else {})
+
+
+@every_family
+def test_half_precision_graphs_fuse(family: Family[Any], tmp_path: Path) -> None:
+    model, x = Model(family), torch.randn(2, 3, 8, 12)
+    exact = model(x)
+    eager = relative_l2(model.half()(x.half()), exact)
+    fuse(export(model, x.half(), tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=1)
+    types = {tensor.data_type for tensor in onnx.load(tmp_path / "fused.onnx").graph.initializer}
+    assert types <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
+    assert relative_l2(outputs(tmp_path / "fused.onnx", x.half()), exact) < family.tolerances["float16"].limit(eager)
