@@ -8,9 +8,10 @@ import platform
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -55,6 +56,25 @@ class Artifact(BaseModel):
     )
 
 
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Made(Generic[Found]):
+    """What every stage returns: the file that it wrote, with its sidecar, and what it found on the way."""
+
+    artifact: Artifact
+    found: Found
+
+
+def check_output(target: Path, *sources: Path) -> None:
+    """To be called before long work: raises UserError where ``target`` is a folder or one of the files to be read."""
+    if target.is_dir():
+        raise UserError(f"cannot write {target}: it is a folder", "Give the name of a file.")
+    if any(source.resolve() == target.resolve() for source in sources):
+        raise UserError(f"{target} is to be read, and would be overwritten", "Give the output another name.")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file so that its final name never holds half of it.
@@ -67,8 +87,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be made or written to, ``path`` is a folder, or the disk is full.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder", "Give the name of a file.")
+    check_output(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +210,11 @@ def _read_sidecar(path: Path) -> Artifact:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the document"
         raise UserError(f"{sidecar(path)} is not the sidecar of an artifact: {place}: {first['msg']}") from error
+
+
+def is_sidecar(content: Any) -> bool:
+    """Whether JSON is a sidecar. It says of which kind its file is, as a document says which ``document`` it is."""
+    return isinstance(content, dict) and {"kind", "sha256"} <= content.keys() and "document" not in content
 
 
 def mark_exported(artifact: Artifact, checkpoint: Parent) -> Artifact:

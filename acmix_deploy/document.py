@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json
@@ -11,16 +11,51 @@ from pydantic_core import from_json
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import UserError
 
+Written = Literal[
+    "build",
+    "detect",
+    "detect response",
+    "doctor",
+    "export",
+    "fp16",
+    "fuse",
+    "gate check",
+    "gate history",
+    "gate run",
+    "inspect",
+    "package triton",
+    "plugin",
+    "profile",
+    "quantize",
+    "report",
+    "serve",
+    "verify",
+]
+"""What documents there are: by the verb that writes them, or whose server answers with them."""
+
 
 class Document(BaseModel):
-    """A JSON document with the version of its form."""
+    """A JSON document that says what it is, in a form with a version."""
 
+    document: Written
     schema_version: Literal[1] = Field(
         default=1, alias="schema", description="version of this form; grows when a field is renamed or changes meaning"
     )
 
 
 D = TypeVar("D", bound=Document)
+
+
+def written(kind: type[Document]) -> Written:
+    """Which document a type is of."""
+    name: Written = kind.model_fields["document"].default
+    return name
+
+
+def document_of(content: Any) -> Written | None:
+    """Which document JSON is; None where it is none that is known."""
+    found = content.get("document") if isinstance(content, dict) else None
+    return found if found in get_args(Written) else None
 
 
 def write_document(document: Document, path: Path) -> None:
@@ -45,9 +80,14 @@ def parse_document(kind: type[D], content: Any, path: Path) -> D:
     """A document from what :func:`read_json` gave.
 
     Raises:
-        UserError: the form is of another version, or something in it is missing or out of range, with its place.
+        UserError: it is another document or of another version, or something in it is missing or out of range, with
+            its place.
     """
-    version = content.get("schema") if isinstance(content, dict) else None
+    expected, found = written(kind), document_of(content)
+    if found != expected:
+        is_one = f"what `{found}` writes" if found else "no document"
+        raise UserError(f"{path} is {is_one}; what `{expected}` writes is needed")
+    version = content.get("schema")
     known = kind.model_fields["schema_version"].default
     if version is not None and version != known:
         raise UserError(

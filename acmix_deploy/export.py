@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -22,20 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from acmix_deploy.artifacts import replacing
-from acmix_deploy.checkpoint.refusals import does_not_run
-from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
-from acmix_deploy.operators.function_builder import OPSETS
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.runtime.inputs import MIN_SIZE, Shape, random_images, trial_shapes
+from acmix_deploy.artifacts import Made, replacing, write_artifact
+from acmix_deploy.checkpoint.reference import run
+from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.operators.spec import TOLERANCES
+from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
 from acmix_deploy.runtime.metrics import Array, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
-from acmix_deploy.runtime.torch import tensors_of
+from acmix_deploy.runtime.torch import quiet
+from acmix_deploy.targets import check_opset
 
 Exporter = Literal["dynamo", "torchscript"]
 
-AXES = {"batch": 0, "height": 2, "width": 3}
 INPUT = "images"
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 
@@ -63,31 +59,41 @@ class ExportResult(BaseModel):
     relative_l2: float = Field(description="largest relative L2 distance of the file from the module over all of them")
     notes: tuple[str, ...] = Field(default=(), description="what did not go the usual way, and why")
 
+    @property
+    def shapes_to_build(self) -> Shapes | None:
+        """The range of the shapes that the file was checked at; None where no axis is free."""
+        if all(isinstance(size, int) for size in self.inputs[0].shape):
+            return None
+        sizes = list(zip(*self.checked_shapes, strict=True))
+        return tuple(map(min, sizes)), self.checked_shapes[0], tuple(map(max, sizes))
+
 
 def export(
     module: nn.Module | ExportedProgram,
     path: Path,
     *,
+    checkpoint: Path | None = None,
     input_shape: Sequence[int] = (1, 3, 640, 640),
     opset: int = 18,
     dynamic: Collection[str] = (),
     divisor: int = 1,
-    metadata: Mapping[str, str] | None = None,
+    metadata: ModelMetadata | None = None,
     reference: nn.Module | None = None,
     progress: Callable[[str], None] = lambda step: None,
-) -> ExportResult:
+) -> Made[ExportResult]:
     """Export a float32 module of one image input to an ONNX file that computes the same.
 
     Opset 18 and above come from the dynamo exporter, whose operators are written for 18; below, from the TorchScript
     exporter, since nothing converts a newer Pad down. Where one fails or its file is wrong, the other is tried. A file
     is right when ONNX Runtime runs it at the example and, for dynamic axes, at two more sizes and another batch, and
-    every output is as close to the module's as :data:`LOCAL_ATTENTION` asks of float32.
+    every output is as close to the module's as :data:`TOLERANCES` asks of float32.
 
     Args:
         module: put into eval mode here and otherwise left as it is; or a program captured by ``torch.export``: its free
             axes become free in the file.
         path: the file to write. Input ``images``, outputs ``output0``, ``output1``, ...; opset 17 and 18 in IR version
             8, later ones in 10, without the stack traces of the machine it was made on.
+        checkpoint: the file that the module comes from, for the sidecar.
         input_shape: [B, C, H, W] of the example, and of a file with static axes.
         opset: 17 to 21.
         dynamic: axes to leave free, out of ``batch``, ``height`` and ``width``.
@@ -100,9 +106,9 @@ def export(
         UserError: the request cannot be met by this model, or the file cannot be written.
         CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen.
     """
+    metadata = metadata or ModelMetadata()
     shapes = checked_shapes(input_shape, dynamic, divisor)
-    if opset not in OPSETS:
-        raise UserError(f"opset {opset} is not supported; it must be {OPSETS[0]} to {OPSETS[-1]}")
+    check_opset(opset)
     if isinstance(module, ExportedProgram):
         dynamic = _free_axes(module, dynamic)
         shapes = checked_shapes(input_shape, dynamic, divisor)
@@ -129,8 +135,8 @@ def export(
         for exporter in order:
             progress(f"exporting with the {exporter} exporter")
             try:
-                with _quiet(), torch.no_grad():
-                    model = _finish(exporters[exporter](), opset, metadata or {})
+                with quiet(), torch.no_grad():
+                    model = _finish(exporters[exporter](), opset, metadata)
                     onnx.save_model(model, temporary)
             except Exception as error:  # whatever an exporter stumbles over
                 notes.append(f"the {exporter} exporter failed: {reason(error)}")
@@ -144,13 +150,13 @@ def export(
                 reordered |= isinstance(error, _Reordered)
                 continue
             if smallest:
-                onnx.helper.set_model_props(model, dict(metadata or {}) | {MIN_SIZE: str([*smallest])})
+                onnx.helper.set_model_props(model, metadata.updated(min_size=[*smallest]).entries)
                 onnx.save_model(model, temporary)
                 notes.append(
                     f"below {smallest[0]}x{smallest[1]} the file computes something else than the model, as where its "
                     "code asks for the size: smaller images are refused"
                 )
-            return ExportResult(
+            found = ExportResult(
                 exporter=exporter,
                 opset=opset,
                 ir_version=model.ir_version,
@@ -160,30 +166,13 @@ def export(
                 relative_l2=relative_l2,
                 notes=tuple(notes),
             )
-        axes = sorted(dynamic) if not reordered else []
-        ways = [f"without dynamic {', '.join(axes)}"] * bool(axes) + ["with opset 18"] * (opset < 18)
-        raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
-
-
-def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), divisor: int = 1) -> list[Shape]:
-    """The shapes at which a file is run against the model, the example first; arguments as in :func:`export`.
-
-    Raises:
-        UserError: the shape or an axis is none.
-    """
-    if unknown := set(dynamic) - AXES.keys():
-        raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
-    shape = tuple(input_shape)
-    if len(shape) != 4 or min(shape) < 1:
-        raise UserError(f"input shape {list(shape)} is not four positive sizes: batch, channels, height, width")
-    if shape[2] % divisor or shape[3] % divisor:
-        near = [max(divisor, round(size / divisor) * divisor) for size in shape[2:]]
-        raise UserError(
-            f"an image of {shape[2]}x{shape[3]} is not divisible by the model's stride {divisor}",
-            f"The nearest size that is: {near[0]}x{near[1]}.",
-        )
-    free = {AXES[name] for name in dynamic}
-    return trial_shapes([None if axis in free else size for axis, size in enumerate(shape)], shape, divisor)
+            break
+        else:
+            axes = sorted(dynamic) if not reordered else []
+            ways = [f"without dynamic {', '.join(axes)}"] * bool(axes) + ["with opset 18"] * (opset < 18)
+            raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
+    settings = {"input_shape": list(example), "dynamic": sorted(dynamic), "opset": opset}
+    return Made(write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found)
 
 
 def _free_axes(program: ExportedProgram, dynamic: Collection[str]) -> set[str]:
@@ -206,33 +195,6 @@ def _callable(program: ExportedProgram) -> nn.Module:
     for method in ("train", "eval"):  # replaced there by methods that only raise
         vars(module).pop(method, None)
     return module
-
-
-def run(module: nn.Module, shape: Shape) -> list[Array]:
-    """The outputs of a module on noise [B, C, H, W]. What it cannot compute, no file can: raises UserError."""
-    try:
-        with _quiet(), torch.no_grad():
-            outputs = tensors_of(module(torch.from_numpy(random_images(shape))))
-    except AcmixDeployError:
-        raise
-    except Exception as error:  # the model's own code
-        raise does_not_run("the model", module, shape, error) from error
-    if not outputs:
-        raise UserError("the model returns no tensor")
-    return [output.numpy() for output in outputs]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' prints, warnings and logs from the user; stderr stays open for progress."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _dynamo(
@@ -285,7 +247,7 @@ def _torchscript(
         return onnx.load_model(file)
 
 
-def _finish(model: onnx.ModelProto, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+def _finish(model: onnx.ModelProto, opset: int, metadata: ModelMetadata) -> onnx.ModelProto:
     """The model in the opset asked for, freed of what the exporter noted about the machine it ran on."""
     if any(entry.domain == "" and entry.version != opset for entry in model.opset_import):
         model = onnx.version_converter.convert_version(model, opset)
@@ -293,7 +255,7 @@ def _finish(model: onnx.ModelProto, opset: int, metadata: Mapping[str, str]) -> 
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
     model = onnx_ir.serde.serialize_model(graph)
     model.ir_version = ir_version(opset)
-    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.helper.set_model_props(model, metadata.entries)
     if (size := model.ByteSize()) > _LARGEST_FILE:
         raise ValueError(f"the model takes {size / 1e9:.1f} GB, an ONNX file holds {_LARGEST_FILE / 1e9:.1f}")
     return model
@@ -312,7 +274,7 @@ def _check(
         if isinstance(size := node.shape[AXES[name]], int):
             raise CheckFailed(f"the {name} came out frozen at {size}")
     declared = [output.shape for output in session.get_outputs()]
-    limit = LOCAL_ATTENTION.tolerances["float32"].limit()
+    limit = TOLERANCES["float32"].limit()
 
     def distance(shape: Shape, outputs: list[Array]) -> float:
         try:
@@ -372,7 +334,7 @@ def _smallest(
     if not free:
         return None
     example, session = shapes[0], open_session(file)
-    limit = LOCAL_ATTENTION.tolerances["float32"].limit()
+    limit = TOLERANCES["float32"].limit()
     checked = min(shape[axis] for shape in shapes for axis in free)
     wrong, least = False, 0
     side = divisor

@@ -15,12 +15,14 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 from onnx import helper, inliner, numpy_helper, shape_inference
+from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import Artifact, replacing, write_artifact
+from acmix_deploy import onnx_file
+from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import name_nodes, read
 from acmix_deploy.operators import OPERATORS
-from acmix_deploy.operators.spec import Operator
+from acmix_deploy.operators.axes import quantities
 from acmix_deploy.targets import Form, Target
 
 _OPERATORS = {(operator.domain, operator.op_type): operator for operator in OPERATORS}
@@ -29,7 +31,24 @@ _FATAL = 4
 _LARGEST_CONSTANT = 1 << 20  # bytes; what is larger stays computed, such as P*l of a large map
 
 
-def write_for(target: Target, source: Path, form: Form | None = None) -> tuple[Artifact, dict[str, str]]:
+class TargetReport(BaseModel):
+    """The file to carry to a target."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="the target, as in docs/targets.md")
+    tensorrt: str = Field(description="its TensorRT, major and minor version")
+    form: Form = Field(description="any: nodes and definitions; plugin: nodes alone; plain: standard operators")
+    file: str = Field(description="name of the file")
+    inlined: dict[str, str] = Field(
+        description="nodes that the plugin refuses, and why; standard operators in the file"
+    )
+    unread: dict[str, tuple[str, ...]] = Field(
+        default={}, description="operators that its TensorRT does not read, with their nodes"
+    )
+
+
+def write_for(target: Target, source: Path, form: Form | None = None) -> Made[TargetReport]:
     """Write the file for a target beside the file that it is made from: ``NAME.TARGET.onnx``, with a sidecar.
 
     Args:
@@ -37,24 +56,30 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> tuple[A
         source: fused or typed ONNX file.
         form: another one than the target's own. A file without a node for the plugin is "plain" whatever is asked.
 
-    Returns:
-        the file, and the nodes that became standard operators because the plugin refuses them, see :func:`refused`.
-
     Raises:
         UserError: the target reads no file of this opset or form, or a definition is missing.
     """
     model = read(source)
     name_nodes(model)
-    target.check_opset(next(entry.version for entry in model.opset_import if entry.domain in _STANDARD), str(source))
+    target.check_opset(onnx_file.opset(model), str(source))
     inlined = {} if form == "plain" else refused(model)
     if form:
         target.check_form(form)
     made = (form or target.form) if takes_plugin(model) else "plain"
     path = source.with_name(f"{source.stem}.{target.name}.onnx")
+    formed = to_form(model, made)
     with replacing(path) as temporary:
-        onnx.save(to_form(model, made), temporary)
+        onnx.save(formed, temporary)
+    report = TargetReport(
+        name=target.name,
+        tensorrt=target.version,
+        form=made,
+        file=path.name,
+        inlined=inlined,
+        unread=onnx_file.unread(formed, target),
+    )
     settings = {"target": target.name, "tensorrt": target.version, "form": made}
-    return write_artifact(path, "target", parents=[source], settings=settings), inlined
+    return Made(write_artifact(path, "target", parents=[source], settings=settings), report)
 
 
 def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
@@ -106,29 +131,16 @@ def refused(model: onnx.ModelProto) -> dict[str, str]:
     found = {}
     for node in _custom(model):
         operator = _OPERATORS[node.domain, node.op_type]
-        quantities = _attributes(node)
-        quantities["head_dim"] = _head_dim(operator, node, quantities["num_heads"], tensors)
+        shapes = [tensors[name][1] if name in tensors else () for name in node.input]
+        sizes = quantities(operator, _attributes(node), shapes)
         outside = [
-            f"{name} {quantities[name]}"
+            f"{name} {sizes.get(name, 'unknown')}"
             for name, values in operator.kernel_limits.items()
-            if quantities[name] not in values
+            if sizes.get(name) not in values
         ]
         if outside:
             found[node.name] = ", ".join(outside)
     return found
-
-
-def _head_dim(
-    operator: Operator, node: onnx.NodeProto, num_heads: int, tensors: dict[str, tuple[int, tuple[int, ...]]]
-) -> int | str:
-    """d of a custom node, from the input of which it is an axis, or ``num_heads`` times it is; or "unknown"."""
-    sizes = {
-        axis: size
-        for tensor, name in zip(operator.inputs, node.input, strict=True)
-        if name in tensors
-        for axis, size in zip(tensor.axes, tensors[name][1], strict=False)
-    }
-    return sizes.get("d") or sizes.get("N*d", 0) // num_heads or "unknown"
 
 
 def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from acmix_deploy.artifacts import read_artifact, sha256
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.targets import Precision
 
@@ -89,7 +90,7 @@ class Manifest(BaseModel):
     )
     inputs: tuple[EngineTensor, ...] = Field(description="inputs of the engine")
     outputs: tuple[EngineTensor, ...] = Field(description="outputs of the engine")
-    metadata: dict[str, str] = Field(description="properties of the ONNX file, such as class names and stride")
+    metadata: ModelMetadata = Field(description="properties of the ONNX file, such as class names and stride")
 
 
 def this_machine(backend: Backend) -> Machine:

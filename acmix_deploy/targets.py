@@ -21,6 +21,10 @@ Precision = Literal["float32", "float16", "int8"]
 
 Version = tuple[int, int]
 
+OPSETS = range(17, 22)
+"""Of the files that are written here. Function bodies use operators as opset 17 defines them, and hold in all of these.
+"""
+
 DEFAULT_OPSET = 18
 """Of exported files, where the target reads it: what PyTorch's exporter is written for."""
 
@@ -147,6 +151,12 @@ TARGETS: dict[str, Target] = {
 
 NEWEST = target_of((11, 0))
 """Reads whatever an older one does."""
+
+
+def check_opset(opset: int) -> None:
+    """Raises UserError where no file of this opset is written here."""
+    if opset not in OPSETS:
+        raise UserError(f"opset {opset} is not supported; it must be {OPSETS[0]} to {OPSETS[-1]}")
 
 
 def target_named(name: str) -> Target:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from acmix_deploy.detection.images import Letterbox
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.runtime.reason import raised, reason
 
@@ -240,33 +240,31 @@ _KNOWS_SETTING, _ONE_TO_MANY = (8, 4), (8, 4, 142)
 """Versions of Ultralytics from which a head keeps its setting apart, and from which the default is one-to-many."""
 
 
-def detection_metadata(model: nn.Module) -> dict[str, str] | None:
-    """What serving needs of an Ultralytics model, as entries of an ONNX file's metadata; None for other models.
+def detection_metadata(model: nn.Module) -> ModelMetadata:
+    """What serving needs of an Ultralytics model; nothing of other models.
 
-    ``task``, ``stride``, ``names``, ``channels``, ``kpt_shape`` of keypoints, ``end2end`` and ``imgsz`` ([height,
-    width] of training, where the model knows it) are written as Ultralytics writes them; ``letterbox`` is JSON of the
-    rule by which it fits an image into that size: bilinear resize that keeps the aspect ratio, whether centred and
-    enlarged, and the value of the border.
+    ``imgsz`` and ``kpt_shape`` are there where the model knows them. ``letterbox`` is the rule of the installed
+    Ultralytics, which writes no such entry.
     """
     if not _is_ultralytics(model):
-        return None
+        return ModelMetadata()
     tasks = ultralytics("nn.tasks")
     detector: Any = model
-    metadata = {
+    told = {
         "task": getattr(detector, "task", None) or tasks.guess_model_task(detector),
-        "stride": str(int(max(detector.stride))),
-        "names": str(_class_names(detector.names)),
-        "channels": str(int(detector.yaml.get("channels", 3))),
-        "end2end": str(_runs_end_to_end(_head(model))),
-        "letterbox": json.dumps(_letterbox().model_dump()),
+        "stride": int(max(detector.stride)),
+        "names": _class_names(detector.names),
+        "channels": int(detector.yaml.get("channels", 3)),
+        "end2end": _runs_end_to_end(_head(model)),
+        "letterbox": _letterbox(),
     }
     if (points := getattr(detector, "kpt_shape", None)) is not None:
-        metadata["kpt_shape"] = str([int(number) for number in points])
+        told["kpt_shape"] = [int(number) for number in points]
     arguments = getattr(detector, "args", {})
     size = (arguments if isinstance(arguments, dict) else vars(arguments)).get("imgsz")
     if size is not None:
-        metadata["imgsz"] = str([size, size] if isinstance(size, int) else [int(side) for side in size])
-    return metadata
+        told["imgsz"] = [size, size] if isinstance(size, int) else [int(side) for side in size]
+    return ModelMetadata().updated(**told)
 
 
 def _letterbox() -> Letterbox:

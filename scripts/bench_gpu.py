@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from tests.gpu import device
 from tests.plugin import kernels
@@ -126,29 +127,22 @@ def candidates(
 ) -> Iterator[tuple[str, str, Callable[[], Call]]]:
     """Name, dtype and preparation of all that compute on one shape."""
     head_dim = channels // HEADS
-    sizes = {"batch": batch, "num_heads": HEADS, "head_dim": head_dim, "height": side, "width": side}
+    attributes = {"num_heads": HEADS, "kernel_size": KERNEL_SIZE, "stride": STRIDE}
+    sizes = {**attributes, "batch": batch, "head_dim": head_dim, "height": side, "width": side}
+    scale = {"scale": head_dim**-0.5}
     for dtype, layout, kernel in WAYS:
 
         def ours(dtype: str = dtype, layout: str = layout, kernel: str = kernel) -> Call:
-            problem = device.problem_for(
-                {"dtype": dtype, "layout": layout},
-                kernel_size=KERNEL_SIZE,
-                stride=STRIDE,
-                scale=head_dim**-0.5,
-                **sizes,
-            )
-            op_type = LOCAL_ATTENTION.op_type
-            qkv, weight, y = (
-                device.Placed.empty(shape, dtype, layout).tensor for shape in device.shapes(op_type, problem)
-            )
-            qkv.normal_()
-            weight.normal_()
-            library.launch(op_type, problem, qkv, weight, y, kernel)
-            expected = library.reference(op_type, problem, qkv, weight)
+            problem = device.problem_for(LOCAL_ATTENTION, {"dtype": dtype, "layout": layout}, sizes | scale)
+            *inputs, y = (device.Placed.empty(shape, dtype, layout).tensor for shape in shapes(LOCAL_ATTENTION, sizes))
+            for tensor in inputs:
+                tensor.normal_()
+            library.launch(LOCAL_ATTENTION, problem, inputs, y, kernel)
+            expected = device.oracle(LOCAL_ATTENTION, inputs, attributes | scale)
             error = float((y - expected).norm() / expected.norm())
             if not error <= device.limit(LOCAL_ATTENTION, dtype):
                 raise ValueError(f"wrong result: relative L2 {error:.1e}")
-            return lambda: library.launch(op_type, problem, qkv, weight, y, kernel)
+            return lambda: library.launch(LOCAL_ATTENTION, problem, inputs, y, kernel)
 
         yield f"acmix {layout} {kernel}", dtype, ours
     yield "FlexAttention, compiled", "float16", lambda: flex(batch, head_dim, side)
@@ -251,7 +245,7 @@ def main() -> None:
     options = parser.parse_args()
     if device.missing():
         sys.exit(f"make bench-gpu: {device.missing()}")
-    library = device.DeviceKernels(device.build("libacmix_test.so", [*kernels.SOURCES, device.REFERENCE]))
+    library = device.DeviceKernels(device.build("libacmix_test.so", kernels.SOURCES))
     bench = Bench(options.samples)
     machine = {
         "gpu, driver": nvidia_smi("name", "driver_version"),

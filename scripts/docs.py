@@ -10,27 +10,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
 from acmix_deploy.doctor.faults import FAULTS
+from acmix_deploy.document import Document, written
 from acmix_deploy.gate.samples import GateSamples
 from acmix_deploy.manifest import Manifest
-from acmix_deploy.operators.header import cpp_header
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
+from acmix_deploy.operators import OPERATORS
+from acmix_deploy.operators.native import native_sources
 from acmix_deploy.operators.spec import Operator
+from acmix_deploy.profile import ProfileDocument
 from acmix_deploy.report.documents import (
     BuildDocument,
     DoctorDocument,
+    Fp16Document,
     FuseDocument,
     GateDocument,
     HistoryDocument,
     HtmlDocument,
     InspectDocument,
     PluginDocument,
-    ProfileDocument,
     QuantizeDocument,
     VerifyDocument,
 )
@@ -44,26 +43,27 @@ from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolera
 
 ROOT = Path(__file__).resolve().parents[1]
 
-DOCUMENTS: dict[str, type[BaseModel]] = {
-    "export-report": ExportReport,
-    "fuse": FuseDocument,
-    "quantize": QuantizeDocument,
-    "verify": VerifyDocument,
-    "profile": ProfileDocument,
-    "plugin": PluginDocument,
-    "build": BuildDocument,
-    "gate-run": GateSamples,
-    "gate-check": GateDocument,
-    "gate-history": HistoryDocument,
-    "report": HtmlDocument,
-    "inspect": InspectDocument,
-    "doctor": DoctorDocument,
-    "detect": DetectDocument,
-    "package-triton": PackageDocument,
-    "serve": ServeDocument,
-    "detect-response": DetectResponse,
-}
-"""What the verbs print with ``--json`` and servers answer, by the name of its schema."""
+DOCUMENTS: tuple[type[Document], ...] = (
+    BuildDocument,
+    DetectDocument,
+    DetectResponse,
+    DoctorDocument,
+    ExportReport,
+    Fp16Document,
+    FuseDocument,
+    GateDocument,
+    GateSamples,
+    HistoryDocument,
+    HtmlDocument,
+    InspectDocument,
+    PackageDocument,
+    PluginDocument,
+    ProfileDocument,
+    QuantizeDocument,
+    ServeDocument,
+    VerifyDocument,
+)
+"""What the verbs print with ``--json`` and servers answer."""
 
 
 def generated() -> dict[Path, str]:
@@ -71,25 +71,25 @@ def generated() -> dict[Path, str]:
 
     A part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
     """
-    schemas = {name: document.model_json_schema(mode="serialization") for name, document in DOCUMENTS.items()}
+    schemas = {written(document): document.model_json_schema(mode="serialization") for document in DOCUMENTS}
     parts = {
         "README.md": {"bench": _rows(_around(_read("docs/benchmarks.md"), "bench")[1])},
         "docs/cli.md": {"cli": _command_line()},
-        "docs/operator.md": {
-            "operator": _operator(LOCAL_ATTENTION),
-            "outlook": _operator(OUTLOOK_ATTENTION),
-        },
+        "docs/operator.md": {operator.name: _operator(operator) for operator in OPERATORS},
         "docs/engines.md": {"manifest": _fields(Manifest.model_json_schema(mode="serialization"))},
         "docs/pipeline.md": {
-            "report": _fields(schemas["export-report"]),
+            "report": _fields(schemas["export"]),
             "sidecar": _fields(Artifact.model_json_schema(mode="serialization")),
         },
         "docs/doctor.md": {"faults": _faults()},
         "docs/targets.md": {"targets": _targets()},
         "docs/verify.md": {"limits": _verify_limits()},
     }
-    files = {f"docs/{name}.schema.json": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
-    files["plugins/include/acmix/operators.h"] = cpp_header()
+    files = {
+        f"docs/schemas/{name.replace(' ', '-')}.json": json.dumps(schema, indent=2) + "\n"
+        for name, schema in schemas.items()
+    }
+    files |= {f"plugins/{name}": text for name, text in native_sources().items()}
     for page, contents in parts.items():
         files[page] = _read(page)
         for name, content in contents.items():
@@ -139,8 +139,15 @@ def _operator(operator: Operator) -> str:
         for kind, group in (("input", operator.inputs), ("output", operator.outputs))
         for tensor in group
     ]
+    letters = {name: f"{letter}, " for letter, name in operator.axes.items()}
     attributes = [
-        (f"`{a.name}`", a.kind, f"`{json.dumps(a.default)}`", _limits(a.minimum, a.maximum), a.meaning)
+        (
+            f"`{a.name}`",
+            a.kind,
+            f"`{json.dumps(a.default)}`",
+            "" if a.minimum is None else f"at least {a.minimum}",
+            letters.get(a.name, "") + a.meaning,
+        )
         for a in operator.attributes
     ]
     limits = [(f"`{name}`", ", ".join(map(str, values))) for name, values in operator.kernel_limits.items()]
@@ -155,11 +162,6 @@ def _operator(operator: Operator) -> str:
             _table(("element type", "floor", "factor"), *tolerances),
         ]
     )
-
-
-def _limits(minimum: int | None, maximum: int | None) -> str:
-    bounds = (("at least", minimum), ("at most", maximum))
-    return ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
 
 def _targets() -> str:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import acmix_deploy.export as export_module
+from acmix_deploy.artifacts import sidecar
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
@@ -20,6 +22,7 @@ from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 LIMIT = LOCAL_ATTENTION.tolerances["float32"].limit()
 AXES = ("batch", "height", "width")
 SHAPE = (1, 3, 64, 64)
+METADATA = ModelMetadata({"names": "{0: 'cat'}"})
 
 
 class Net(nn.Module):
@@ -79,9 +82,7 @@ def test_the_file_is_the_module(
     tmp_path: Path, opset: int, dynamic: tuple[str, ...], exporter: str, ir_version: int
 ) -> None:
     module, path = Net(), tmp_path / "new" / "model.onnx"
-    result = export(
-        module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic, divisor=4, metadata={"names": "{0: 'cat'}"}
-    )
+    result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic, divisor=4, metadata=METADATA).found
     batch, height, width = (name if name in dynamic else size for name, size in zip(AXES, (1, 64, 64), strict=True))
     assert result.inputs[0].model_dump() == {"name": "images", "shape": (batch, 3, height, width)}
     assert [output.name for output in result.outputs] == ["output0", "output1", "output2"]
@@ -97,8 +98,8 @@ def test_the_file_is_the_module(
     onnx.checker.check_model(model)
     assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain == ""] == [("", opset)]
     assert model.ir_version == ir_version
-    assert {entry.key: entry.value for entry in model.metadata_props} == {"names": "{0: 'cat'}"}
-    assert list(path.parent.iterdir()) == [path]
+    assert {entry.key: entry.value for entry in model.metadata_props} == METADATA.entries
+    assert {*path.parent.iterdir()} == {path, sidecar(path)}
     content = path.read_bytes()
     assert b".py" not in content
     assert str(Path(__file__).parent).encode() not in content
@@ -122,7 +123,7 @@ class Caching(nn.Module):
 def test_runs_and_traces_do_not_disturb_each_other(tmp_path: Path, opset: int, exporter: str) -> None:
     module, path = Caching(), tmp_path / "model.onnx"
     for dynamic in (("batch",), ()):
-        result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic)
+        result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic).found
         assert (result.exporter, result.notes) == (exporter, ())
         assert_same(path, module, SHAPE, *([(3, 3, 64, 64)] if dynamic else []))
 
@@ -145,7 +146,7 @@ def test_where_torchscript_fails_dynamo_is_converted_down(
         raise RuntimeError("broken")
 
     monkeypatch.setattr(export_module, "_torchscript", fail)
-    result = export(Scale(), tmp_path / "model.onnx", input_shape=SHAPE, opset=17)
+    result = export(Scale(), tmp_path / "model.onnx", input_shape=SHAPE, opset=17).found
     assert (result.exporter, result.opset, result.ir_version) == ("dynamo", 17, 8)
     assert result.notes == ("the torchscript exporter failed: broken",)
     assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == 17
@@ -162,7 +163,7 @@ class Ramp(nn.Module):
 
 def test_where_dynamo_freezes_an_axis_the_other_exporter_is_taken(tmp_path: Path) -> None:
     module = Ramp()
-    result = export(module, tmp_path / "model.onnx", input_shape=SHAPE, dynamic=["width"])
+    result = export(module, tmp_path / "model.onnx", input_shape=SHAPE, dynamic=["width"]).found
     assert result.exporter == "torchscript"
     failed, small = result.notes
     assert failed.startswith("the dynamo exporter failed: ")
@@ -193,9 +194,9 @@ def test_a_frozen_axis_is_named_and_nothing_is_written(tmp_path: Path, module: n
     assert "\n" not in e.value.message
     assert "dynamic" in e.value.hint
     assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert {*tmp_path.iterdir()} == {path}
     if axis == "batch":
-        assert export(module, path, input_shape=SHAPE).exporter == "dynamo"
+        assert export(module, path, input_shape=SHAPE).found.exporter == "dynamo"
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, exporter: str, change) -> None:
@@ -294,11 +295,12 @@ def test_a_wrong_file_is_found_out_by_running_it(
 ) -> None:
     poison(monkeypatch, "_dynamo", change)
     path = tmp_path / "model.onnx"
-    result = export(Scale(), path, input_shape=SHAPE, dynamic=AXES)
+    result = export(Scale(), path, input_shape=SHAPE, dynamic=AXES).found
     assert result.exporter == "torchscript"
     assert any(note.startswith("the dynamo exporter's file is wrong: ") for note in result.notes)
     assert_same(path, Scale(), SHAPE)
     path.unlink()
+    sidecar(path).unlink()
     poison(monkeypatch, "_torchscript", change)
     with pytest.raises(
         CheckFailed, match=f"dynamo exporter's file is wrong: .*{why}.*torchscript exporter's file.*{why}"
@@ -350,13 +352,13 @@ def capture(module: nn.Module, *free: int, batch: int = 2) -> torch.export.Expor
 
 def test_a_captured_program_keeps_the_axes_it_was_captured_with(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    free = export(capture(Scale(), 0, 3), path, input_shape=SHAPE, divisor=4)
+    free = export(capture(Scale(), 0, 3), path, input_shape=SHAPE, divisor=4).found
     assert free.inputs[0].shape == ("batch", 3, 64, "width")
     assert_same(path, Scale(), SHAPE, (3, 3, 64, 80))
     module = nn.Sequential(nn.Conv2d(3, 4, 8, 8), ACmix(4, 4, kernel_att=3, head=2))
     fixed = capture(module, batch=1)
     for opset, exporter in ((17, "torchscript"), (18, "dynamo")):
-        assert export(fixed, path, input_shape=SHAPE, opset=opset).exporter == exporter
+        assert export(fixed, path, input_shape=SHAPE, opset=opset).found.exporter == exporter
         assert_same(path, module, SHAPE)
     with pytest.raises(UserError, match="captured with a fixed batch and height"):
         export(fixed, path, input_shape=SHAPE, dynamic=["height", "batch"])
@@ -383,6 +385,6 @@ def test_a_detector_takes_every_size(tmp_path: Path, opset: int) -> None:
     backbone = [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "ACmix", [8, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]]
     layers = {"nc": 2, "backbone": backbone, "head": [[[1, 2], 1, "Detect", ["nc"]]]}
     module, path = prepare_for_export(DetectionModel(layers, verbose=False)), tmp_path / "model.onnx"
-    result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=AXES, divisor=4)
+    result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=AXES, divisor=4).found
     assert result.notes == ()
     assert_same(path, module, SHAPE, (3, 3, 40, 72), (2, 3, 96, 48))

@@ -15,16 +15,16 @@ from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main, parser
-from acmix_deploy.engine.onnx_file import unread, unread_note
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
+from acmix_deploy.onnx_file import unread, unread_note
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.precision import to_fp16
-from acmix_deploy.report.model import ExportReport, shapes_to_build
-from acmix_deploy.report.target import TargetReport
+from acmix_deploy.report.model import ExportReport
+from acmix_deploy.report.target import target_steps
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.targets import TARGETS, target_of
@@ -174,22 +174,22 @@ def test_definition_is_missing(files, tmp_path):
 def test_file_without_a_node_for_the_plugin_is_plain(tmp_path):
     block, x = randomised(ACmix(3, 8, head=2)), torch.rand(1, 3, 10, 12)
     fuse(export(block, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=1)
-    artifact, inlined = write_for(target_of((10, 3)), tmp_path / "fused.onnx")
-    assert artifact.settings == {"target": "tensorrt-10.3", "tensorrt": "10.3", "form": "plain"}
-    assert inlined == {"acmix_0.attention": "head_dim 4"}
-    assert not custom(onnx.load(artifact.path))
+    made = write_for(target_of((10, 3)), tmp_path / "fused.onnx")
+    assert made.artifact.settings == {"target": "tensorrt-10.3", "tensorrt": "10.3", "form": "plain"}
+    assert made.found.inlined == {"acmix_0.attention": "head_dim 4"}
+    assert not custom(onnx.load(made.artifact.path))
 
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("acmix_deploy.pipeline._SECONDS", 0.1)
     torch.manual_seed(0)
     torch.save(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), randomised(ACmix(8, 16, head=2))).eval(), "model.pt")
     return tmp_path
 
 
-EXPORT = ["export", "model.pt", "--fp16", "--input-shape", "1,3,12,16", "--out", "deploy"]
+QUICK = ["--seconds", "0.1"]
+EXPORT = ["export", "model.pt", "--fp16", "--input-shape", "1,3,12,16", "--out", "deploy", *QUICK]
 
 
 def exported(folder):
@@ -234,11 +234,10 @@ def test_export_for_targets(checkpoint, capsys):
 def test_operators_that_the_target_does_not_read(tmp_path, monkeypatch, capsys):
     """They are told before the file is carried: by export, with --for and without, and by fuse."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("acmix_deploy.pipeline._SECONDS", 0.1)
     torch.save(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.Fold((6, 8), 2, stride=2)), "model.pt")
     said = r"model\S*.onnx has Col2Im \(\S+\), which TensorRT does not read: a plugin called Col2Im is needed there"
     for options in ([], ["--for", "jetpack-6.2"], ["--for", "tensorrt-11", "--target", "plain"]):
-        assert main(["export", "model.pt", "--input-shape", "1,3,3,4", "--out", "deploy", *options]) == 0
+        assert main(["export", "model.pt", "--input-shape", "1,3,3,4", "--out", "deploy", *QUICK, *options]) == 0
         (step,) = exported(tmp_path).next_steps
         assert re.match(said, step)
         assert step in capsys.readouterr().out
@@ -294,19 +293,18 @@ def typed(step):
 def test_next_can_be_typed(tmp_path, monkeypatch, name, axes):
     """Every command parses, no file is named twice, and the plugin is there where a node of the file is for it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("acmix_deploy.pipeline._SECONDS", 0.1)
     torch.save(nn.Sequential(NEXT[name], nn.ReLU()).eval(), "my model.pt")
     command = ["export", "my model.pt", "--input-shape", "1,3,12,16", "--out", "deploy", "--opset", "17"]
-    assert main([*command, "--dynamic", axes]) == 0
+    assert main([*command, *QUICK, "--dynamic", axes]) == 0
     report = exported(tmp_path)
     assert ("plugin" in " ".join(report.next_steps)) == (name == "fused")
     found = [report.next_steps]
     fused = tmp_path / "deploy" / "my model.fused.onnx"
     for target in TARGETS.values():
         for form in (None, "plain"):
-            made_for = TargetReport.of(target, *write_for(target, fused, form))
-            shapes = shapes_to_build(report.export)
-            found.append(made_for.steps(fused.name, "float32", shapes, "images", detector=True))
+            made_for = write_for(target, fused, form).found
+            shapes = report.export.shapes_to_build
+            found.append(target_steps(made_for, fused.name, "float32", shapes, "images", detector=True))
             assert ("plugin" in " ".join(found[-1])) == (name == "fused" and not form)
             assert (fused.name in found[-1][0]) == target.package
     for first, *steps in found:

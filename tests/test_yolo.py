@@ -160,8 +160,7 @@ def test_captured_with_all_axes_dynamic() -> None:
 def test_metadata_as_ultralytics_writes_it() -> None:
     model: Any = yolo.build("p5", num_classes=2)
     model.names = {0: "cat", 1: "dog"}
-    metadata = yolo.detection_metadata(model)
-    assert metadata is not None
+    metadata = yolo.detection_metadata(model).entries
     assert "imgsz" not in metadata
     assert (metadata["task"], metadata["stride"], metadata["channels"]) == ("detect", "32", "3")
     assert ast.literal_eval(metadata["names"]) == {0: "cat", 1: "dog"}
@@ -172,7 +171,7 @@ def test_metadata_as_ultralytics_writes_it() -> None:
 def test_the_image_size_is_that_of_training(size: Any, expected: str) -> None:
     model: Any = yolo.build("p5")
     model.args = {"imgsz": size}
-    assert (yolo.detection_metadata(model) or {})["imgsz"] == expected
+    assert yolo.detection_metadata(model).entries["imgsz"] == expected
 
 
 TWO_HEADS = ("yolov10n.yaml", "yolo26n.yaml")
@@ -207,7 +206,7 @@ def test_the_head_is_the_one_that_ran_where_it_was_saved(
     why = "the checkpoint sets it" if told is not None else f"Ultralytics {version}, which saved the file, runs it"
     head = "end-to-end" if end_to_end else "one-to-many"
     assert loaded.notes == (f"of its two heads the {head} one is taken: {why}",)
-    assert loaded.metadata["end2end"] == str(end_to_end)
+    assert loaded.metadata.entries["end2end"] == str(end_to_end)
     output = yolo.prepare_for_export(loaded.module)(X)
     assert output.shape == ((1, 84, 6) if end_to_end else (1, 84, 84))
     model.end2end = end_to_end
@@ -224,14 +223,14 @@ def test_a_head_that_was_saved_before_it_was_a_setting(tmp_path: Path, marked: s
         vars(model.model[-1])["end2end"] = False
     entries = {"version": "8.3.63"} if marked == "version" else {}
     loaded = load(saved(tmp_path / "a.pt", model, **entries))
-    assert loaded.metadata["end2end"] == str(marked != "head")
+    assert loaded.metadata.entries["end2end"] == str(marked != "head")
 
 
 def test_a_head_of_which_nothing_is_told_is_told(tmp_path: Path) -> None:
     loaded = load(saved(tmp_path / "a.pt", tasks.DetectionModel("yolov10n.yaml", verbose=False)))
     (note,) = loaded.notes
     assert "the file tells none, and Ultralytics " in note
-    assert ("end-to-end" in note) == (loaded.metadata["end2end"] == "True")
+    assert ("end-to-end" in note) == (loaded.metadata.entries["end2end"] == "True")
 
 
 def test_a_fused_checkpoint_has_the_head_that_is_left(tmp_path: Path) -> None:
@@ -239,12 +238,12 @@ def test_a_fused_checkpoint_has_the_head_that_is_left(tmp_path: Path) -> None:
     model.end2end = True
     loaded = load(saved(tmp_path / "a.pt", model.fuse(verbose=False), version="8.4.190"), trust=True)
     assert loaded.notes == ("of its two heads the end-to-end one is taken: the other one is not in the file",)
-    assert loaded.metadata["end2end"] == "True"
+    assert loaded.metadata.entries["end2end"] == "True"
 
 
 def test_models_of_one_head_say_nothing_of_it(tmp_path: Path) -> None:
     loaded = load(saved(tmp_path / "a.pt", yolo.build("p5"), version="8.3.63"))
-    assert (loaded.notes, loaded.metadata["end2end"]) == ((), "False")
+    assert (loaded.notes, loaded.metadata.entries["end2end"]) == ((), "False")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +270,7 @@ def test_a_head_that_the_installed_package_does_not_run(
 
 def test_other_modules_have_no_metadata_and_come_back_as_they_are() -> None:
     module = nn.Conv2d(3, 3, 1)
-    assert yolo.detection_metadata(module) is None
+    assert yolo.detection_metadata(module).entries == {}
     assert yolo.prepare_for_export(module) is module
 
 

@@ -15,6 +15,7 @@ from acmix_deploy import families, yolo
 from acmix_deploy.checkpoint.pickles import NotHere, importable_here, named_beside_a_model, unpickle
 from acmix_deploy.checkpoint.programs import load_program
 from acmix_deploy.checkpoint.refusals import not_here, unusable
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.runtime.reason import reason
@@ -30,13 +31,13 @@ class LoadedModel:
 
     Attributes:
         module: in eval mode, in float32, on the CPU; or the program of a ``.pt2`` file, as it was saved.
-        metadata: what serving needs to know, as entries of an ONNX file's metadata; empty where nothing is known.
+        metadata: what serving needs to know; empty where nothing is known.
         notes: what was chosen or changed on the way.
         by_parts: paths of the blocks that a family's own module stands for, since their class is not here.
     """
 
     module: nn.Module | ExportedProgram
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: ModelMetadata = field(default_factory=ModelMetadata)
     notes: tuple[str, ...] = ()
     by_parts: tuple[str, ...] = ()
 
@@ -74,7 +75,7 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
     try:
         model = model.float().eval()
         head = yolo.keep_head(model, getattr(model, "saved_by", "").rpartition(" ")[2])
-        metadata = yolo.detection_metadata(model) or {}
+        metadata = yolo.detection_metadata(model)
     except AcmixDeployError:
         raise
     except Exception as error:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint.load import LoadedModel
+from acmix_deploy.checkpoint.refusals import does_not_run
+from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.faults import FaultId
-from acmix_deploy.runtime.torch import OnCpu, tensors_of
+from acmix_deploy.runtime.inputs import Shape, random_images
+from acmix_deploy.runtime.metrics import Array
+from acmix_deploy.runtime.torch import OnCpu, quiet, tensors_of
 
 
 class ReferenceReport(BaseModel):
@@ -64,3 +69,17 @@ class Reference(nn.Module):
         """What it took to run, so far."""
         moved = tuple(fault for fault in self._faults if fault == "cuda-position")
         return ReferenceReport(repaired=moved, uncompared=self.uncompared)
+
+
+def run(module: nn.Module, shape: Shape) -> list[Array]:
+    """The outputs of a module on noise [B, C, H, W]. What it cannot compute, no file can: raises UserError."""
+    try:
+        with quiet(), torch.no_grad():
+            outputs = tensors_of(module(torch.from_numpy(random_images(shape))))
+    except AcmixDeployError:
+        raise
+    except Exception as error:  # the model's own code
+        raise does_not_run("the model", module, shape, error) from error
+    if not outputs:
+        raise UserError("the model returns no tensor")
+    return [output.numpy() for output in outputs]

@@ -18,6 +18,7 @@ from acmix_deploy.cli import (
     detect,
     doctor,
     export,
+    fp16,
     fuse,
     gate,
     inspect,
@@ -32,7 +33,23 @@ from acmix_deploy.cli import (
 from acmix_deploy.cli.common import add_common
 from acmix_deploy.errors import AcmixDeployError
 
-VERBS = (export, fuse, quantize, build, verify, profile, gate, report, detect, serve, package, inspect, doctor, plugin)
+VERBS = (
+    export,
+    fuse,
+    fp16,
+    quantize,
+    build,
+    verify,
+    profile,
+    gate,
+    report,
+    detect,
+    serve,
+    package,
+    inspect,
+    doctor,
+    plugin,
+)
 
 EXIT_CODES = """exit codes:
   0  done

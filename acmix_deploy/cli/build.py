@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, input_shape, print_json, progress
+from acmix_deploy.cli.common import console, print_json, progress
 from acmix_deploy.errors import UserError
+from acmix_deploy.options import bchw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, meaning in (("min", "smallest"), ("opt", "usual"), ("max", "largest")):
         parser.add_argument(
-            f"--{name}", type=input_shape, metavar="B,C,H,W", help=f"{meaning} input, where the file has free axes"
+            f"--{name}", type=bchw, metavar="B,C,H,W", help=f"{meaning} input, where the file has free axes"
         )
     parser.add_argument(
         "--level", type=int, choices=range(6), default=3, help="optimization level; lower builds sooner (default: 3)"
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if any(shapes) and not all(shapes):
         raise UserError("--min, --opt and --max go together", "Give all three, or none where no axis is free.")
     with progress() as report_progress:
-        report = build(
+        made = build(
             options.model,
             options.output,
             plugin=options.plugin,
@@ -59,10 +60,11 @@ def run(options: argparse.Namespace) -> int:
             backend=options.backend,
             progress=report_progress,
         )
+    report = made.found
     if options.json:
         from acmix_deploy.report.documents import BuildDocument
 
-        print_json(BuildDocument(**report.model_dump()))
+        print_json(BuildDocument.of(made))
     else:
         from acmix_deploy.report.tables import engine, inlined
 

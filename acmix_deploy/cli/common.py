@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
 
 from pydantic import BaseModel
 from rich.console import Console
 
 from acmix_deploy.artifacts import writing
 from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.targets import Form, Target, target_named
+from acmix_deploy.options import add_options, bchw, not_negative, positive, share
+from acmix_deploy.plan import Plan
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -27,69 +26,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
 
-def add_fusion(parser: argparse.ArgumentParser) -> None:
-    """Options of the verbs that fuse."""
-    parser.add_argument(
-        "--conv-branch",
-        choices=["auto", "dense", "grouped"],
-        default="auto",
-        help="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
-    )
-    parser.add_argument("--expect", type=count, metavar="N", help="fail unless exactly N blocks fuse")
-
-
-def add_float32(parser: argparse.ArgumentParser) -> None:
-    """The option of the verbs that convert to float16."""
-    parser.add_argument(
-        "--float32",
-        type=float32_list,
-        default="decode,softmax,range",
-        metavar="LIST",
-        help="what stays in float32 beside float16: decode, softmax, range (docs/pipeline.md#half-precision) and "
-        "patterns of names of nodes or weights, by commas; none for nothing (default: decode,softmax,range)",
-    )
-
-
-def float32_list(text: str) -> tuple[str, ...]:
-    """``decode,model.22.*`` as its parts, ``none`` as nothing."""
-    parts = tuple(text.split(","))
-    if parts == ("none",):
-        return ()
-    if "none" in parts or "" in parts:
-        raise ValueError(text)
-    return parts
-
-
-def add_target(parser: argparse.ArgumentParser) -> None:
-    """Options of the verbs that also write the file to carry to a target."""
-    parser.add_argument(
-        "--for",
-        dest="made_for",
-        metavar="TARGET",
-        help="also write the file for a target, e.g. jetpack-6.2 (docs/targets.md)",
-    )
-    parser.add_argument(
-        "--target",
-        choices=get_args(Form),
-        help="form of that file, not the device (default: the form in which the target takes the plugin)",
-    )
-
-
-def target_of(options: argparse.Namespace) -> Target | None:
-    """The target that ``--for`` names. Raises UserError for an unknown one, and for a form that does not fit it."""
-    if options.target and not options.made_for:
-        raise UserError("--target is the form of the file for a target, and none is named", "Add --for TARGET.")
-    target = target_named(options.made_for) if options.made_for else None
-    if target and options.target:
-        target.check_form(options.target)
-    return target
-
-
 def add_input_shape(parser: argparse.ArgumentParser) -> None:
     """The option of the verbs that run files whose axes may be free."""
     parser.add_argument(
         "--input-shape",
-        type=input_shape,
+        type=bchw,
         metavar="B,C,H,W",
         help="sizes for axes that are free (default: the engine's usual ones, else of training, else 1,3,640,640)",
     )
@@ -102,7 +43,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--plugin", type=Path, metavar="FILE", help="plugin of the engines (default: where they were built with it)"
     )
     add_input_shape(parser)
-    add_checkpoint(parser)
+    add_options(parser, Plan, "arch", "trust")
 
 
 def add_detector(parser: argparse.ArgumentParser) -> None:
@@ -148,63 +89,6 @@ def add_batching(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="how long an image waits for others at most (default: 5)",
     )
-
-
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Options of the verbs that load checkpoints."""
-    parser.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the model for a bare state dict")
-    parser.add_argument("--trust", action="store_true", help="let the checkpoint run code; only for files you trust")
-
-
-def input_shape(text: str) -> tuple[int, int, int, int]:
-    """``1,3,640,640`` as [B, C, H, W]."""
-    sizes = tuple(int(size) for size in text.split(","))
-    if len(sizes) != 4 or min(sizes) < 1:
-        raise ValueError(text)
-    return sizes
-
-
-def count(text: str) -> int:
-    """An integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """A number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def duration(text: str) -> float:
-    """Seconds, more than 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
 
 
 def console() -> Console:

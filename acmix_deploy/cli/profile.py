@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_running, console, duration, positive, print_json, progress
+from acmix_deploy.cli.common import add_running, console, print_json, progress
+from acmix_deploy.options import duration, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             power=options.power,
         )
     if options.json:
-        from acmix_deploy.report.documents import ProfileDocument
+        from acmix_deploy.profile import ProfileDocument
 
         print_json(ProfileDocument(profiles=profiles))
     else:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_float32, add_max_pixels, console, limit_pixels, positive, print_json, progress
+from acmix_deploy.cli.common import add_max_pixels, console, limit_pixels, print_json, progress
+from acmix_deploy.options import add_options, image_size, positive
+from acmix_deploy.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantize-head", action="store_true", help="quantise the detection head too")
     parser.add_argument("--fp16", action="store_true", help="what is not INT8 becomes float16; needs opset 19")
-    add_float32(parser)
+    add_options(parser, Plan, "float32")
     parser.add_argument(
         "--image-size",
         type=image_size,
@@ -45,21 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_max_pixels(parser)
 
 
-def image_size(text: str) -> tuple[int, int]:
-    """``640`` or ``480,640`` as (height, width)."""
-    sizes = tuple(positive(size) for size in text.split(","))
-    if len(sizes) > 2:
-        raise ValueError(text)
-    return sizes[0], sizes[-1]
-
-
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
-    from acmix_deploy.artifacts import write_artifact
     from acmix_deploy.precision import quantize
 
     with progress() as report_progress:
-        report = quantize(
+        made = quantize(
             options.model,
             options.output,
             options.calibration,
@@ -72,20 +65,11 @@ def run(options: argparse.Namespace) -> int:
             limit=options.limit,
             progress=report_progress,
         )
-    settings = {
-        "method": options.method,
-        "exclude": options.exclude,
-        "quantize_head": options.quantize_head,
-        "fp16": options.fp16,
-        "float32": options.float32,
-        "images": report.images,
-        "input_shape": report.input_shape,
-    }
-    write_artifact(options.output, "int8", parents=[options.model], settings=settings)
+    report = made.found
     if options.json:
         from acmix_deploy.report.documents import QuantizeDocument
 
-        print_json(QuantizeDocument(**report.model_dump()))
+        print_json(QuantizeDocument.of(made))
     else:
         from acmix_deploy.report.tables import float_layers, output_errors, quantized_layers
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_batching, add_detector, duration, positive, print_line
+from acmix_deploy.cli.common import add_batching, add_detector, print_line
 from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.options import duration, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,18 +12,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acmix_deploy.cli.common import (
-    add_input_shape,
-    add_max_pixels,
-    console,
-    limit_pixels,
-    not_negative,
-    positive,
-    print_json,
-    progress,
-    share,
-)
+from acmix_deploy.cli.common import add_input_shape, add_max_pixels, console, limit_pixels, print_json, progress
 from acmix_deploy.errors import UserError
+from acmix_deploy.options import not_negative, positive, share
 
 if TYPE_CHECKING:
     from acmix_deploy.verify import Verification

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.detection.images import Boxes, Placement, opencv
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import UserError
 
 Array = NDArray[Any]
 Dims = Sequence[int | str | None]
-Key = TypeVar("Key", int, str)
 
 CONFIDENCE = 0.25
 IOU = 0.7
@@ -56,43 +55,15 @@ def named(found: Detections, names: Mapping[int, str]) -> list[Detection]:
     return [Detection(name=names.get(kind, str(kind)), score=round(score, 5), box=box) for kind, score, box in rows]
 
 
-def names_of(metadata: Mapping[str, str]) -> dict[int, str]:
-    """The class names that an export left in a file's metadata, by index; empty where it left none.
-
-    Raises:
-        UserError: what is there is something else.
-    """
-    return _entry(metadata, "names", _NAMES, "names by class, such as {0: 'person'}")
-
-
-def _entry(metadata: Mapping[str, str], key: str, form: TypeAdapter[dict[Key, Any]], expected: str) -> dict[Key, Any]:
-    """An entry that is written as Python's repr of a dict; empty where there is none."""
-    told = metadata.get(key, "{}")
-    try:
-        return form.validate_python(ast.literal_eval(told))
-    except (ValueError, SyntaxError) as error:
-        raise UserError(
-            f"the metadata tell the {key} {told!r:.60}, and expected are {expected}",
-            "Export the file from its checkpoint: acmix-deploy export",
-        ) from error
-
-
-_NAMES = TypeAdapter(dict[int, str])
-_ARGUMENTS = TypeAdapter(dict[str, Any])
-
-
-def unlike_detector(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> str:
-    """What tells a file from a detector that :func:`decode` is for; empty where nothing does.
+def unlike_detector(metadata: ModelMetadata, outputs: Mapping[str, Array]) -> str:
+    """What tells a file that calls itself a detector from those that :func:`decode` is for; empty where nothing does.
 
     Args:
-        metadata: what the exporter left in the file.
+        metadata: what the exporter left in the file. Where their task is another, the file claims nothing.
         outputs: what it gave, by name, on an image or on noise.
-
-    Raises:
-        UserError: see :func:`unlike_told`.
     """
     found = unlike_told(metadata, {name: output.shape for name, output in outputs.items()})
-    if found:
+    if found or not metadata.detects:
         return found
     ((name, output),) = outputs.items()
     values = output.astype(np.float32)
@@ -105,35 +76,39 @@ def unlike_detector(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -
     return ""
 
 
-def unlike_told(metadata: Mapping[str, str], outputs: Mapping[str, Dims]) -> str:
-    """What tells a file from a detector that :func:`decode` is for without running it; empty where nothing does.
+def unlike_told(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> str:
+    """:func:`unlike_detector` without running the file; free axes in its shapes are names or None.
 
     Files with non-maximum suppression or an end-to-end head in them give rows [B, N, 6] of boxes, scores and classes,
     which their shape alone does not tell from 4 + classes and 6 anchors.
-
-    Args:
-        metadata: what the exporter left in the file; ``end2end`` and ``args`` as Ultralytics writes them.
-        outputs: shapes by name; free axes are names or None.
-
-    Raises:
-        UserError: ``names`` or ``args`` in the metadata have another form.
     """
-    given = f"gives {', '.join(f'{name} {list(dims)}' for name, dims in outputs.items())}"
-    task = metadata.get("task", "not told")
-    if task != "detect":
-        return f"{given}, and its task is {task}"
+    if not metadata.detects:
+        return ""
+    given = _given(outputs)
     shapes = [*outputs.values()]
     rows = shapes[0][1] if [len(dims) for dims in shapes] == [3] else 0
     if isinstance(rows, int) and rows <= 4:
         return given
-    if metadata.get("end2end") == "True":
-        return f"{given} of an end-to-end head (end2end in its metadata)"
-    if _entry(metadata, "args", _ARGUMENTS, "settings by name, such as {'nms': False}").get("nms"):
-        return f"{given} after non-maximum suppression (nms in its metadata)"
-    names = names_of(metadata)
+    try:
+        if metadata.end2end:
+            return f"{given} of an end-to-end head (end2end in its metadata)"
+        if metadata.nms:
+            return f"{given} after non-maximum suppression (nms in its metadata)"
+        names = metadata.names
+    except UserError as error:
+        return f"cannot be decoded: {error.message}"
     if names and isinstance(rows, int) and rows - 4 != len(names):
         return f"{given}, which would be {rows - 4} classes, and its metadata name {len(names)}"
     return ""
+
+
+def other_task(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> str:
+    """What to say of a file that does not call itself a detector; empty of one that does."""
+    return "" if metadata.detects else f"{_given(outputs)}, and its task is {metadata.task or 'not told'}"
+
+
+def _given(outputs: Mapping[str, Dims]) -> str:
+    return f"gives {', '.join(f'{name} {list(dims)}' for name, dims in outputs.items())}"
 
 
 def no_detector(name: str, found: str) -> UserError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.detection import pictures
 from acmix_deploy.detection.pictures import Broken, TooLarge, Unreadable
@@ -55,18 +55,6 @@ class Letterbox(BaseModel):
     center: bool = Field(default=True, description="the border goes around the image, else to its right and bottom")
     scaleup: bool = Field(default=True, description="a small image is enlarged")
     padding_value: int = Field(default=114, description="grey of the border, 0 to 255")
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, str]) -> Letterbox:
-        """The rule that an export left in a file's metadata. Raises UserError where what is there is none."""
-        told = metadata.get("letterbox", "{}")
-        try:
-            return cls.model_validate_json(told)
-        except ValidationError as error:
-            raise UserError(
-                f"the metadata tell the letterbox {told!r:.60}, and expected are {', '.join(cls.model_fields)} as JSON",
-                "Export the file from its checkpoint: acmix-deploy export",
-            ) from error
 
     def __call__(self, image: Image, height: int, width: int) -> Image:
         """Fit an image [h, w, 3] into [height, width, 3]; equal to Ultralytics' ``LetterBox`` with ``auto=False``."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from acmix_deploy.detection.boxes import Array, names_of
+from acmix_deploy.detection.boxes import Array
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import UserError
 
 Parts = dict[str, NDArray[np.int64]]
@@ -18,7 +19,7 @@ _BEHIND = {"segment": "mask coefficients", "obb": "angles"}
 _BOXES = ("detect", "pose", *_BEHIND)
 
 
-def parts_of(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> dict[str, Parts]:
+def parts_of(metadata: ModelMetadata, outputs: Mapping[str, Array]) -> dict[str, Parts]:
     """What the channels, axis 1, of each output are, as Ultralytics' exporters lay them out; nothing where unknown.
 
     The first output of the tasks "detect", "segment", "pose" and "obb" is [B, C, anchors]: 4 "boxes", the "scores" of
@@ -30,11 +31,12 @@ def parts_of(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> dict[
             number and how many values each has, 2 or 3. What is no box of a "detect" without names is a score.
         outputs: on one input, by name.
     """
-    task, found = metadata.get("task"), dict[str, Parts]()
+    task, found = metadata.task, dict[str, Parts]()
     for index, (name, output) in enumerate(outputs.items()):
         parts: Parts = {}
         if task in _BOXES and index == 0 and output.ndim == 3:
-            parts = _of_anchors(output.shape[1], task, metadata)
+            with suppress(UserError):  # metadata that tell nothing of the channels
+                parts = _of_anchors(output.shape[1], task, metadata)
         elif task == "segment" and index == 1 and output.ndim == 4:
             parts = {"prototypes": np.arange(output.shape[1])}
         elif task == "classify" and output.ndim == 2:
@@ -43,8 +45,8 @@ def parts_of(metadata: Mapping[str, str], outputs: Mapping[str, Array]) -> dict[
     return found
 
 
-def _of_anchors(channels: int, task: str, metadata: Mapping[str, str]) -> Parts:
-    classes = _classes(metadata) or (channels - 4 if task == "detect" else 0)
+def _of_anchors(channels: int, task: str, metadata: ModelMetadata) -> Parts:
+    classes = len(metadata.names) or (channels - 4 if task == "detect" else 0)
     if classes < 1 or channels < 4 + classes:
         return {}
     boxes, scores, behind = np.split(np.arange(channels), [4, 4 + classes])
@@ -53,25 +55,8 @@ def _of_anchors(channels: int, task: str, metadata: Mapping[str, str]) -> Parts:
         return parts
     if task in _BEHIND:
         return parts | {_BEHIND[task]: behind}
-    each = _values_of_keypoints(metadata) if task == "pose" else 0
+    each = metadata.kpt_shape[1] if task == "pose" and metadata.kpt_shape else 0
     if not each or len(behind) % each:
         return {}
     points = behind.reshape(-1, each)
     return parts | {"keypoints": points[:, :2].ravel()} | ({"visibility": points[:, 2]} if each == 3 else {})
-
-
-def _classes(metadata: Mapping[str, str]) -> int:
-    """How many, or 0 where the metadata do not tell."""
-    try:
-        return len(names_of(metadata))
-    except UserError:
-        return 0
-
-
-def _values_of_keypoints(metadata: Mapping[str, str]) -> int:
-    """2 or 3, or 0 where the metadata do not tell."""
-    try:
-        _, each = ast.literal_eval(metadata.get("kpt_shape", ""))
-    except (ValueError, TypeError, SyntaxError):
-        return 0
-    return each if each in (2, 3) else 0

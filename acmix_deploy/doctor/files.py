@@ -8,7 +8,7 @@ from pathlib import Path
 from acmix_deploy.artifacts import sha256, sidecar
 from acmix_deploy.detection.boxes import unlike_told
 from acmix_deploy.doctor.diagnosis import Examination, Finding
-from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
+from acmix_deploy.errors import AcmixDeployError, MissingComponent
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import check, read_manifest, this_machine
 from acmix_deploy.plugin.library import check as check_plugin
@@ -72,11 +72,7 @@ def _engine(path: Path, plugin: Path | None) -> Examination:
         "plugin": str(manifest.plugin.path) if manifest.plugin else "none",
     }
     findings, notes = [], []
-    try:
-        unlike = unlike_told(manifest.metadata, {node.name: node.dims for node in outputs_of(manifest)})
-    except UserError as error:
-        unlike = f"cannot be decoded: {error.message}"
-    if unlike and manifest.metadata.get("task") == "detect":
+    if unlike := unlike_told(manifest.metadata, {node.name: node.dims for node in outputs_of(manifest)}):
         findings.append(Finding.of("other-outputs", f"it {unlike}"))
     try:
         library = plugin or (manifest.plugin.path if manifest.plugin else None)

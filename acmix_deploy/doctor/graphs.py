@@ -14,16 +14,16 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from acmix_deploy import onnx_file
 from acmix_deploy.detection.boxes import unlike_detector, unlike_told
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.doctor.diagnosis import Examination, Finding
-from acmix_deploy.engine import onnx_file
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.fusion import FusedBlock, fuse
 from acmix_deploy.graph import check, read
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.metrics import deviation
-from acmix_deploy.runtime.models import usual_shape
-from acmix_deploy.runtime.onnxruntime import inputs_of, open_session
+from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.targets import NEWEST
 
@@ -65,7 +65,7 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
         progress("looking for blocks")
         try:
             with tempfile.TemporaryDirectory() as folder:
-                blocks = fuse(path, Path(folder, "fused.onnx"), progress=progress).blocks
+                blocks = fuse(path, Path(folder, "fused.onnx"), progress=progress).found.blocks
         except AcmixDeployError as error:
             notes.append(f"blocks cannot be looked for: {reason(error)}")
     findings += [
@@ -91,21 +91,21 @@ def _of_session(path: Path, progress: Callable[[str], None]) -> Iterator[Finding
         else:
             yield Finding.of("refused-file", error.message)
         return
-    metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-    if metadata.get("task") == "detect" and (unlike := _unlike_detector(session, metadata)):
+    metadata = metadata_of(session)
+    if metadata.detects and (unlike := _unlike_detector(session, metadata)):
         yield Finding.of("other-outputs", f"it {unlike}")
     progress("running it at other sizes")
     yield from _frozen(session)
 
 
-def _unlike_detector(session: onnxruntime.InferenceSession, metadata: Mapping[str, str]) -> str:
+def _unlike_detector(session: onnxruntime.InferenceSession, metadata: ModelMetadata) -> str:
     """What tells the outputs from a detector's, as declared, then on noise; empty where it does not run."""
     try:
         shapes = {node.name: node.shape for node in session.get_outputs()}
         if found := unlike_told(metadata, shapes):
             return found
         (first,) = inputs_of(session)
-        image = _image(first, dict(enumerate(usual_shape(metadata))))
+        image = _image(first, dict(enumerate(metadata.usual_shape)))
     except UserError as error:
         return f"cannot be decoded: {error.message}"
     except ValueError:

@@ -12,14 +12,15 @@ from typing import Any
 import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import Artifact, replacing, sha256, write_artifact
-from acmix_deploy.engine import onnx_file
+from acmix_deploy import onnx_file
+from acmix_deploy.artifacts import Made, check_output, replacing, sha256, write_artifact
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine.process import ask, find_backend
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.forms import refused, to_form
 from acmix_deploy.graph import name_nodes, read
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
-from acmix_deploy.runtime.inputs import check_size
+from acmix_deploy.runtime.inputs import Shapes
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import out_of_memory
 from acmix_deploy.targets import Form, Target, target_of
@@ -27,15 +28,12 @@ from acmix_deploy.targets import Form, Target, target_of
 _RTX_AS_TENSORRT = (11, 0)  # what TensorRT-RTX reads and how it types is TensorRT 11's
 _SHOWN = 3  # errors named in a message
 
-Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
-
 
 class BuildReport(BaseModel):
     """An engine that was built."""
 
     model_config = ConfigDict(frozen=True)
 
-    artifact: Artifact = Field(description="the engine, and what it was made from")
     manifest: Manifest
     layers: int = Field(description="layers of the engine")
     plugin_layers: tuple[str, ...] = Field(description="nodes that the plugin computes")
@@ -56,7 +54,7 @@ def build(
     tactic_sources: Sequence[str] = (),
     backend: Backend | None = None,
     progress: Callable[[str], None] = lambda step: None,
-) -> BuildReport:
+) -> Made[BuildReport]:
     """Build an engine and write its manifest beside it.
 
     Args:
@@ -78,10 +76,8 @@ def build(
         CheckFailed: TensorRT does not build it, or does not use the plugin.
         MissingComponent: no TensorRT, no device, or too little memory.
     """
-    inputs = {path.resolve(): path for path in (source, plugin) if path}
-    for output in (target, timing_cache):
-        if output and (same := inputs.get(output.resolve())):
-            raise UserError(f"{same} is read by the build, which would overwrite it", "Give the output another name.")
+    for output in filter(None, (target, timing_cache)):
+        check_output(output, *filter(None, (source, plugin)))
     if timing_cache and timing_cache.resolve() == target.resolve():
         raise UserError(f"{target} is to be both engine and timing cache", "Give one of them another name.")
     machine = this_machine(find_backend(backend))
@@ -146,16 +142,16 @@ def build(
         compute_capabilities=tuple(answer["compute_capabilities"]),
         inputs=tuple(answer["inputs"]),
         outputs=tuple(answer["outputs"]),
-        metadata=onnx_file.metadata(model),
+        metadata=ModelMetadata.of(model),
     )
-    return BuildReport(
-        artifact=write_artifact(target, KIND, parents=[source], settings=manifest.model_dump(mode="json")),
+    report = BuildReport(
         manifest=manifest,
         layers=answer["layers"],
         plugin_layers=tuple(present),
         inlined=refused(model) if plugin else {},
         notes=(*answer["notes"], *_notes(machine, plugin, wanted, timing_cache)),
     )
+    return Made(write_artifact(target, KIND, parents=[source], settings=manifest.model_dump(mode="json")), report)
 
 
 def target_here() -> Target | None:
@@ -222,8 +218,7 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
     """
     found: dict[str, tuple[Shape, Shape, Shape]] = {}
     fixed = []
-    metadata = onnx_file.metadata(model)
-    stride = int(metadata.get("stride", 1))
+    metadata = ModelMetadata.of(model)
     for value in onnx_file.inputs(model):
         declared = onnx_file.shape(value)
         free = [f"{axis} ({size})" for axis, size in enumerate(declared) if not isinstance(size, int)]
@@ -238,9 +233,9 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
         for option, shape in zip(("--min", "--opt", "--max"), shapes, strict=True):
             if any(isinstance(size, int) and size != asked for size, asked in zip(declared, shape, strict=True)):
                 raise UserError(f"{option} {list(shape)} does not fit input {value.name} {list(declared)} of {source}")
-            if any(size % stride for size in shape[2:]):
-                raise UserError(f"{option} {list(shape)} is no multiple of {stride}, the stride of {source}")
-            check_size(f"{option} of {source}", shape, metadata)
+            if any(size % metadata.stride for size in shape[2:]):
+                raise UserError(f"{option} {list(shape)} is no multiple of {metadata.stride}, the stride of {source}")
+            metadata.check_size(f"{option} of {source}", shape)
         smallest, usual, largest = map(tuple, shapes)
         if not all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True)):
             raise UserError(f"--min {smallest}, --opt {usual} and --max {largest} do not grow from one to the next")

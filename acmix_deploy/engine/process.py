@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import Any, get_args
 
 from acmix_deploy.errors import CheckFailed, MissingComponent
 from acmix_deploy.manifest import TITLES, Backend
+from acmix_deploy.process import importing_here, run
 
 _SAID_BY_PLUGIN = "acmix: "
 
@@ -47,43 +46,28 @@ def ask(request: Mapping[str, Any], progress: Callable[[str], None]) -> tuple[di
         CheckFailed: the process crashed.
         MissingComponent: the system ended it, as it does when memory runs out.
     """
-    # By its path: with -m a module of the user's folder could stand in for one of the standard library.
-    command = [sys.executable, str(Path(__file__).with_name("backend.py"))]
     answer: dict[str, Any] | None = None
-    with (
-        _environment(request["module"]) as environment,
-        tempfile.TemporaryFile("w+", errors="replace") as stderr,
-        subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            with process.stdin:
-                json.dump(request, process.stdin)
-            for line in process.stdout:
-                message = json.loads(line)
-                answer = message.get("answer")
-                if "progress" in message:
-                    progress(message["progress"])
-        except BaseException:
-            process.kill()
-            raise
-        process.wait()
-        stderr.seek(0)
-        said = stderr.read()
+
+    def hear(line: str) -> None:
+        nonlocal answer
+        message = json.loads(line)
+        answer = message.get("answer")
+        if "progress" in message:
+            progress(message["progress"])
+
+    command = [sys.executable, str(Path(__file__).with_name("backend.py"))]
+    with _environment(request["module"]) as environment:
+        done = run(command, json.dumps(request), environment=environment, each_line=hear)
     title = TITLES[request["module"]]
-    if process.returncode == -signal.SIGKILL:
+    if done.killed:
         raise MissingComponent(
             f"the system ended the build with {title}, as it does when memory runs out",
             "Close other programs, or build for a smaller --max.",
         )
     if answer is None:
-        how = signal.Signals(-process.returncode).name if process.returncode < 0 else f"exit code {process.returncode}"
-        last = next((line for line in reversed(said.splitlines()) if line.strip()), "nothing on stderr")
-        raise CheckFailed(f"{title} ended in the middle of the build ({how}): {last}")
-    notes = [line.partition(_SAID_BY_PLUGIN)[2] for line in said.splitlines() if line.startswith(_SAID_BY_PLUGIN)]
+        raise CheckFailed(f"{title} ended in the middle of the build ({done.how}): {done.last_words}")
+    said = done.stderr.splitlines()
+    notes = [line.partition(_SAID_BY_PLUGIN)[2] for line in said if line.startswith(_SAID_BY_PLUGIN)]
     return answer, "; ".join(notes)
 
 
@@ -93,7 +77,7 @@ def _environment(backend: Backend) -> Iterator[dict[str, str]]:
 
     The parser asks for ``libtensorrt_rtx.so``; the package holds ``libtensorrt_rtx.so.1`` alone.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = importing_here()
     spec = importlib.util.find_spec("tensorrt_rtx_libs") if backend == "tensorrt_rtx" else None
     if spec is None or not spec.submodule_search_locations:
         yield environment

@@ -106,7 +106,7 @@ class Fit(NamedTuple):
 
 
 def fitted(logits: Array, products: Array, head_dim: int) -> Fit:
-    """The factor of ``products`` q.k in ``logits`` of the same shape; the usual one, if it is that up to rounding."""
+    """The factor of ``products`` q.k in ``logits`` of the same shape; the usual one, where only rounding differs."""
     scale = float((logits * products).sum() / (products * products).sum())
     residual = float(np.linalg.norm(logits - scale * products) / (np.linalg.norm(logits) or 1.0))
     usual = head_dim**-0.5

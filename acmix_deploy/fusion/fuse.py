@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import onnx
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import replacing
+from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.conv_branch import ConvBranch
@@ -19,8 +18,7 @@ from acmix_deploy.fusion.prepare import load
 from acmix_deploy.fusion.replace import FusedBlock, Fusion
 from acmix_deploy.fusion.sizes import sources
 from acmix_deploy.graph import count_nodes, rewrite
-
-ConvBranchChoice = Literal["auto", "dense", "grouped"]
+from acmix_deploy.options import ConvBranchChoice
 
 AUTO_BRANCH: ConvBranch = "dense"
 """What "auto" means. In a prototype on a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); the CPU
@@ -61,7 +59,7 @@ def fuse(
     conv_branch: ConvBranchChoice = "auto",
     expect: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> FusionReport:
+) -> Made[FusionReport]:
     """Fuse the blocks of an ONNX file and write the result.
 
     A block is rewritten only after original and replacement agreed on random input, at two sizes where the axes are
@@ -80,8 +78,7 @@ def fuse(
         CheckFailed: another number of blocks than ``expect`` fused, or ONNX Runtime refuses the result; nothing is
             written then.
     """
-    if target.resolve() == source.resolve():
-        raise UserError(f"{target} is the file to be fused", "Give another name with -o.")
+    check_output(target, source)
     model, inlined = load(source)
     graph = gs.import_onnx(model)
     before = list(graph.nodes)
@@ -115,7 +112,8 @@ def fuse(
     report = report.model_copy(update={"unproven": refusal(fused, model, source, fusion.inputs)})
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
-    return report
+    settings = {"conv_branch": conv_branch}
+    return Made(write_artifact(target, "fused", parents=[source], settings=settings), report)
 
 
 def _written(model: onnx.ModelProto, before: list[gs.Node], fusion: Fusion) -> onnx.ModelProto:

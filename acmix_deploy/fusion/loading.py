@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.fusion.sizes import Need, Source, smallest_image
 from acmix_deploy.graph import keep
-from acmix_deploy.runtime.inputs import MIN_SIZE, min_size
 from acmix_deploy.runtime.onnxruntime import open_session
 
 
 def note_smallest_image(model: onnx.ModelProto, needs: list[Need]) -> None:
     """Write into the metadata for which images all fused blocks are defined, those of an earlier run among them."""
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    found = smallest_image(model, needs, int(metadata.get("stride", 1)))
-    smallest = [max(pair) for pair in zip(found, min_size(metadata), strict=True)]
+    metadata = ModelMetadata.of(model)
+    found = smallest_image(model, needs, metadata.stride)
+    smallest = [max(pair) for pair in zip(found, metadata.min_size, strict=True)]
     if smallest != [1, 1]:
-        onnx.helper.set_model_props(model, metadata | {MIN_SIZE: str(smallest)})
+        onnx.helper.set_model_props(model, metadata.updated(min_size=smallest).entries)
 
 
 def by_operator(inputs: Sequence[Source]) -> dict[str, list[str]]:

@@ -12,9 +12,9 @@ from onnx import inliner, version_converter
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import DOUBLE, as_float32, check, name_nodes, read
 from acmix_deploy.operators import OPERATORS
-from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.runtime.onnxruntime import ir_version
 from acmix_deploy.runtime.reason import reason
+from acmix_deploy.targets import OPSETS
 
 _STANDARD = ("", "ai.onnx")
 _OURS = {(operator.domain, operator.op_type) for operator in OPERATORS}

@@ -6,9 +6,6 @@ meets both alike. A round in which something held the clocks down is repeated, t
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +19,7 @@ from acmix_deploy.gate import worker
 from acmix_deploy.gate.parity import parity_of
 from acmix_deploy.gate.samples import GateSamples, Measured, merged
 from acmix_deploy.gate.worker import Answer, Request
+from acmix_deploy.process import importing_here, run
 from acmix_deploy.profile.subjects import Setup
 
 Progress = Callable[[str], None]
@@ -133,25 +131,13 @@ def _ask(request: Request) -> Measured:
         Inconclusive: the process ended without an answer.
         UserError, MissingComponent, CheckFailed: what it refused.
     """
-    # By its path: with -m a module of the user's folder could stand in for one of the standard library.
-    done = subprocess.run(
-        [sys.executable, worker.__file__],
-        input=request.model_dump_json(),
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    done = run([sys.executable, worker.__file__], request.model_dump_json(), environment=importing_here())
     try:
         answer = Answer.model_validate_json(done.stdout)
     except ValidationError as error:
-        code = done.returncode
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing on stderr")
         raise Inconclusive(
-            f"the process with {request.file} crashed ({how}): {last}",
-            "SIGKILL is what the system sends when memory runs out." if code == -signal.SIGKILL else "",
+            f"the process with {request.file} crashed ({done.how}): {done.last_words}",
+            "SIGKILL is what the system sends when memory runs out." if done.killed else "",
         ) from error
     if answer.measured is None:
         assert answer.refusal

@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from acmix_deploy.document import Document, parse_document, read_json
+from acmix_deploy.document import document_of, parse_document, read_json
 from acmix_deploy.errors import UserError
 from acmix_deploy.gate.samples import GateSamples, Kind, Measured, Round, Turn, merged
-from acmix_deploy.profile import Profile
+from acmix_deploy.profile import Profile, ProfileDocument
 from acmix_deploy.profile.monitor import Conditions
 from acmix_deploy.profile.trtexec import read_times
-
-
-class _Profiles(Document):
-    profiles: list[Profile] = Field(min_length=1)
 
 
 def read_pairs(paths: Sequence[Path]) -> list[GateSamples]:
@@ -59,15 +55,17 @@ def read_samples(path: Path) -> list[GateSamples]:
     content = read_json(path)
     if isinstance(content, list):
         return [GateSamples(candidate=_measured(path, read_times(path)), interleaved=False)]
-    if isinstance(content, dict) and "profiles" in content:
-        first, *others = (_measured(path, profile) for profile in parse_document(_Profiles, content, path).profiles)
+    if document_of(content) == "profile":
+        first, *others = (
+            _measured(path, profile) for profile in parse_document(ProfileDocument, content, path).profiles
+        )
         if not others:
             return [GateSamples(candidate=first, interleaved=False)]
         return [
             GateSamples(baseline=first, candidate=other, interleaved="trtexec" not in (first.kind, other.kind))
             for other in others
         ]
-    if isinstance(content, dict) and "candidate" in content:
+    if document_of(content) == "gate run":
         return [parse_document(GateSamples, content, path)]
     raise UserError(
         f"{path} holds no latencies",

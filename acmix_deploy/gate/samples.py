@@ -148,6 +148,7 @@ class GateSamples(Document):
 
     model_config = ConfigDict(frozen=True)
 
+    document: Literal["gate run"] = "gate run"
     baseline: Measured | None = Field(default=None, description="the model before; None where one was measured alone")
     candidate: Measured = Field(description="the model that is judged")
     interleaved: bool = Field(description="whether both were measured in turn, so that rounds of one index are a pair")

@@ -1,8 +1,15 @@
 """What blocks reduce to. One folder an operator: definition, oracle and, where graphs carry it, its ONNX body."""
 
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
+from importlib import import_module
+from pkgutil import iter_modules
 
-OPERATORS = (LOCAL_ATTENTION, OUTLOOK_ATTENTION)
+from acmix_deploy.operators.spec import Operator
+
+_FOLDERS = sorted(module.name for module in iter_modules(__path__) if module.ispkg)
+
+OPERATORS: tuple[Operator, ...] = tuple(
+    getattr(import_module(f"{__name__}.{folder}"), folder.upper()) for folder in _FOLDERS
+)
+"""The constant of each folder that is called as the folder is, in capitals."""
 
 __all__ = ["OPERATORS"]

@@ -12,9 +12,6 @@ from onnx import helper, numpy_helper
 
 from acmix_deploy.operators.spec import Operator
 
-OPSETS = range(17, 22)
-"""Opsets that function bodies are valid in as they stand: they use operators as opset 17 defines them."""
-
 
 @dataclass(frozen=True, eq=False)
 class Value:

@@ -1,4 +1,4 @@
-"""The vocabulary in which an operator is defined: tensors with named axes, attributes, tolerances, native limits.
+"""The vocabulary in which an operator is defined: tensors with named axes, attributes, tolerances, native kernels.
 
 Pure data. Whatever else needs these facts (the ONNX body, the tests, the docs table, native code) reads
 them from an :class:`Operator` and does not repeat them.
@@ -6,13 +6,14 @@ them from an :class:`Operator` and does not repeat them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output. ``axes`` are expressions in the operator's axis names, e.g. ``("B", "3*C", "H", "W")``."""
+    """One input or output. ``axes`` are lengths in the letters of ``Operator.axes``, as :class:`Axis` reads them."""
 
     name: str
     axes: tuple[str, ...]
@@ -28,7 +29,6 @@ class Attribute:
     default: int | float | str
     meaning: str
     minimum: int | None = None
-    maximum: int | None = None
 
 
 LARGEST_LIMIT = 0.25
@@ -52,6 +52,45 @@ class Tolerance:
         return min(self.factor * eager_error + self.floor, max(self.floor, LARGEST_LIMIT))
 
 
+TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
+"""What attention is computed to; blocks and files that hold it are measured by the same."""
+
+ATTENTION_AXES = {
+    "B": "batch",
+    "N": "num_heads",
+    "d": "head_dim",
+    "H": "height",
+    "W": "width",
+    "K": "kernel_size",
+    "s": "stride",
+}
+"""The letters of attention in windows of K x K pixels, at every s-th pixel of a map."""
+
+TENSORRT_ATTRIBUTES = (
+    Attribute("plugin_version", "string", "1", "read by TensorRT's parser"),
+    Attribute("plugin_namespace", "string", "", "read by TensorRT's parser"),
+)
+"""By which TensorRT's parser finds the plugin: ``Operator.version``, and the namespace of its creator."""
+
+HEAD_DIMS = (16, 32, 64, 128)
+"""What kernels are compiled for; another ``head_dim`` is padded to the next."""
+
+_MOST = 2**31 - 1 - 1024  # a block's threads count past it
+KERNEL_MAXIMA = {"B": 65535, "H": 65535, "N": 65535, "H*W": _MOST, "3*N*d*W": _MOST}
+"""Kernels run images, rows and heads along axes of the launch grid, and count pixels and an NHWC row in int32."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The native kernels ``<operator>_<name>``, in ``plugins/include/acmix/<operator>_<name>.cuh``."""
+
+    name: Literal["simt", "mma"]
+    formats: tuple[tuple[str, str], ...]
+    """Element types and layouts, as in ``("float16", "NHWC")``; for each there is one kernel a size in HEAD_DIMS."""
+    min_sm: int = 0
+    """Oldest compute capability that runs them, 75 for sm_75."""
+
+
 @dataclass(frozen=True)
 class Operator:
     """A custom ONNX operator: what a node looks like and how exact an implementation has to be."""
@@ -60,12 +99,25 @@ class Operator:
     op_type: str
     version: int
     formula: str
+    axes: dict[str, str]
+    """What the letters in shapes stand for; a name that is an attribute's stands for its value. B is the batch."""
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     attributes: tuple[Attribute, ...]
     tolerances: dict[str, Tolerance]
+    kernels: tuple[Kernel, ...]
+    """In the order of preference. float32 NCHW is among their formats."""
     kernel_limits: dict[str, tuple[int, ...]]
     """What the native kernels take: values by name of the quantity. The definition itself is wider."""
+    kernel_maxima: dict[str, int] = field(default_factory=lambda: KERNEL_MAXIMA)
+    """The largest values that the native kernels can count."""
+    minima: dict[str, str] = field(default_factory=dict)
+    """The smallest sizes for which the operator is defined, where that is not 1."""
+
+    @property
+    def name(self) -> str:
+        """What its folder, its kernels and its function in C are called: the type in lower case, without Acmix."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.op_type.removeprefix("Acmix")).lower()
 
     @property
     def dtypes(self) -> tuple[str, ...]:

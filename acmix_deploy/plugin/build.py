@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 from acmix_deploy import __version__
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import CheckFailed
-from acmix_deploy.plugin.library import Library, describe
+from acmix_deploy.plugin.library import Library, check, describe
 from acmix_deploy.plugin.toolchain import check_architectures, find_cmake, find_cuda, find_tensorrt
+from acmix_deploy.process import run
 
 SOURCES = Path(__file__).parent / "native"
 """The CMake project: the folder ``plugins`` of the repository."""
@@ -68,6 +68,14 @@ def build(
     return library.model_copy(update={"path": folder / NAME})
 
 
+def library_in(folder: Path, progress: Callable[[str], None] = lambda step: None) -> Path:
+    """The plugin of this version in a folder, compiled where there is none. Raises what :func:`build` does."""
+    library = folder / NAME
+    if not library.is_file() or check(library).version != __version__:
+        build(folder, progress=progress)
+    return library
+
+
 def _run(
     command: Sequence[str | Path], environment: Mapping[str, str], show: Callable[[str], None] = lambda line: None
 ) -> None:
@@ -76,18 +84,9 @@ def _run(
     Raises:
         CheckFailed: it failed; says what it printed from the first error on.
     """
-    lines = []
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                show(line)
-                lines.append(line)
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
+    done = run(command, environment=environment, each_line=show)
+    if done.code:
+        lines = (done.stdout + done.stderr).splitlines(keepends=True)
         first = next((index for index, line in enumerate(lines) if re.search(r"\berror\b", line, re.I)), -20)
         raise CheckFailed(f"the plugin does not compile:\n{''.join(lines[first:][:40]).rstrip()}")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes.util
 import json
 import re
-import signal
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.files import expect
+from acmix_deploy.process import run
 
 _ASK = """
 import ctypes, sys
@@ -69,15 +68,16 @@ def describe(path: Path) -> Library:
     Raises:
         UserError: it does not exist, cannot be loaded or is no plugin of acmix-deploy.
         CheckFailed: loading it ended the process, or its answer cannot be read.
+        MissingComponent: it does not answer within a minute.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist", "Build it first: acmix-deploy plugin build")
     expect(path, "plugin")
     command = [sys.executable, "-I", "-c", _ASK, str(path.resolve())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    if done.returncode < 0:
-        raise CheckFailed(f"{path} ended the process that loaded it: {signal.Signals(-done.returncode).name}")
-    if done.returncode:
+    done = run(command, timeout=60, name=str(path))
+    if done.code < 0:
+        raise CheckFailed(f"{path} ended the process that loaded it: {done.how}")
+    if done.code:
         reason = done.stderr.strip().replace(f"{path.resolve()}: ", "")
         raise UserError(f"{path} is no plugin that loads here: {reason}", "Build it on this machine.")
     try:

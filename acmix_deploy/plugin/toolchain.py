@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from acmix_deploy.errors import MissingComponent
+from acmix_deploy.process import run
 
 OLDEST_TENSORRT = (8, 5)
 OLDEST_CMAKE = (3, 18)
@@ -168,8 +168,8 @@ def _try(cuda: Cuda) -> None:
         source = Path(folder, "probe.cu")
         source.write_text("#include <cuda_fp16.h>\n__global__ void probe(__half* x) { *x = __float2half(1.0f); }\n")
         command: list[str | Path] = [cuda.nvcc, "-shared", "-Xcompiler=-fPIC", source, "-o", source.with_suffix(".so")]
-        done = subprocess.run(command, env=cuda.environment, capture_output=True, text=True, check=False)
-    if done.returncode:
+        done = run(command, environment=cuda.environment)
+    if done.code:
         lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines() or ["no message"]
         reason = next((line for line in lines if re.search("error|cannot|not found", line)), lines[0])
         raise MissingComponent(
@@ -184,12 +184,7 @@ def _joined(*folders: str | Path | None) -> str:
 
 def _output(program: Path, *arguments: str) -> str:
     """What a program prints. Raises MissingComponent where it does not run."""
-    try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=60)
-    except OSError as error:
-        raise MissingComponent(f"{program} does not run: {error.strerror}") from error
-    except subprocess.TimeoutExpired as error:
-        raise MissingComponent(f"{program} {arguments[0]} did not answer within {error.timeout:.0f} seconds") from error
-    if done.returncode:
+    done = run([program, *arguments], timeout=60)
+    if done.code:
         raise MissingComponent(f"{program} {arguments[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout + done.stderr

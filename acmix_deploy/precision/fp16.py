@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,16 +14,16 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import replacing
+from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.errors import UserError
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import Feeds, name_nodes, read
+from acmix_deploy.options import FLOAT32
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
-
-FLOAT32 = ("decode", "softmax", "range")
-"""Groups of nodes that :func:`to_fp16` keeps in float32."""
+from acmix_deploy.runtime.onnxruntime import precision_of
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"})
 _DECODE_WEIGHTS = 32  # at most; the fixed kernel in a YOLOv8 head's decode has 16, the bins of its integral
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 
@@ -53,7 +53,8 @@ def to_fp16(
     fp16_io: bool = False,
     float32: Sequence[str] = FLOAT32,
     samples: Iterable[Feeds] = (),
-) -> Fp16Report:
+    progress: Callable[[str], None] = lambda step: None,
+) -> Made[Fp16Report]:
     """Write a float32 ONNX file as one whose weights and activations are float16, but for its sensitive parts.
 
     Args:
@@ -64,11 +65,26 @@ def to_fp16(
             bodies; "range", the nodes that read or write what float16 cannot hold, see :func:`out_of_range`. All else
             is a pattern (``*``, ``?``, ``[]``) of names of nodes or of the weights that they read.
         samples: inputs by name, float32, that the ranges of activations are seen on; without any, weights alone count.
+        progress: told what is being done.
 
     Raises:
-        UserError: a pattern fits no node, or the target cannot be written.
+        UserError: the source is no file in float32, a pattern fits no node, or the target cannot be written.
     """
+    check_output(target, source)
     model = read(source)
+    check_float32(model, source)
+    progress("converting to half precision")
+    typed, report = halved(model, fp16_io=fp16_io, float32=float32, samples=samples)
+    with replacing(target) as temporary:
+        onnx.save(typed, temporary)
+    settings = {"fp16_io": fp16_io, "float32": list(float32)}
+    return Made(write_artifact(target, "fp16", parents=[source], settings=settings), report)
+
+
+def halved(
+    model: onnx.ModelProto, *, fp16_io: bool = False, float32: Sequence[str] = FLOAT32, samples: Iterable[Feeds] = ()
+) -> tuple[onnx.ModelProto, Fp16Report]:
+    """The model in half precision, see :func:`to_fp16`; ``model`` itself is used up."""
     weights = {tensor.name for tensor in model.graph.initializer}
     declared = [value for value in model.graph.value_info if value.name not in weights]
     del model.graph.value_info[:]
@@ -93,11 +109,18 @@ def to_fp16(
     editor.topological_sort()
     typed = editor.model
     onnx.checker.check_model(typed)
-    with replacing(target) as temporary:
-        onnx.save(typed, temporary)
-    halved = {name for name, tensor in _stored(typed).items() if tensor.data_type == TensorProto.FLOAT16}
-    clipped = {name: size for name, size in stored.items() if name in halved and size > LARGEST_HALF}
-    return Fp16Report(float32_nodes=kept, out_of_range=beyond, clipped=clipped, float32_io=not fp16_io)
+    half = {name for name, tensor in _stored(typed).items() if tensor.data_type == TensorProto.FLOAT16}
+    clipped = {name: size for name, size in stored.items() if name in half and size > LARGEST_HALF}
+    return typed, Fp16Report(float32_nodes=kept, out_of_range=beyond, clipped=clipped, float32_io=not fp16_io)
+
+
+def check_float32(model: onnx.ModelProto, source: Path) -> None:
+    """Raises UserError where a file is converted already."""
+    quantized = next((node for node in model.graph.node if node.op_type in _QUANTIZED), None)
+    if quantized is not None:
+        raise UserError(f"{source} is quantised already: it has a {quantized.op_type}", "Give the float32 file.")
+    if precision_of(model) != "float32":
+        raise UserError(f"{source} is in float16, float32 is expected", "Give the file that `acmix-deploy fuse` wrote.")
 
 
 def tail(model: onnx.ModelProto) -> list[str]:

@@ -17,21 +17,21 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import replacing
+from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.detection.boxes import no_detector, unlike_detector, unlike_told
-from acmix_deploy.detection.images import Letterbox, batches, find
+from acmix_deploy.detection.images import batches, find
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import Feeds, fed, name_nodes, read
-from acmix_deploy.precision.fp16 import FLOAT32, Fp16Report, fits, kept_by_pattern, tail, to_fp16
+from acmix_deploy.options import FLOAT32
+from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
 from acmix_deploy.precision.ranges import Method, calibrate
-from acmix_deploy.runtime.inputs import check_size, size_in
 from acmix_deploy.runtime.metrics import Deviation, deviation
-from acmix_deploy.runtime.onnxruntime import inputs_of, open_session, precision_of
+from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
 
 _RANK = {"Conv": None, "Gemm": 2, "MatMul": 2}  # what becomes INT8, and the rank that its weight must have
 _COMPUTE = (*_RANK, "ConvTranspose")
-_QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"})
 _INT8_WEIGHTS = 18  # opset; a file of a lower one may go to TensorRT 8, which wants weights in float32 and a pair
 _CHANNEL_SCALES, _FLOAT16_SCALES = 13, 19  # opsets from which scales can be so
 _MEASURED = 8  # batches
@@ -99,7 +99,7 @@ def quantize(
     image_size: tuple[int, int] | None = None,
     limit: int = 256,
     progress: Callable[[str], None] = lambda message: None,
-) -> Int8Report:
+) -> Made[Int8Report]:
     """Write a float32 ONNX file as one whose convolutions and matrix products are INT8.
 
     Inputs of a layer are symmetric int8 per tensor, weights per output channel; biases and everything between the
@@ -124,14 +124,10 @@ def quantize(
             and gives something else than boxes and scores; there is no readable image; a pattern fits nothing.
         MissingComponent: OpenCV is not installed.
     """
-    if target.resolve() == source.resolve():
-        raise UserError(f"{target} is the file to be quantised", "Give another name with -o.")
-    if target.is_dir():
-        raise UserError(f"{target} is a folder", "Give the name of a file with -o.")
+    check_output(target, source)
     session = open_session(source)
-    metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-    unlike = unlike_told(metadata, {node.name: node.shape for node in session.get_outputs()})
-    if unlike and metadata.get("task") == "detect":  # before the long work
+    metadata = metadata_of(session)
+    if unlike := unlike_told(metadata, {node.name: node.shape for node in session.get_outputs()}):
         raise no_detector(str(source), unlike)
     model = _load(source, opset=_FLOAT16_SCALES if fp16 else _CHANNEL_SCALES)
     chosen = choose_layers(model, exclude, quantize_head=quantize_head)
@@ -140,10 +136,9 @@ def quantize(
     shape = _shape(session, source, metadata, image_size)
     (name,) = (node.name for node in inputs_of(session))
     photos = find(calibration, limit)
-    letterbox = Letterbox.of(metadata)
 
     def feeds() -> Iterator[Feeds]:
-        return ({name: batch} for batch in batches(photos.paths, [shape], letterbox))
+        return ({name: batch} for batch in batches(photos.paths, [shape], metadata.letterbox))
 
     del session
     progress(f"calibrating on {len(photos.paths)} images")
@@ -154,15 +149,15 @@ def quantize(
     samples = list(islice(feeds(), _MEASURED))
     progress("measuring each layer")
     layers = _measure(model, typed, chosen.quantized, samples)
+    half = None
+    if fp16:
+        progress("converting the rest to float16")
+        typed, half = halved(typed, float32=float32, samples=samples)
     with replacing(target) as temporary:
         onnx.save(typed, temporary)
-        half = None
-        if fp16:
-            progress("converting the rest to float16")
-            half = to_fp16(temporary, temporary, float32=float32, samples=samples)
         progress("measuring the outputs")
         outputs = _compare(source, temporary, samples, metadata)
-    return Int8Report(
+    report = Int8Report(
         method=method,
         rest="float16" if fp16 else "float32",
         fp16=half,
@@ -177,6 +172,16 @@ def quantize(
         bytes_before=source.stat().st_size,
         bytes_after=target.stat().st_size,
     )
+    settings = {
+        "method": method,
+        "exclude": list(exclude),
+        "quantize_head": quantize_head,
+        "fp16": fp16,
+        "float32": list(float32),
+        "images": report.images,
+        "input_shape": list(shape),
+    }
+    return Made(write_artifact(target, "int8", parents=[source], settings=settings), report)
 
 
 def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quantize_head: bool = False) -> Layers:
@@ -269,11 +274,7 @@ def _load(source: Path, opset: int) -> onnx.ModelProto:
         UserError: it is quantised already, not in float32, or below ``opset``.
     """
     model = read(source)
-    quantized = next((node for node in model.graph.node if node.op_type in _QUANTIZED), None)
-    if quantized is not None:
-        raise UserError(f"{source} is quantised already: it has a {quantized.op_type}", "Give the float32 file.")
-    if precision_of(model) != "float32":
-        raise UserError(f"{source} is in float16, float32 is expected", "Give the file that `acmix-deploy fuse` wrote.")
+    check_float32(model, source)
     if _opset(model) < opset:
         raise UserError(
             f"{source} has opset {_opset(model)}, at least {opset} is needed here", f"Export it with --opset {opset}."
@@ -293,19 +294,19 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def _shape(
-    session: Any, source: Path, metadata: dict[str, str], image_size: tuple[int, int] | None
+    session: Any, source: Path, metadata: ModelMetadata, image_size: tuple[int, int] | None
 ) -> tuple[int, int, int, int]:
     """[B, 3, H, W] to calibrate with. Raises UserError where the file takes something else."""
     inputs = inputs_of(session)
     if len(inputs) != 1 or len(inputs[0].dims) != 4:
         found = ", ".join(f"{node.name} {list(node.dims)}" for node in inputs)
         raise UserError(f"one image input [B, 3, H, W] is expected; {source} takes {found}")
-    height, width = image_size or size_in(metadata, "imgsz", "[640, 640]")
+    height, width = image_size or metadata.imgsz
     wanted = (1, 3, height, width)
     batch, channels, *size = (a if isinstance(a, int) else b for a, b in zip(inputs[0].dims, wanted, strict=True))
     if image_size and tuple(size) != image_size:
         raise UserError(f"{source} takes images of {size[0]}x{size[1]} alone, not of {height}x{width}")
-    check_size(str(source), (batch, channels, *size), metadata)
+    metadata.check_size(str(source), (batch, channels, *size))
     return batch, channels, size[0], size[1]
 
 
@@ -392,7 +393,7 @@ def _measure(
     ]
 
 
-def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dict[str, str]) -> dict[str, Deviation]:
+def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: ModelMetadata) -> dict[str, Deviation]:
     """The distance of every output from the float file's, and of the parts of those whose parts are known."""
 
     def outputs(path: Path) -> Feeds:
@@ -402,8 +403,7 @@ def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: dic
         return {name: np.concatenate(arrays) for name, arrays in zip(names, runs, strict=True)}
 
     expected, actual = outputs(source), outputs(target)
-    unlike = unlike_detector(metadata, expected)
-    if unlike and metadata.get("task") == "detect":
+    if unlike := unlike_detector(metadata, expected):
         raise no_detector(str(source), unlike)
     found = {name: deviation(array, actual[name]) for name, array in expected.items()}
     for name, parts in parts_of(metadata, expected).items():

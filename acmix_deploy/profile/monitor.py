@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.errors import MissingComponent
+from acmix_deploy.process import run
 
 INTERVAL = 0.05
 """Seconds between two readings of :meth:`Monitor.watching`."""
@@ -268,8 +268,8 @@ def _instant_power(nvml: Any, ask: Callable[..., Any]) -> int | None:
 def _power_mode() -> str | None:
     """The mode that nvpmodel, a program of Jetson Linux, says it is in."""
     try:
-        done = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        done = run(["nvpmodel", "-q"], timeout=10)
+    except MissingComponent:
         return None
     found = re.search(r"NV Power Mode:\s*(\S+)", done.stdout)
     return found[1] if found else None

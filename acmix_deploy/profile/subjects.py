@@ -16,14 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy import checkpoint
 from acmix_deploy.artifacts import read_artifact, sha256
 from acmix_deploy.checkpoint.refusals import does_not_run
-from acmix_deploy.detection.images import Letterbox, batches, find
+from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import read_manifest, this_machine
 from acmix_deploy.profile.layers import Blocks, Layer, block_of, blocks_of, nodes_in, onnx_layers
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.runtime.cuda import Event
-from acmix_deploy.runtime.inputs import Input, check_size, random_images
+from acmix_deploy.runtime.inputs import Input, random_images
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import PROVIDER, open_session, usable_cores
@@ -241,10 +241,10 @@ def _feed(file: Path, opened: Model, setup: Setup) -> dict[str, Array]:
         if len(dims) != len(wanted):
             raise UserError(f"{file} takes {name} of {list(dims)}; a shape like {list(wanted)} is expected")
         shape = tuple(dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True))
-        check_size(str(file), shape, opened.metadata)
+        opened.metadata.check_size(str(file), shape)
         if setup.images:
-            letterbox = Letterbox.of(opened.metadata)
-            images = next(batches(find(setup.images, shape[0]).paths, [shape], letterbox))
+            photos = find(setup.images, shape[0]).paths
+            images = next(batches(photos, [shape], opened.metadata.letterbox))
         else:
             images = random_images(shape)
         feed[name] = images.astype(dtype)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy import manifest
 from acmix_deploy.artifacts import versions
+from acmix_deploy.document import Document
 from acmix_deploy.profile.layers import BlockTime, Layer, times_by_block
 from acmix_deploy.profile.monitor import Conditions, Power
 from acmix_deploy.runtime.onnxruntime import usable_cores
@@ -143,3 +145,15 @@ def _cpu() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+class ProfileDocument(Document):
+    """Result of ``acmix-deploy profile``."""
+
+    document: Literal["profile"] = "profile"
+    profiles: list[Profile] = Field(min_length=1, description="one for each file, in the order given")
+
+    @computed_field(description="what stands out between the files")  # type: ignore[prop-decorator]
+    @property
+    def notes(self) -> list[str]:
+        return compare(self.profiles)

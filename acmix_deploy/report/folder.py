@@ -1,4 +1,4 @@
-"""The documents in a folder, each known by fields that no other has."""
+"""The documents in a folder."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from acmix_deploy.artifacts import Artifact
-from acmix_deploy.document import D, Document, parse_document, read_json
+from acmix_deploy.artifacts import is_sidecar
+from acmix_deploy.document import D, Document, Written, document_of, parse_document, read_json, written
 from acmix_deploy.errors import UserError
 from acmix_deploy.gate.samples import GateSamples
+from acmix_deploy.profile import ProfileDocument
 from acmix_deploy.profile.trtexec import read_times
 from acmix_deploy.report.documents import (
     BuildDocument,
     FuseDocument,
     GateDocument,
-    ProfileDocument,
     QuantizeDocument,
     VerifyDocument,
 )
 from acmix_deploy.report.model import ExportReport
 
-_MARKS: dict[type[Document], set[str]] = {
-    ExportReport: {"fusion", "verification"},
-    FuseDocument: {"blocks", "nodes_before"},
-    QuantizeDocument: {"layers", "float_layers"},
-    BuildDocument: {"manifest", "plugin_layers"},
-    VerifyDocument: {"reference", "comparisons"},
-    ProfileDocument: {"profiles"},
-    GateSamples: {"candidate", "interleaved"},
-    GateDocument: {"tolerance", "comparisons"},
+_KINDS: dict[Written, type[Document]] = {
+    written(kind): kind
+    for kind in (
+        ExportReport,
+        FuseDocument,
+        QuantizeDocument,
+        BuildDocument,
+        VerifyDocument,
+        ProfileDocument,
+        GateSamples,
+        GateDocument,
+    )
 }
-_SIDECAR = {name for name, field in Artifact.model_fields.items() if field.is_required()}
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,12 @@ def _read(file: Path) -> Document | None:
         return ProfileDocument(profiles=[read_times(file)])
     if not _finite(content):
         raise UserError(f"{file} holds a number that is not finite")
-    names = set(content) if isinstance(content, dict) else set()
-    if names >= _SIDECAR:
+    if is_sidecar(content):
         return None
-    for kind, marks in _MARKS.items():
-        if names >= marks:
-            return parse_document(kind, content, file)
-    raise UserError(f"{file} is no document that a report is made of")
+    found = document_of(content)
+    if found not in _KINDS:
+        raise UserError(f"{file} is {f'what `{found}` writes' if found else 'no document'}, which is not reported on")
+    return parse_document(_KINDS[found], content, file)
 
 
 def _finite(content: Any) -> bool:

@@ -19,14 +19,13 @@ from acmix_deploy.detection.images import Image, opencv
 from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.history import histories
 from acmix_deploy.gate.samples import GateSamples, Measured
-from acmix_deploy.profile import Machine, Profile, compare
+from acmix_deploy.profile import Machine, Profile, ProfileDocument, compare
 from acmix_deploy.report import plots, show, show_gate, show_profile, show_samples, tables
 from acmix_deploy.report.documents import (
     BuildDocument,
     FuseDocument,
     GateDocument,
     HtmlDocument,
-    ProfileDocument,
     QuantizeDocument,
     VerifyDocument,
 )
@@ -46,15 +45,14 @@ _BLOCKS = 6  # of a model, each with a colour
 _GROUPS = 3  # of the other layers, each with a grey
 _LAYERS = 15  # the longest
 _REST = plots.GREYS[-1]
-_STATES = {"ok": "good", "pass": "good", "FAILED": "bad", "fail": "bad"}
 
 
 class Grid(NamedTuple):
-    """A table: cells with their class, columns with their alignment."""
+    """A table: cells with their state, columns with their alignment."""
 
     head: list[str]
     numeric: list[bool]
-    rows: list[list[tuple[str, str]]]
+    rows: list[list[tuple[str, tables.State]]]
 
 
 class Picture(NamedTuple):
@@ -86,7 +84,7 @@ class Tile(NamedTuple):
     label: str
     value: str
     detail: str = ""
-    state: str = ""
+    state: tables.State = ""
 
 
 def write_html(folder: Path, target: Path) -> HtmlDocument:
@@ -132,8 +130,8 @@ def write_html(folder: Path, target: Path) -> HtmlDocument:
 def _tiles(folder: Folder) -> Iterator[Tile]:
     for export in folder.of(ExportReport).values():
         fusion, fused = export.fusion, f"{export.fusion.fused} of {len(export.fusion.blocks)}"
-        state = "good" if fusion.fused == len(fusion.blocks) else ""
-        yield Tile("Blocks fused", fused, f"{fusion.nodes_before} nodes became {fusion.nodes_after}", state)
+        nodes = f"{fusion.nodes_before} nodes became {fusion.nodes_after}"
+        yield Tile("Blocks fused", fused, nodes, "good" if fusion.fused == len(fusion.blocks) else "")
         yield _accuracy(export.verification)
         plain = export.files["plain"]
         timed = {file.artifact.path.name: file.profile.median_ms for file in export.files.values() if file.profile}
@@ -148,7 +146,7 @@ def _tiles(folder: Folder) -> Iterator[Tile]:
         yield _accuracy(found)
     for verdict in folder.of(GateDocument).values():
         candidates = ", ".join(comparison.candidate for comparison in verdict.comparisons)
-        yield Tile("Latency gate", verdict.outcome, candidates, _STATES.get(verdict.outcome, ""))
+        yield Tile("Latency gate", verdict.outcome, candidates, show_gate.STATES[verdict.outcome])
 
 
 def _accuracy(found: Verification) -> Tile:
@@ -157,7 +155,7 @@ def _accuracy(found: Verification) -> Tile:
         f"Against {found.reference}",
         {True: "within limits", False: "beyond a limit", None: "not judged"}[found.passed],
         detail,
-        {True: "good", False: "bad", None: ""}[found.passed],
+        tables.verdict(found.passed).state,
     )
 
 
@@ -166,9 +164,11 @@ def _fused(folder: Folder) -> Iterator[Part]:
         yield Part("In the model", name, table=_grid(tables.module_blocks(export.blocks)))
         notes = tables.fusion_notes(export.fusion)
         yield Part("In the graph", name, table=_grid(tables.graph_blocks(export.fusion)), lines=notes)
-        for built in export.engines.values():
+        for role, built in export.engines.items():
             if built.inlined:
-                yield Part(f"In {built.artifact.path.name}", name, table=_grid(tables.inlined(built.inlined)))
+                yield Part(
+                    f"In {export.files[role].artifact.path.name}", name, table=_grid(tables.inlined(built.inlined))
+                )
     for name, fusion in folder.of(FuseDocument).items():
         yield Part("In the graph", name, table=_grid(tables.graph_blocks(fusion)), lines=tables.fusion_notes(fusion))
     for name, built in folder.of(BuildDocument).items():
@@ -341,9 +341,12 @@ def _environment(folder: Folder) -> Iterator[Part]:
             names = dict.fromkeys(name for other, name in found if other == machine)
             yield Part("Machine", ", ".join(names), table=_grid(_machine(machine)))
     exports = folder.of(ExportReport)
-    engines = [built for export in exports.values() for built in export.engines.values()]
-    for built in (*engines, *folder.of(BuildDocument).values()):
-        yield Part("Engine", built.artifact.path.name, table=_grid(tables.engine(built.manifest)))
+    engines = [
+        (export.files[role].artifact, built) for export in exports.values() for role, built in export.engines.items()
+    ]
+    engines += [(built.artifact, built) for built in folder.of(BuildDocument).values()]
+    for artifact, built in engines:
+        yield Part("Engine", artifact.path.name, table=_grid(tables.engine(built.manifest)))
     for name, export in exports.items():
         spent = tables.table("stage", "s", numeric=(1,))
         for stage, seconds in export.seconds.items():
@@ -433,10 +436,9 @@ def _grid(table: rich.table.Table) -> Grid:
     )
 
 
-def _cell(cell: object) -> tuple[str, str]:
-    """Text and class of a cell."""
-    text = str(cell)
-    return text, _STATES.get(text, "")
+def _cell(cell: object) -> tuple[str, tables.State]:
+    """Text and state of a cell."""
+    return str(cell), cell.state if isinstance(cell, tables.Cell) else ""
 
 
 def _uri(image: Image) -> str:

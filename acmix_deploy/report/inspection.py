@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
-from acmix_deploy.artifacts import Artifact, Parent, sha256, sidecar
-from acmix_deploy.engine import onnx_file
+from acmix_deploy import onnx_file
+from acmix_deploy.artifacts import Artifact, Parent, is_sidecar, sha256, sidecar
+from acmix_deploy.document import document_of, read_json
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.graph import read
@@ -37,7 +39,7 @@ class Inspection(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: Path
-    kind: str = Field(description="onnx, engine, plugin, checkpoint, report, or what its sidecar calls it")
+    kind: str = Field(description="onnx, engine, plugin, checkpoint, document, or what its sidecar calls it")
     size_bytes: int
     sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal")
     artifact: Artifact | None = Field(default=None, description="its sidecar, where there is one")
@@ -46,7 +48,7 @@ class Inspection(BaseModel):
     onnx: onnx_file.OnnxFile | None = Field(default=None, description="of an ONNX file")
     manifest: Manifest | None = Field(default=None, description="of an engine")
     plugin: Library | None = Field(default=None, description="of a plugin library")
-    report: dict[str, str] | None = Field(default=None, description="of a report: its files by role")
+    told: dict[str, str] | None = Field(default=None, description="of a document: which one, and what it is about")
     notes: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -66,11 +68,10 @@ def inspect(path: Path) -> Inspection:
         UserError: it cannot be read, or is nothing that this package reads or writes.
         CheckFailed: a plugin library crashes.
     """
-    document = _document(path) if path.suffix == ".json" else {}
-    if document and {"kind", "sha256", "settings"} <= document.keys():
+    if path.suffix == ".json" and is_sidecar(_documents(path)[0]):
         path = path.with_suffix("")
     artifact = _read_sidecar(path)
-    kind, facts = _look(path, artifact, document)
+    kind, facts = _look(path, artifact)
     digest = sha256(path)
     return Inspection(
         path=path,
@@ -84,12 +85,10 @@ def inspect(path: Path) -> Inspection:
     )
 
 
-def _look(path: Path, artifact: Artifact | None, document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _look(path: Path, artifact: Artifact | None) -> tuple[str, dict[str, Any]]:
     """Kind of a file, and those fields of :class:`Inspection` that belong to it."""
     if path.suffix == ".json":
-        if "comparisons" in document:
-            return "verification", {"report": _compared(path)}
-        return "report", {"report": _files_of_report(path, document)}
+        return "document", {"told": _told(path)}
     if artifact and artifact.kind == KIND:
         try:
             return KIND, {"manifest": Manifest.model_validate(artifact.settings)}
@@ -111,28 +110,37 @@ def _look(path: Path, artifact: Artifact | None, document: dict[str, Any]) -> tu
     return artifact.kind if artifact else "onnx", {"onnx": onnx_file.describe(model)}
 
 
-def _document(path: Path) -> dict[str, Any]:
+def _documents(path: Path) -> list[Any]:
+    """The JSON in a file: one document, or one a line, as `detect` prints them."""
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON document: {error}") from error
-    return document if isinstance(document, dict) else {}
+        return [read_json(path)]
+    except UserError:
+        with suppress(OSError, ValueError):
+            if lines := path.read_bytes().splitlines():
+                return [*map(from_json, lines)]
+        raise
 
 
-def _files_of_report(path: Path, document: dict[str, Any]) -> dict[str, str]:
-    try:
-        return {role: str(file["artifact"]["path"]) for role, file in document["files"].items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is neither the sidecar of a file nor the report of an export") from error
-
-
-def _compared(path: Path) -> dict[str, str]:
-    found = read_verification(path)
-    candidates = {comparison.candidate for comparison in found.comparisons}
-    verdict = {True: "passed", False: "failed", None: "not judged"}[found.passed]
-    return {"reference": found.reference, "compared with it": ", ".join(sorted(candidates)), "outcome": verdict}
+def _told(path: Path) -> dict[str, str]:
+    """What a document tells in short."""
+    first, *others = _documents(path)
+    written = document_of(first)
+    if written is None:
+        raise UserError(f"{path} is neither the sidecar of a file nor what a verb writes")
+    facts = {"document": str(written)}
+    if written == "export":
+        try:  # not as ExportReport, which needs PyTorch
+            facts |= {role: str(file["artifact"]["path"]) for role, file in first["files"].items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path} does not name the files of an export") from error
+    elif written == "verify":
+        found = read_verification(path)
+        candidates = {comparison.candidate for comparison in found.comparisons}
+        verdict = {True: "passed", False: "failed", None: "not judged"}[found.passed]
+        facts |= {"reference": found.reference, "compared with it": ", ".join(sorted(candidates)), "outcome": verdict}
+    elif written == "detect":
+        facts["images"] = str(1 + len(others))
+    return facts
 
 
 def _read_sidecar(path: Path) -> Artifact | None:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from typing import Literal
 
 import onnx
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.checkpoint.reference import ReferenceReport
 from acmix_deploy.document import Document
-from acmix_deploy.engine import onnx_file
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.export import ExportResult
 from acmix_deploy.families import BlockReport
-from acmix_deploy.forms import takes_plugin
+from acmix_deploy.forms import TargetReport, takes_plugin
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.graph import count_nodes, read
 from acmix_deploy.manifest import KIND as ENGINE
 from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.profile import Profile
-from acmix_deploy.report.target import Shapes, TargetReport, carry, engine_steps, obstacles
+from acmix_deploy.report.target import carry, engine_steps, obstacles, target_steps
 from acmix_deploy.targets import NEWEST, READ_SINCE, Precision
 from acmix_deploy.verify import Verification
 
@@ -44,6 +45,7 @@ class ExportReport(Document):
 
     model_config = ConfigDict(frozen=True)
 
+    document: Literal["export"] = Field(default="export", description="which document it is")
     model: str = Field(description="the checkpoint, as it was named")
     notes: tuple[str, ...] = Field(description="what was done to the checkpoint on loading")
     blocks: tuple[BlockReport, ...] = Field(description="blocks found in the module, and modules that resemble one")
@@ -55,7 +57,7 @@ class ExportReport(Document):
     fp16: Fp16Report | None = Field(default=None, description="what stays in float32 in the fp16 file")
     int8: Int8Report | None = Field(default=None, description="layers in INT8 and what each one costs")
     engines: dict[str, BuildReport] = Field(
-        default={}, description="by the role of their files, where there was a TensorRT and a GPU"
+        default={}, description="by role, as in files, where there was a TensorRT and a GPU"
     )
     verification: Verification
     seconds: dict[str, float] = Field(description="time that each stage took")
@@ -77,14 +79,6 @@ def describe_file(artifact: Artifact, profile: Profile | None = None) -> FileRep
     return FileReport(artifact=artifact, size_bytes=artifact.path.stat().st_size, nodes=nodes, profile=profile)
 
 
-def shapes_to_build(exported: ExportResult) -> Shapes | None:
-    """The range of the shapes that the export was checked at, where axes are free."""
-    if all(isinstance(size, int) for size in exported.inputs[0].shape):
-        return None
-    sizes = list(zip(*exported.checked_shapes, strict=True))
-    return tuple(map(min, sizes)), exported.checked_shapes[0], tuple(map(max, sizes))
-
-
 def next_steps(
     artifacts: Mapping[str, Artifact], exported: ExportResult, target: TargetReport | None, *, detector: bool
 ) -> tuple[str, ...]:
@@ -100,10 +94,10 @@ def next_steps(
         return (f"acmix-deploy profile {shlex.join(engines)} --layers --power",)
     typed: tuple[tuple[str, Precision], ...] = (("int8", "int8"), ("fp16", "float16"), ("fused", "float32"))
     role, precision = next(pair for pair in typed if pair[0] in artifacts)
-    shapes = shapes_to_build(exported)
+    shapes = exported.shapes_to_build
     file, reference = artifacts[role].path.name, artifacts["fused"].path.name
     if target:
-        return target.steps(reference, precision, shapes, exported.inputs[0].name, detector=detector)
+        return target_steps(target, reference, precision, shapes, exported.inputs[0].name, detector=detector)
     model = read(artifacts[role].path, weights=False)
     if unread := onnx_file.unread(model, NEWEST):
         return obstacles(file, unread)

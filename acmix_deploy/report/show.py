@@ -15,6 +15,7 @@ from acmix_deploy.report.show_verification import notes as verification_notes
 from acmix_deploy.report.tables import (
     engine,
     errors,
+    fp16_notes,
     fusion_notes,
     graph_blocks,
     half,
@@ -22,6 +23,7 @@ from acmix_deploy.report.tables import (
     quantized_layers,
     table,
 )
+from acmix_deploy.report.target import plugin_notes
 from acmix_deploy.verify import Verification
 
 _WORST = 5  # layers in INT8 that are shown
@@ -34,7 +36,7 @@ def show_export(report: ExportReport, console: Console) -> None:
             *_titled("Blocks in the model", module_blocks(report.blocks)),
             *_titled("Blocks in the graph", graph_blocks(report.fusion)),
             *(_titled("Layers in INT8", quantized_layers(report.int8, most=_WORST)) if report.int8 else ()),
-            *(line for built in report.engines.values() for line in _engine(built)),
+            *(line for role, built in report.engines.items() for line in _engine(report, role, built)),
             *_titled("Files", files(report)),
             *_titled(f"Error against {report.reference}, worst over all inputs", errors(report.verification)),
             *(_titled("Magnitudes in float16", half(report.verification)) if report.verification.half else ()),
@@ -52,8 +54,8 @@ def show_export(report: ExportReport, console: Console) -> None:
         console.print(f"  {step}", soft_wrap=True)
 
 
-def _engine(built: BuildReport) -> list[RenderableType]:
-    return _titled(f"Engine {built.artifact.path.name}", engine(built.manifest))
+def _engine(report: ExportReport, role: str, built: BuildReport) -> list[RenderableType]:
+    return _titled(f"Engine {report.files[role].artifact.path.name}", engine(built.manifest))
 
 
 def _detections(verification: Verification) -> list[RenderableType]:
@@ -72,20 +74,16 @@ def notes(report: ExportReport) -> list[str]:
         skipped = report.int8.skipped
         found.append(f"{len(skipped)} calibration images could not be read: {'; '.join(skipped)}")
     for typed in (report.fp16, report.int8.fp16 if report.int8 else None):
-        sizes = typed.clipped.items() if typed else ()
-        found += [
-            f"{name} holds up to {size:.4g} and is clipped to float16's 65504: keep range in float32"
-            for name, size in sizes
-        ]
+        found += fp16_notes(typed) if typed else []
     if report.target:
-        found += report.target.notes
+        found += plugin_notes(report.target)
         if report.target.form == "plugin":
             found.append(
                 f"{report.target.file} needs the plugin, so ONNX Runtime verified it with the definitions that were "
                 "taken out"
             )
-    for built in report.engines.values():
-        name = built.artifact.path.name
+    for role, built in report.engines.items():
+        name = report.files[role].artifact.path.name
         found.append(f"{len(built.plugin_layers)} of the {built.layers} layers of {name} are computed by the plugin")
         found += [f"{name}: {node} has {why}, which the plugin does not take" for node, why in built.inlined.items()]
         found += built.notes

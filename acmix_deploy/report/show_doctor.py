@@ -7,9 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from acmix_deploy.doctor import Diagnosis, Examination, Finding
-from acmix_deploy.report.tables import table
+from acmix_deploy.doctor.diagnosis import State as ComponentState
+from acmix_deploy.report.tables import Cell, State, table
 
-_STYLES = {"ok": "", "missing": "yellow", "fault": "bold red"}
+_STATES: dict[ComponentState, State] = {"ok": "good", "missing": "unsure", "fault": "bad"}
 
 
 def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
@@ -17,7 +18,7 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     rows = table("", "", "")
     rows.show_header = False
     for component in diagnosis.environment:
-        rows.add_row(component.name, Text(component.state, style=_STYLES[component.state]), component.found)
+        rows.add_row(component.name, Cell(component.state, _STATES[component.state]), component.found)
         if component.advice:
             rows.add_row("", "", component.advice)
     console.print(Text("This machine", style="bold"), rows)
@@ -50,6 +51,6 @@ def _findings(findings: tuple[Finding, ...]) -> Table:
     for finding in findings:
         groups.setdefault((finding.fault, finding.found, finding.remedy), []).append(finding.where)
     for (fault, found, remedy), places in groups.items():
-        rows.add_row(Text(fault, style="bold red"), ", ".join(filter(None, places)), found)
+        rows.add_row(Cell(fault, "bad"), ", ".join(filter(None, places)), found)
         rows.add_row("", "", remedy)
     return rows

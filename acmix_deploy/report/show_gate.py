@@ -9,20 +9,18 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import UserError
 from acmix_deploy.gate.samples import Parity
 from acmix_deploy.gate.verdict import Comparison, Judged, Outcome, Verdict
-from acmix_deploy.report.tables import milliseconds, table
+from acmix_deploy.report.tables import Cell, State, milliseconds, table
 
-_STYLES: dict[str, str] = {
-    "pass": "green",
-    "inconclusive": "yellow",
-    "not comparable": "yellow",
-    "fail": "bold red",
-}
+STATES: dict[Outcome, State] = {"pass": "good", "inconclusive": "unsure", "not comparable": "unsure", "fail": "bad"}
+"""How what the gate finds is shown."""
+
+Cells = tuple[str, ...]
+
 _LATENCY = ("candidate", "latency", "baseline ms", "candidate ms", "change", "95% interval", "spread", "rounds", "")
 _PARITY = ("candidate", "exactness", "found", "limit", "")
 
@@ -36,15 +34,15 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
         console.print(line, soft_wrap=True)
     for note in _notes(verdict):
         console.print(f"Note: {note}", style="yellow", soft_wrap=True)
-    console.print(title(verdict), style=_STYLES[verdict.outcome])
+    console.print(Cell(title(verdict), STATES[verdict.outcome]))
 
 
 def findings(verdict: Verdict) -> Iterator[Table]:
     """The latencies and the exactness that were judged, as far as there are any."""
     for columns, found in ((_LATENCY, _latencies(verdict)), (_PARITY, _parities(verdict))):
         rows = table(*columns, numeric=tuple(range(2, len(columns) - 1)))
-        for *cells, outcome in found:
-            rows.add_row(*cells, Text(outcome, style=_STYLES[outcome]))
+        for cells, outcome in found:
+            rows.add_row(*cells, Cell(outcome, STATES[outcome]))
         if rows.row_count:
             yield rows
 
@@ -77,7 +75,7 @@ def write_summary(verdict: Verdict, path: Path) -> None:
     """Append the verdict as Markdown. Raises UserError where the file cannot be written."""
     parts = [f"### {title(verdict)}"]
     for columns, found in ((_LATENCY, _latencies(verdict)), (_PARITY, _parities(verdict))):
-        if rows := list(found):
+        if rows := [(*cells, outcome) for cells, outcome in found]:
             aligned = ["---", "---", *["---:"] * (len(columns) - 3), "---"]
             parts.append("\n".join(map(_row, (columns, aligned, *rows))))
     lines = [*reasons(verdict), *(f"Note: {note}" for note in _notes(verdict))]
@@ -94,10 +92,10 @@ def title(verdict: Verdict) -> str:
     return f"Latency gate: {verdict.outcome} ({100 * verdict.tolerance:+.3g}% is tolerated)"
 
 
-def _latencies(verdict: Verdict) -> Iterator[tuple[str, ...]]:
+def _latencies(verdict: Verdict) -> Iterator[tuple[Cells, Outcome]]:
     for comparison in verdict.comparisons:
         for judged in comparison.judged:
-            yield comparison.candidate, judged.metric, *_figures(judged), judged.outcome
+            yield (comparison.candidate, judged.metric, *_figures(judged)), judged.outcome
 
 
 def _figures(judged: Judged) -> tuple[str, ...]:
@@ -117,10 +115,10 @@ def _change(ratio: float) -> str:
     return f"{ratio - 1:+.1%}"
 
 
-def _parities(verdict: Verdict) -> Iterator[tuple[str, ...]]:
+def _parities(verdict: Verdict) -> Iterator[tuple[Cells, Outcome]]:
     for comparison in verdict.comparisons:
         for found in comparison.parity:
-            yield comparison.candidate, found.metric, _value(found), f"{found.limit:.1e}", _outcome(found)
+            yield (comparison.candidate, found.metric, _value(found), f"{found.limit:.1e}"), _outcome(found)
 
 
 def _value(parity: Parity) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from acmix_deploy.engine.onnx_file import OnnxFile
+from acmix_deploy.onnx_file import OnnxFile
 from acmix_deploy.report.inspection import Inspection
-from acmix_deploy.report.tables import creators, engine, kernels, table
+from acmix_deploy.report.tables import Cell, creators, engine, kernels, table
 
 _LONGEST = 60  # characters of a property
 
@@ -25,8 +25,8 @@ def show_inspection(found: Inspection, console: Console) -> None:
         parts += ["", engine(found.manifest)]
     if found.plugin:
         parts += ["", creators(found.plugin), "", kernels(found.plugin)]
-    if found.report:
-        parts += ["", _pairs(found.report.items())]
+    if found.told:
+        parts += ["", _pairs(found.told.items())]
     if found.artifact:
         parts += ["", Text("Made from", style="bold"), _origin(found)]
         made = {**found.artifact.versions, **({} if found.manifest else found.artifact.settings)}
@@ -47,7 +47,7 @@ def _onnx(file: OnnxFile) -> list[RenderableType]:
         **{f"input {tensor.name}": f"{tensor.dtype} {_shape(tensor.shape)}" for tensor in file.inputs},
         **{f"output {tensor.name}": f"{tensor.dtype} {_shape(tensor.shape)}" for tensor in file.outputs},
         "operators": ", ".join(f"{count} {name}" for name, count in file.operators.items()),
-        **{name: value[:_LONGEST] for name, value in file.metadata.items()},
+        **{name: value[:_LONGEST] for name, value in file.metadata.entries.items()},
     }
     blocks = table("fused block", "operator", "attributes")
     for node in file.fused:
@@ -64,8 +64,8 @@ def _onnx(file: OnnxFile) -> list[RenderableType]:
 def _origin(found: Inspection) -> RenderableType:
     rows = table("file", "kind", "for", "in this folder")
     for ancestor in found.ancestors:
-        style = "bold red" if ancestor.state == "changed" else ""
-        rows.add_row(ancestor.name, ancestor.kind, ancestor.made, Text(ancestor.state, style=style))
+        state = Cell(ancestor.state, "bad" if ancestor.state == "changed" else "")
+        rows.add_row(ancestor.name, ancestor.kind, ancestor.made, state)
     return rows if found.ancestors else "nothing that was told"
 
 

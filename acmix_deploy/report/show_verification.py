@@ -56,7 +56,7 @@ def detections(verification: Verification) -> Table:
             *map(str, counts),
             _two(found.mean_score_change, found.max_score_change, ".1e"),
             _two(found.mean_iou, found.min_iou, ".3f"),
-            "too few detections" if found.passed is None else verdict(found.passed),
+            verdict(found.passed, "too few detections"),
         )
     return rows
 

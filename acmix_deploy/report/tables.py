@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -13,11 +14,22 @@ from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.manifest import Manifest
 from acmix_deploy.plugin.library import Library
-from acmix_deploy.precision import Int8Report
+from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import Verification
 
 _OVERFLOWS = 8  # nodes of a file
+
+State = Literal["", "good", "unsure", "bad"]
+_STYLES: dict[State, str] = {"": "", "good": "green", "unsure": "yellow", "bad": "bold red"}
+
+
+class Cell(Text):
+    """Text with a state, which a terminal and a page show in their colours."""
+
+    def __init__(self, text: str, state: State = "") -> None:
+        super().__init__(text, style=_STYLES[state])
+        self.state = state
 
 
 def module_blocks(blocks: Iterable[BlockReport]) -> Table:
@@ -87,11 +99,27 @@ def half(verification: Verification) -> Table:
     return rows
 
 
-def verdict(passed: bool | None) -> str | Text:
+def verdict(passed: bool | None, unjudged: str = "not judged") -> Cell:
     """A word for the last column."""
     if passed is None:
-        return "not judged"
-    return "ok" if passed else Text("FAILED", style="bold red")
+        return Cell(unjudged)
+    return Cell("ok", "good") if passed else Cell("FAILED", "bad")
+
+
+def kept_in_float32(report: Fp16Report) -> Table:
+    """How many nodes are not in float16, by the group or the pattern that they fit."""
+    rows = table("nodes in float32", "for", numeric=(0,))
+    for choice, count in Counter(report.float32_nodes.values()).items():
+        rows.add_row(str(count), choice)
+    return rows
+
+
+def fp16_notes(report: Fp16Report) -> list[str]:
+    """What became something else in float16."""
+    return [
+        f"{name} holds up to {size:.4g} and is clipped to float16's 65504: keep range in float32"
+        for name, size in report.clipped.items()
+    ]
 
 
 def quantized_layers(report: Int8Report, most: int = 12) -> Table:

@@ -6,88 +6,49 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from acmix_deploy.artifacts import Artifact
-from acmix_deploy.engine import onnx_file
-from acmix_deploy.graph import read
-from acmix_deploy.targets import Form, Precision, Target, target_named
-
-Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
-"""Smallest, usual and largest [B, C, H, W]."""
+from acmix_deploy import onnx_file
+from acmix_deploy.forms import TargetReport
+from acmix_deploy.runtime.inputs import Shapes
+from acmix_deploy.targets import Precision, Target, target_named
 
 
-class TargetReport(BaseModel):
-    """The file to carry to a target."""
+def plugin_notes(target: TargetReport) -> list[str]:
+    """Which nodes the plugin does not take."""
+    return [
+        f"{name} has {what}, which the plugin does not take: standard operators in {target.file}"
+        for name, what in target.inlined.items()
+    ]
 
-    model_config = ConfigDict(frozen=True)
 
-    name: str = Field(description="the target, as in docs/targets.md")
-    tensorrt: str = Field(description="its TensorRT, major and minor version")
-    form: Form = Field(description="any: nodes and definitions; plugin: nodes alone; plain: standard operators")
-    file: str = Field(description="name of the file")
-    inlined: dict[str, str] = Field(
-        description="nodes that the plugin refuses, and why; standard operators in the file"
-    )
-    unread: dict[str, tuple[str, ...]] = Field(
-        default={}, description="operators that its TensorRT does not read, with their nodes"
-    )
+def target_steps(
+    made: TargetReport, reference: str, precision: Precision, shapes: Shapes | None, image: str, *, detector: bool
+) -> tuple[str, ...]:
+    """What to run on the machine that a file was made for or, in its place, what keeps it from being read there.
 
-    @classmethod
-    def of(cls, target: Target, artifact: Artifact, inlined: dict[str, str]) -> TargetReport:
-        """What was written for ``target``."""
-        return cls(
-            name=target.name,
-            tensorrt=target.version,
-            form=artifact.settings["form"],
-            file=artifact.path.name,
-            inlined=inlined,
-            unread=onnx_file.unread(read(artifact.path, weights=False), target),
-        )
-
-    @property
-    def notes(self) -> list[str]:
-        """Which nodes the plugin does not take."""
-        return [
-            f"{name} has {what}, which the plugin does not take: standard operators in {self.file}"
-            for name, what in self.inlined.items()
-        ]
-
-    @property
-    def obstacles(self) -> tuple[str, ...]:
-        """What is to be mended before the file is carried to the target."""
-        return obstacles(self.file, self.unread)
-
-    def steps(
-        self, reference: str, precision: Precision, shapes: Shapes | None, image: str, *, detector: bool
-    ) -> tuple[str, ...]:
-        """What to run on the machine that the file was made for or, in its place, what keeps it from being read there.
-
-        Args:
-            reference: name of the file to compare the engine with.
-            precision: what the engine is to compute in.
-            shapes: to build for, where axes are free.
-            image: name of the input.
-            detector: whether detections can be compared.
-        """
-        if self.unread:
-            return self.obstacles
-        target = target_named(self.name)
-        plugin = self.form != "plain"
-        carried = [self.file, reference] if target.package else [self.file]
-        by_trtexec = _trtexec(self.file, target, precision, shapes, image, plugin=plugin)
-        if target.package:
-            permitted = " --fp16" * (precision != "float32" and not target.strongly_typed)
-            commands = [
-                *engine_steps(self.file, reference, shapes, options=permitted, plugin=plugin, detector=detector)
-            ]
-            commands.append(f"or {by_trtexec}")
-        else:
-            carried += ["the folder plugins of acmix-deploy"] * plugin
-            commands = ["cmake -S plugins -B build && cmake --build build"] * plugin + [by_trtexec]
-        if self.form == "plugin":
-            commands.append(f"without the plugin: export again with --for {target.name} --target plain")
-        return carry(carried, f"{target.name}, TensorRT {target.version}", commands)
+    Args:
+        made: the file.
+        reference: name of the file to compare the engine with.
+        precision: what the engine is to compute in.
+        shapes: to build for, where axes are free.
+        image: name of the input.
+        detector: whether detections can be compared.
+    """
+    if made.unread:
+        return obstacles(made.file, made.unread)
+    target = target_named(made.name)
+    plugin = made.form != "plain"
+    carried = [made.file, reference] if target.package else [made.file]
+    by_trtexec = _trtexec(made.file, target, precision, shapes, image, plugin=plugin)
+    if target.package:
+        permitted = " --fp16" * (precision != "float32" and not target.strongly_typed)
+        commands = [*engine_steps(made.file, reference, shapes, options=permitted, plugin=plugin, detector=detector)]
+        commands.append(f"or {by_trtexec}")
+    else:
+        carried += ["the folder plugins of acmix-deploy"] * plugin
+        commands = ["cmake -S plugins -B build && cmake --build build"] * plugin + [by_trtexec]
+    if made.form == "plugin":
+        commands.append(f"without the plugin: export again with --for {target.name} --target plain")
+    return carry(carried, f"{target.name}, TensorRT {target.version}", commands)
 
 
 _LIBRARY = "libacmix_plugin.so"

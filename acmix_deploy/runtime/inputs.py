@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +10,13 @@ from numpy.typing import NDArray
 
 from acmix_deploy.errors import UserError
 
-MIN_SIZE = "min_size"
-"""Entry of a file's metadata: "[H, W]", the smallest image in pixels that all fused blocks are defined for."""
+AXES = {"batch": 0, "height": 2, "width": 3}
+"""The axes of an image input [B, C, H, W] that may be free, by their names."""
 
 Shape = tuple[int, ...]
+Shapes = tuple[Shape, Shape, Shape]
+"""Smallest, usual and largest shape of an input with free axes."""
+
 Images = NDArray[np.float32]
 
 
@@ -56,42 +58,41 @@ def trial_shapes(dims: Sequence[int | str | None], example: Sequence[int], divis
     return list(dict.fromkeys((tuple(example), trial(1, 1, 2), trial(0, 2, 1))))
 
 
-def size_in(metadata: Mapping[str, str], entry: str, default: str) -> tuple[int, int]:
-    """Height and width as an entry of a file's metadata tells them. Raises UserError where it tells something else."""
-    told = metadata.get(entry, default)
-    try:
-        height, width = map(int, ast.literal_eval(told))
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise UserError(
-            f"the metadata tell the {entry} {told!r:.60}, and expected are a height and a width, such as {default}",
-            "Export the file from its checkpoint: acmix-deploy export",
-        ) from error
-    return height, width
-
-
-def min_size(metadata: Mapping[str, str]) -> tuple[int, int]:
-    """The smallest height and width that a file is defined for; 1 each where its metadata tell none."""
-    return size_in(metadata, MIN_SIZE, "[1, 1]")
-
-
-def check_size(name: str, shape: Sequence[int], metadata: Mapping[str, str]) -> None:
-    """Refuse images [B, C, H, W] that are smaller than those that a file is defined for: an engine takes them.
+def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), divisor: int = 1) -> list[Shape]:
+    """The shapes at which a file is run against the model, the example first.
 
     Args:
-        name: of the file, and of what gives the shape where that is not plain.
-        shape: of its input.
-        metadata: of the file.
+        input_shape: [B, C, H, W] of the example.
+        dynamic: axes that are free, by their names in :data:`AXES`.
+        divisor: H and W must be multiples of it, the model's total stride.
 
     Raises:
-        UserError: naming both sizes.
+        UserError: the shape or an axis is none.
     """
-    height, width = min_size(metadata)
-    if len(shape) == 4 and (shape[2] < height or shape[3] < width):
+    check_axes(dynamic)
+    shape = tuple(input_shape)
+    if len(shape) != 4 or min(shape) < 1:
+        raise UserError(f"input shape {list(shape)} is not four positive sizes: batch, channels, height, width")
+    if shape[2] % divisor or shape[3] % divisor:
+        near = [max(divisor, round(size / divisor) * divisor) for size in shape[2:]]
         raise UserError(
-            f"{name}: images of {shape[2]}x{shape[3]} pixels are smaller than {height}x{width}, from which on its "
-            "blocks are defined",
-            f"Give images of at least {height}x{width}; below, attention windows do not fit into the maps.",
+            f"an image of {shape[2]}x{shape[3]} is not divisible by the model's stride {divisor}",
+            f"The nearest size that is: {near[0]}x{near[1]}.",
         )
+    free = {AXES[name] for name in dynamic}
+    return trial_shapes([None if axis in free else size for axis, size in enumerate(shape)], shape, divisor)
+
+
+def check_axes(dynamic: Collection[str]) -> None:
+    """Raises UserError where one of the axes that are to be free is none of :data:`AXES`."""
+    if unknown := set(dynamic) - AXES.keys():
+        raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
+
+
+def noise(name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0) -> list[dict[str, Images]]:
+    """Random images for the input ``name``: all ``shapes`` in turn, at least ``count``; see :func:`random_images`."""
+    seeds = range(max(count, len(shapes)))
+    return [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in seeds]
 
 
 def random_images(shape: Shape, seed: int = 0) -> Images:

@@ -9,12 +9,13 @@ from typing import NamedTuple
 from polygraphy.backend.base import BaseRunner
 
 from acmix_deploy.artifacts import sidecar
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import Shape, read_manifest
 from acmix_deploy.runtime import tensorrt
-from acmix_deploy.runtime.inputs import Input, size_in
-from acmix_deploy.runtime.onnxruntime import Provider, inputs_of, onnx_runner, open_session, precision_of
+from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.onnxruntime import Provider, inputs_of, metadata_of, onnx_runner, open_session, precision_of
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import Precision
 
@@ -26,22 +27,15 @@ class Model(NamedTuple):
     """Takes and gives arrays by name while it is active; nothing is held before and after."""
     inputs: tuple[Input, ...]
     precision: Precision
-    metadata: dict[str, str]
-    """What the exporter left: class names, stride, letterbox."""
+    metadata: ModelMetadata
     profiles: Mapping[str, tuple[Shape, Shape, Shape]]
     """Smallest, usual and largest shape of an engine's inputs with free axes; ONNX files have no such limits."""
 
     def usual_shape(self, name: str) -> Shape:
         """The shape to run an image input at where nobody says: what the engine is built for, else what the model was
-        trained at, else [1, 3, 640, 640]. Only its free axes take their sizes from there."""
-        return usual_shape(self.metadata, self.profiles.get(name))
-
-
-def usual_shape(metadata: Mapping[str, str], profile: tuple[Shape, Shape, Shape] | None = None) -> Shape:
-    """See :meth:`Model.usual_shape`."""
-    if profile:
-        return profile[1]
-    return 1, int(metadata.get("channels", 3)), *size_in(metadata, "imgsz", "[640, 640]")
+        trained at. Only its free axes take their sizes from there."""
+        profile = self.profiles.get(name)
+        return profile[1] if profile else self.metadata.usual_shape
 
 
 def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin: Path | None = None) -> Model:
@@ -64,7 +58,7 @@ def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin
             runner=onnx_runner(path, name or path.name, provider=provider, plugin=plugin),
             inputs=tuple(inputs_of(session)),
             precision=precision_of(path),
-            metadata=session.get_modelmeta().custom_metadata_map,
+            metadata=metadata_of(session),
             profiles={},
         )
     if not sidecar(path).is_file():

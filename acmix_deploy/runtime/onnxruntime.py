@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.runtime.inputs import Input
@@ -185,6 +186,11 @@ def inputs_of(session: onnxruntime.InferenceSession) -> list[Input]:
 def outputs_of(session: onnxruntime.InferenceSession) -> list[Input]:
     """What a session gives, in its order, described as inputs are."""
     return _described(session.get_outputs())
+
+
+def metadata_of(session: onnxruntime.InferenceSession) -> ModelMetadata:
+    """What the exporter left in the file of a session."""
+    return ModelMetadata(session.get_modelmeta().custom_metadata_map)
 
 
 def _described(nodes: Sequence[onnxruntime.NodeArg]) -> list[Input]:

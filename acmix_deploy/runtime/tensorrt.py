@@ -22,7 +22,7 @@ from polygraphy.common import TensorMetadata
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.manifest import EngineTensor, Manifest, Shape, read_fitting
 from acmix_deploy.runtime import cuda
-from acmix_deploy.runtime.inputs import Input, check_size
+from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.reason import out_of_memory
 
@@ -295,7 +295,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
                     f"input {tensor.name} of {self.name} is built for {built}, and is given {list(shape)}",
                     "Give images of such a size, or build the engine for more: --min, --opt and --max.",
                 )
-            check_size(self.name, shape, self.manifest.metadata)
+            self.manifest.metadata.check_size(self.name, shape)
 
     def _made(self, what: str, made: Any) -> Any:
         if made is None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -85,3 +89,16 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         arrays = [(out.float() if out.is_floating_point() else out).cpu().numpy() for out in outputs]
         names = self.output_names or [f"output{index}" for index in range(len(arrays))]
         return dict(zip(names, arrays, strict=True))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporters' prints, warnings and logs from the user; stderr stays open for progress."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 from anyio.to_thread import run_sync
@@ -66,6 +66,7 @@ class Found(BaseModel):
 class DetectResponse(Document):
     """The answer to ``POST /v1/detect``."""
 
+    document: Literal["detect response"] = "detect response"
     model: str = Field(description="name of the model")
     images: list[Found] = Field(description="in the order of the request")
 

@@ -16,17 +16,18 @@ from acmix_deploy.detection.boxes import (
     Array,
     Detections,
     decode,
-    names_of,
     no_detector,
+    other_task,
     spoilt,
     unlike_detector,
 )
-from acmix_deploy.detection.images import Image, Letterbox, tensor
+from acmix_deploy.detection.images import Image, tensor
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input, Shape, check_size, random_images
-from acmix_deploy.runtime.models import open_model, usual_shape
+from acmix_deploy.runtime.inputs import Input, Shape, random_images
+from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import Provider, open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.tensorrt import EngineRunner
@@ -43,7 +44,7 @@ class Opened(NamedTuple):
     run: Callable[[Feed], dict[str, Array]]
     inputs: tuple[Input, ...]
     outputs: tuple[Input, ...]
-    metadata: Mapping[str, str]
+    metadata: ModelMetadata
     profiles: Mapping[str, tuple[Shape, Shape, Shape]]
     """Smallest, usual and largest shape of an engine's inputs with free axes."""
     close: Callable[[], None]
@@ -61,17 +62,17 @@ class Detector:
         """Of the file, without its suffix."""
         self.inputs, self.outputs = opened.inputs, opened.outputs
         """What :meth:`infer` takes and gives; free axes are names or None."""
-        self.names: Mapping[int, str] = names_of(opened.metadata)
+        self.names: Mapping[int, str] = opened.metadata.names
         """Of the classes, by their indices."""
         self.confidence, self.iou = confidence, iou
         self._run, self._close = opened.run, opened.close
         self._metadata = opened.metadata
-        self._letterbox = Letterbox.of(opened.metadata)
+        self._letterbox = opened.metadata.letterbox
         if len(self.inputs) != 1 or len(self.inputs[0].dims) != 4:
             raise no_detector(name, f"takes {', '.join(map(str, self.inputs))}")
         (self._input,) = self.inputs
         profile = opened.profiles.get(self._input.name)
-        wanted = usual_shape(opened.metadata, profile)
+        wanted = profile[1] if profile else opened.metadata.usual_shape
         self.input_shape: Shape = tuple(
             dim if isinstance(dim, int) else size for dim, size in zip(self._input.dims, wanted, strict=True)
         )
@@ -85,7 +86,8 @@ class Detector:
             raise no_detector(name, f"takes {self._input}")
         noise = random_images((self._min_batch, *self.input_shape[1:]))
         outputs = self.infer({self._input.name: noise.astype(self._input.dtype)})
-        if found := unlike_detector(opened.metadata, outputs):
+        shapes = {key: output.shape for key, output in outputs.items()}
+        if found := other_task(opened.metadata, shapes) or unlike_detector(opened.metadata, outputs):
             raise no_detector(name, found)
         ((key, output),) = outputs.items()
         if problem := spoilt(output, confidence):
@@ -201,7 +203,7 @@ class Detector:
             )
             if not fits or array.dtype != node.dtype:
                 raise UserError(f"{self.name} takes {node}, and is given {list(array.shape)} {array.dtype}")
-            check_size(self.name, array.shape, self._metadata)
+            self._metadata.check_size(self.name, array.shape)
 
 
 def _open_onnx(path: Path, threads: int | None, provider: Provider, plugin: Path | None) -> Opened:
@@ -213,7 +215,7 @@ def _open_onnx(path: Path, threads: int | None, provider: Provider, plugin: Path
         run=lambda feed: dict(zip(names, session.run(None, feed), strict=True)),
         inputs=tuple(onnxruntime.inputs_of(session)),
         outputs=outputs,
-        metadata=session.get_modelmeta().custom_metadata_map,
+        metadata=onnxruntime.metadata_of(session),
         profiles={},
         close=lambda: None,
     )

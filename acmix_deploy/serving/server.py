@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Callable
 from datetime import datetime, timezone
+from typing import Literal
 
 import uvicorn
 from pydantic import Field
@@ -30,6 +31,7 @@ MAX_CONNECTIONS = 1024
 class ServeDocument(Document):
     """What ``acmix-deploy serve --json`` prints once requests are taken."""
 
+    document: Literal["serve"] = "serve"
     url: str = Field(description="where it listens")
     model: str = Field(description="name of the model")
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -60,6 +60,7 @@ class Source(NamedTuple):
 class DetectDocument(Document):
     """One line of ``acmix-deploy detect --json``: an image, or a frame of a video."""
 
+    document: Literal["detect"] = "detect"
     source: str = Field(description="name of the file, index of the camera, or URL without user and password")
     frame: int | None = Field(default=None, description="of a video or camera, from 0")
     seconds: float | None = Field(default=None, description="from the start of a video file")

@@ -20,6 +20,7 @@ from acmix_deploy.artifacts import read_artifact, sidecar
 from acmix_deploy.detection.boxes import Array, Detections
 from acmix_deploy.detection.images import Image
 from acmix_deploy.errors import AcmixDeployError, CheckFailed
+from acmix_deploy.process import ending
 from acmix_deploy.runtime.inputs import Input, Shape
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Worker:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             code = self._process.wait()
-            raise Died(f"the model's process ended ({_ending(code)})") from error
+            raise Died(f"the model's process ended ({ending(code)})") from error
         if isinstance(answer, AcmixDeployError):
             raise answer
         return answer
@@ -172,7 +173,3 @@ def main() -> None:
 
 # Not `-m`, which would look for modules in the working directory before all others.
 _MAIN = f"import json, sys; sys.path[:] = json.loads(sys.argv[2]); from {__name__} import main; main()"
-
-
-def _ending(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -1,7 +1,7 @@
 """How far each file is from the model, and whether that is near enough."""
 
 from acmix_deploy.verify.detections import DetectionComparison, Scenes
-from acmix_deploy.verify.run import Candidate, compare_files, verify
+from acmix_deploy.verify.run import Candidate, compare_files, inputs_for, verify
 from acmix_deploy.verify.verification import Comparison, Verification, read_verification
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Scenes",
     "Verification",
     "compare_files",
+    "inputs_for",
     "read_verification",
     "verify",
 ]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.detection.boxes import CONFIDENCE, Detection, Detections, decode, named
-from acmix_deploy.detection.images import Batch
+from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import Match, match
+from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.verify.limits import DetectionLimits
 
@@ -30,6 +33,34 @@ class Scenes(NamedTuple):
     """Of the classes, by their indices; a class without a name is called by its index."""
     confidence: float = CONFIDENCE
     """Score above which there is a detection."""
+    skipped: Mapping[str, str] = MappingProxyType({})
+    """Files of the folder that cannot be read, and why."""
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        folder: Path,
+        shapes: Sequence[Shape],
+        metadata: ModelMetadata,
+        *,
+        limit: int,
+        confidence: float = CONFIDENCE,
+    ) -> Scenes:
+        """Up to ``limit`` images of a folder as batches of all ``shapes`` of the input ``name``.
+
+        Raises:
+            UserError: there is no readable image, or a shape is not that of colour images.
+            MissingComponent: OpenCV is not installed.
+        """
+        photos = find(folder, limit)
+        batches = [*placed_batches(photos.paths, shapes, metadata.letterbox)]
+        return cls(name, batches, metadata.names, confidence, photos.skipped)
+
+    @property
+    def feeds(self) -> list[dict[str, Array]]:
+        """The images as inputs."""
+        return [{self.input: batch.images} for batch in self.batches]
 
 
 class DetectionPair(BaseModel):

@@ -7,11 +7,11 @@ from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators import spec
 from acmix_deploy.operators.spec import Tolerance
 
 TOLERANCES: Mapping[str, Tolerance | None] = MappingProxyType(
-    LOCAL_ATTENTION.tolerances
+    spec.TOLERANCES
     | {
         "float32 scores": Tolerance(floor=2e-4),
         "float16 scores": Tolerance(floor=2e-2),

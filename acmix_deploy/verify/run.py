@@ -12,15 +12,15 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.boxes import CONFIDENCE, names_of, no_detector, unlike_detector
-from acmix_deploy.detection.images import Letterbox, find, placed_batches
+from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, unlike_detector
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import Parts, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
-from acmix_deploy.runtime.inputs import check_size, min_size, random_images, trial_shapes
+from acmix_deploy.runtime.inputs import Shape, Shapes, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
-from acmix_deploy.runtime.onnxruntime import Provider
+from acmix_deploy.runtime.onnxruntime import Provider, onnx_runner, precision_of
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.distances import Part, distances
@@ -28,10 +28,7 @@ from acmix_deploy.verify.half import HalfRange, half_range
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES
 from acmix_deploy.verify.verification import Comparison, Verification
 
-Feed = Mapping[str, Array]
-Shape = tuple[int, ...]
-Profile = tuple[Shape, Shape, Shape]
-
+Feed = dict[str, Array]
 _SILENT = G_LOGGER.CRITICAL + 1
 _IMAGES = 32  # of a folder, at most: their outputs are all held until they are compared
 
@@ -45,14 +42,21 @@ class Candidate(NamedTuple):
     file: Path | onnx.ModelProto | None = None
     """The ONNX file that it runs, to look into; None where it runs something else."""
 
+    @classmethod
+    def of(cls, model: Path | onnx.ModelProto, name: str) -> Candidate:
+        """What is made of a file or a model in memory. Raises what :func:`open_model` does."""
+        if isinstance(model, onnx.ModelProto):
+            return cls(onnx_runner(model, name), precision_of(model), model)
+        opened = open_model(model, name)
+        return cls(opened.runner, opened.precision, model if model.suffix == ".onnx" else None)
+
 
 def verify(
     reference: BaseRunner,
     candidates: Sequence[Candidate],
-    inputs: Iterable[Feed] = (),
+    inputs: Scenes | Iterable[Feed],
     *,
-    metadata: Mapping[str, str] | None = None,
-    scenes: Scenes | None = None,
+    metadata: ModelMetadata | None = None,
     eager: Mapping[str, BaseRunner] | None = None,
     tolerances: Mapping[str, Tolerance | None] = TOLERANCES,
 ) -> Verification:
@@ -65,9 +69,9 @@ def verify(
     Args:
         reference: what is right; outputs are matched by name.
         candidates: what is compared with it; all names differ.
-        inputs: arrays by input name, float32; converted where a runner wants another type.
+        inputs: arrays by input name, float32, converted where a runner wants another type; or images, in which
+            detections are compared too.
         metadata: what the exporter left in the file; says what the outputs are.
-        scenes: images, which are inputs too.
         eager: PyTorch's own model in a reduced type, by the name of the type. Its error on an input widens the limit
             of the candidates of that type on the same input. One that fails is noted and widens nothing.
         tolerances: by precision, see :mod:`acmix_deploy.verify.limits`; the limit is ``tolerance.limit(eager error)``.
@@ -77,9 +81,9 @@ def verify(
         UserError: there is no input; or images are given, and the reference says that it is a detector and gives
             something else than boxes and scores.
     """
-    feeds = [dict(feed) for feed in inputs]
-    without_scenes = len(feeds)
-    feeds += [{scenes.input: batch.images} for batch in scenes.batches] if scenes else []
+    metadata = metadata or ModelMetadata()
+    scenes = inputs if isinstance(inputs, Scenes) else None
+    feeds = inputs.feeds if isinstance(inputs, Scenes) else [dict(feed) for feed in inputs]
     if not feeds:
         raise UserError("there is no input to compare on")
     names = [reference.name, *(candidate.runner.name for candidate in candidates)]
@@ -94,18 +98,14 @@ def verify(
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
         expected = _run(reference, feeds)
         rights = _outputs(expected)
-        layout = parts_of(metadata or {}, rights[0])
-        try:
-            unlike = next(filter(None, (unlike_detector(metadata or {}, outputs) for outputs in rights)), "")
-        except UserError as error:  # metadata that are none
-            unlike = f"cannot be decoded: {error.message}"
-        detector = not unlike
-        if unlike and (metadata or {}).get("task") == "detect":
+        layout = parts_of(metadata, rights[0])
+        unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
+        if unlike:
             if scenes:
                 raise no_detector(reference.name, unlike)
             layout = {name: {} for name in layout}
             notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
-        elif scenes and "task" not in (metadata or {}):
+        elif scenes and metadata.task is None:
             notes.append(f"detections were not compared: the metadata of {reference.name} tell no task")
         eager_errors: dict[str, list[dict[Part, Deviation]]] = {}
         for precision, runner in (eager or {}).items():
@@ -136,8 +136,8 @@ def verify(
                         limit=None,
                     )
                     comparisons.append(comparison.judged_by(tolerances))
-            outputs = [*zip(rights, others, strict=True)][without_scenes:]
-            if scenes and detector and all(_fit(right, other) for right, other in outputs):
+            outputs = [*zip(rights, others, strict=True)]
+            if scenes and metadata.detects and all(_fit(right, other) for right, other in outputs):
                 detections.append(
                     DetectionComparison(
                         candidate=name,
@@ -208,11 +208,44 @@ def compare_files(
     other = open_model(
         candidate, labels[1] if provider == "cpu" else f"{labels[1]} on {provider}", provider=provider, plugin=plugin
     )
+    metadata = other.metadata.updated(**right.metadata.entries)
+    name, shapes = _tried(right, other, metadata, input_shape)
+    inputs = (
+        Scenes.read(name, images, shapes, metadata, limit=_IMAGES, confidence=confidence)
+        if images
+        else noise(name, shapes, seed, random)
+    )
+    result = verify(
+        right.runner,
+        [Candidate(other.runner, other.precision, candidate if candidate.suffix == ".onnx" else None)],
+        inputs,
+        metadata=metadata,
+        tolerances=FILE_TOLERANCES,
+    )
+    skipped = inputs.skipped if isinstance(inputs, Scenes) else {}
+    notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
+    if images is None and other.precision == "int8":
+        notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
+    return result.model_copy(update={"notes": notes})
+
+
+def inputs_for(file: Path, images: Path | None = None, input_shape: Sequence[int] | None = None) -> list[Feed]:
+    """Inputs of one file as :func:`compare_files` takes them, of every size that is tried. Raises the same."""
+    model = open_model(file)
+    name, shapes = _tried(model, model, model.metadata, input_shape)
+    if images is None:
+        return [*noise(name, shapes)]
+    return [*Scenes.read(name, images, shapes, model.metadata, limit=_IMAGES).feeds]
+
+
+def _tried(
+    right: Model, other: Model, metadata: ModelMetadata, input_shape: Sequence[int] | None
+) -> tuple[str, list[Shape]]:
+    """Name of the input that two files share, and the shapes at which they are compared."""
     name, dims = _common_input(right, other)
-    metadata = other.metadata | right.metadata
     wanted = input_shape or other.usual_shape(name)
     example = [dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True)]
-    stride = int(metadata.get("stride", 1))
+    stride = metadata.stride
     for dim, size in zip(dims[2:], example[2:], strict=True):
         if size % stride and not isinstance(dim, int):
             raise UserError(
@@ -220,32 +253,10 @@ def compare_files(
                 f"Give --input-shape a side of {max(1, round(size / stride)) * stride}.",
             )
     for model in (right, other):
-        check_size(model.runner.name, example, model.metadata)
+        model.metadata.check_size(model.runner.name, example)
     profiles = [model.profiles[name] for model in (right, other) if name in model.profiles]
-    smallest = [max(pair) for pair in zip(min_size(right.metadata), min_size(other.metadata), strict=True)]
-    shapes = _shapes(trial_shapes(dims, example, stride), dims, profiles, smallest)
-    feeds: list[Feed] = []
-    scenes, skipped = None, dict[str, str]()
-    if images is None:
-        count = max(random, len(shapes))
-        feeds += [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in range(count)]
-    else:
-        photos = find(images, limit=_IMAGES)
-        letterbox = Letterbox.of(metadata)
-        batches = list(placed_batches(photos.paths, shapes, letterbox))
-        scenes, skipped = Scenes(name, batches, names_of(metadata), confidence), photos.skipped
-    result = verify(
-        right.runner,
-        [Candidate(other.runner, other.precision, candidate if candidate.suffix == ".onnx" else None)],
-        feeds,
-        metadata=metadata,
-        scenes=scenes,
-        tolerances=FILE_TOLERANCES,
-    )
-    notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
-    if images is None and other.precision == "int8":
-        notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
-    return result.model_copy(update={"notes": notes})
+    smallest = [max(pair) for pair in zip(right.metadata.min_size, other.metadata.min_size, strict=True)]
+    return name, _shapes(trial_shapes(dims, example, stride), dims, profiles, smallest)
 
 
 def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | str | None, ...]]:
@@ -264,7 +275,7 @@ def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | 
 
 
 def _shapes(
-    trials: Sequence[Shape], dims: Sequence[int | str | None], profiles: Sequence[Profile], smallest: Sequence[int]
+    trials: Sequence[Shape], dims: Sequence[int | str | None], profiles: Sequence[Shapes], smallest: Sequence[int]
 ) -> list[Shape]:
     """The shapes that are tried: of engines those that their profiles name, and what lies within all of them; images of
     at least ``smallest``, height and width.

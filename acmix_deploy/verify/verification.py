@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from acmix_deploy.document import document_of, read_json
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.metrics import Deviation
@@ -170,10 +170,12 @@ def read_verification(path: Path) -> Verification:
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
+    content = read_json(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return Verification.model_validate(document.get("verification", document))
-    except (OSError, ValueError, AttributeError) as error:
+        if document_of(content) not in ("verify", "export"):
+            raise ValueError("it is the document of neither")
+        return Verification.model_validate(content["verification"] if content["document"] == "export" else content)
+    except (ValueError, KeyError) as error:
         raise UserError(
             f"{path} holds no result of a verification: {reason(error)}",
             "Give what `verify` wrote with -o, or the report.json of `export`.",

@@ -1,14 +1,20 @@
+// Written by `make docs` from acmix_deploy/operators: edit the definitions there.
+// clang-format off
 #include "acmix/local_attention_simt.cuh"
-#include "launchers.h"
 
 namespace acmix {
 
-#define INSTANTIATE(kHeadDim, kDtype, kLayout)                                           \
-    template cudaError_t local_attention_simt<Dtype::kDtype, Layout::kLayout, kHeadDim>( \
-        const LocalAttention&, const void*, const void*, void*, cudaStream_t);
-
-ACMIX_FOR_HEAD_DIMS(INSTANTIATE, kFloat32, kNchw)
-ACMIX_FOR_HEAD_DIMS(INSTANTIATE, kFloat16, kNchw)
-ACMIX_FOR_HEAD_DIMS(INSTANTIATE, kFloat16, kNhwc)
+template cudaError_t local_attention_simt<Dtype::kFloat32, Layout::kNchw, 16>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat32, Layout::kNchw, 32>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat32, Layout::kNchw, 64>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat32, Layout::kNchw, 128>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat16, Layout::kNchw, 16>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat16, Layout::kNchw, 32>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat16, Layout::kNchw, 64>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat16, Layout::kNchw, 128>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat16, Layout::kNhwc, 16>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat16, Layout::kNhwc, 32>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat16, Layout::kNhwc, 64>(const LocalAttention&, const void* const*, void*, cudaStream_t);
+template cudaError_t local_attention_simt<Dtype::kFloat16, Layout::kNhwc, 128>(const LocalAttention&, const void* const*, void*, cudaStream_t);
 
 }  // namespace acmix

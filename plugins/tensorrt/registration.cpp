@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <sstream>
 #include <string>
+#include <tuple>
 
 #include "creators.h"
 #include "log.h"
@@ -23,13 +24,29 @@
 namespace acmix::tensorrt {
 namespace {
 
-using Creators = std::array<CreatorInterface*, 2>;
+template <class... Problems>
+constexpr std::size_t size(List<Problems...>) {
+    return sizeof...(Problems);
+}
 
-const Creators& creators() {
-    static Creator<LocalAttentionOperator> local_attention;
-    static Creator<OutlookAttentionOperator> outlook_attention;
-    static const Creators all{&local_attention, &outlook_attention};
+using Creators = std::array<CreatorInterface*, size(Operators{})>;
+
+template <class... Problems>
+const Creators& creators(List<Problems...>) {
+    static std::tuple<Creator<Problems>...> each;
+    static const Creators all{&std::get<Creator<Problems>>(each)...};
     return all;
+}
+
+const Creators& creators() { return creators(Operators{}); }
+
+template <class... Problems>
+void describe(std::ostream& out, List<Problems...>) {
+    const char* separator = "";
+    ((out << separator << "{\"name\": \"" << Definition<Problems>::kOpType << "\", \"version\": \""
+          << Definition<Problems>::kVersion << "\", \"namespace\": \"\", \"interface\": \"" << kInterface << "\"}",
+      separator = ", "),
+     ...);
 }
 
 // The TensorRT of this process, nothing of it where there is none for this library.
@@ -143,13 +160,7 @@ const char* acmix_creators() {
         std::ostringstream out;
         out << "{\"tensorrt\": \"" << NV_TENSORRT_MAJOR << '.' << NV_TENSORRT_MINOR << '.' << NV_TENSORRT_PATCH
             << "\", \"creators\": [";
-        const char* separator = "";
-        for (const Definition* operator_ :
-             {&LocalAttentionOperator::kDefinition, &OutlookAttentionOperator::kDefinition}) {
-            out << separator << "{\"name\": \"" << operator_->op_type << "\", \"version\": \"" << operator_->version
-                << "\", \"namespace\": \"\", \"interface\": \"" << kInterface << "\"}";
-            separator = ", ";
-        }
+        describe(out, acmix::Operators{});
         out << "]}";
         return out.str();
     }();

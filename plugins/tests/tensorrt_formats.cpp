@@ -11,6 +11,7 @@
 #include <NvInfer.h>
 #include <dlfcn.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -192,6 +193,24 @@ int main(int argc, char** argv) {
     for (PluginField& field : changed) field.data = std::strcmp(field.name, "acmix_plan") ? field.data : &other;
     const PluginFieldCollection newer{plan.nbFields, changed.data()};
     std::printf("another version: %s\n", text(create(TensorRTPhase::kRUNTIME, &newer)).c_str());
+#else
+    const auto text = [](IPluginV2* node) {
+        if (node == nullptr) return std::string("refused");
+        std::vector<std::uint32_t> words(node->getSerializationSize() / sizeof(std::uint32_t));
+        node->serialize(words.data());
+        std::ostringstream out;
+        for (const std::uint32_t word : words) out << std::hex << word << ' ';
+        return out.str();
+    };
+    std::vector<char> plan(plugin->getSerializationSize());
+    plugin->serialize(plan.data());
+    const auto read = [&](std::size_t size) { return text(creator.deserializePlugin("", plan.data(), size)); };
+    std::printf("plan: %s\n", text(plugin).c_str());
+    std::printf("clone: %s\n", text(static_cast<IPluginV2DynamicExt&>(*plugin).clone()).c_str());
+    std::printf("read: %s\n", read(plan.size()).c_str());
+    std::printf("cut off: %s\n", read(plan.size() - 1).c_str());
+    plan[4] = 2;
+    std::printf("another version: %s\n", read(plan.size()).c_str());
 #endif
     return 0;
 }

@@ -94,7 +94,7 @@ def test_a_pickled_module(tmp_path: Path, wrap: Callable[[nn.Module], object]) -
     model = network()
     loaded = load(saved(tmp_path / "a.pt", wrap(model)))
     assert agree(loaded.module, model)
-    assert loaded.metadata == {}
+    assert loaded.metadata.entries == {}
 
 
 def test_files_of_the_old_format(tmp_path: Path, arch: str) -> None:
@@ -150,8 +150,8 @@ def test_an_ultralytics_checkpoint(tmp_path: Path) -> None:
     module: Any = loaded.module
     assert torch.equal(module(x)[0], average.float().eval()(x)[0])
     assert loaded.notes == ("took 'ema' from the checkpoint", "weights converted from float16 to float32")
-    assert loaded.metadata["names"] == "{0: 'cat', 1: 'dog'}"
-    assert loaded.metadata["imgsz"] == "[160, 160]"
+    assert loaded.metadata.entries["names"] == "{0: 'cat', 1: 'dog'}"
+    assert loaded.metadata.entries["imgsz"] == "[160, 160]"
 
 
 class CfgNode(dict):  # type: ignore[type-arg]

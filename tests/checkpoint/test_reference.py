@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix_deploy import pipeline
+from acmix_deploy import yolo
 from acmix_deploy.cli import main
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
@@ -62,20 +63,19 @@ def net(block: type[ACmix]) -> nn.Module:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "_SECONDS", 0.2)
     return tmp_path
 
 
 def exported(capsys, block: type[ACmix], *options: str) -> dict:
     torch.save(net(block), "model.pt")
-    assert main(["export", "model.pt", "--trust", "--json", *options]) == 0
+    assert main(["export", "model.pt", "--trust", "--json", "--seconds", "0.2", *options]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def error_of(name: str, block: type[ACmix], height: int, width: int) -> float:
     """Of a file against the module that was saved."""
     image = np.random.default_rng(9).random((1, 3, height, width), np.float32)
-    (actual,) = open_session(pipeline.Path(f"model-deploy/{name}.onnx")).run(None, {"images": image})
+    (actual,) = open_session(Path(f"model-deploy/{name}.onnx")).run(None, {"images": image})
     with torch.no_grad():
         return deviation(net(block)(torch.from_numpy(image)).numpy(), actual).relative_l2
 
@@ -133,7 +133,7 @@ def test_a_dynamic_file_says_below_which_size_it_is_not_the_model(folder, capsys
     assert found["blocks"][0]["status"] == "left alone"
     assert any("below 13x13 the file computes something else" in note for note in found["export"]["notes"])
     for name in ("model", "model.fused"):
-        told = open_session(pipeline.Path(f"model-deploy/{name}.onnx")).get_modelmeta().custom_metadata_map
+        told = open_session(Path(f"model-deploy/{name}.onnx")).get_modelmeta().custom_metadata_map
         assert told["min_size"] == "[13, 13]"
         assert error_of(name, GlobalOnSmallMaps, 13, 14) < 1e-5
         assert error_of(name, GlobalOnSmallMaps, 12, 14) > 0.1
@@ -150,7 +150,7 @@ def test_a_dynamic_file_that_is_the_model_everywhere_says_nothing(folder, capsys
     globals()["Copy"] = Copy
     Copy.__qualname__ = "Copy"
     exported(capsys, Copy, "--image-size", "32", "--dynamic", "height,width")
-    told = open_session(pipeline.Path("model-deploy/model.onnx")).get_modelmeta().custom_metadata_map
+    told = open_session(Path("model-deploy/model.onnx")).get_modelmeta().custom_metadata_map
     assert "min_size" not in told
 
 
@@ -219,7 +219,7 @@ def test_a_fault_of_the_preparation_is_found(folder, capsys, monkeypatch):
         prepared.scale.data *= 1.01
         return prepared
 
-    monkeypatch.setattr(pipeline.yolo, "prepare_for_export", prepare)
+    monkeypatch.setattr(yolo, "prepare_for_export", prepare)
     torch.save(Distorted().eval(), "model.pt")
     assert main(["export", "model.pt", "--trust", "--image-size", "32"]) == 1
     assert "output0 is not the module's" in capsys.readouterr().err

@@ -15,11 +15,13 @@ from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import commands, main
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.report.model import ExportReport
+from acmix_deploy.runtime.inputs import AXES
 from tests.families.parts import export
 from tests.fusion.test_fuse import randomised
+
+QUICK = ["--seconds", "0.1"]
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def fails(capsys, code, *command):
 
 
 def test_export(checkpoint, folder, capsys):
-    command = ["export", "model.pt", "--fp16", "--input-shape", "1,3,20,24", "--expect", "1", "--out", "deploy"]
+    command = ["export", "model.pt", "--fp16", "--input-shape", "1,3,20,24", "--expect", "1", "--out", "deploy", *QUICK]
     assert main(command) == 0
     captured = capsys.readouterr()
     for words in ("AcmixLocalAttention", "model.fused.onnx", "relative L2", "p99 ms", "Next:"):
@@ -77,12 +79,12 @@ def test_model_that_cannot_run_in_half_precision(folder, capsys):
     """A captured program keeps its types; without PyTorch's own error the limit is the operator's floor."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), randomised(ACmix(8, 8, head=2))).eval()
     torch.export.save(torch.export.export(model, (torch.randn(1, 3, 10, 12),)), folder / "model.pt2")
-    assert main(["export", "model.pt2", "--fp16", "--input-shape", "1,3,10,12", "--expect", "1"]) == 0
+    assert main(["export", "model.pt2", "--fp16", "--input-shape", "1,3,10,12", "--expect", "1", *QUICK]) == 0
     assert "the limit for float16 is the smallest" in capsys.readouterr().out
 
 
 def test_stale_results_are_removed(checkpoint, folder, capsys):
-    command = ["export", "model.pt", "--image-size", "16", "--out", "deploy"]
+    command = ["export", "model.pt", "--image-size", "16", "--out", "deploy", *QUICK]
     assert main([*command, "--fp16"]) == 0
     fails(capsys, 1, *command, "--expect", "2")
     assert {path.name for path in (folder / "deploy").iterdir()} == {"model.onnx", "model.onnx.json"}
@@ -90,7 +92,7 @@ def test_stale_results_are_removed(checkpoint, folder, capsys):
 
 def test_json_is_one_document(checkpoint, capsys):
     axes = ["--dynamic", "batch,height,width", "--image-size", "16"]
-    assert main(["export", "model.pt", "--json", *axes]) == 0
+    assert main(["export", "model.pt", "--json", *QUICK, *axes]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["schema"] == 1
     assert report["passed"] is True
@@ -166,7 +168,7 @@ BAD_INPUT = {
     "profile of nothing": (["profile", "nowhere.onnx"], "does not exist"),
     "verify against text": (["verify", "plain.onnx", "text.pt"], "text.pt"),
     "verify against itself": (["verify", "plain.onnx", "plain.onnx"], "compared with itself"),
-    "fuse in place": (["fuse", "plain.onnx", "-o", "plain.onnx"], "is the file to be fused"),
+    "fuse in place": (["fuse", "plain.onnx", "-o", "plain.onnx"], "would be overwritten"),
     "truncated ONNX file": (["fuse", "half.onnx", "-o", "x.onnx"], "ends too early"),
     "weights of another model": (["export", "state.pt", "--arch", "other:make"], "state.pt"),
     "weights without --arch": (["export", "state.pt"], "--arch"),

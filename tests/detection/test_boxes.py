@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from acmix_deploy.detection.boxes import (
     Detections,
     decode,
-    names_of,
+    other_task,
     spoilt,
     unlike_detector,
 )
 from acmix_deploy.detection.images import Letterbox, Placement
 from acmix_deploy.detection.matching import match, overlaps
-from acmix_deploy.errors import UserError
+from acmix_deploy.detection.metadata import ModelMetadata
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -125,16 +125,16 @@ def test_a_border_at_the_right_and_no_enlarging() -> None:
 
 
 def test_what_a_detector_is() -> None:
-    detect = {"task": "detect", "names": "{0: 'person', 1: 'bus'}"}
+    detect = ModelMetadata({"task": "detect", "names": "{0: 'person', 1: 'bus'}"})
     output = raw(6, 2)
     assert not unlike_detector(detect, {"output0": output})
-    assert "its task is not told" in unlike_detector({}, {"output0": output})
-    assert "its task is segment" in unlike_detector({"task": "segment"}, {"output0": output})
+    assert not other_task(detect, {"output0": output.shape})
+    for other, said in ((ModelMetadata(), "not told"), (ModelMetadata({"task": "segment"}), "segment")):
+        assert other_task(other, {"output0": (1, 6, 6)}) == f"gives output0 [1, 6, 6], and its task is {said}"
+        assert not unlike_detector(other, {"output0": output[0]}), "it claims nothing"
     assert unlike_detector(detect, {"output0": output, "output1": output})
     assert unlike_detector(detect, {"output0": output[:, :4]})
     assert unlike_detector(detect, {"output0": output[0]})
-    assert names_of(detect) == {0: "person", 1: "bus"}
-    assert names_of({}) == {}
 
 
 def rows(count: int, found: int, classes: int = 80) -> np.ndarray:
@@ -166,7 +166,7 @@ def rows(count: int, found: int, classes: int = 80) -> np.ndarray:
     ],
 )
 def test_outputs_that_are_something_else(metadata: dict[str, str], output: np.ndarray, said: str) -> None:
-    found = unlike_detector({"task": "detect", **metadata}, {"output0": output})
+    found = unlike_detector(ModelMetadata({"task": "detect", **metadata}), {"output0": output})
     assert re.search(said, found), found
 
 
@@ -186,12 +186,13 @@ def test_outputs_that_are_something_else(metadata: dict[str, str], output: np.nd
     ],
 )
 def test_outputs_of_detectors_are_not_taken_for_something_else(metadata: dict[str, str], output: np.ndarray) -> None:
-    assert unlike_detector({"task": "detect", **metadata}, {"output0": output}) == ""
+    assert unlike_detector(ModelMetadata({"task": "detect", **metadata}), {"output0": output}) == ""
 
 
-def test_arguments_of_any_other_form_are_told() -> None:
-    with pytest.raises(UserError, match=r"the metadata tell the args '\[1\]', and expected are settings by name"):
-        unlike_detector({"task": "detect", "args": "[1]"}, {"output0": raw(50, 2)})
+@pytest.mark.parametrize(("entry", "told"), [("args", "[1]"), ("names", "['a']"), ("end2end", "perhaps")])
+def test_metadata_of_any_other_form_are_told(entry: str, told: str) -> None:
+    found = unlike_detector(ModelMetadata({"task": "detect", entry: told}), {"output0": raw(50, 2)})
+    assert found.startswith(f"cannot be decoded: the metadata tell the {entry} {told!r}, and expected are ")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -20,17 +20,18 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+import tests.families.test_outlook as outlook
 import tests.families.test_swin_acmix as swin
 from acmix_deploy import __version__, cli
 from acmix_deploy.artifacts import write_artifact
 from acmix_deploy.doctor import Examination, environment, examine, machine
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.manifest import Machine, Manifest
 from acmix_deploy.report.documents import DoctorDocument
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.engine.parts import make_engine
 from tests.families.parts import export as traced

@@ -13,11 +13,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy.export import AXES
 from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.examples import Examples
 from acmix_deploy.families.family import Family
 from acmix_deploy.fusion import fuse
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 
@@ -126,7 +126,7 @@ def assert_fused(
     """Fusing ``source`` replaces ``count`` blocks of ``family`` and changes no result."""
     (limit,) = (known.tolerances["float32"].floor for known in FAMILIES if known.name == family)
     target = source.with_name("fused.onnx")
-    report = fuse(source, target, expect=count, **options)
+    report = fuse(source, target, expect=count, **options).found
     assert [block.family for block in report.blocks if block.fused] == [family] * count
     for x in inputs:
         with torch.no_grad():

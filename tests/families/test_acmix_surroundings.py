@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from acmix_deploy import pipeline
-from acmix_deploy.export import AXES
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.inputs import AXES, random_images
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.families.parts import export, outputs
 from tests.families.test_recognise_module import Port
 from tests.fusion.test_fuse import Published
+from tests.pipeline.parts import deployed
 
 resnet = pytest.importorskip("torchvision.models.resnet", reason="torchvision is not installed")
 
@@ -142,7 +141,7 @@ def test_blocks_fuse_where_they_stand(tmp_path, surroundings, exporter, dynamic,
     """With linspace, axes are free by TorchScript alone: dynamo freezes its length."""
     model, x = lived_in(surroundings(block)), torch.randn(2, 3, 12, 16)
     source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=AXES if dynamic else ())
-    report = fuse(source, tmp_path / "fused.onnx", expect=SURROUNDINGS[surroundings])
+    report = fuse(source, tmp_path / "fused.onnx", expect=SURROUNDINGS[surroundings]).found
     assert {found.family for found in report.blocks} == {"acmix"}
     assert attentions(tmp_path / "fused.onnx") == SURROUNDINGS[surroundings]
     for size in [(1, 3, 8, 10), (3, 3, 20, 12)] if dynamic else [x.shape]:
@@ -161,7 +160,7 @@ def test_more_than_the_block_between_its_parts(tmp_path):
 
     model = lived_in(Bottleneck(16, 4, block=lambda planes, stride: Inside(planes, planes, stride=stride)))
     x = torch.randn(1, 16, 8, 10)
-    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=0)
+    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=0).found
     assert "computes something else" in report.blocks[0].reason
 
 
@@ -180,10 +179,9 @@ DEPTH = pytest.mark.parametrize("depth", [26, *(pytest.param(depth, marks=pytest
 
 @DEPTH
 def test_resnet_from_checkpoint_to_files(tmp_path, monkeypatch, depth):
-    monkeypatch.setattr(pipeline, "_SECONDS", 0.2)
     model, blocks, shape = small_resnet(depth), sum(DEPTHS[depth]), (1, 3, 128, 128)
     torch.save(model, tmp_path / "model.pt")
-    report = pipeline.deploy(
+    report = deployed(
         tmp_path / "model.pt", tmp_path, input_shape=shape, opset=17, dynamic=["batch"], expect=blocks, trust=True
     )
     assert report.passed
@@ -200,7 +198,7 @@ def test_resnet_from_checkpoint_to_files(tmp_path, monkeypatch, depth):
 def test_resnet_in_a_foreign_file(tmp_path, depth):
     """As PyTorch exports the published code."""
     model, blocks, x = small_resnet(depth, published), sum(DEPTHS[depth]), torch.randn(1, 3, 128, 128)
-    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=blocks)
+    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=blocks).found
     assert report.nodes_after < report.nodes_before / 3
     assert deviation(model(x).detach().numpy(), outputs(tmp_path / "fused.onnx", x)).relative_l2 < LIMIT
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy.engine.build import build
-from acmix_deploy.export import AXES
 from acmix_deploy.families import FAMILIES, canonicalise
 from acmix_deploy.families.family import Family
 from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.precision import to_fp16
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.families.parts import Model, example, examples_of, export, operators, outputs, relative_l2
 from tests.plugin import parts as plugin_parts
@@ -98,7 +98,7 @@ def test_ordinary_modules_are_not_mentioned(tmp_path: Path) -> None:
     assert [canonicalise(layer)[1] for layer in layers] == [[]] * len(layers)
     in_a_graph = nn.Sequential(layers[3], nn.Softmax(1), layers[4]).eval()
     source = export(in_a_graph, torch.randn(1, 3, 8, 8), tmp_path / "plain.onnx")
-    assert fuse(source, tmp_path / "fused.onnx").blocks == []
+    assert fuse(source, tmp_path / "fused.onnx").found.blocks == []
 
 
 # Blocks in graphs.
@@ -141,7 +141,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     plain, fused = folder / "plain.onnx", folder / "fused.onnx"
     divisor = examples_of(family).divisor
     export(model, inputs[0], plain, exporter=exporter, dynamic=dynamic, divisor=divisor)
-    return Exported(family, model, plain, fused, fuse(plain, fused, expect=1), inputs)
+    return Exported(family, model, plain, fused, fuse(plain, fused, expect=1).found, inputs)
 
 
 def test_blocks_fuse_and_compute_the_same(exported: Exported) -> None:
@@ -154,7 +154,7 @@ def test_blocks_fuse_and_compute_the_same(exported: Exported) -> None:
 
 
 def test_a_fused_file_stays_as_it_is(exported: Exported, tmp_path: Path) -> None:
-    again = fuse(exported.fused, tmp_path / "again.onnx", expect=0)
+    again = fuse(exported.fused, tmp_path / "again.onnx", expect=0).found
     assert (again.blocks, again.nodes_after) == ([], again.nodes_before)
 
 
@@ -180,7 +180,7 @@ def test_rtx_builds(exported: Exported, tmp_path: Path) -> None:
     (name,) = (node.name for node in open_session(exported.fused).get_inputs())
     dynamic = len(exported.inputs) > 1
     shapes = ((1, 3, 8, 8), (2, 3, 8, 12), (3, 3, 16, 12)) if dynamic else None
-    report = build(exported.fused, tmp_path / "model.engine", shapes=shapes)
+    report = build(exported.fused, tmp_path / "model.engine", shapes=shapes).found
     assert report.layers > 0
     assert report.manifest.profiles == ({name: shapes} if dynamic else {})
 

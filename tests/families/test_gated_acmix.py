@@ -20,15 +20,15 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
 from acmix_deploy.families.gated_acmix.module import GatedACmix
 from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.fusion import fuse
-from acmix_deploy.pipeline import deploy
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from tests.families import parts as family_parts
 from tests.families.parts import export, outputs, randomised, relative_l2
+from tests.pipeline.parts import deployed
 
 FLOAT32 = TOLERANCES["float32"].floor
 assert_fused = partial(family_parts.assert_fused, "gated_acmix")
@@ -337,7 +337,7 @@ def test_alone_in_a_batch_sequence_first_is_one_convolution(tmp_path: Path) -> N
 @pytest.mark.parametrize(("options", "_", "reason"), NEAR_MISSES, ids=str)
 def test_near_misses_do_not_fuse(tmp_path: Path, options: dict[str, Any], _: str, reason: str) -> None:
     model, x = Detector(randomised(Port(**{"tokens": "batch first", **options}))), torch.randn(2, 3, 5, 7)
-    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx")
+    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx").found
     assert report.fused == 0
     (block,) = report.blocks
     assert block.family == "gated_acmix"
@@ -349,7 +349,7 @@ def test_values_of_another_width(tmp_path: Path) -> None:
     port, x = Port(own_qkv=True), torch.randn(2, 3, 5, 7)
     port.value, port.out = nn.Linear(8, 16), nn.Linear(16, 8)
     model = Detector(randomised(port))
-    (block,) = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx").blocks
+    (block,) = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx").found.blocks
     assert block.reason == "its values are of another width than its queries and keys"
 
 
@@ -359,7 +359,7 @@ def test_an_intermediate_that_is_also_an_output(tmp_path: Path) -> None:
     sigmoid = next(node.output[0] for node in plain.graph.node if node.op_type == "Sigmoid")
     plain.graph.output.append(helper.make_tensor_value_info(sigmoid, 1, [None] * 2))
     onnx.save(plain, tmp_path / "plain.onnx")
-    (block,) = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").blocks
+    (block,) = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").found.blocks
     assert not block.fused
     assert "also an output of the graph" in block.reason
 
@@ -368,9 +368,9 @@ def test_an_intermediate_that_is_also_an_output(tmp_path: Path) -> None:
 def test_from_checkpoint_to_verified_files(tmp_path: Path, tokens: str) -> None:
     model = Detector(randomised(Port(tokens=tokens)))
     torch.save(model, tmp_path / "model.pt")
-    report = deploy(
+    report = deployed(
         tmp_path / "model.pt", tmp_path / "out", input_shape=(1, 3, 8, 12), dynamic=["batch"], fp16=True, expect=1,
-        opset=17, trust=True, engine=False,
+        opset=17, trust=True, no_engine=True,
     )  # fmt: skip
     assert report.passed
     assert [(block.family, block.status) for block in report.blocks] == [("gated_acmix", "replaced")]

@@ -16,21 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acmix_deploy.engine.onnx_file import describe
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.outlook.graph import OUTLOOK
 from acmix_deploy.families.outlook.module import OutlookAttention
 from acmix_deploy.forms import refused, to_form, write_for
 from acmix_deploy.fusion import fuse
+from acmix_deploy.onnx_file import describe
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
-from acmix_deploy.pipeline import deploy
 from acmix_deploy.precision import quantize, to_fp16
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.targets import target_of
 from tests.families.parts import export, operators, outputs, randomised
+from tests.pipeline.parts import deployed
 
 FLOAT32 = OUTLOOK_ATTENTION.tolerances["float32"].floor
 OPERATOR = OUTLOOK_ATTENTION.op_type
@@ -287,7 +287,7 @@ class Net(nn.Module):
 def assert_fused(model, x, source, *more, limit=FLOAT32):
     """Fusing ``source`` replaces one block and changes no result, for ``x`` and each of ``more``."""
     target = source.with_name("fused.onnx")
-    (found,) = (block for block in fuse(source, target, expect=1).blocks if block.family == "outlook")
+    (found,) = (block for block in fuse(source, target, expect=1).found.blocks if block.family == "outlook")
     assert operators(target).count(OPERATOR) == 1
     assert not {"Softmax", "Col2Im", "ConvTranspose", "Pad"} & {*operators(target)}
     for value in (x, *more):
@@ -382,7 +382,7 @@ def test_any_geometry(tmp_path, heads, head_dim, kernel, stride, size, dynamic, 
 def test_several_blocks_share_one_definition(tmp_path):
     blocks = [Net(OutlookAttention(16, 2, stride=stride)).block for stride in (1, 2)]
     model, x = randomised(Net(nn.Sequential(*blocks))), torch.randn(1, 3, 12, 12)
-    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=2)
+    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=2).found
     assert [block.name for block in report.blocks] == ["outlook_0", "outlook_1"]
     assert [function.name for function in onnx.load(tmp_path / "fused.onnx").functions] == [OPERATOR]
 
@@ -421,7 +421,7 @@ def test_near_misses_do_not_fuse(tmp_path, kind):
     model, x = randomised(Net(make())), torch.randn(2, 3, 24, 36)
     model.block.integers = True
     source = export(model, x, tmp_path / "plain.onnx", opset=18)
-    report = fuse(source, tmp_path / "fused.onnx")
+    report = fuse(source, tmp_path / "fused.onnx").found
     assert report.fused == 0
     (left_alone,) = (block for block in report.blocks if block.family == "outlook")
     assert re.search(reason, left_alone.reason), left_alone.reason
@@ -494,9 +494,9 @@ def test_limits_of_the_plugin(files, dynamic):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_plugin_form(files, tmp_path, dynamic):
     """What is left takes part in a build of its own: its shapes are known without the definition."""
-    artifact, inlined = write_for(target_of((10, 3)), files["float32", dynamic])
-    assert inlined == {"outlook_1.attention": "head_dim 4"}
-    model = onnx.load(artifact.path)
+    made = write_for(target_of((10, 3)), files["float32", dynamic])
+    assert made.found.inlined == {"outlook_1.attention": "head_dim 4"}
+    model = onnx.load(made.artifact.path)
     assert [node.op_type for node in model.graph.node if node.domain] == [OPERATOR]
     assert not model.functions
     assert refused(model) == {}
@@ -547,11 +547,10 @@ def test_rtx_takes_the_plugin_for_the_nodes_that_it_takes(rtx, libraries, files,
 @pytest.mark.parametrize("published", [True, False], ids=["published", "own"])
 def test_export_of_a_checkpoint(tmp_path, monkeypatch, published):
     """Every file without Col2Im and right at batches of 1, 2 and 3."""
-    monkeypatch.setattr("acmix_deploy.pipeline._SECONDS", 0.1)
     block = Published(stride=2) if published else OutlookAttention(16, 2, stride=2)
     model = randomised(Net(block))
     torch.save(model, tmp_path / "model.pt")
-    report = deploy(
+    report = deployed(
         tmp_path / "model.pt", tmp_path / "deploy", fp16=True, input_shape=(1, 3, 14, 18), dynamic=["batch"], expect=1,
         opset=17, target=target_of((8, 6)), form="plain", trust=True,
     )  # fmt: skip
@@ -579,7 +578,7 @@ def test_int8(tmp_path):
     model = nn.Sequential(randomised(Net(OutlookAttention(16, 2, stride=2))), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
     source = export(model, torch.rand(1, 3, 24, 24), tmp_path / "plain.onnx", opset=18)
     fuse(source, tmp_path / "fused.onnx", expect=1)
-    report = quantize(tmp_path / "fused.onnx", tmp_path / "int8.onnx", tmp_path / "images", image_size=(24, 24))
+    report = quantize(tmp_path / "fused.onnx", tmp_path / "int8.onnx", tmp_path / "images", image_size=(24, 24)).found
     assert {"outlook_0.logits", "outlook_0.values"} <= {layer.name for layer in report.layers}
     typed = onnx.load(tmp_path / "int8.onnx")
     assert refused(typed) == {}

@@ -14,19 +14,18 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import nn
 
-from acmix_deploy import pipeline
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.shift_conv.module import ShiftConv
 from acmix_deploy.fusion import fuse
 from acmix_deploy.profile.layers import blocks_of
-from acmix_deploy.runtime.inputs import random_images
+from acmix_deploy.runtime.inputs import AXES, random_images
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.families.parts import export, operators, outputs, randomised, relative_l2
+from tests.pipeline.parts import deployed
 
 LIMIT = TOLERANCES["float32"].limit()
 
@@ -266,7 +265,7 @@ def test_graphs_are_fused(tmp_path, spelling, dynamic, exporter):
     model = randomised(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), block, nn.BatchNorm2d(4), nn.ReLU()))
     x = torch.randn(2, 3, 12, 14)
     source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic)
-    report = fuse(source, tmp_path / "fused.onnx", expect=1)
+    report = fuse(source, tmp_path / "fused.onnx", expect=1).found
     kinds = operators(tmp_path / "fused.onnx")
     assert (kinds.count("Conv"), kinds.count("Relu")) == (2, 2)
     assert set(kinds) <= {"Conv", "Relu", "BatchNormalization"}
@@ -327,14 +326,14 @@ def test_beside_a_block_of_another_family(tmp_path):
     assert [block.family for block in canonicalise(model)[1]] == ["acmix", "acmix", "shift_conv"]
     source = export(model, x, tmp_path / "plain.onnx", dynamic=AXES)
     assert set(blocks_of(onnx.load(source)).values()) == {"acmix_0", "acmix_1", "shift_conv_0", None}
-    report = fuse(source, tmp_path / "fused.onnx")
+    report = fuse(source, tmp_path / "fused.onnx").found
     assert [(block.name, block.fused) for block in report.blocks] == [
         ("acmix_0", True),
         ("acmix_1", True),
         ("shift_conv_0", True),
     ]
     assert deviation(model(x).detach().numpy(), outputs(tmp_path / "fused.onnx", x)).relative_l2 < LIMIT
-    again = fuse(tmp_path / "fused.onnx", tmp_path / "again.onnx", expect=0)
+    again = fuse(tmp_path / "fused.onnx", tmp_path / "again.onnx", expect=0).found
     assert again.blocks == []
 
 
@@ -444,7 +443,7 @@ def test_near_misses_in_graphs(tmp_path, near_miss, reason, dynamic):
     model = randomised(near_miss())
     x = torch.randn(1, 9 if near_miss is PerChannel else 3, 8, 9)
     source = export(model, x, tmp_path / "plain.onnx", dynamic=dynamic)
-    report = fuse(source, tmp_path / "fused.onnx")
+    report = fuse(source, tmp_path / "fused.onnx").found
     assert {(block.family, block.fused) for block in report.blocks} == ({("shift_conv", False)} if reason else set())
     assert all(reason in block.reason for block in report.blocks)
 
@@ -456,7 +455,7 @@ def test_an_output_between_the_shifts_and_the_sum(tmp_path):
     moved = [node.output[0] for node in plain.graph.node if node.op_type == "Conv"][1]
     plain.graph.output.append(helper.make_tensor_value_info(moved, TensorProto.FLOAT, [1, 36, 8, 9]))
     onnx.save(plain, source)
-    (left_alone,) = fuse(source, tmp_path / "fused.onnx", expect=0).blocks
+    (left_alone,) = fuse(source, tmp_path / "fused.onnx", expect=0).found.blocks
     assert "9.0 times the multiplications" in left_alone.reason
 
 
@@ -484,11 +483,10 @@ def test_near_misses_in_modules(near_miss, reason):
 
 
 def test_checkpoint_to_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_SECONDS", 0.1)
     stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     model = randomised(nn.Sequential(stem, ShiftConv(8, 8), nn.BatchNorm2d(8), nn.ReLU(), ShiftConv(8, 4, 5, 2)))
     torch.save(model, tmp_path / "model.pt")
-    report = pipeline.deploy(
+    report = deployed(
         tmp_path / "model.pt", tmp_path, input_shape=(1, 3, 32, 48), dynamic=["batch"], expect=2, fp16=True
     )
     assert report.passed

@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from acmix_deploy import pipeline
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families import BlockReport, canonicalise
 from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.swin_acmix.module import SwinACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.runtime.inputs import AXES
 from tests.families import parts as family_parts
 from tests.families.parts import export, outputs, randomised, relative_l2
+from tests.pipeline.parts import deployed
 
 FLOAT32 = TOLERANCES["float32"].limit()
 assert_fused = partial(family_parts.assert_fused, "swin_acmix")
@@ -497,7 +497,7 @@ def test_near_misses_do_not_fuse(tmp_path: Path, name: str) -> None:
             return self.mix(x, 8, 12)
 
     source = export(Fixed(), x, tmp_path / "plain.onnx")
-    report = fuse(source, tmp_path / "fused.onnx", expect=0)
+    report = fuse(source, tmp_path / "fused.onnx", expect=0).found
     (left_alone,) = report.blocks
     assert re.search(reason, left_alone.reason), left_alone.reason
     expected = mix(x, 8, 12)
@@ -509,12 +509,11 @@ def test_near_misses_do_not_fuse(tmp_path: Path, name: str) -> None:
 
 
 def test_a_checkpoint_becomes_files_that_run_at_any_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_SECONDS", 0.1)
     model = randomised(Small())
     torch.save(model, tmp_path / "model.pt")
-    report = pipeline.deploy(
+    report = deployed(
         tmp_path / "model.pt", tmp_path / "out", fp16=True, input_shape=(1, 3, 16, 24), dynamic=["batch"], expect=2,
-        engine=False, trust=True,
+        no_engine=True, trust=True,
     )  # fmt: skip
     assert report.passed
     assert [(block.family, block.status) for block in report.blocks] == [("swin_acmix", "replaced")] * 2

@@ -9,7 +9,8 @@ from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
 from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
 from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 from acmix_deploy.fusion import fuse
-from acmix_deploy.precision import FLOAT32, to_fp16
+from acmix_deploy.options import FLOAT32
+from acmix_deploy.precision import to_fp16
 from tests.families.parts import Model, export
 
 

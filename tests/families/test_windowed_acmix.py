@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.fusion import fuse
-from acmix_deploy.pipeline import deploy
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from tests.families import parts as family_parts
 from tests.families.parts import export, outputs, randomised, relative_l2
+from tests.pipeline.parts import deployed
 
 FLOAT32 = TOLERANCES["float32"].floor
 assert_fused = partial(family_parts.assert_fused, "windowed_acmix")
@@ -353,7 +353,7 @@ def test_attention_has_the_form_that_runtimes_fuse(tmp_path: Any, size: tuple[in
 
 
 def fused_reasons(module: nn.Module, x: Tensor, path: Any) -> tuple[int, list[str]]:
-    report = fuse(export(module, x, path / "plain.onnx"), path / "fused.onnx")
+    report = fuse(export(module, x, path / "plain.onnx"), path / "fused.onnx").found
     return report.fused, [block.reason for block in report.blocks if block.family == "windowed_acmix"]
 
 
@@ -373,16 +373,16 @@ def test_an_intermediate_that_is_also_an_output(tmp_path: Any) -> None:
     norm = next(node.output[0] for node in plain.graph.node if node.op_type == "LayerNormalization")
     plain.graph.output.append(onnx.helper.make_tensor_value_info(norm, 1, [None] * 4))
     onnx.save(plain, tmp_path / "plain.onnx")
-    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx")
+    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").found
     assert report.fused == 0
     assert "is an output of the graph" in report.blocks[0].reason
 
 
 def test_from_checkpoint_to_verified_files(tmp_path: Any) -> None:
     torch.save(ChannelsFirst(randomised(Port(pad="masked"))), tmp_path / "model.pt")
-    report = deploy(
+    report = deployed(
         tmp_path / "model.pt", tmp_path / "out", input_shape=(1, 3, 16, 24), dynamic=["batch"], fp16=True, expect=1,
-        trust=True, engine=False,
+        trust=True, no_engine=True,
     )  # fmt: skip
     assert report.passed
     assert [(block.family, block.status) for block in report.blocks] == [("windowed_acmix", "replaced")]

@@ -104,7 +104,7 @@ def test_the_size_that_a_graph_holds_for_is_found_without_running_others(tmp_pat
         return graph.evaluate(of, outputs, feeds, functions)
 
     monkeypatch.setattr(sizes, "evaluate", noting)
-    report = fuse(source, tmp_path / "fused.onnx")
+    report = fuse(source, tmp_path / "fused.onnx").found
     assert run == [(2, 3, 24, 32), shape]
     assert report.fused == (not near_miss)
     if near_miss:
@@ -137,5 +137,5 @@ def frozen_by_value(model, path):
 
 
 def reason_of(path):
-    (block,) = fuse(path, path.with_name("fused.onnx")).blocks
+    (block,) = fuse(path, path.with_name("fused.onnx")).found.blocks
     return block.reason

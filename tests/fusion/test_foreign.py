@@ -83,7 +83,7 @@ def assert_same(source, target, x):
 def test_a_net_that_is_one_local_function_fuses(exported, x, opset, tmp_path):
     model = exported[opset]
     onnx.save(as_function(model, "net", range(len(model.graph.node))), tmp_path / "plain.onnx")
-    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1)
+    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1).found
     assert report.inlined == ["local::net"]
     assert report.unproven == ""
     assert operators(tmp_path / "fused.onnx").count(LOCAL_ATTENTION.op_type) == 1
@@ -97,7 +97,7 @@ def test_a_function_beside_the_block_does_not_cost_its_fusion(exported, x, opset
     last = len(model.graph.node) - 1
     nodes = [0, 1] if place == "before" else [last - 1, last]
     onnx.save(as_function(model, "part", nodes), tmp_path / "plain.onnx")
-    assert fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1).inlined == ["local::part"]
+    assert fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1).found.inlined == ["local::part"]
     assert_same(tmp_path / "plain.onnx", tmp_path / "fused.onnx", x)
 
 
@@ -125,7 +125,7 @@ def test_functions_that_call_others_with_attributes(exported, x, tmp_path):
          helper.make_node("outer", ["more"], [name], domain="local")]
     )  # fmt: skip
     onnx.save(model, tmp_path / "plain.onnx")
-    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1)
+    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1).found
     assert sorted(report.inlined) == ["local::inner", "local::outer"]
     assert_same(tmp_path / "plain.onnx", tmp_path / "fused.onnx", x)
 
@@ -135,7 +135,7 @@ def test_a_function_of_another_opset_than_the_model(exported, x, opset, tmp_path
     model = exported[17]
     last = len(model.graph.node) - 1
     onnx.save(as_function(model, "part", [last - 1, last], opset=opset), tmp_path / "plain.onnx")
-    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1)
+    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1).found
     assert report.inlined in ([], ["local::part"])
     assert_same(tmp_path / "plain.onnx", tmp_path / "fused.onnx", x)
 
@@ -194,7 +194,7 @@ def test_nothing_but_nodes_changes(exported, x, opset, fuses, tmp_path):
         weights = next(node.output[0] for node in plain.graph.node if node.op_type == "Softmax")
         plain.graph.output.append(helper.make_tensor_value_info(weights, TensorProto.FLOAT, [None] * 4))
     onnx.save(plain, tmp_path / "plain.onnx")
-    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=int(fuses))
+    report = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=int(fuses)).found
     assert report.unproven == ""
     fused = onnx.load(tmp_path / "fused.onnx")
     for field in ("doc_string", "domain", "model_version", "producer_name", "producer_version", "metadata_props",
@@ -288,7 +288,7 @@ def without_custom(path, target):
 def test_an_unknown_operator_does_not_cost_the_fusion(exported, x, opset, place, shape, tmp_path, capsys):
     source = tmp_path / "plain.onnx"
     onnx.save(with_custom(exported[opset], place, shape=shape), source)
-    report = fuse(source, tmp_path / "fused.onnx", expect=1)
+    report = fuse(source, tmp_path / "fused.onnx", expect=1).found
     operator = "mmdeploy::MMCVModulatedDeformConv2d"
     assert report.unknown == {operator: ["dcn"]}
     assert "MMCVModulatedDeformConv2d" in report.unproven
@@ -308,7 +308,7 @@ def test_an_unknown_operator_of_unknown_sizes_costs_only_what_is_behind_it(expor
     relu = plain.graph.node[1]
     assert relu.op_type == "MMCVModulatedDeformConv2d"
     onnx.save(plain, source)
-    report = fuse(source, tmp_path / "fused.onnx")
+    report = fuse(source, tmp_path / "fused.onnx").found
     assert report.fused == 0
     (block,) = report.blocks
     assert "deformed, whose sizes the file does not tell: it comes from mmdeploy::MMCV" in block.reason
@@ -323,7 +323,9 @@ def test_a_convolution_behind_an_unknown_operator_tells_the_sizes(exported, x, t
     del plain.graph.value_info[:]
     plain.opset_import.append(helper.make_opsetid("mmdeploy", 1))
     onnx.save(plain, tmp_path / "plain.onnx")
-    assert fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1).unknown == {"mmdeploy::Deform": ["dcn"]}
+    assert fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx", expect=1).found.unknown == {
+        "mmdeploy::Deform": ["dcn"]
+    }
     assert_same(
         without_custom(tmp_path / "plain.onnx", tmp_path / "a.onnx"),
         without_custom(tmp_path / "fused.onnx", tmp_path / "b.onnx"),

@@ -19,12 +19,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from acmix_deploy.errors import CheckFailed, UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.graph import NoMatch, Reached
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.families import parts as family_parts
@@ -43,7 +43,7 @@ def randomised(block: ACmix, *, conv_bias: bool = True) -> ACmix:
 def assert_fused(module, x, source, *more_inputs, limit=FLOAT32, **options):
     """Fusing ``source`` replaces one block and changes no result, for ``x`` and each of ``more_inputs``."""
     target = source.with_name("fused.onnx")
-    report = fuse(source, target, expect=1, **options)
+    report = fuse(source, target, expect=1, **options).found
     assert operators(target).count(LOCAL_ATTENTION.op_type) == 1
     assert "Softmax" not in operators(target)
     for value in (x, *more_inputs):
@@ -226,11 +226,11 @@ def test_file_that_is_fused_in_part(tmp_path):
     leaked = next(node.output[0] for node in plain.graph.node if node.op_type == "Softmax")
     plain.graph.output.append(helper.make_tensor_value_info(leaked, 1, [None] * 4))
     onnx.save(plain, source)
-    assert fuse(source, tmp_path / "once.onnx").fused == 1
+    assert fuse(source, tmp_path / "once.onnx").found.fused == 1
     once = onnx.load(tmp_path / "once.onnx")
     once.graph.output.pop()
     onnx.save(once, tmp_path / "once.onnx")
-    again = fuse(tmp_path / "once.onnx", tmp_path / "twice.onnx", expect=1)
+    again = fuse(tmp_path / "once.onnx", tmp_path / "twice.onnx", expect=1).found
     twice = onnx.load(tmp_path / "twice.onnx")
     assert [block.name for block in again.blocks] == ["acmix_1"]
     assert len(twice.functions) == 1
@@ -241,7 +241,7 @@ def test_file_that_is_fused_in_part(tmp_path):
 def test_source_is_not_overwritten(tmp_path):
     block, x = randomised(ACmix(4, 8, head=2)), torch.randn(1, 4, 9, 8)
     source = export(block, x, tmp_path / "plain.onnx")
-    with pytest.raises(UserError, match="is the file to be fused"):
+    with pytest.raises(UserError, match="would be overwritten"):
         fuse(source, tmp_path / "." / "plain.onnx")
 
 
@@ -266,7 +266,7 @@ def test_several_blocks_and_metadata(tmp_path):
     plain = onnx.load(source)
     plain.metadata_props.add(key="names", value="{0: 'cat'}")
     onnx.save(plain, source)
-    report = fuse(source, tmp_path / "fused.onnx", expect=2)
+    report = fuse(source, tmp_path / "fused.onnx", expect=2).found
     assert [block.name for block in report.blocks] == ["acmix_0", "acmix_1"]
     assert all(block.relative_l2 < FLOAT32 for block in report.blocks)
     fused = onnx.load(tmp_path / "fused.onnx")
@@ -409,7 +409,7 @@ def test_near_misses_do_not_fuse(tmp_path, kind):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     block, x = block.eval(), torch.randn(1, 4, 12, 11)
     source = export(block, x, tmp_path / "plain.onnx")
-    report = fuse(source, tmp_path / "fused.onnx")
+    report = fuse(source, tmp_path / "fused.onnx").found
     assert report.fused == 0
     (left_alone,) = report.blocks
     assert re.search(NEAR_MISSES[kind], left_alone.reason), left_alone.reason
@@ -429,7 +429,7 @@ def test_projection_that_is_also_an_output_does_not_fuse(tmp_path):
     query = next(node.output[0] for node in model.graph.node if node.op_type == "Conv")
     model.graph.output[1].CopyFrom(helper.make_tensor_value_info(query, 1, [1, 8, 12, 11]))
     onnx.save(onnx.utils.Extractor(model).extract_model(["x"], [model.graph.output[0].name, query]), source)
-    report = fuse(source, tmp_path / "fused.onnx")
+    report = fuse(source, tmp_path / "fused.onnx").found
     assert report.fused == 0
     assert "also an output of the graph" in report.blocks[0].reason
 
@@ -458,7 +458,7 @@ def test_truncated_file(tmp_path):
 def test_graph_without_attention(tmp_path):
     module, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
     source = export(module, x, tmp_path / "plain.onnx")
-    assert fuse(source, tmp_path / "fused.onnx").blocks == []
+    assert fuse(source, tmp_path / "fused.onnx").found.blocks == []
     with pytest.raises(CheckFailed, match=r"0 blocks fused.*expected 3"):
         fuse(source, tmp_path / "fused.onnx", expect=3)
 
@@ -542,7 +542,7 @@ def test_one_projection_for_queries_and_keys(tmp_path, module, words, exporter):
     source = export(
         family_parts.randomised(module), torch.randn(1, 8, 9, 7), tmp_path / "plain.onnx", exporter=exporter
     )
-    blocks = fuse(source, tmp_path / "fused.onnx").blocks
+    blocks = fuse(source, tmp_path / "fused.onnx").found.blocks
     convolution = next(node.name for node in onnx.load(source).graph.node if node.op_type == "Conv")
     assert [(block.family, block.reason) for block in blocks] == (
         [("acmix", words.format(convolution))] if words else []
@@ -567,13 +567,13 @@ def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
     refuse(swin_acmix=("closest", Reached.WHOLE), outlook=("further away", Reached.PARTS))
     near = ZeroPadded(4, 8, 5, head=2)
     source = export(randomised(near), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")
-    (block,) = fuse(source, tmp_path / "fused.onnx").blocks
+    (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
     assert "relative residual" in block.reason, "what acmix measured tells as much, and acmix comes first"
     refuse(swin_acmix=("closest", Reached.REDUCED))
-    (block,) = fuse(source, tmp_path / "fused.onnx").blocks
+    (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
     assert (block.family, block.reason) == ("swin_acmix", "closest")
     source = export(randomised(ACmix(4, 8, 5, head=2)), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")
-    assert [block.fused for block in fuse(source, tmp_path / "fused.onnx").blocks] == [True]
+    assert [block.fused for block in fuse(source, tmp_path / "fused.onnx").found.blocks] == [True]
 
 
 @pytest.mark.parametrize("opset", [11, 12])

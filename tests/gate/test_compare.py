@@ -18,9 +18,9 @@ from acmix_deploy.gate.compare import CLOCKS_APART, FIELDS, differences
 from acmix_deploy.gate.history import read_history
 from acmix_deploy.gate.read import read_pairs, read_samples
 from acmix_deploy.gate.samples import GateSamples
-from acmix_deploy.profile import Profile
+from acmix_deploy.profile import Profile, ProfileDocument
 from acmix_deploy.profile.monitor import Conditions
-from acmix_deploy.report.documents import GateDocument, HistoryDocument, ProfileDocument
+from acmix_deploy.report.documents import GateDocument, HistoryDocument
 from tests import ROOT
 from tests.gate.parts import CPU, GPU, START, alone, measured, pair, text, trtexec
 
@@ -137,9 +137,12 @@ SAMPLE = "candidate.rounds.3.turns.1.samples_ms.7"
         ("[]", "the list is empty"),
         (json.dumps(trtexec([1.0, -2.0])), "holds no times of trtexec: 1.computeMs"),
         (json.dumps(trtexec([1.0, 0.0])), "holds latencies that no clock gives: 0.0"),
-        ('{"schema": 1, "profiles": [{"file": "a.onnx", "provider": "x", "samples_ms": [1.0, NaN]}]}', "nan"),
-        ('{"schema": 2, "profiles": []}', "is of version 2"),
-        ('{"schema": 1, "profiles": []}', "profiles: List should have at least 1 item"),
+        (
+            '{"document": "profile", "profiles": [{"file": "a.onnx", "provider": "x", "samples_ms": [1.0, NaN]}]}',
+            "nan",
+        ),
+        ('{"document": "profile", "schema": 2, "profiles": []}', "is of version 2"),
+        ('{"document": "profile", "schema": 1, "profiles": []}', "profiles: List should have at least 1 item"),
     ],
 )
 def test_bad_input(content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,7 +304,7 @@ def test_history_finds_a_trend(tmp_path: Path) -> None:
 def test_history_leaves_out_what_is_no_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a truncated file among many, or what other verbs wrote there."""
     store(tmp_path / "runs", [10.0] * 6)
-    (tmp_path / "runs" / "verdict.json").write_text('{"schema": 1, "tolerance": 0.03, "comparisons": []}')
+    (tmp_path / "runs" / "verdict.json").write_text('{"document": "gate check", "schema": 1}')
     (tmp_path / "runs" / "truncated.json").write_text(text(alone())[:5000])
     assert cli.main(["gate", "history", str(tmp_path / "runs")]) == 0
     printed = capsys.readouterr().out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +25,10 @@ from acmix_deploy.gate.worker import Request
 from acmix_deploy.profile.monitor import Conditions
 from acmix_deploy.profile.subjects import Setup
 from acmix_deploy.profile.timing import Machine
+from acmix_deploy.report.documents import VerifyDocument
 from acmix_deploy.verify import Verification, verification
 from tests.engine.parts import make_engine
+from tests.gate.parts import text
 
 
 def chain(path: Path, length: int = 1, elements: int = TensorProto.FLOAT) -> Path:
@@ -267,14 +268,14 @@ def test_parity_comes_from_the_report_beside_the_file_or_from_a_verification(tmp
     comparisons = [comparison("new.onnx", "boxes", 0.002), comparison("new.onnx", "scores", 0.03)]
     comparisons.append(comparison("other.onnx", "boxes", 9.0))
     verified = Verification(reference="PyTorch", comparisons=tuple(comparisons))
-    (tmp_path / "verify.json").write_text(verified.model_dump_json())
+    (tmp_path / "verify.json").write_text(text(VerifyDocument(**verified.model_dump())))
     found = parity_of(model, tmp_path / "verify.json")
     assert [(one.metric, one.value, one.limit, one.passed) for one in found] == [
         ("relative L2 of boxes", 0.002, 0.01, True),
         ("relative L2 of scores", 0.03, 0.01, False),
     ]
     files = {"fp16": {"artifact": {"sha256": sha256(model)}}}
-    report = {"verification": json.loads(verified.model_dump_json()), "files": files}
+    report = {"document": "export", "verification": json.loads(verified.model_dump_json()), "files": files}
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert parity_of(model) == found
     chain(model, 2)  # no longer the file that was verified
@@ -286,7 +287,7 @@ def test_parity_comes_from_the_report_beside_the_file_or_from_a_verification(tmp
 def test_parity_is_stored_with_the_candidate(in_worker, tmp_path: Path) -> None:
     in_worker("")
     verified = Verification(reference="old.onnx", comparisons=(comparison("new.onnx", "boxes", 0.02),))
-    (tmp_path / "verify.json").write_text(verified.model_dump_json())
+    (tmp_path / "verify.json").write_text(text(VerifyDocument(**verified.model_dump())))
     assert run_pair(tmp_path, "--rounds", 1, "--parity", tmp_path / "verify.json") == 0
     (found,) = read_samples(tmp_path / "gate.json")
     assert [one.passed for one in found.candidate.parity] == [False]
@@ -301,8 +302,8 @@ def test_an_interruption_leaves_the_rounds_before(in_worker, tmp_path: Path, mon
             raise KeyboardInterrupt
         return run(*arguments, **options)
 
-    run = subprocess.run
-    monkeypatch.setattr(measure_module.subprocess, "run", interrupted)
+    run = measure_module.run
+    monkeypatch.setattr(measure_module, "run", interrupted)
     assert run_pair(tmp_path) == 130
     (kept,) = read_samples(tmp_path / "gate.json")
     assert [one.index for one in kept.candidate.rounds] == [0, 1]

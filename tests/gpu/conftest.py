@@ -1,4 +1,4 @@
-"""The libraries for tests on a GPU: kernels, C interface and reference."""
+"""The libraries for tests on a GPU: kernels and C interface."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def turing_library() -> device.DeviceKernels:
 def load(name: str, architecture: str | None = None) -> device.DeviceKernels:
     if device.missing():
         pytest.skip(device.missing())
-    path = device.build(name, [*kernels.SOURCES, device.REFERENCE], architecture=architecture)
+    path = device.build(name, kernels.SOURCES, architecture=architecture)
     return device.DeviceKernels(path)

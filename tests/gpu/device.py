@@ -10,24 +10,21 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acmix_deploy.errors import MissingComponent
-from acmix_deploy.operators import OPERATORS
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.plugin.toolchain import find_cuda
 from tests.plugin import kernels
-from tests.plugin.kernels import DTYPES, GUARD, LAYOUTS, PLUGINS, Problem, Refused
+from tests.plugin.kernels import DTYPES, GUARD, LAYOUTS, PLUGINS, Refused
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DEVICE = "cuda"
 BUILD = PLUGINS.parent / "build" / "gpu"
-REFERENCE = PLUGINS / "tests" / "gpu" / "reference.cu"
-FUNCTIONS = dict(zip((op.op_type for op in OPERATORS), ("local_attention", "outlook_attention"), strict=True))
 
 
 def compute_capability() -> int | None:
@@ -83,17 +80,6 @@ def build(name: str, sources: Sequence[Path], headers: Path | None = None, archi
     return output
 
 
-def shapes(op_type: str, p: Problem) -> tuple[tuple[int, ...], ...]:
-    """Of both inputs and the output, NCHW."""
-    channels = p.num_heads * p.head_dim
-    values = (p.batch, channels, p.height, p.width)
-    if op_type == LOCAL_ATTENTION.op_type:
-        y = (p.batch, channels, p.height // p.stride, p.width // p.stride)
-        return (p.batch, 3 * channels, p.height, p.width), (p.head_dim, 2), y
-    windows = (-(-p.height // p.stride), -(-p.width // p.stride))
-    return (p.batch, p.num_heads * p.kernel_size**4, *windows), values, values
-
-
 def limit(operator: Operator, dtype: str) -> float:
     """The operator's tolerance, where rounding the result is the error that eager code has at least."""
     return operator.tolerances[dtype].limit(2**-11 if dtype == "float16" else 0)
@@ -132,7 +118,7 @@ class Placed:
 
 
 class DeviceKernels:
-    """The kernels and their reference, for tensors as they lie in the GPU's memory."""
+    """The kernels, for tensors as they lie in the GPU's memory."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -140,31 +126,38 @@ class DeviceKernels:
         self.entries: list[dict[str, Any]] = json.loads(self.library.acmix_describe())["entries"]
 
     def launch(
-        self, op_type: str, problem: Problem, first: Tensor, second: Tensor | None, y: Tensor, kernel: str | None = None
+        self,
+        operator: Operator,
+        problem: ctypes.Structure,
+        inputs: Sequence[Tensor | None],
+        y: Tensor,
+        kernel: str | None = None,
     ) -> None:
         """Launch on the current stream the kernel of that name, the fastest for None.
 
         Raises:
             Refused: with the library's reason.
         """
-        number = -1 if kernel is None else kernels.KERNELS.index(kernel)
-        self._call(f"acmix_{FUNCTIONS[op_type]}", problem, number, first, second, y)
-
-    def reference(self, op_type: str, problem: Problem, first: Tensor, second: Tensor | None) -> Tensor:
-        """What the kernels should compute, float64 and NCHW."""
-        import torch
-
-        y = torch.full(shapes(op_type, problem)[2], math.nan, dtype=torch.float64, device=DEVICE)
-        self._call(f"reference_{FUNCTIONS[op_type]}", problem, first, second, y)
-        return y
-
-    def _call(self, name: str, problem: Problem, *arguments: Tensor | int | None) -> None:
-        function = getattr(self.library, name)
+        function = getattr(self.library, f"acmix_{operator.name}")
         function.restype = ctypes.c_char_p
-        values = [ctypes.c_void_p(a.data_ptr()) if hasattr(a, "data_ptr") else a for a in arguments]
-        reason = function(ctypes.byref(problem), *values, ctypes.c_void_p(current_stream()))
+        number = -1 if kernel is None else kernels.KERNELS.index(kernel)
+        pointers = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (*inputs, y)]
+        reason = function(ctypes.byref(problem), number, *pointers, ctypes.c_void_p(current_stream()))
         if reason is not None:
             raise Refused(reason.decode())
+
+
+def oracle(operator: Operator, inputs: Sequence[Tensor], attributes: dict[str, int | float]) -> Tensor:
+    """What the kernels should compute, float64 and NCHW. An image at a time, since oracles copy whole windows."""
+    import torch
+
+    function = getattr(import_module(f"acmix_deploy.operators.{operator.name}.oracle"), operator.name)
+    batched = [tensor.axes[0] == "B" for tensor in operator.inputs]
+    images = (
+        [x[image : image + 1] if by_image else x for x, by_image in zip(inputs, batched, strict=True)]
+        for image in range(inputs[batched.index(True)].shape[0])
+    )
+    return torch.cat([function(*image, **attributes) for image in images])
 
 
 def current_stream() -> int:
@@ -174,6 +167,7 @@ def current_stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
 
-def problem_for(entry: dict[str, Any], **fields: int | float) -> Problem:
+def problem_for(operator: Operator, entry: dict[str, Any], fields: dict[str, int | float]) -> ctypes.Structure:
     """One that asks for this row of the dispatch table, when ``fields`` has its head_dim."""
-    return Problem(dtype=DTYPES.index(entry["dtype"]), layout=LAYOUTS.index(entry["layout"]), **fields)
+    memory = {"dtype": DTYPES.index(entry["dtype"]), "layout": LAYOUTS.index(entry["layout"])}
+    return kernels.problem_type(operator)(**memory, **fields)

@@ -1,95 +1,30 @@
-"""The outlook operator: its ONNX body against the oracle, and the oracle against loops and a module like VOLO's."""
+"""Outlook attention: the oracle against loops and a module like VOLO's, and what its body refuses to compute."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
 from torch import nn
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.operators.function_builder import OPSETS
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION, check_geometry
-from acmix_deploy.operators.outlook_attention.body import function_body
 from acmix_deploy.operators.outlook_attention.oracle import outlook_attention
-from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
+from tests.operators.parts import one_node_model
 
 NATIVE = OUTLOOK_ATTENTION.kernel_limits
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
-
-
-def one_node_model(dtype: str, logits: list, values: list, opset: int, **attributes) -> onnx.ModelProto:
-    """A file with nothing but the operator and its body, for inputs of these shapes."""
-    names = [tensor.name for tensor in OUTLOOK_ATTENTION.inputs]
-    node = helper.make_node(OUTLOOK_ATTENTION.op_type, names, ["y"], domain=OUTLOOK_ATTENTION.domain, **attributes)
-    shapes = zip([*names, "y"], (logits, values, [None] * 4), strict=True)
-    *inputs, output = (helper.make_tensor_value_info(name, TYPES[dtype], shape) for name, shape in shapes)
-    model = helper.make_model(
-        helper.make_graph([node], "g", inputs, [output]),
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(OUTLOOK_ATTENTION.domain, 1)],
-        functions=[function_body(opset)],
-        ir_version=8 if opset <= 18 else 10,
-    )
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    head_dim=st.sampled_from([1, 3, 8]),
-    kernel=st.sampled_from([3, 3, 5, 7]),
-    stride=st.sampled_from([1, 2, 3, 4]),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    dtype=st.sampled_from(["float32", "float16"]),
-    dynamic=st.booleans(),
-    opset=st.sampled_from([OPSETS[0], 18, OPSETS[-1]]),
-    seed=st.integers(0, 99),
-)
-def test_body_equals_oracle(batch, heads, head_dim, kernel, stride, height, width, dtype, dynamic, opset, seed):
-    """With stride 4 and K = 3 some pixels are in no window."""
-    random = np.random.default_rng(seed)
-    logits_shape = [batch, heads * kernel**4, -(-height // stride), -(-width // stride)]
-    values_shape = [batch, heads * head_dim, height, width]
-    logits, values = (random.standard_normal(shape).astype(dtype) for shape in (logits_shape, values_shape))
-    attributes = {"num_heads": heads, "kernel_size": kernel, "stride": stride, "scale": 0.7}
-    expected = outlook_attention(torch.from_numpy(logits), torch.from_numpy(values), **attributes).numpy()
-    if dynamic:
-        logits_shape, values_shape = ["B", logits_shape[1], "h", "w"], ["B", values_shape[1], "H", "W"]
-    model = one_node_model(
-        dtype, logits_shape, values_shape, opset, plugin_version="1", plugin_namespace="", **attributes
-    )
-    (y,) = open_session(model).run(None, {"logits": logits, "values": values})
-    found = deviation(expected, y)
-    # Weights and partial sums are rounded to half precision, as an eager model does.
-    limit = OUTLOOK_ATTENTION.tolerances[dtype].limit(1e-3 if dtype == "float16" else 0)
-    assert not found.problem
-    assert found.relative_l2 < limit
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 3)])
 def test_body_fails_for_another_number_of_windows(kernel, stride):
     attributes = {"num_heads": 1, "kernel_size": kernel, "stride": stride, "scale": 0.7}
-    session = open_session(
-        one_node_model(
-            "float32",
-            ["B", kernel**4, "h", "w"],
-            ["B", 2, "H", "W"],
-            OPSETS[0],
-            plugin_version="1",
-            plugin_namespace="",
-            **attributes,
-        )
-    )
+    shapes = [("B", kernel**4, "h", "w"), ("B", 2, "H", "W")]
+    session = open_session(one_node_model(OUTLOOK_ATTENTION, "float32", shapes, attributes))
     values = np.ones((1, 2, 7, 6), np.float32)
     right = (-(-7 // stride), -(-6 // stride))
     for windows in itertools.product(range(1, 9), range(1, 9)):
@@ -99,13 +34,6 @@ def test_body_fails_for_another_number_of_windows(kernel, stride):
         else:
             with pytest.raises(Exception, match="Reshape"):  # ONNX Runtime's error types share no base
                 session.run(None, feeds)
-
-
-def test_body_lists_every_attribute_of_the_definition_and_no_col2im():
-    body = function_body()
-    assert list(body.attribute) == [attribute.name for attribute in OUTLOOK_ATTENTION.attributes]
-    assert list(body.input) == [tensor.name for tensor in OUTLOOK_ATTENTION.inputs]
-    assert "Col2Im" not in {node.op_type for node in body.node}
 
 
 def one_place_at_a_time(logits, values, heads, kernel, stride, scale):

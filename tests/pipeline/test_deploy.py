@@ -24,7 +24,7 @@ from acmix_deploy.runtime.tensorrt import EngineRunner
 
 cv2 = pytest.importorskip("cv2", reason="no OpenCV: pip install opencv-python-headless")
 
-SIZE = ["--input-shape", "1,3,32,48"]
+SIZE = ["--input-shape", "1,3,32,48", "--seconds", "0.2"]
 
 
 @pytest.fixture
@@ -40,7 +40,6 @@ def folder(tmp_path, monkeypatch):
         cv2.imwrite(str(tmp_path / "photos" / f"{seed}.png"), photo)
     (tmp_path / "photos" / "broken.png").write_bytes(b"no picture")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "_SECONDS", 0.2)
     return tmp_path
 
 
@@ -54,9 +53,9 @@ def test_export_ends_with_an_engine(folder, gpu, empty_library, capsys):
     found = report()
     engine = Path("model-deploy/model.fp16.engine")
     manifest = read_manifest(engine)
-    assert (found.export.opset, found.engines["fp16"].manifest) == (17, manifest)
+    assert (found.export.opset, found.engines["fp16 engine"].manifest) == (17, manifest)
     assert (manifest.form, manifest.flags, manifest.precision) == ("plugin", ("FP16",), "float16")
-    assert found.engines["fp16"].plugin_layers == ("acmix_0.attention",)
+    assert found.engines["fp16 engine"].plugin_layers == ("acmix_0.attention",)
     assert [parent.name for parent in found.files["fp16 engine"].artifact.parents] == ["model.fused.onnx"]
     assert "model.fp16.engine" in {comparison.candidate for comparison in found.verification.comparisons}
     assert found.files["fp16 engine"].profile.with_transfers_ms
@@ -81,7 +80,7 @@ def test_int8_engine_on_photographs(folder, gpu, empty_library, capsys):
     assert main(["export", "model.pt", *SIZE, *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["int8"]["skipped"] == ["broken.png: not a picture in one of JPEG, PNG, WEBP, BMP, TIFF"]
-    manifest = found["engines"]["int8"]["manifest"]
+    manifest = found["engines"]["int8 engine"]["manifest"]
     assert (manifest["precision"], manifest["flags"]) == ("int8", ["FP16", "INT8"])
     assert {c["precision"] for c in found["verification"]["comparisons"]} == {"float32", "int8"}
     shapes = {tuple(c["input_shapes"]["images"]) for c in found["verification"]["comparisons"]}
@@ -100,10 +99,10 @@ def test_free_axes_are_built_for_what_was_checked(folder, gpu, empty_library):
 
 
 def test_plugin_is_done_without_where_it_cannot_be_made(folder, gpu, monkeypatch, capsys):
-    def cannot(out, progress):
+    def cannot(folder, progress):
         raise MissingComponent("nvcc was not found")
 
-    monkeypatch.setattr(pipeline, "build_plugin", cannot)
+    monkeypatch.setattr(pipeline, "library_in", cannot)
     assert main(["export", "model.pt", *SIZE]) == 0
     assert "does without the plugin, so the attention is slower: nvcc was not found" in capsys.readouterr().out
     assert read_manifest(Path("model-deploy/model.fused.engine")).form == "plain"
@@ -111,7 +110,7 @@ def test_plugin_is_done_without_where_it_cannot_be_made(folder, gpu, monkeypatch
 
 def test_no_plugin_is_compiled_where_nothing_fused(folder, gpu, monkeypatch, capsys):
     monkeypatch.setattr(
-        pipeline, "build_plugin", lambda out, progress: pytest.fail("there is nothing to compute by it")
+        pipeline, "library_in", lambda folder, progress: pytest.fail("there is nothing to compute by it")
     )
     torch.save(nn.Conv2d(3, 8, 1), "model.pt")
     assert main(["export", "model.pt", *SIZE]) == 0
@@ -129,7 +128,7 @@ def test_no_engine_where_none_is_wanted(folder, gpu, options):
 def test_fp16_and_int8_engines_are_compared(folder, gpu, empty_library, capsys):
     options = ["--fp16", "--int8", "--calibration", "photos", "--plugin", str(empty_library)]
     assert main(["export", "model.pt", *SIZE, *options]) == 0
-    assert list(report().engines) == ["fp16", "int8"]
+    assert list(report().engines) == ["fp16 engine", "int8 engine"]
     assert "model.int8.engine in INT8 is not faster than model.fp16.engine in FP16" in capsys.readouterr().out
 
 

@@ -5,7 +5,6 @@ What a file finds is measured twice, by Ultralytics' validator as mAP50 and by `
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +12,9 @@ import onnx
 import pytest
 import torch
 
-from acmix_deploy import pipeline
 from acmix_deploy.checkpoint import load
-from acmix_deploy.detection.boxes import names_of
-from acmix_deploy.detection.images import Letterbox, find, placed_batches
+from acmix_deploy.detection.images import find, placed_batches
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.forms import to_form
 from acmix_deploy.runtime.onnxruntime import onnx_runner, precision_of
 from acmix_deploy.targets import INT8_OPSET, TARGETS
@@ -24,6 +22,7 @@ from acmix_deploy.verify import Candidate, Scenes, Verification, verify
 from acmix_deploy.verify.limits import FILE_TOLERANCES
 from scripts import shapes
 from scripts.train_shapes import CHECKPOINT, HELD_BACK, evaluate
+from tests.pipeline.parts import deployed
 
 pytest.importorskip("ultralytics", reason="ultralytics is not installed")
 
@@ -36,8 +35,8 @@ OPSETS = sorted({min(INT8_OPSET, target.opset) for target in TARGETS.values()})
 
 def test_the_checkpoint_is_one_of_ultralytics_and_tells_nothing_of_a_machine():
     loaded = load(CHECKPOINT)
-    assert loaded.metadata["names"] == str(dict(enumerate(shapes.NAMES)))
-    assert loaded.metadata["imgsz"] == str([shapes.SIZE] * 2)
+    assert loaded.metadata.entries["names"] == str(dict(enumerate(shapes.NAMES)))
+    assert loaded.metadata.entries["imgsz"] == str([shapes.SIZE] * 2)
     assert "weights converted from float16 to float32" in loaded.notes
     saved = torch.load(CHECKPOINT, weights_only=False)
     assert "AGPL-3.0" in saved["license"]
@@ -54,15 +53,14 @@ ALL_BATCHES = [(count, 3, *_SIZES[count % 4]) for count in range(1, 9)]
 def judge(files: dict[str, Path], folder: Path, shapes: list[tuple[int, ...]]) -> Verification:
     """Every file against the plain one, by what they find in the images of a folder, in batches of these shapes."""
     models = {role: onnx.load(path) for role, path in files.items()}
-    metadata = {entry.key: entry.value for entry in models["plain"].metadata_props}
-    letterbox = Letterbox(**json.loads(metadata["letterbox"]))
-    batches = [*placed_batches(find(folder).paths, shapes, letterbox)]
+    metadata = ModelMetadata.of(models["plain"])
+    batches = [*placed_batches(find(folder).paths, shapes, metadata.letterbox)]
     candidates = [Candidate(onnx_runner(model, role), precision_of(model)) for role, model in models.items()]
     return verify(
         candidates[0].runner,
         candidates[1:],
+        Scenes("images", batches, metadata.names),
         metadata=metadata,
-        scenes=Scenes("images", batches, names_of(metadata)),
         tolerances=FILE_TOLERANCES,
     )
 
@@ -88,12 +86,9 @@ def judged(request, tmp_path_factory):
     count, batches, options = request.param
     folder = tmp_path_factory.mktemp("judged")
     calibration = shapes.write(folder / "calibration", seed=11, count=32)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(pipeline, "_ROUNDS", 1)
-        monkeypatch.setattr(pipeline, "_SECONDS", 0.1)
-        report = pipeline.deploy(
-            CHECKPOINT, folder, fp16=True, calibration=calibration, expect=3, engine=False, **options
-        )
+    report = deployed(
+        CHECKPOINT, folder, fp16=True, int8=True, calibration=calibration, expect=3, no_engine=True, **options
+    )
     assert report.passed
     files = {role: file.artifact.path for role, file in report.files.items()}
     for role in ("fused", "fp16", "int8"):

@@ -21,7 +21,6 @@ from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import fuse
 from acmix_deploy.precision import to_fp16
-from acmix_deploy.runtime.inputs import check_size, min_size
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.engine.parts import make_engine
@@ -145,7 +144,7 @@ def test_padding_that_is_attended_to_is_not_masked(tmp_path: Path, window: int) 
     """At the sizes that are tried first the windows divide the map, and nothing is padded."""
     model = randomised(Halving(Port(8, window, pad="zeros"), halvings=0, channels_last=True))
     source = export(model, torch.randn(1, 3, 24, 32), tmp_path / "plain.onnx", dynamic=SIZES)
-    report = fuse(source, tmp_path / "fused.onnx")
+    report = fuse(source, tmp_path / "fused.onnx").found
     assert [(block.fused, "computes something else" in block.reason) for block in report.blocks] == [(False, True)]
 
 
@@ -170,24 +169,6 @@ def test_squares_that_do_not_divide_the_map(tmp_path: Path, ceil_mode: bool) -> 
     else:
         with pytest.raises(Exception, match="Reshape"):
             outputs(tmp_path / "fused.onnx", odd)
-
-
-@pytest.mark.parametrize(("told", "right"), [({}, (1, 1)), ({"min_size": "[128, 96]"}, (128, 96))])
-def test_what_metadata_tell(told: dict[str, str], right: tuple[int, int]) -> None:
-    assert min_size(told) == right
-    check_size("model", (1, 3, *right), told)
-    check_size("model", (7, 5), told)
-    if told:
-        for shape in ((1, 3, 127, 96), (4, 3, 200, 95)):
-            with pytest.raises(UserError, match=r"model: images of .* are smaller than 128x96") as refusal:
-                check_size("model", shape, told)
-            assert "at least 128x96" in refusal.value.hint
-
-
-@pytest.mark.parametrize("told", ["[128]", "128", "None", "[1, 2, 3]", "['a', 'b']", "["])
-def test_what_metadata_do_not_tell(told: str) -> None:
-    with pytest.raises(UserError, match="metadata tell the min_size"):
-        min_size({"min_size": told})
 
 
 def detector(path: Path, imgsz: int = 64, least: str = "[64, 64]") -> Path:

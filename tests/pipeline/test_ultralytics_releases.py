@@ -53,7 +53,7 @@ class OldLetterBox:
 def test_a_letterbox_whose_border_is_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yolo.ultralytics("data.augment"), "LetterBox", OldLetterBox)
     loaded = checkpoint.load(saved(tmp_path / "a.pt", yolo.smallest()))
-    assert json.loads(loaded.metadata["letterbox"]) == {"center": True, "scaleup": False, "padding_value": 114}
+    assert json.loads(loaded.metadata.entries["letterbox"]) == {"center": True, "scaleup": False, "padding_value": 114}
 
 
 def test_utilities_without_the_class_for_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +261,7 @@ loaded = load(sys.argv[1])
 x = torch.linspace(0, 1, 3 * 128 * 128).reshape(1, 3, 128, 128)
 with torch.no_grad():
     own, prepared = loaded.module(x)[0], yolo.prepare_for_export(loaded.module)(x)
-print(json.dumps([loaded.metadata, float((own - prepared).norm() / own.norm()), own.double().sum().item()]))
+print(json.dumps([loaded.metadata.entries, float((own - prepared).norm() / own.norm()), own.double().sum().item()]))
 """
 
 

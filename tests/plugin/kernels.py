@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from acmix_deploy.operators import OPERATORS
+from acmix_deploy.operators.axes import quantities, shapes
+from acmix_deploy.operators.spec import Operator
 from tests import ROOT
 
 Array = NDArray[Any]
@@ -91,19 +94,14 @@ def run(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
-class Problem(ctypes.Structure):
-    """acmix::LocalAttention and acmix::OutlookAttention: their fields are the same."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                *("dtype", "layout", "batch", "num_heads", "head_dim"),
-                *("height", "width", "kernel_size", "stride"),
-            )
-        ),
-        ("scale", ctypes.c_float),
-    )
+def problem_type(operator: Operator) -> type[ctypes.Structure]:
+    """The operator's struct in acmix/operators.h."""
+    floats = [attribute.name for attribute in operator.attributes if attribute.kind == "float"]
+    fields = [
+        *((name, ctypes.c_int32) for name in ("dtype", "layout", *operator.axes.values())),
+        *((name, ctypes.c_float) for name in floats),
+    ]
+    return type(operator.op_type, (ctypes.Structure,), {"_fields_": fields})
 
 
 class Refused(Exception):
@@ -115,81 +113,50 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        for function in ("acmix_describe", "acmix_local_attention", "acmix_outlook_attention"):
+        for function in ("acmix_describe", *(f"acmix_{operator.name}" for operator in OPERATORS)):
             getattr(self.library, function).restype = ctypes.c_char_p
         self.library.emulator_shared_bytes.restype = ctypes.c_size_t
 
-    def entries(self, operator: str) -> list[dict[str, Any]]:
+    def entries(self, operator: Operator) -> list[dict[str, Any]]:
         """The rows of an operator's dispatch table."""
         found = json.loads(self.library.acmix_describe())["entries"]
-        return [entry for entry in found if entry["operator"] == operator]
+        return [entry for entry in found if entry["operator"] == operator.op_type]
 
     def shared_bytes(self) -> int:
         """Shared memory that a block of the last launch asked for."""
         return self.library.emulator_shared_bytes()
 
-    def local_attention(self, qkv: Array, position_weight: Array | None, *, num_heads: int, **settings: Any) -> Array:
-        """y of the operator; ``settings`` as for :meth:`_launch`."""
-        batch, channels, height, width = qkv.shape
-        stride = max(settings["stride"], 1)
-        return self._launch(
-            self.library.acmix_local_attention,
-            (qkv, position_weight),
-            (batch, channels // 3, height // stride, width // stride),
-            problem={"head_dim": channels // 3 // num_heads, "num_heads": num_heads, "height": height, "width": width},
-            **settings,
-        )
-
-    def outlook_attention(self, logits: Array, values: Array, *, num_heads: int, **settings: Any) -> Array:
-        """y of the operator; ``settings`` as for :meth:`_launch`."""
-        _, channels, height, width = values.shape
-        return self._launch(
-            self.library.acmix_outlook_attention,
-            (logits, values),
-            values.shape,
-            problem={"head_dim": channels // num_heads, "num_heads": num_heads, "height": height, "width": width},
-            **settings,
-        )
-
-    def _launch(
+    def launch(
         self,
-        function: Any,
-        inputs: Sequence[Array | None],
-        shape: tuple[int, ...],
-        *,
-        problem: dict[str, int],
+        operator: Operator,
+        *inputs: Array | None,
         layout: str = "NCHW",
         kernel: str | None = None,
-        kernel_size: int,
-        stride: int,
-        scale: float,
         offsets: tuple[int, int] = (0, 0),
         sm: int = 90,
         seed: int = 0,
+        **attributes: Any,
     ) -> Array:
-        """Run one kernel, its inputs and its output so many elements behind an aligned address.
+        """Run one kernel, its inputs and its output so many elements behind an aligned address: y.
 
         Raises Refused with the library's sentence, or with what went wrong in the launch.
         """
         dtype = next(array.dtype for array in inputs if array is not None)
+        sizes = dict.fromkeys(operator.axes.values(), 0)
+        sizes |= quantities(operator, attributes, [() if array is None else array.shape for array in inputs])
+        divisors = {name: size or 1 for name, size in sizes.items() if name in attributes}
+        shape = shapes(operator, {**sizes, **divisors})[-1]
         arrays = [None if array is None else Placed(to_memory(array, layout), offsets[0]) for array in inputs]
         y = Placed(to_memory(np.full(shape, np.nan, dtype), layout), offsets[1])
-        fields = Problem(
-            dtype=DTYPES.index(dtype.name),
-            layout=LAYOUTS.index(layout),
-            batch=shape[0],
-            kernel_size=kernel_size,
-            stride=stride,
-            scale=scale,
-            **problem,
-        )
+        memory = {"dtype": DTYPES.index(dtype.name), "layout": LAYOUTS.index(layout)}
+        problem = problem_type(operator)(**memory, **{**attributes, **sizes})
         number = -1 if kernel is None else KERNELS.index(kernel)
         self.library.emulator_configure(sm, seed)
         for placed in filter(None, [*arrays, y]):
             for fence in (placed.memory[: placed.start], placed.memory[placed.end :]):
                 self.library.emulator_fence(ctypes.c_void_p(fence.ctypes.data), ctypes.c_size_t(fence.nbytes))
         pointers = [ctypes.c_void_p(None if placed is None else placed.array.ctypes.data) for placed in [*arrays, y]]
-        reason = function(ctypes.byref(fields), number, *pointers, None)
+        reason = getattr(self.library, f"acmix_{operator.name}")(ctypes.byref(problem), number, *pointers, None)
         if reason is not None:
             raise Refused(reason.decode())
         return from_memory(y.array, layout, shape)

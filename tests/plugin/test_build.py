@@ -64,7 +64,7 @@ def test_build(built, cuda, headers, monkeypatch, capsys):
     assert all(max(operator.kernel_limits["head_dim"]) == 128 for operator in OPERATORS)
     assert main(["plugin", "check", str(built.path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document == {"schema": 1, **built.model_dump(mode="json")}
+    assert document == {"document": "plugin", "schema": 1, **built.model_dump(mode="json")}
     assert main(["plugin", "check", str(built.path)]) == 0
     assert "sm_87 compute_87" in capsys.readouterr().out
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import runpy
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +13,10 @@ import pytest
 from acmix_deploy.errors import CheckFailed, MissingComponent
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.plugin.toolchain import find_cuda
+from scripts import resources
 from tests import ROOT
 from tests.plugin import kernels
 
-SCRIPT = runpy.run_path(str(ROOT / "scripts/resources.py"))
 BENCHMARKS = ROOT / "docs/benchmarks.md"
 ARCHITECTURES = "all" if os.environ.get("ACMIX_ALL_ARCHITECTURES") else "87"
 SLACK = 4
@@ -44,7 +43,7 @@ def cuda():
 @pytest.fixture(scope="module")
 def measured(cuda):
     try:
-        return SCRIPT["measure"](cuda, ARCHITECTURES)
+        return resources.measure(cuda, ARCHITECTURES)
     except MissingComponent as missing:
         pytest.skip(missing.message)
 
@@ -80,7 +79,7 @@ def test_shared_memory_of_launches():
         least = -(-(kernel_size // 2 + 1) // stride)
         qkv = np.zeros((1, 3 * head_dim, max(rows, least) * stride, least * stride), np.float16)
         window = {"kernel_size": kernel_size, "stride": stride}
-        library.local_attention(qkv, None, num_heads=1, scale=1.0, layout=layout, kernel="mma", **window)
+        library.launch(LOCAL_ATTENTION, qkv, None, num_heads=1, scale=1.0, layout=layout, kernel="mma", **window)
         return library.shared_bytes()
 
     sizes = list(itertools.product(limits["kernel_size"], limits["stride"], (2, 4, 5)))  # rows for 1, 2 and 4 warps
@@ -94,14 +93,14 @@ def test_shared_memory_of_launches():
 
 
 def test_nothing_is_worse_than_the_table(measured, cuda):
-    release, table = SCRIPT["read_table"]()
+    release, table = resources.read_table()
     if release != cuda.version:
         pytest.skip(f"the table is of CUDA {release}, this is {cuda.version}: registers cannot be compared")
     assert not regressions(measured, table), "if it is meant, run `make resources`"
 
 
 def test_regressions_are_seen():
-    row = SCRIPT["Resources"]("sm_87", "kernel", registers=64, shared_bytes=128, stack_bytes=0, spill_bytes=0)
+    row = resources.Resources("sm_87", "kernel", registers=64, shared_bytes=128, stack_bytes=0, spill_bytes=0)
     assert regressions([row], [row]) == []
     assert regressions([replace(row, registers=64 + SLACK)], [row]) == []
     assert regressions([replace(row, registers=65 + SLACK)], [row]) == ["sm_87 kernel: 69 registers, 64 before"]
@@ -126,13 +125,13 @@ ptxas info    : Used 32 registers, used 0 barriers, 412 bytes cmem[0]
 
 def test_the_report_is_read(monkeypatch):
     try:
-        old, new = SCRIPT["parse"](REPORT)
+        old, new = resources.parse(REPORT)
     except MissingComponent as missing:
         pytest.skip(missing.message)
     assert (old.architecture, old.kernel, old.registers, old.shared_bytes) == ("sm_87", "test<3>", 32, 0)
     assert (new.registers, new.shared_bytes, new.stack_bytes, new.spill_bytes) == (168, 4096, 16, 20)
     with pytest.raises(CheckFailed, match="another form"):
-        SCRIPT["parse"](REPORT.replace("Used", "uses"))
+        resources.parse(REPORT.replace("Used", "uses"))
 
 
 def test_the_compiler_spills_where_it_must(cuda, tmp_path, monkeypatch):
@@ -146,6 +145,6 @@ def test_the_compiler_spills_where_it_must(cuda, tmp_path, monkeypatch):
         "#include <cuda_runtime.h>\n__global__ void __launch_bounds__(1024) spill(const float* x, float* y, int n) "
         f"{{ {cells}; __syncthreads(); y[0] = {total}; }}\n"
     )
-    monkeypatch.setitem(SCRIPT["measure"].__globals__, "SOURCES", tmp_path)
-    (row,) = SCRIPT["measure"](cuda, "87")
+    monkeypatch.setattr(resources, "SOURCES", tmp_path)
+    (row,) = resources.measure(cuda, "87")
     assert row.spill_bytes > 0

@@ -11,14 +11,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from acmix_deploy.cli.common import add_float32
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.local_attention.body import function_body
 from acmix_deploy.operators.local_attention.oracle import local_attention
-from acmix_deploy.precision import FLOAT32, to_fp16
+from acmix_deploy.options import FLOAT32, add_options
+from acmix_deploy.plan import Plan
+from acmix_deploy.precision import to_fp16
 from acmix_deploy.precision.fp16 import halve_softmax, out_of_range, tail
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
@@ -38,7 +39,7 @@ def fused(tmp_path):
 def test_types_and_error(fused, fp16_io):
     model, x, source = fused
     target = source.with_name("fp16.onnx")
-    report = to_fp16(source, target, fp16_io=fp16_io)
+    report = to_fp16(source, target, fp16_io=fp16_io).found
     typed = onnx.load(target)
     element = TensorProto.FLOAT16 if fp16_io else TensorProto.FLOAT
     assert {value.type.tensor_type.elem_type for value in (*typed.graph.input, *typed.graph.output)} == {element}
@@ -98,7 +99,7 @@ def test_tensor_read_by_several_float32_nodes(tmp_path):
     model.graph.node.append(helper.make_node("Mul", ["gate", "signal"], ["out"], name="product"))
     model.graph.output[0].name = "out"
     onnx.save(model, tmp_path / "fused.onnx")
-    report = to_fp16(tmp_path / "fused.onnx", tmp_path / "fp16.onnx")
+    report = to_fp16(tmp_path / "fused.onnx", tmp_path / "fp16.onnx").found
     assert [name for name, why in report.float32_nodes.items() if why == "decode"] == ["gate", "signal", "product"]
     assert outputs(tmp_path / "fp16.onnx", x).dtype == np.float32
 
@@ -144,7 +145,7 @@ def test_what_float16_cannot_hold_stays_in_float32(sensitive):
     """Squares of hundreds, which would be infinite, and an epsilon, which would be a hundred thousand times larger."""
     source, feed = sensitive
     target = source.with_name("fp16.onnx")
-    report = to_fp16(source, target, samples=[{"x": feed["x"] * 1e-3}, feed])
+    report = to_fp16(source, target, samples=[{"x": feed["x"] * 1e-3}, feed]).found
     beyond = ("square", "add", "ratio", "root")
     reasons = {"softmax": "softmax"} | dict.fromkeys(beyond, "range")
     assert report.float32_nodes == reasons
@@ -171,11 +172,13 @@ def test_what_float16_cannot_hold_stays_in_float32(sensitive):
         numpy_helper.from_array(np.full((8, 8, 3, 3), -1e5, np.float32), "last")
     )
     onnx.save(model, source.with_name("large.onnx"))
-    assert to_fp16(source.with_name("large.onnx"), target, float32=()).clipped == {"last": 1e5}
-    assert to_fp16(source.with_name("large.onnx"), target).clipped == {}
+    assert to_fp16(source.with_name("large.onnx"), target, float32=()).found.clipped == {"last": 1e5}
+    assert to_fp16(source.with_name("large.onnx"), target).found.clipped == {}
 
     broken = source.with_name("broken.onnx")
-    assert to_fp16(source, broken).float32_nodes == {"add": "range", "softmax": "softmax"}, "weights alone are seen"
+    assert to_fp16(source, broken).found.float32_nodes == {"add": "range", "softmax": "softmax"}, (
+        "weights alone are seen"
+    )
     with np.errstate(all="ignore"):
         assert np.isinf(ReferenceEvaluator(onnx.load(broken)).run(None, feed)[1]).any()
 
@@ -194,7 +197,7 @@ def test_range_of_what_is_inside_the_body(fused, position):
     found = out_of_range(model, [feed])
     assert list(found) == [attention.name]
     onnx.save(model, source)
-    report = to_fp16(source, source.with_name("fp16.onnx"), samples=[feed])
+    report = to_fp16(source, source.with_name("fp16.onnx"), samples=[feed]).found
     assert report.float32_nodes[attention.name] == "range"
     assert report.out_of_range == found
 
@@ -204,7 +207,7 @@ def test_the_list_is_overridable(sensitive, fused):
     target = source.with_name("fp16.onnx")
 
     def kept(source=source, **options):
-        return to_fp16(source, target, **options).float32_nodes
+        return to_fp16(source, target, **options).found.float32_nodes
 
     assert kept(float32=()) == {}
     assert kept(float32=("decode",)) == {}
@@ -256,7 +259,7 @@ def test_softmax_inside_the_body_is_float32():
 
 def test_argument():
     parser = argparse.ArgumentParser()
-    add_float32(parser)
+    add_options(parser, Plan, "float32")
     assert parser.parse_args([]).float32 == FLOAT32
     assert parser.parse_args(["--float32", "none"]).float32 == ()
     assert parser.parse_args(["--float32", "decode,model.22.*"]).float32 == ("decode", "model.22.*")

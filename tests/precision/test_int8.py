@@ -21,7 +21,6 @@ from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main
 from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import AXES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -30,6 +29,7 @@ from acmix_deploy.precision.fp16 import to_fp16
 from acmix_deploy.precision.int8 import choose_layers, head
 from acmix_deploy.precision.ranges import calibrate
 from acmix_deploy.report.documents import QuantizeDocument
+from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.verify import compare_files
@@ -86,7 +86,9 @@ def quantized(detectors, photographs, tmp_path_factory):
     found = {}
     for name, opset in ((17, 17), (19, 19), ("half", 19)):
         path = folder / f"{name}.onnx"
-        report = quantize(detectors[opset], path, photographs, method="minmax", image_size=SIZE, fp16=name == "half")
+        report = quantize(
+            detectors[opset], path, photographs, method="minmax", image_size=SIZE, fp16=name == "half"
+        ).found
         found[name] = SimpleNamespace(source=detectors[opset], path=path, report=report, model=onnx.load(path))
     return found
 
@@ -208,7 +210,7 @@ def detections(trained, path):
 
 def test_a_trained_detector_finds_the_same_in_float16(trained, tmp_path):
     samples = [{"images": batch} for batch in batches(find(trained.calibration, 4).paths, [(1, 3, 160, 160)])]
-    report = to_fp16(trained.path, tmp_path / "half.onnx", samples=samples)
+    report = to_fp16(trained.path, tmp_path / "half.onnx", samples=samples).found
     assert set(report.float32_nodes.values()) == {"decode", "softmax"}
     found = detections(trained, tmp_path / "half.onnx")
     assert (found.lost, found.class_changes, found.added) == (0, 0, 0)
@@ -219,7 +221,7 @@ def test_a_trained_detector_finds_the_same_in_float16(trained, tmp_path):
 def test_a_trained_detector_finds_the_same_in_int8(trained, tmp_path, method):
     """Within the limit that `verify` sets; with one range of one layer far too small it does not."""
     path = tmp_path / "int8.onnx"
-    report = quantize(trained.path, path, trained.calibration, method=method, fp16=True)
+    report = quantize(trained.path, path, trained.calibration, method=method, fp16=True).found
     assert report.outputs["scores"].relative_l2 < 0.1
     found = detections(trained, path)
     assert found.passed, found
@@ -254,7 +256,7 @@ def test_error_of_a_layer_is_that_of_a_file_where_it_alone_is_int8(detectors, qu
     layer = report.layers[0]
     others = [other.name for other in report.layers[1:]]
     path = tmp_path / "one.onnx"
-    alone = quantize(detectors[19], path, photographs, method="minmax", exclude=others, image_size=SIZE)
+    alone = quantize(detectors[19], path, photographs, method="minmax", exclude=others, image_size=SIZE).found
     assert [found.name for found in alone.layers] == [layer.name]
     arrays = []
     for file in (detectors[19], path):
@@ -283,7 +285,7 @@ def test_a_layer_made_bad_on_purpose_comes_first(detectors, photographs, tmp_pat
     model.graph.node.insert(index, helper.make_node("Mul", [reader.input[0], "mask"], ["masked"], name="mask"))
     model.graph.node[index + 1].input[0] = "masked"
     onnx.save(model, tmp_path / "bad.onnx")
-    report = quantize(tmp_path / "bad.onnx", tmp_path / "int8.onnx", photographs, image_size=SIZE)
+    report = quantize(tmp_path / "bad.onnx", tmp_path / "int8.onnx", photographs, image_size=SIZE).found
     errors = [layer.relative_l2 for layer in report.layers]
     assert errors == sorted(errors, reverse=True)
     assert report.layers[0].weight == bad.name
@@ -388,7 +390,7 @@ def plain(tmp_path):
 
 
 def test_a_model_without_the_operator(plain, photographs, tmp_path):
-    report = quantize(plain, tmp_path / "int8.onnx", photographs, image_size=(64, 48))
+    report = quantize(plain, tmp_path / "int8.onnx", photographs, image_size=(64, 48)).found
     assert report.input_shape == (1, 3, 64, 48)
     assert sorted(onnx_types(tmp_path / "int8.onnx", report)) == ["Conv", "Conv", "Gemm"]
     assert [layer.reason for layer in report.float_layers] == ["detection head"]
@@ -485,7 +487,7 @@ def test_command_line(plain, photographs, tmp_path, monkeypatch, capsys):
         ("plain.onnx", "relu.onnx"): "no layer is left",
         ("plain.onnx", "old.onnx"): "opset 12, at least 13",
         ("plain.onnx", "absent.onnx"): "does not exist",
-        ("int8.onnx", "plain.onnx"): "is the file to be quantised",
+        ("int8.onnx", "plain.onnx"): "would be overwritten",
         ("photos", "empty"): "holds no readable image",
         ("photos", "absent"): "not a folder",
     }.items():
@@ -514,7 +516,7 @@ def test_files_of_one_size_and_of_several_inputs(photographs, tmp_path):
     block = randomised(ACmix(3, 8, head=2))
     path = export(nn.Sequential(block, nn.Conv2d(8, 8, 1)), torch.randn(1, 3, 10, 12), tmp_path / "plain.onnx")
     fuse(path, tmp_path / "fused.onnx", expect=1)
-    report = quantize(tmp_path / "fused.onnx", tmp_path / "int8.onnx", photographs)
+    report = quantize(tmp_path / "fused.onnx", tmp_path / "int8.onnx", photographs).found
     assert report.input_shape == (1, 3, 10, 12)
     assert {layer.name for layer in report.layers} == {"acmix_0.qkv", "acmix_0.convolution"}
     with pytest.raises(UserError, match="10x12 alone, not of 16x16"):

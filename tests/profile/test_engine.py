@@ -14,10 +14,9 @@ from rich.console import Console
 from acmix_deploy import cli
 from acmix_deploy.artifacts import write_artifact
 from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.profile import Profile, monitor, profile, run
+from acmix_deploy.profile import Profile, ProfileDocument, monitor, profile, run
 from acmix_deploy.profile.layers import Layer
 from acmix_deploy.profile.monitor import Conditions, Monitor
-from acmix_deploy.report.documents import ProfileDocument
 from acmix_deploy.report.show_profile import show_profiles
 from tests.engine.parts import make_engine
 

@@ -26,11 +26,11 @@ from acmix_deploy.fusion.fuse import FusedBlock
 from acmix_deploy.gate.samples import GateSamples, Measured, Round, Turn
 from acmix_deploy.gate.verdict import Comparison as GateVerdict
 from acmix_deploy.gate.verdict import Judged
-from acmix_deploy.profile import Machine, Profile
+from acmix_deploy.profile import Machine, Profile, ProfileDocument
 from acmix_deploy.profile.layers import Layer
 from acmix_deploy.profile.monitor import Conditions, Power
 from acmix_deploy.report import plots
-from acmix_deploy.report.documents import GateDocument, ProfileDocument, VerifyDocument
+from acmix_deploy.report.documents import GateDocument, VerifyDocument
 from acmix_deploy.report.folder import read_folder
 from acmix_deploy.report.html import write_html
 from acmix_deploy.report.model import ExportReport, FileReport
@@ -350,7 +350,7 @@ def test_what_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> None:
         "broken.json": (folder / "report.json").read_bytes()[:5000],
         "later.json": json.dumps(written | {"schema": 2}).encode(),
         "lacking.json": json.dumps(written | {"comparisons": [{}]}).encode(),
-        "infinite.json": b'{"reference": "r", "comparisons": [], "x": [1e999]}',
+        "infinite.json": b'{"document": "verify", "reference": "r", "comparisons": [], "x": [1e999]}',
         "other.json": b'{"name": "package"}',
         "times.json": b"[]",
         "text.json": b'"text"',
@@ -368,6 +368,16 @@ def test_what_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> None:
     write_html(tmp_path, tmp_path / "report.html")
     text = Parsed((tmp_path / "report.html").read_text(encoding="utf-8")).text
     assert all(name in text for name in files)
+
+
+def test_a_word_has_no_colour_of_its_own(tmp_path: Path) -> None:
+    """Files may have the names of verdicts."""
+    document = VerifyDocument(reference="r", comparisons=(comparison("ok", 1, 0.1), comparison("FAILED", 0.01, 0.1)))
+    write(document, tmp_path / "verify.json")
+    write_html(tmp_path, tmp_path / "report.html")
+    elements = Parsed((tmp_path / "report.html").read_text(encoding="utf-8")).elements
+    states = [attributes["class"] for tag, attributes in elements if tag == "td" and attributes.get("class")]
+    assert [state for state in states if state in ("good", "bad")] == ["bad", "good"]
 
 
 def test_times_of_trtexec_are_read(tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def test_open_model_opens_engines_without_tensorrt(tmp_path, monkeypatch):
     path = make_engine(tmp_path / "a.plan", model_of(TensorProto.FLOAT16), {"images": SHAPES}, **given)
     found = open_model(path)
     assert found.inputs == (Input("images", (None, 3, None, None), np.dtype(np.float16)),)
-    assert (found.precision, found.metadata, found.profiles) == ("float16", metadata, {"images": SHAPES})
+    assert (found.precision, found.metadata.entries, found.profiles) == ("float16", metadata, {"images": SHAPES})
     assert (found.runner.name, open_model(path, "mine").runner.name) == ("a.plan", "mine")
     with pytest.raises(MissingComponent, match="TensorRT cannot be imported"):
         found.runner.activate()

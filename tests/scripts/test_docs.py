@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shlex
 import shutil
 from importlib import metadata
@@ -15,12 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from acmix_deploy import cli, pipeline
+from acmix_deploy import cli
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.plan import Plan
 from acmix_deploy.report.model import ExportReport
-from scripts import shapes
+from scripts import docs, shapes
 from tests import ROOT
 from tests.gate import parts as gate_parts
 
@@ -81,7 +81,7 @@ def test_commands_and_code_run(
         shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(pipeline, "_SECONDS", 0.3)
+    monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.3)
     namespace: dict[str, object] = {}
     for language, content in blocks(page, "python", "console"):
         if language == "python":
@@ -105,7 +105,7 @@ def test_commands_and_code_run(
                 assert lines_without_figures(shown) <= lines_without_figures(printed.out)
     if name == "README.md":
         written = json.loads(Path("deploy/report.json").read_text(encoding="utf-8"))
-        schema = json.loads((ROOT / "docs/export-report.schema.json").read_text(encoding="utf-8"))
+        schema = json.loads((ROOT / "docs/schemas/export.json").read_text(encoding="utf-8"))
         assert set(schema["properties"]) == set(written)
         assert ExportReport.model_validate(written).fusion.fused == 3
 
@@ -116,7 +116,7 @@ def lines_without_figures(output: str) -> set[str]:
 
 
 def test_generated_parts_are_current() -> None:
-    stale = runpy.run_path(str(ROOT / "scripts/docs.py"))["differing"]()
+    stale = docs.differing()
     assert not stale, f"run `make docs`: {[path.name for path in stale]}"
 
 
@@ -174,3 +174,16 @@ def test_quoted_reasons_and_faults_exist() -> None:
 
 def test_the_picture_is_well_formed() -> None:
     assert ElementTree.parse(ROOT / "docs/path.svg").getroot().tag.endswith("svg")
+
+
+def test_the_layout_is_whole_and_in_the_order_of_imports() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    layout = page.partition("## Layout")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`([\w/]+?)(?:\.py|/)`", row.split("|")[1]) for row in layout.splitlines() if row[:3] == "| `"]
+    folders = {
+        path.parent.name for path in ROOT.glob("[!.]*/*") if path.name in ("__init__.py", "CMakeLists.txt", "cli.md")
+    }
+    assert {name for row in rows[: len(folders)] for name in row} == folders
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("layers = [")[2].partition("]")[0]
+    layers = [layer.split(" | ") for layer in re.findall(r'"(.+)"', contract)]
+    assert [{*row} for row in rows[len(folders) :]] == [{*layer} for layer in layers]

@@ -121,6 +121,33 @@ def selected(path: Path, **metadata: str) -> Path:
     return constant(path, out, **{"task": "detect", **metadata})
 
 
+def small(path: Path, element: int = TensorProto.FLOAT, outputs: int = 6, **metadata: str) -> Path:
+    """Something like a detector of 8 x 8 pixels an anchor: all boxes alike, the class scores mean colours."""
+    image = helper.make_tensor_value_info("images", element, ["batch", 3, "height", "width"])
+    output = helper.make_tensor_value_info("output0", element, ["batch", outputs, "anchors"])
+    weight = np.zeros((6, 3, 8, 8), np.float32)[:outputs]
+    weight[4:5, 0] = weight[5:, 2] = 1 / 64  # class 0 is red, class 1 blue
+    bias = np.array([16, 16, 8, 8, 0, 0], np.float32)[:outputs]
+    kind = helper.tensor_dtype_to_np_dtype(element)
+    constants = [
+        helper.make_tensor(name, element if name != "sizes" else TensorProto.INT64, value.shape, value.tobytes(), True)
+        for name, value in (
+            ("weight", weight.astype(kind)),
+            ("bias", bias.astype(kind)),
+            ("sizes", np.array([0, outputs, -1], np.int64)),
+        )
+    ]
+    nodes = [
+        helper.make_node("Conv", ["images", "weight", "bias"], ["map"], strides=[8, 8]),
+        helper.make_node("Reshape", ["map", "sizes"], ["output0"]),
+    ]
+    graph = helper.make_graph(nodes, "small", [image], [output], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, {"task": "detect", "imgsz": "[32, 48]", **metadata})
+    onnx.save(model, path)
+    return path
+
+
 def constant(path: Path, out: np.ndarray, *, batch: int | str = "batch", **metadata: str) -> Path:
     """A file that gives the same for every image of 32x32 pixels, and NaN for one with a NaN or an infinity in it."""
     nodes = [

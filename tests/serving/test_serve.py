@@ -63,7 +63,7 @@ def encoded(image: np.ndarray, suffix: str) -> bytes:
 
 
 def test_a_picture_is_answered_with_what_the_detector_finds(server: Server, pictures: list[Picture]) -> None:
-    schema = json.loads((ROOT / "docs/detect-response.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads((ROOT / "docs/schemas/detect-response.json").read_text(encoding="utf-8"))
     for picture in pictures:
         answer = server.detect(picture.data).json()
         assert (answer["schema"], answer["model"]) == (1, "shapes.fused")
@@ -357,4 +357,4 @@ def test_waiting_for_others_is_all_that_a_single_request_waits_for(tmp_path: Pat
 
 
 def test_the_document_on_stdout(server: Server) -> None:
-    assert server.document == {"schema": 1, "url": server.url, "model": "shapes.fused"}
+    assert server.document == {"document": "serve", "schema": 1, "url": server.url, "model": "shapes.fused"}

@@ -19,6 +19,7 @@ from acmix_deploy.cli import main
 from acmix_deploy.detection.boxes import Detection, Detections, decode
 from acmix_deploy.detection.images import Batch, Letterbox, find, placed_batches
 from acmix_deploy.detection.matching import Match, match
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.export import export
 from acmix_deploy.report.documents import VerifyDocument
@@ -45,7 +46,7 @@ from tests.serving.parts import selected
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
 NAMES = {0: "red", 1: "green", 2: "blue"}
-METADATA = {"task": "detect", "names": str(NAMES), "stride": "16", "letterbox": '{"padding_value": 0}'}
+METADATA = ModelMetadata().updated(task="detect", names=NAMES, stride=16, letterbox='{"padding_value": 0}')
 STRIDE = 16
 
 
@@ -101,7 +102,7 @@ def scenes(folder: Path) -> Scenes:
 
 def compared(scenes: Scenes, change: Callable[[Tensor], object], precision: str = "float16") -> Verification:
     candidate = Candidate(TorchRunner(Detector(changed(change)), "candidate"), precision)
-    return verify(TorchRunner(Detector(), "right"), [candidate], metadata=METADATA, scenes=scenes)
+    return verify(TorchRunner(Detector(), "right"), [candidate], scenes, metadata=METADATA)
 
 
 def test_a_detector_detects_what_it_detects(scenes: Scenes) -> None:
@@ -247,7 +248,7 @@ def test_a_tie_that_rounding_decides_the_other_way_is_a_match(scenes: Scenes) ->
 
     def judged(change: Callable[[Tensor], object]) -> DetectionComparison:
         candidate = Candidate(TorchRunner(Detector(changed(change)), "candidate"), "float16")
-        return verify(right, [candidate], metadata=METADATA, scenes=scenes).detections[0]
+        return verify(right, [candidate], scenes, metadata=METADATA).detections[0]
 
     def apart(output: Tensor) -> None:
         tie(0.003)(output)
@@ -262,21 +263,10 @@ def test_a_tie_that_rounding_decides_the_other_way_is_a_match(scenes: Scenes) ->
     assert judged(apart).class_changes == found.expected
 
 
-def test_images_beside_other_inputs(scenes: Scenes) -> None:
-    noise = [{"images": np.random.default_rng(0).random((1, 3, 32, 48), np.float32)}]
-    candidate = Candidate(TorchRunner(Detector(changed(swap)), "candidate"), "float16")
-    both = verify(TorchRunner(Detector(), "right"), [candidate], noise, metadata=METADATA, scenes=scenes)
-    assert both.detections == compared(scenes, swap).detections
-    assert [found.input_shapes["images"] for found in both.comparisons[::2]] == [
-        (1, 3, 32, 48),
-        *[(2, 3, 128, 128)] * 2,
-    ]
-
-
 def test_scores_have_a_limit_of_their_own_and_one_for_all_is_one_for_all(scenes: Scenes) -> None:
     eager = {"float16": TorchRunner(Detector(changed(near)), "eager")}
     candidate = Candidate(TorchRunner(Detector(), "same"), "float16")
-    result = verify(TorchRunner(Detector(), "right"), [candidate], metadata=METADATA, scenes=scenes, eager=eager)
+    result = verify(TorchRunner(Detector(), "right"), [candidate], scenes, metadata=METADATA, eager=eager)
     boxes, scores = result.comparisons[:2]
     for found, name in ((boxes, "float16"), (scores, "float16 scores")):
         assert found.eager_error
@@ -301,43 +291,44 @@ def test_limits_follow_the_type_and_may_be_changed_later(scenes: Scenes, tmp_pat
     assert result.judged_by(lost=share).judged_by(relative_at_most(1e-9)).failures
     path = tmp_path / "report.json"
     document = VerifyDocument(**result.model_dump()).model_dump_json(by_alias=True)
-    for text in (document, json.dumps({"model": "m.pt", "verification": json.loads(document)})):
+    for text in (document, json.dumps({"document": "export", "verification": json.loads(document)})):
         path.write_text(text)
         assert read_verification(path) == result
-    for text in ("", "{}", "[]", '{"verification": 3}'):
+    broken = '{"document": "export"}', '{"document": "verify"}', '{"document": "export", "verification": 3}'
+    for text in ("{}", "[]", *broken):
         path.write_text(text)
         with pytest.raises(UserError, match="holds no result of a verification"):
             read_verification(path)
-    with pytest.raises(UserError, match=r"absent.json holds no result"):
+    with pytest.raises(UserError, match=r"cannot read .*absent\.json"):
         read_verification(tmp_path / "absent.json")
 
 
 def test_where_nothing_is_detected_nothing_is_shown(scenes: Scenes) -> None:
     blind = TorchRunner(Detector(changed(lambda output: output[:, 4:].mul_(0.1))), "blind")
     same = Candidate(TorchRunner(Detector(changed(lambda output: output[:, 4:].mul_(0.1))), "same"))
-    result = verify(blind, [same], metadata=METADATA, scenes=scenes)
+    result = verify(blind, [same], scenes, metadata=METADATA)
     assert result.detections[0].passed is None
     assert result.passed
     assert result.notes == (
         "too little was detected in the images, so that detections show nothing; an untrained model?",
     )
-    seeing = verify(blind, [Candidate(TorchRunner(Detector(), "seeing"))], metadata=METADATA, scenes=scenes)
+    seeing = verify(blind, [Candidate(TorchRunner(Detector(), "seeing"))], scenes, metadata=METADATA)
     assert seeing.detections[0].passed is False, "what is added to nothing is too much"
 
 
 @pytest.mark.parametrize(
     ("metadata", "parts"),
     [
-        ({}, ["output0", "output0 by channel"]),
-        (METADATA | {"task": "segment"}, ["boxes", "scores"]),
-        (METADATA | {"task": "depth"}, ["output0", "output0 by channel"]),
+        (ModelMetadata(), ["output0", "output0 by channel"]),
+        (METADATA.updated(task="segment"), ["boxes", "scores"]),
+        (METADATA.updated(task="depth"), ["output0", "output0 by channel"]),
     ],
 )
 def test_what_is_no_detector_is_compared_by_its_outputs(
     scenes: Scenes, metadata: dict[str, str], parts: list[str]
 ) -> None:
     runners = [TorchRunner(Detector(), name) for name in ("right", "same")]
-    result = verify(runners[0], [Candidate(runners[1])], metadata=metadata, scenes=scenes)
+    result = verify(runners[0], [Candidate(runners[1])], scenes, metadata=metadata)
     assert result.detections == ()
     assert [found.part for found in result.comparisons] == parts * 2
 
@@ -347,13 +338,13 @@ def test_boxes_that_are_selected_already_are_not_decoded(
 ) -> None:
     """In images that is an error; elsewhere the output is compared as it is, which a note says."""
     runners = [TorchRunner(Detector(lambda output: output.transpose(1, 2)), name) for name in ("right", "same")]
-    told = METADATA | {"end2end": "True"}
+    told = METADATA.updated(end2end=True)
     with pytest.raises(
         UserError, match=r"right is not a detector: it gives output0 \[2, 64, 7\] of an end-to-end head"
     ):
-        verify(runners[0], [Candidate(runners[1])], metadata=told, scenes=scenes)
+        verify(runners[0], [Candidate(runners[1])], scenes, metadata=told)
     with pytest.raises(UserError, match="would be 60 classes, and its metadata name 3"):
-        verify(runners[0], [Candidate(runners[1])], metadata=METADATA, scenes=scenes)
+        verify(runners[0], [Candidate(runners[1])], scenes, metadata=METADATA)
     feeds = [{"images": batch.images} for batch in scenes.batches]
     result = verify(runners[0], [Candidate(runners[1])], feeds, metadata=told)
     assert {found.output for found in result.comparisons} == {"output0"}
@@ -367,7 +358,7 @@ def test_boxes_that_are_selected_already_are_not_decoded(
 
 def test_another_number_of_anchors_is_a_problem_of_the_output(scenes: Scenes) -> None:
     fewer = Candidate(TorchRunner(Detector(lambda output: output[..., 1:]), "fewer"))
-    result = verify(TorchRunner(Detector(), "right"), [fewer], metadata=METADATA, scenes=scenes)
+    result = verify(TorchRunner(Detector(), "right"), [fewer], scenes, metadata=METADATA)
     assert result.detections == ()
     assert {found.output: found.problem.partition(" ")[0] for found in result.failures} == {"output0": "shape"}
 
@@ -418,7 +409,7 @@ def test_files_are_compared_on_images_as_training_fits_them(
     seen: list[Batch] = []
 
     def spy(*arguments: Any, **options: Any) -> Verification:
-        seen.extend(options["scenes"].batches)
+        seen.extend(arguments[2].batches)
         return verify(*arguments, **options)
 
     monkeypatch.setattr(run, "verify", spy)
@@ -633,7 +624,7 @@ def test_engines_are_judged_like_files(
     static = tmp_path / "right.onnx"
     export(Detector().eval(), static, input_shape=(1, 3, 128, 128))
     for source, code in ((static, 0), (blind_to_green(static, tmp_path / "wrong.onnx"), 1)):
-        settings = {"precision": "float16", "metadata": METADATA}
+        settings = {"precision": "float16", "metadata": METADATA.entries}
         engine = make_engine(source.with_suffix(".engine"), onnx.load(source), **settings)
         command = ["verify", str(files["right"]), str(engine), "--images", str(folder), "--json"]
         assert main(command) == code

@@ -13,7 +13,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from acmix_deploy import pipeline
 from acmix_deploy.cli import main
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.report.model import ExportReport
@@ -207,15 +206,24 @@ def overflowing(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), block, nn.Conv2d(16, 8, 1)).eval()
     torch.save(model, tmp_path / "model.pt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "_SECONDS", 0.1)
-    monkeypatch.setattr(pipeline, "_ROUNDS", 1)
     return tmp_path
 
 
 @pytest.mark.parametrize("kept", ["none", "softmax", "decode,softmax,range"])
 def test_an_attention_that_overflows(overflowing, kept, capsys):
     """Unless it is kept in float32, which is the default."""
-    command = ["export", "model.pt", "--fp16", "--float32", kept, "--input-shape", "1,3,32,48", "--no-engine"]
+    command = [
+        "export",
+        "model.pt",
+        "--fp16",
+        "--float32",
+        kept,
+        "--input-shape",
+        "1,3,32,48",
+        "--no-engine",
+        "--seconds",
+        "0.1",
+    ]
     right = "range" in kept
     assert main(command) == (0 if right else 1)
     printed = capsys.readouterr()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy import yolo
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.operators.spec import LARGEST_LIMIT, Tolerance
 from acmix_deploy.runtime.inputs import random_images
@@ -49,7 +50,7 @@ class Spoilt(nn.Module):
 
 
 @pytest.fixture(scope="module", params=PARTS)
-def exported(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, str]]:
+def exported(request: pytest.FixtureRequest) -> tuple[nn.Module, ModelMetadata]:
     """A detector of each task as it is exported, and its metadata."""
     task = request.param
     kind = {"detect": "Detection", "pose": "Pose", "obb": "OBB", "segment": "Segmentation"}[task]
@@ -58,8 +59,7 @@ def exported(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, str]]
     options = {"nc": 5} if task != "pose" else {"nc": 5, "data_kpt_shape": (4, 3)}
     model = enlivened(getattr(tasks, f"{kind}Model")(f"{name}.yaml", verbose=False, **options))
     metadata = yolo.detection_metadata(model)
-    assert metadata is not None
-    assert metadata["task"] == task
+    assert metadata.task == task
     return yolo.prepare_for_export(model), metadata
 
 
@@ -71,24 +71,24 @@ def outputs_of(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def compared(
-    model: nn.Module, change: Callable[[list[Tensor]], object], metadata: dict[str, str], precision: str
+    model: nn.Module, change: Callable[[list[Tensor]], object], metadata: ModelMetadata, precision: str
 ) -> Verification:
     candidate = Candidate(TorchRunner(Spoilt(model, change), "candidate"), precision)
     right = TorchRunner(model, "right")
     return verify(right, [candidate], [{"images": IMAGE}], metadata=metadata, tolerances=FILE_TOLERANCES)
 
 
-def test_the_parts_are_where_the_heads_of_ultralytics_put_them(exported: tuple[nn.Module, dict[str, str]]) -> None:
+def test_the_parts_are_where_the_heads_of_ultralytics_put_them(exported: tuple[nn.Module, ModelMetadata]) -> None:
     """The last convolutions of one part after the other get another bias: then its channels change, and no others."""
     model, metadata = exported
     outputs = outputs_of(model)
     layout = parts_of(metadata, outputs)
-    assert [part for parts in layout.values() for part in parts] == PARTS[metadata["task"]]
+    assert [part for parts in layout.values() for part in parts] == PARTS[metadata.task]
     for name, parts in layout.items():
         assert sorted(np.concatenate(list(parts.values()))) == [*range(outputs[name].shape[1])]
     head: Any = model.model[-1]
     behind = {"pose": ["keypoints", "visibility"], "obb": ["angles", "boxes"], "segment": ["mask coefficients"]}
-    for branch, expected in (("cv2", ["boxes"]), ("cv3", ["scores"]), ("cv4", behind.get(metadata["task"], []))):
+    for branch, expected in (("cv2", ["boxes"]), ("cv3", ["scores"]), ("cv4", behind.get(metadata.task, []))):
         changed = copy.deepcopy(model)
         for layers in getattr(changed.model[-1], branch, []) if hasattr(head, branch) else []:
             with torch.no_grad():
@@ -100,14 +100,14 @@ def test_the_parts_are_where_the_heads_of_ultralytics_put_them(exported: tuple[n
             if (other[:, members] != outputs[name][:, members]).any()
         }
         assert found == set(expected)
-    if metadata["task"] == "pose":
+    if metadata.task == "pose":
         visibility = outputs["output0"][:, layout["output0"]["visibility"]]
         assert visibility.shape[1] == 4
         assert 0 < visibility.min() < visibility.max() < 1
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_part_that_is_nothing_fails_and_is_named(exported: tuple[nn.Module, dict[str, str]], precision: str) -> None:
+def test_a_part_that_is_nothing_fails_and_is_named(exported: tuple[nn.Module, ModelMetadata], precision: str) -> None:
     model, metadata = exported
     layout = parts_of(metadata, outputs_of(model))
     assert compared(model, lambda outputs: None, metadata, precision).passed is not False
@@ -123,11 +123,11 @@ def test_a_part_that_is_nothing_fails_and_is_named(exported: tuple[nn.Module, di
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_scores_of_nothing_fail_where_the_parts_are_unknown(
-    exported: tuple[nn.Module, dict[str, str]], precision: str
+    exported: tuple[nn.Module, ModelMetadata], precision: str
 ) -> None:
     """In one norm with the boxes, as they were compared before, they do not show in any type but float32."""
     model, metadata = exported
-    for unknown in ({}, metadata | {"task": "of another kind"}):
+    for unknown in (ModelMetadata(), metadata.updated(task="of another kind")):
         for channels in (slice(4, 9), slice(6, 7)):
 
             def nothing(outputs: list[Tensor], channels: slice = channels) -> None:
@@ -150,8 +150,8 @@ def test_right_half_and_single_precision_pass_by_channel(name: str) -> None:
     half_and_single_precision_pass(getattr(model, "features", model))
 
 
-def test_right_half_and_single_precision_pass_as_parts(exported: tuple[nn.Module, dict[str, str]]) -> None:
-    for metadata in (exported[1], {}):
+def test_right_half_and_single_precision_pass_as_parts(exported: tuple[nn.Module, ModelMetadata]) -> None:
+    for metadata in (exported[1], None):
         half_and_single_precision_pass(exported[0], metadata)
 
 
@@ -165,7 +165,7 @@ def trained_on_noise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def half_and_single_precision_pass(model: nn.Module, metadata: dict[str, str] | None = None) -> None:
+def half_and_single_precision_pass(model: nn.Module, metadata: ModelMetadata | None = None) -> None:
     """Against the same model in float64, which is not rounded; float16 really computes in float16."""
     exact = TorchRunner(copy.deepcopy(model).double().eval(), "float64")
     candidates = [
@@ -253,10 +253,11 @@ def test_no_error_of_a_model_in_half_precision_excuses_everything() -> None:
         ({"task": "detect", "names": "{0: 'a', 1: 'b', 2: 'c'}"}, [(1, 7, 50)], [["boxes", "scores"]]),
         ({"task": "detect", "names": "{0: 'a'}"}, [(1, 7, 50)], [[]]),
         ({"task": "detect", "names": "{0: 'a'}"}, [(1, 300, 6)], [[]]),
-        ({"task": "detect", "names": "junk"}, [(1, 7, 50)], [["boxes", "scores"]]),
+        ({"task": "detect", "names": "junk"}, [(1, 7, 50)], [[]]),
         ({"task": "detect"}, [(1, 4, 50)], [[]]),
         ({"task": "pose", "names": "{0: 'a'}"}, [(1, 5, 50)], [["boxes", "scores"]]),
         ({"task": "pose", "names": "{0: 'a'}"}, [(1, 11, 50)], [[]]),
+        ({"task": "pose", "names": "{0: 'a'}", "kpt_shape": "junk"}, [(1, 11, 50)], [[]]),
         ({"task": "pose", "names": "{0: 'a'}", "kpt_shape": "[2, 3]"}, [(1, 12, 50)], [[]]),
         ({"task": "pose", "names": "{0: 'a'}", "kpt_shape": "(3, 2)"}, [(1, 11, 50)],
          [["boxes", "scores", "keypoints"]]),
@@ -268,4 +269,4 @@ def test_no_error_of_a_model_in_half_precision_excuses_everything() -> None:
 )  # fmt: skip
 def test_what_the_metadata_tell_of_the_parts(metadata: dict[str, str], shapes: list, parts: list) -> None:
     outputs = {str(index): np.zeros(shape) for index, shape in enumerate(shapes)}
-    assert [[*found] for found in parts_of(metadata, outputs).values()] == parts
+    assert [[*found] for found in parts_of(ModelMetadata(metadata), outputs).values()] == parts

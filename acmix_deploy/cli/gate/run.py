@@ -11,16 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import (
-    add_max_pixels,
-    add_running,
-    console,
-    duration,
-    limit_pixels,
-    positive,
-    print_json,
-    progress,
-)
+from acmix_deploy.cli.common import add_max_pixels, add_running, console, limit_pixels, print_json, progress
+from acmix_deploy.options import duration, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

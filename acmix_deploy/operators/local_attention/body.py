@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from acmix_deploy.operators.function_builder import OPSETS, FunctionBuilder, Value
-from acmix_deploy.operators.local_attention.spec import LOCAL_ATTENTION
+from acmix_deploy.operators.function_builder import FunctionBuilder, Value
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.targets import OPSETS
 
 TILE = 4
 """Side of a query tile in output pixels; 4 was fastest on ONNX Runtime, see docs/benchmarks.md."""

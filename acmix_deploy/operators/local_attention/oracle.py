@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from acmix_deploy.operators.local_attention.spec import check_geometry
+from acmix_deploy.operators.local_attention import check_geometry
 
 
 def pixel_coordinates(height: int, width: int) -> Tensor:
@@ -50,7 +50,8 @@ def local_attention(
     check_geometry(kernel_size, stride, height, width)
     query, key, value = qkv.double().reshape(batch, 3, -1, height, width).unbind(1)
     head_dim = query.shape[1] // num_heads
-    position = torch.einsum("da,ahw->dhw", position_weight.double(), pixel_coordinates(height, width))
+    coordinates = pixel_coordinates(height, width).to(qkv.device)
+    position = torch.einsum("da,ahw->dhw", position_weight.double(), coordinates)
     key = key - position.repeat(num_heads, 1, 1)
 
     def by_head(maps: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import onnx
 
-from acmix_deploy.operators.function_builder import OPSETS, FunctionBuilder, Value
-from acmix_deploy.operators.outlook_attention.spec import OUTLOOK_ATTENTION
+from acmix_deploy.operators.function_builder import FunctionBuilder, Value
+from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
+from acmix_deploy.targets import OPSETS
 
 
 def function_body(opset: int = OPSETS[0]) -> onnx.FunctionProto:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from acmix_deploy.operators.outlook_attention.spec import check_geometry
+from acmix_deploy.operators.outlook_attention import check_geometry
 
 
 def outlook_attention(

@@ -20,15 +20,14 @@ from pydantic import Field
 
 from acmix_deploy import __version__
 from acmix_deploy.artifacts import sha256, sidecar, writing
-from acmix_deploy.detection.boxes import CONFIDENCE, MOST, names_of, no_detector, unlike_told
-from acmix_deploy.detection.images import Letterbox
+from acmix_deploy.detection.boxes import CONFIDENCE, MOST, no_detector, other_task, unlike_told
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import Manifest, check, read_manifest
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input, check_size
-from acmix_deploy.runtime.models import usual_shape
+from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.onnxruntime import Provider, open_session
 from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.triton.suppression import suppression
@@ -58,6 +57,7 @@ __all__ = ["TritonPythonModel"]
 class PackageDocument(Document):
     """Result of ``acmix-deploy package triton``."""
 
+    document: Literal["package triton"] = "package triton"
     repository: Path = Field(description="folder of the model repository")
     model: str = Field(description="the model that clients ask")
     max_batch: int = Field(description="images in a run at most; 0 where the file is made for one number of images")
@@ -72,7 +72,7 @@ class _Network(NamedTuple):
     path: Path
     input: Input
     output: Input
-    metadata: Mapping[str, str]
+    metadata: ModelMetadata
     shape: Sequence[int]
     """The usual [B, 3, H, W]."""
     batches: tuple[int, int | None] | None
@@ -139,7 +139,7 @@ def _read(path: Path, plugin: Path | None) -> _Network:
             raise UserError(f"{plugin} is for engines, and {path} is an ONNX file", "Leave out --plugin.")
         session = open_session(path)
         inputs, outputs = onnxruntime.inputs_of(session), onnxruntime.outputs_of(session)
-        metadata: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+        metadata = onnxruntime.metadata_of(session)
     else:
         manifest = read_manifest(path)
         if manifest.machine.backend != "tensorrt":
@@ -160,13 +160,14 @@ def _read(path: Path, plugin: Path | None) -> _Network:
     ):
         given = f"takes {', '.join(map(str, inputs))} and gives {', '.join(map(str, outputs))}"
         raise no_detector(path.stem, given)
-    if found := unlike_told(metadata, {node.name: node.dims for node in outputs}):
+    dims = {node.name: node.dims for node in outputs}
+    if found := other_task(metadata, dims) or unlike_told(metadata, dims):
         raise no_detector(path.stem, found)
     if not manifest:
         Detector.load(path).close()
-    wanted = usual_shape(metadata, profile)
+    wanted = profile[1] if profile else metadata.usual_shape
     shape = [dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)]
-    check_size(str(path), shape, metadata)
+    metadata.check_size(str(path), shape)
     batch = inputs[0].dims[0]
     return _Network(
         path=path,
@@ -313,8 +314,7 @@ def _step(model: str, inputs: Sequence[str], outputs: Mapping[str, str]) -> list
 
 def _described(network: _Network, confidence: float) -> list[str]:
     """What clients need to know beside the tensors."""
-    names = names_of(network.metadata)
-    letterbox = Letterbox.of(network.metadata)
+    names, letterbox = network.metadata.names, network.metadata.letterbox
     return _parameters(
         {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence)}
     )

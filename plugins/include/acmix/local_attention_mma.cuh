@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <iterator>
 
 #include "acmix/ptx.cuh"
 #include "acmix/tensors.cuh"
@@ -19,7 +20,8 @@ inline constexpr int kTileWidth = 8;  // queries of a warp along x: the lanes of
 inline constexpr int kWarpRows = 2;   // queries of a warp along y: the two halves of the 16 rows of an mma
 inline constexpr int kMaxWarps = 4;   // warps of a block, one below the other
 inline constexpr int kMargin = 4;     // columns left of the first query
-static_assert(kMaxKernelSize / 2 <= kMargin, "8 * (stride + 1) columns hold the margins of 8 queries");
+static_assert(*std::prev(std::end(Definition<LocalAttention>::kKernelSizes)) / 2 <= kMargin,
+              "8 * (stride + 1) columns hold the margins of 8 queries");
 
 // The sums are rescaled only when a logit outgrows the maximum in use by more than kSlack powers of two: weights up to
 // 2^kSlack are as exact in half as weights up to 1, and most rows of keys need no exchange between lanes.
@@ -384,9 +386,10 @@ MmaPlan make_plan(const LocalAttention& problem) {
 
 // Launches the kernel on `stream`. cudaErrorMisalignedAddress where NHWC tensors are not aligned to 16 bytes.
 template <Dtype kDtype, Layout kLayout, int kHeadDim>
-cudaError_t local_attention_mma(const LocalAttention& problem, const void* qkv, const void* position_weight, void* y,
+cudaError_t local_attention_mma(const LocalAttention& problem, const void* const* inputs, void* y,
                                 cudaStream_t stream) {
     static_assert(kDtype == Dtype::kFloat16, "tensor cores take halves here");
+    const void *const qkv = inputs[0], *const position_weight = inputs[1];  // the latter null for none
     if (kLayout == Layout::kNhwc && !(aligned(qkv, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;
     const MmaPlan plan = make_plan<kLayout, kHeadDim>(problem);
     const int tiles_x = ceil_div(problem.width / problem.stride, kTileWidth);

@@ -2,11 +2,14 @@
 #pragma once
 
 #include <cmath>
+#include <iterator>
 
 #include "acmix/ptx.cuh"
 #include "acmix/tensors.cuh"
 
 namespace acmix {
+
+inline constexpr int kMaxKernelSize = *std::prev(std::end(Definition<LocalAttention>::kKernelSizes));
 
 // A window is read row by row, and a row's logits share one rescaling of what was summed before (online softmax, arXiv
 // 1805.02867; in powers of two). One block per run of pixels, head and image.
@@ -105,8 +108,9 @@ __global__ void local_attention_simt_kernel(LocalAttention problem, const Elemen
 
 // Launches the kernel on `stream`. cudaErrorMisalignedAddress where NHWC tensors are not aligned to 16 bytes.
 template <Dtype kDtype, Layout kLayout, int kHeadDim>
-cudaError_t local_attention_simt(const LocalAttention& problem, const void* qkv, const void* position_weight, void* y,
+cudaError_t local_attention_simt(const LocalAttention& problem, const void* const* inputs, void* y,
                                  cudaStream_t stream) {
+    const void *const qkv = inputs[0], *const position_weight = inputs[1];  // the latter null for none
     using T = Element<kDtype>;
     using Group = LaneGroup<kLayout, kHeadDim>;
     if (kLayout == Layout::kNhwc && !(aligned(qkv, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;

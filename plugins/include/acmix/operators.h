@@ -1,43 +1,153 @@
 // Written by `make docs` from acmix_deploy/operators: edit the definitions there.
+// clang-format off
 #pragma once
 
-#include <cstdint>
+#include <cuda_runtime_api.h>
+
+#include <limits>
+#include <tuple>
+
+#include "acmix/definition.h"
 
 namespace acmix {
 
-struct IntAttribute {
-    const char* name;
-    std::int32_t fallback;
-    std::int32_t minimum;
+// qkv = [q | k | v], each [B, N*d, H, W]; y_i = softmax_n(scale * q_i . (k_n - P l_n)) v_n, where n runs over the K x K neighbours of pixel i under reflection padding and l = (x, y) in [-1, 1]^2
+//   qkv [B, 3*N*d, H, W]: queries, keys and values, each N heads of d channels
+//   position_weight [d, 2]: P; zeros where the block has no position term
+//   y [B, N*d, H/s, W/s]: attended values
+struct LocalAttention {
+    Dtype dtype;
+    Layout layout;
+    std::int32_t batch;  // B
+    std::int32_t num_heads;  // N
+    std::int32_t head_dim;  // d
+    std::int32_t height;  // H
+    std::int32_t width;  // W
+    std::int32_t kernel_size;  // K
+    std::int32_t stride;  // s
+    float scale;
 };
 
-struct FloatAttribute {
-    const char* name;
-    float fallback;
+template <>
+struct Definition<LocalAttention> {
+    using P = LocalAttention;
+    static constexpr const char* kOpType = "AcmixLocalAttention";
+    static constexpr const char* kVersion = "1";
+    static constexpr std::int32_t kKernelSizes[] = {3, 5, 7, 9};
+    static constexpr std::int32_t kStrides[] = {1, 2};
+    static constexpr std::int32_t kHeadDims[] = {8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128};
+    static constexpr Size<P> kSizes[] = {
+        {"batch", &P::batch},
+        {"num_heads", &P::num_heads},
+        {"head_dim", &P::head_dim, kHeadDims},
+        {"height", &P::height},
+        {"width", &P::width},
+        {"kernel_size", &P::kernel_size, kKernelSizes},
+        {"stride", &P::stride, kStrides}};
+    static constexpr std::tuple kAttributes{
+        Attribute<P, std::int32_t>{"num_heads", &P::num_heads, 1, 1},
+        Attribute<P, std::int32_t>{"kernel_size", &P::kernel_size, 7, 3},
+        Attribute<P, std::int32_t>{"stride", &P::stride, 1, 1},
+        Attribute<P, float>{"scale", &P::scale, 1.0f, std::numeric_limits<float>::lowest()}};
+    static constexpr Axis<P> kQkv[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"3 * num_heads * head_dim", 3, {{&P::num_heads, 1}, {&P::head_dim, 1}}, 1, false},
+        {"height", 1, {{&P::height, 1}}, 1, false},
+        {"width", 1, {{&P::width, 1}}, 1, false}};
+    static constexpr Axis<P> kPositionWeight[] = {
+        {"head_dim", 1, {{&P::head_dim, 1}}, 1, false},
+        {"2", 2, {}, 1, false}};
+    static constexpr Axis<P> kY[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"num_heads * head_dim", 1, {{&P::num_heads, 1}, {&P::head_dim, 1}}, 1, false},
+        {"height / stride", 1, {{&P::height, 1}, {&P::stride, -1}}, 1, false},
+        {"width / stride", 1, {{&P::width, 1}, {&P::stride, -1}}, 1, false}};
+    static constexpr Tensor<P> kInputs[] = {
+        {"qkv", kQkv},
+        {"position_weight", kPositionWeight}};
+    static constexpr Tensor<P> kOutputs[] = {
+        {"y", kY}};
+    static constexpr Bound<P> kBounds[] = {
+        {{"height", 1, {{&P::height, 1}}, 1, false}, {"ceil(kernel_size / 2)", 1, {{&P::kernel_size, 1}}, 2, true}, false},
+        {{"width", 1, {{&P::width, 1}}, 1, false}, {"ceil(kernel_size / 2)", 1, {{&P::kernel_size, 1}}, 2, true}, false},
+        {{"batch", 1, {{&P::batch, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"height", 1, {{&P::height, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"num_heads", 1, {{&P::num_heads, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"height * width", 1, {{&P::height, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true},
+        {{"3 * num_heads * head_dim * width", 3, {{&P::num_heads, 1}, {&P::head_dim, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true}};
 };
 
-namespace local_attention {
-inline constexpr const char* kOpType = "AcmixLocalAttention";
-inline constexpr const char* kVersion = "1";
-inline constexpr IntAttribute kNumHeads{"num_heads", 1, 1};
-inline constexpr IntAttribute kKernelSize{"kernel_size", 7, 3};
-inline constexpr IntAttribute kStride{"stride", 1, 1};
-inline constexpr FloatAttribute kScale{"scale", 1.0f};
-inline constexpr std::int32_t kKernelSizes[] = {3, 5, 7, 9};
-inline constexpr std::int32_t kStrides[] = {1, 2};
-inline constexpr std::int32_t kHeadDims[] = {8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128};
-}  // namespace local_attention
+// y = fold(softmax_from(scale * logits) unfold(values)), windows of K x K pixels with zero padding K // 2 around every s-th pixel; channel (n*K^2 + to)*K^2 + from of logits is the weight in head n with which place 'from' of a window adds to its place 'to'
+//   logits [B, N*K^4, ceil(H/s), ceil(W/s)]: attention logits of every window, N heads
+//   values [B, N*d, H, W]: N heads of d channels
+//   y [B, N*d, H, W]: sum over the windows that cover a pixel
+struct OutlookAttention {
+    Dtype dtype;
+    Layout layout;
+    std::int32_t batch;  // B
+    std::int32_t num_heads;  // N
+    std::int32_t head_dim;  // d
+    std::int32_t height;  // H
+    std::int32_t width;  // W
+    std::int32_t kernel_size;  // K
+    std::int32_t stride;  // s
+    float scale;
+};
 
-namespace outlook_attention {
-inline constexpr const char* kOpType = "AcmixOutlookAttention";
-inline constexpr const char* kVersion = "1";
-inline constexpr IntAttribute kNumHeads{"num_heads", 1, 1};
-inline constexpr IntAttribute kKernelSize{"kernel_size", 3, 3};
-inline constexpr IntAttribute kStride{"stride", 1, 1};
-inline constexpr FloatAttribute kScale{"scale", 1.0f};
-inline constexpr std::int32_t kKernelSizes[] = {3, 5, 7};
-inline constexpr std::int32_t kStrides[] = {1, 2};
-inline constexpr std::int32_t kHeadDims[] = {8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128};
-}  // namespace outlook_attention
+template <>
+struct Definition<OutlookAttention> {
+    using P = OutlookAttention;
+    static constexpr const char* kOpType = "AcmixOutlookAttention";
+    static constexpr const char* kVersion = "1";
+    static constexpr std::int32_t kKernelSizes[] = {3, 5, 7};
+    static constexpr std::int32_t kStrides[] = {1, 2};
+    static constexpr std::int32_t kHeadDims[] = {8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128};
+    static constexpr Size<P> kSizes[] = {
+        {"batch", &P::batch},
+        {"num_heads", &P::num_heads},
+        {"head_dim", &P::head_dim, kHeadDims},
+        {"height", &P::height},
+        {"width", &P::width},
+        {"kernel_size", &P::kernel_size, kKernelSizes},
+        {"stride", &P::stride, kStrides}};
+    static constexpr std::tuple kAttributes{
+        Attribute<P, std::int32_t>{"num_heads", &P::num_heads, 1, 1},
+        Attribute<P, std::int32_t>{"kernel_size", &P::kernel_size, 3, 3},
+        Attribute<P, std::int32_t>{"stride", &P::stride, 1, 1},
+        Attribute<P, float>{"scale", &P::scale, 1.0f, std::numeric_limits<float>::lowest()}};
+    static constexpr Axis<P> kLogits[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"num_heads * kernel_size^4", 1, {{&P::num_heads, 1}, {&P::kernel_size, 4}}, 1, false},
+        {"ceil(height / stride)", 1, {{&P::height, 1}, {&P::stride, -1}}, 1, true},
+        {"ceil(width / stride)", 1, {{&P::width, 1}, {&P::stride, -1}}, 1, true}};
+    static constexpr Axis<P> kValues[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"num_heads * head_dim", 1, {{&P::num_heads, 1}, {&P::head_dim, 1}}, 1, false},
+        {"height", 1, {{&P::height, 1}}, 1, false},
+        {"width", 1, {{&P::width, 1}}, 1, false}};
+    static constexpr Axis<P> kY[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"num_heads * head_dim", 1, {{&P::num_heads, 1}, {&P::head_dim, 1}}, 1, false},
+        {"height", 1, {{&P::height, 1}}, 1, false},
+        {"width", 1, {{&P::width, 1}}, 1, false}};
+    static constexpr Tensor<P> kInputs[] = {
+        {"logits", kLogits},
+        {"values", kValues}};
+    static constexpr Tensor<P> kOutputs[] = {
+        {"y", kY}};
+    static constexpr Bound<P> kBounds[] = {
+        {{"batch", 1, {{&P::batch, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"height", 1, {{&P::height, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"num_heads", 1, {{&P::num_heads, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"height * width", 1, {{&P::height, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true},
+        {{"3 * num_heads * head_dim * width", 3, {{&P::num_heads, 1}, {&P::head_dim, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true}};
+};
+
+using Operators = List<LocalAttention, OutlookAttention>;
 
 }  // namespace acmix
+
+extern "C" {
+ACMIX_EXPORT const char* acmix_local_attention(const acmix::LocalAttention* problem, int kernel, const void* qkv, const void* position_weight, void* y, cudaStream_t stream);
+ACMIX_EXPORT const char* acmix_outlook_attention(const acmix::OutlookAttention* problem, int kernel, const void* logits, const void* values, void* y, cudaStream_t stream);
+}

@@ -5,10 +5,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <iterator>
 #include <type_traits>
 
-#include "acmix/launch.h"
 #include "acmix/operators.h"
 
 namespace acmix {
@@ -30,8 +28,6 @@ __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
 
 inline constexpr float kLog2E = 1.44269504f;
-
-inline constexpr int kMaxKernelSize = local_attention::kKernelSizes[std::size(local_attention::kKernelSizes) - 1];
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

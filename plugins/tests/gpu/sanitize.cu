@@ -7,8 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "acmix/operators.h"
-#include "dispatch.h"
+#include "acmix/launch.h"
 
 namespace {
 
@@ -21,55 +20,58 @@ void require(cudaError_t error, const char* what) {
 }
 
 // `count` elements, none of them special in either dtype.
-class Tensor {
+class Memory {
  public:
-    Tensor(Dtype dtype, std::size_t count) {
+    Memory(Dtype dtype, std::size_t count) {
         const std::size_t bytes = count * (dtype == Dtype::kFloat16 ? 2 : 4);
         std::vector<unsigned char> pattern(bytes);
         for (std::size_t i = 0; i < bytes; ++i) pattern[i] = static_cast<unsigned char>(32 + i * 7 % 29);
         require(cudaMalloc(&data_, bytes), "cudaMalloc");
         require(cudaMemcpy(data_, pattern.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
     }
-    Tensor(const Tensor&) = delete;
-    ~Tensor() { cudaFree(data_); }
+    Memory(const Memory&) = delete;
+    ~Memory() { cudaFree(data_); }
     void* data() const { return data_; }
 
  private:
     void* data_ = nullptr;
 };
 
-struct Sizes {
-    std::size_t first, second, y;
-};
-
-Sizes sizes(const LocalAttention& p) {
-    const std::size_t y = static_cast<std::size_t>(p.batch) * p.num_heads * p.head_dim * p.height * p.width;
-    return {3 * y, static_cast<std::size_t>(2 * p.head_dim), y / p.stride / p.stride};
+template <class Problem>
+Memory memory(const Tensor<Problem>& tensor, const Problem& problem) {
+    std::size_t count = 1;
+    for (const Axis<Problem>& axis : tensor.axes) {
+        const bool padded =
+            problem.layout == Layout::kNhwc && tensor.axes.size == 4 && &axis == tensor.axes.begin() + 1;
+        const auto size = static_cast<std::size_t>(length(axis, problem));
+        count *= padded ? (size + 7) / 8 * 8 : size;
+    }
+    return Memory(problem.dtype, count);
 }
 
-Sizes sizes(const OutlookAttention& p) {
-    const int places = p.kernel_size * p.kernel_size;
-    const std::size_t y = static_cast<std::size_t>(p.batch) * p.num_heads * p.head_dim * p.height * p.width;
-    const int windows = ((p.height + p.stride - 1) / p.stride) * ((p.width + p.stride - 1) / p.stride);
-    const int weights = p.num_heads * places * places;
-    const int channels = p.layout == Layout::kNhwc ? (weights + 7) / 8 * 8 : weights;
-    return {static_cast<std::size_t>(p.batch) * channels * windows, y, y};
-}
-
-template <class Problem, std::size_t kCount>
-int run_table(const std::int32_t (&kernel_sizes)[kCount]) {
+template <class Problem>
+void run_table() {
+    using Operator = Definition<Problem>;
     int launches = 0;
     for (const Entry<Problem>& entry : table<Problem>()) {
-        for (const std::int32_t kernel_size : kernel_sizes) {
-            for (const std::int32_t stride : {1, 2}) {
+        for (const std::int32_t kernel_size : Operator::kKernelSizes) {
+            for (const std::int32_t stride : Operator::kStrides) {
                 for (const std::int32_t head_dim : {entry.head_dim - 8, entry.head_dim}) {
                     for (const std::int32_t width : {10, 12}) {
-                        const int batch = 2, heads = 1, height = 10;
-                        const Problem p{entry.dtype, entry.layout, batch,       heads,  head_dim,
-                                        height,      width,        kernel_size, stride, 0.1f};
-                        const Sizes count = sizes(p);
-                        const Tensor first(p.dtype, count.first), second(p.dtype, count.second), y(p.dtype, count.y);
-                        require(entry.launch(p, first.data(), second.data(), y.data(), nullptr), "launch");
+                        Problem problem{entry.dtype, entry.layout};
+                        problem.batch = 2;
+                        problem.num_heads = 1;
+                        problem.head_dim = head_dim;
+                        problem.height = 10;
+                        problem.width = width;
+                        problem.kernel_size = kernel_size;
+                        problem.stride = stride;
+                        problem.scale = 0.1f;
+                        const Memory first = memory(Operator::kInputs[0], problem);
+                        const Memory second = memory(Operator::kInputs[1], problem);
+                        const Memory y = memory(Operator::kOutputs[0], problem);
+                        const void* const inputs[] = {first.data(), second.data()};
+                        require(entry.launch(problem, inputs, y.data(), nullptr), "launch");
                         require(cudaDeviceSynchronize(), "kernel");
                         ++launches;
                     }
@@ -77,13 +79,14 @@ int run_table(const std::int32_t (&kernel_sizes)[kCount]) {
             }
         }
     }
-    return launches;
+    std::printf("%s: %d launches\n", Operator::kOpType, launches);
+}
+
+template <class... Problems>
+void run_tables(List<Problems...>) {
+    (run_table<Problems>(), ...);
 }
 
 }  // namespace
 
-int main() {
-    const int local = run_table<LocalAttention>(local_attention::kKernelSizes);
-    const int outlook = run_table<OutlookAttention>(outlook_attention::kKernelSizes);
-    std::printf("%d launches of local attention, %d of outlook attention\n", local, outlook);
-}
+int main() { run_tables(Operators{}); }

@@ -1,0 +1,72 @@
+"""What every file is made from: a checkpoint's module, ready for export, and the model as it was loaded beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from acmix_deploy import families, yolo
+from acmix_deploy.checkpoint.load import load
+from acmix_deploy.checkpoint.reference import Reference, run
+from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.families.proof import keep_proven
+from acmix_deploy.runtime.inputs import Shape, checked_shapes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, loaded."""
+
+    module: nn.Module | ExportedProgram
+    """Ready for export, with every known block replaced by its family's own."""
+    reference: Reference
+    blocks: tuple[families.BlockReport, ...]
+    metadata: ModelMetadata
+    shape: Shape
+    """[B, C, H, W] of the example."""
+    notes: tuple[str, ...]
+    """What was chosen or changed on the way."""
+
+
+def load_source(
+    path: Path,
+    *,
+    image_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    dynamic: Collection[str] = (),
+    arch: str | None = None,
+    trust: bool = False,
+) -> Source:
+    """Load a checkpoint and replace its blocks, each proven equal at all shapes that its files will run at.
+
+    Args:
+        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch`` and ``trust``.
+        image_size: side of a square image in pixels; by default that of training, else 640.
+        input_shape: [B, C, H, W], instead of ``image_size``.
+        dynamic: axes that will be free, out of "batch", "height" and "width".
+
+    Raises:
+        UserError: the checkpoint cannot be used, or not at this shape.
+        MissingComponent: a package that it needs is not installed.
+    """
+    loaded = load(path, arch=arch, trust=trust)
+    usual = loaded.metadata.usual_shape
+    shape = tuple(input_shape or ((*usual[:2], image_size, image_size) if image_size else usual))
+    shapes = checked_shapes(shape, dynamic, loaded.metadata.stride)
+    reference = Reference(loaded)
+    module, blocks = loaded.module, list[families.BlockReport]()
+    if not isinstance(module, ExportedProgram):
+        module, blocks = families.canonicalise(module)
+        module, blocks = keep_proven(
+            reference.model,
+            module,
+            blocks,
+            run=lambda: [run(reference, shape) for shape in shapes],
+            any_size=not {"height", "width"}.isdisjoint(dynamic),
+        )
+        module = yolo.prepare_for_export(module)
+    return Source(module, reference, tuple(blocks), loaded.metadata, shape, loaded.notes)

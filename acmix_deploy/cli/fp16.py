@@ -1,0 +1,56 @@
+"""Turn an ONNX file into one that computes in half precision, but for its sensitive parts.
+
+example:
+  acmix-deploy fp16 model.fused.onnx -o model.fp16.onnx
+  acmix-deploy fp16 model.fused.onnx -o model.fp16.onnx --images photos --float32 decode,softmax,range,acmix_0.*
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acmix_deploy.cli.common import add_input_shape, add_max_pixels, console, limit_pixels, print_json, progress
+from acmix_deploy.options import add_options
+from acmix_deploy.plan import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="ONNX file in float32, as `fuse` or `export` wrote it")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the new file goes")
+    add_options(parser, Plan, "fp16_io", "float32")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="images to see ranges of activations on (default: random ones)"
+    )
+    add_input_shape(parser)
+    add_max_pixels(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    limit_pixels(options)
+    from acmix_deploy.precision import to_fp16
+    from acmix_deploy.verify import inputs_for
+
+    with progress() as report_progress:
+        samples = inputs_for(options.model, options.images, options.input_shape) if "range" in options.float32 else ()
+        made = to_fp16(
+            options.model,
+            options.output,
+            fp16_io=options.fp16_io,
+            float32=options.float32,
+            samples=samples,
+            progress=report_progress,
+        )
+    if options.json:
+        from acmix_deploy.report.documents import Fp16Document
+
+        print_json(Fp16Document.of(made))
+    else:
+        from acmix_deploy.report.tables import fp16_notes, kept_in_float32
+
+        out = console()
+        out.print(kept_in_float32(made.found))
+        for note in fp16_notes(made.found):
+            out.print(f"Note: {note}", style="yellow")
+        out.print(f"All else computes in float16: {options.output}")
+    return 0

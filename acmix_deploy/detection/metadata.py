@@ -1,0 +1,155 @@
+"""What an exporter left in a file about its model, typed."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, PositiveInt, RootModel, TypeAdapter, ValidationError
+
+from acmix_deploy.detection.images import Letterbox
+from acmix_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+
+class ModelMetadata(RootModel[dict[str, str]]):
+    """The entries of an ONNX file's metadata, spelt as Ultralytics spells them.
+
+    An entry is parsed when it is first asked for, so that one that is wrong stops only what needs it, always with the
+    same UserError: it names the entry, what is there and what is expected. One that is missing has a default. Entries
+    that are not known stay as they are.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    root: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto) -> ModelMetadata:
+        """Those in a file."""
+        return cls({entry.key: entry.value for entry in model.metadata_props})
+
+    @property
+    def entries(self) -> dict[str, str]:
+        """As they are in the file."""
+        return self.root
+
+    def updated(self, /, **values: object) -> ModelMetadata:
+        """These and the entries of ``values``: strings, what Python's literals can spell, a letterbox."""
+        return ModelMetadata(self.root | {name: _spelt(value) for name, value in values.items()})
+
+    @property
+    def task(self) -> str | None:
+        """detect, segment, pose, obb, classify or another; None where it is not told."""
+        return self.root.get("task")
+
+    @property
+    def detects(self) -> bool:
+        """Whether the file calls itself a detector."""
+        return self.task == "detect"
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Of the classes, by index; empty where they are not told."""
+        return self._literal("names", _NAMES, {}, "names by class, such as {0: 'person'}")
+
+    @cached_property
+    def stride(self) -> int:
+        """What the sides of an image are multiples of, in pixels; 1 where it is not told."""
+        return self._literal("stride", _COUNT, 1, "a number of pixels, such as 32")
+
+    @cached_property
+    def channels(self) -> int:
+        """Of an image; 3 where they are not told."""
+        return self._literal("channels", _COUNT, 3, "a number, such as 3")
+
+    @cached_property
+    def imgsz(self) -> tuple[int, int]:
+        """Height and width of the images in training, in pixels; 640 where they are not told."""
+        return self._literal("imgsz", _SIZE, (640, 640), "a height and a width, such as [640, 640]")
+
+    @cached_property
+    def min_size(self) -> tuple[int, int]:
+        """Height and width of the smallest image that all fused blocks are defined for; 1 where they are not told."""
+        return self._literal("min_size", _SIZE, (1, 1), "a height and a width, such as [1, 1]")
+
+    @cached_property
+    def kpt_shape(self) -> tuple[int, int] | None:
+        """How many keypoints there are, and values of each, 2 or 3; None where they are not told."""
+        return self._literal("kpt_shape", _KEYPOINTS, None, "keypoints and values of each, such as [17, 3]")
+
+    @cached_property
+    def end2end(self) -> bool:
+        """Whether the head selects boxes itself."""
+        return self._literal("end2end", _FLAG, False, "True or False")
+
+    @cached_property
+    def nms(self) -> bool:
+        """From ``args``: whether non-maximum suppression is in the file."""
+        return bool(self._literal("args", _ARGUMENTS, {}, "settings by name, such as {'nms': False}").get("nms"))
+
+    @cached_property
+    def letterbox(self) -> Letterbox:
+        """By which images are fitted into a size; Ultralytics' own rule where it is not told."""
+        try:
+            return Letterbox.model_validate_json(self.root.get("letterbox", "{}"))
+        except ValidationError as error:
+            raise self._wrong("letterbox", f"{', '.join(Letterbox.model_fields)} as JSON") from error
+
+    @property
+    def usual_shape(self) -> tuple[int, int, int, int]:
+        """[1, C, H, W] of an image of the size of training."""
+        return 1, self.channels, *self.imgsz
+
+    def check_size(self, name: str, shape: Sequence[int]) -> None:
+        """Refuse images [B, C, H, W] that are smaller than those that the file is defined for: an engine takes them.
+
+        Args:
+            name: of the file, and of what gives the shape where that is not plain.
+            shape: of its input.
+
+        Raises:
+            UserError: naming both sizes.
+        """
+        height, width = self.min_size
+        if len(shape) == 4 and (shape[2] < height or shape[3] < width):
+            raise UserError(
+                f"{name}: images of {shape[2]}x{shape[3]} pixels are smaller than {height}x{width}, from which on its "
+                "blocks are defined",
+                f"Give images of at least {height}x{width}; below, attention windows do not fit into the maps.",
+            )
+
+    def _literal(self, entry: str, form: TypeAdapter[T], default: D, expected: str) -> T | D:
+        """An entry that is spelt as a literal of Python."""
+        if entry not in self.root:
+            return default
+        try:
+            return form.validate_python(ast.literal_eval(self.root[entry]))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            raise self._wrong(entry, expected) from error
+
+    def _wrong(self, entry: str, expected: str) -> UserError:
+        return UserError(
+            f"the metadata tell the {entry} {self.root[entry]!r:.60}, and expected are {expected}",
+            "Export the file from its checkpoint: acmix-deploy export",
+        )
+
+
+_COUNT: TypeAdapter[int] = TypeAdapter(PositiveInt)
+_SIZE: TypeAdapter[tuple[int, int]] = TypeAdapter(tuple[PositiveInt, PositiveInt])
+_NAMES = TypeAdapter(dict[int, str])
+_KEYPOINTS: TypeAdapter[tuple[int, int]] = TypeAdapter(tuple[PositiveInt, Literal[2, 3]])
+_FLAG = TypeAdapter(bool)
+_ARGUMENTS = TypeAdapter(dict[str, Any])
+
+
+def _spelt(value: object) -> str:
+    return json.dumps(value.model_dump()) if isinstance(value, Letterbox) else str(value)

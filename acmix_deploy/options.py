@@ -1,0 +1,132 @@
+"""Options of the command line that are fields of a model: each is stated once, its help text is its description."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ConvBranchChoice = Literal["auto", "dense", "grouped"]
+"""Forms of a convolution branch; "auto" is the one that is faster on a GPU."""
+
+FLOAT32 = ("decode", "softmax", "range")
+"""Groups of nodes that stay in float32 when all else becomes float16, see :func:`acmix_deploy.precision.to_fp16`."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field is spelt on the command line, as far as its name and type do not tell."""
+
+    parse: Callable[[str], object] | None = None
+    metavar: str | None = None
+    flag: str = ""
+
+
+def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], *names: str) -> None:
+    """Add the fields of ``model`` called ``names``, by default all that have an :class:`Option`.
+
+    A field without a default is an argument of its own. Where a default depends on other fields, nothing is set unless
+    the option is given.
+    """
+    for name, field in model.model_fields.items():
+        option = next((entry for entry in field.metadata if isinstance(entry, Option)), None)
+        if option and (not names or name in names):
+            flags = [name] if field.is_required() else [option.flag or f"--{name.replace('_', '-')}"]
+            parser.add_argument(*flags, **_keywords(name, field, option))
+
+
+def _keywords(name: str, field: FieldInfo, option: Option) -> dict[str, Any]:
+    found: dict[str, Any] = {"help": field.description}
+    if field.is_required():
+        return found | {"type": option.parse, "metavar": option.metavar}
+    found |= {"dest": name, "default": argparse.SUPPRESS if field.default_factory else field.default}
+    if field.annotation is bool:
+        return found | {"action": "store_true"}
+    if choices := _choices(field.annotation):
+        return found | {"choices": choices}
+    return found | {"type": option.parse, "metavar": option.metavar}
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Those of a Literal, or of a Literal or None."""
+    kinds = (annotation, *get_args(annotation))
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+
+
+def float32_list(text: str) -> tuple[str, ...]:
+    """``decode,model.22.*`` as its parts, ``none`` as nothing."""
+    parts = tuple(text.split(","))
+    if parts == ("none",):
+        return ()
+    if "none" in parts or "" in parts:
+        raise ValueError(text)
+    return parts
+
+
+def names(text: str) -> tuple[str, ...]:
+    """``batch,height`` as its parts."""
+    return tuple(name for name in text.split(",") if name)
+
+
+def bchw(text: str) -> tuple[int, int, int, int]:
+    """``1,3,640,640`` as [B, C, H, W]."""
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise ValueError(text)
+    return sizes
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """``640`` or ``480,640`` as (height, width)."""
+    sizes = tuple(positive(size) for size in text.split(","))
+    if len(sizes) > 2:
+        raise ValueError(text)
+    return sizes[0], sizes[-1]
+
+
+def count(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def duration(text: str) -> float:
+    """Seconds, more than 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value

@@ -1,0 +1,198 @@
+"""What ``acmix-deploy export`` is to do: every option of the verb with its help text, and the rules between them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from acmix_deploy.errors import AcmixDeployError, UserError
+from acmix_deploy.options import (
+    FLOAT32,
+    ConvBranchChoice,
+    Option,
+    bchw,
+    count,
+    duration,
+    float32_list,
+    names,
+    positive,
+)
+from acmix_deploy.runtime.inputs import check_axes
+from acmix_deploy.targets import DEFAULT_OPSET, INT8_OPSET, Form, Target, check_opset, target_named
+
+_SUFFIXES = {"plain": ".onnx", "fused": ".fused.onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
+
+
+def _named(target: object) -> object:
+    return target_named(target) if isinstance(target, str) else target
+
+
+class Plan(BaseModel):
+    """Which files are made of a checkpoint, how, and where.
+
+    A plan is checked as a whole when it is made: nothing is loaded, written or deleted before.
+
+    Raises:
+        UserError: the options contradict each other, the target or this machine, or there is no image to calibrate on.
+        MissingComponent: calibration images cannot be read, since OpenCV is not installed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: Annotated[Path, Option(Path)] = Field(
+        description="checkpoint of PyTorch or Ultralytics (.pt, .pth) or program (.pt2)"
+    )
+    out: Annotated[Path, Option(Path, "DIR")] = Field(
+        default_factory=lambda plan: Path(f"{plan['checkpoint'].stem}-deploy"),
+        description="folder for the files (default: MODEL-deploy)",
+    )
+    fp16: Annotated[bool, Option()] = Field(
+        default=False, description="also write a file that computes in half precision"
+    )
+    fp16_io: Annotated[bool, Option()] = Field(
+        default=False, description="the same, with inputs and outputs in half precision too"
+    )
+    float32: Annotated[tuple[str, ...], Option(float32_list, "LIST")] = Field(
+        default=FLOAT32,
+        description="what stays in float32 beside float16: decode, softmax, range (docs/pipeline.md#half-precision) "
+        "and patterns of names of nodes or weights, by commas; none for nothing (default: decode,softmax,range)",
+    )
+    int8: Annotated[bool, Option()] = Field(
+        default=False, description="also write a file whose layers are INT8; --calibration"
+    )
+    calibration: Annotated[Path | None, Option(Path, "DIR")] = Field(
+        default=None,
+        description="folder of images for --int8, like those to be seen; every file is verified on them too",
+    )
+    image_size: Annotated[int | None, Option(positive, "N")] = Field(
+        default=None, description="side of the image (default: the model's own)"
+    )
+    input_shape: Annotated[tuple[int, int, int, int] | None, Option(bchw, "B,C,H,W")] = Field(
+        default=None, description="e.g. 1,3,384,640"
+    )
+    dynamic: Annotated[tuple[str, ...], Option(names, "AXES")] = Field(
+        default=(), description="axes to leave free: batch, height, width, separated by commas"
+    )
+    opset: Annotated[int | None, Option(int, "N")] = Field(
+        default=None, description="17 to 21 (default: 18, 19 with --int8, or what the target reads)"
+    )
+    target: Annotated[Target | None, BeforeValidator(_named), Option(str, "TARGET", "--for")] = Field(
+        default=None, description="also write the file for a target, e.g. jetpack-6.2 (docs/targets.md)"
+    )
+    form: Annotated[Form | None, Option(flag="--target")] = Field(
+        default=None,
+        description="form of that file, not the device (default: the form in which the target takes the plugin)",
+    )
+    plugin: Annotated[Path | None, Option(Path, "FILE")] = Field(
+        default=None, description="library for the engine (default: made here, if it can be)"
+    )
+    no_engine: Annotated[bool, Option()] = Field(default=False, description="write files alone, also where TensorRT is")
+    conv_branch: Annotated[ConvBranchChoice, Option()] = Field(
+        default="auto",
+        description="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
+    )
+    expect: Annotated[int | None, Option(count, "N")] = Field(
+        default=None, description="fail unless exactly N blocks fuse"
+    )
+    arch: Annotated[str | None, Option(str, "PACKAGE.MODULE:FACTORY")] = Field(
+        default=None, description="makes the model for a bare state dict"
+    )
+    trust: Annotated[bool, Option()] = Field(
+        default=False, description="let the checkpoint run code; only for files you trust"
+    )
+    seconds: Annotated[float, Option(duration, "S")] = Field(
+        default=4.0, description="time to measure the latency of each file for (default: 4)"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Plan:
+        if self.int8 != (self.calibration is not None):
+            raise UserError(
+                "--int8 and --calibration go together", "Give both: --int8 --calibration DIR, a folder of images."
+            )
+        if self.image_size and self.input_shape:
+            raise UserError("--image-size and --input-shape both tell the size of images", "Give one of them.")
+        check_axes(self.dynamic)
+        check_form(self.target, self.form)
+        if self.plugin and not self.device:
+            raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")
+        check_opset(self.chosen_opset)
+        if reader := self.target or self.device:
+            reader.check_opset(self.chosen_opset, "the file asked for")
+        if self.calibration:
+            from acmix_deploy.detection.images import find
+
+            find(self.calibration, limit=1)
+        return self
+
+    @property
+    def half(self) -> bool:
+        """Whether a file in half precision is asked for."""
+        return self.fp16 or self.fp16_io
+
+    @property
+    def chosen_opset(self) -> int:
+        """The opset of the files: the one asked for, or the newest that suits them and what reads them."""
+        if self.opset is not None:
+            return self.opset
+        wanted = INT8_OPSET if self.int8 else DEFAULT_OPSET
+        reader = self.target or self.device
+        return min(wanted, reader.opset) if reader else wanted
+
+    @property
+    def device(self) -> Target | None:
+        """What the TensorRT of this machine takes, where an engine is built with it."""
+        return self._machine if isinstance(self._machine, Target) else None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why no engine is built, where there is a TensorRT."""
+        return (f"no engine was built: {self._machine}",) if isinstance(self._machine, str) else ()
+
+    @cached_property
+    def _machine(self) -> Target | str | None:
+        """What the TensorRT of this machine takes, or what is wrong with it; None where none is there or asked for."""
+        if self.target or self.no_engine:
+            return None
+        from acmix_deploy.engine.build import target_here
+
+        try:
+            return target_here()
+        except AcmixDeployError as error:
+            return error.message
+
+    @property
+    def _why_no_engine(self) -> str:
+        if self.target or self.no_engine:
+            return "none is asked for"
+        return f"none is built: {self._machine or 'there is no TensorRT with a GPU'}"
+
+    def path(self, role: str) -> Path:
+        """Where the file of a role goes: plain, fused, fp16, int8, or "ROLE engine"."""
+        role, _, engine = role.partition(" ")
+        path = self.out / f"{self.checkpoint.stem}{_SUFFIXES[role]}"
+        return path.with_suffix(".engine") if engine else path
+
+    @property
+    def report(self) -> Path:
+        """Where the report goes."""
+        return self.out / "report.json"
+
+    def role_for(self, target: Target, role: str | None = None) -> str:
+        """Of the file that ``target`` gets in the place of the one of ``role``, by default the lowest type planned.
+
+        Half precision is a flag of the builder where types are not in the file.
+        """
+        role = role or ("int8" if self.int8 else "fp16" if self.half else "fused")
+        return "fused" if role == "fp16" and not target.strongly_typed else role
+
+
+def check_form(target: Target | None, form: Form | None) -> None:
+    """Raises UserError where a form is asked for and no target, or a target that does not take it."""
+    if form and not target:
+        raise UserError("--target is the form of the file for a target, and none is named", "Add --for TARGET.")
+    if form and target:
+        target.check_form(form)
