@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+import tests.families.test_outlook as outlook
 import tests.families.test_swin_acmix as swin
 from acmix_deploy import __version__, cli
 from acmix_deploy.artifacts import write_artifact
