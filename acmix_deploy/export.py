@@ -11,9 +11,8 @@ from typing import Literal
 import numpy as np
 import onnx
 import onnx.version_converter
-import onnx_ir
-import onnx_ir.passes.common
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.export import Dim, ExportedProgram
@@ -22,6 +21,7 @@ from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.checkpoint.reference import run
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.graph import tidied
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
 from acmix_deploy.runtime.metrics import Array, deviation
@@ -251,9 +251,7 @@ def _finish(model: onnx.ModelProto, opset: int, metadata: ModelMetadata) -> onnx
     """The model in the opset asked for, freed of what the exporter noted about the machine it ran on."""
     if any(entry.domain == "" and entry.version != opset for entry in model.opset_import):
         model = onnx.version_converter.convert_version(model, opset)
-    graph = onnx_ir.serde.deserialize_model(model)
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
-    model = onnx_ir.serde.serialize_model(graph)
+    model = tidied(model, ClearMetadataAndDocStringPass())
     model.ir_version = ir_version(opset)
     onnx.helper.set_model_props(model, metadata.entries)
     if (size := model.ByteSize()) > _LARGEST_FILE:

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
+import onnx_ir
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import LARGEST_MESSAGE, expect, too_large
@@ -434,6 +436,13 @@ def name_nodes(model: onnx.ModelProto) -> None:
         if not node.name:
             node.name = next(name for n in count() if (name := f"{node.op_type}_{index + n}") not in taken)
             taken.add(node.name)
+
+
+def tidied(model: onnx.ModelProto, *passes: onnx_ir.passes.PassBase) -> onnx.ModelProto:
+    """The model after these passes, its nodes in order, without nodes and stored tensors that nothing reads."""
+    held = onnx_ir.from_proto(model)
+    onnx_ir.passes.Sequential(*passes, RemoveUnusedNodesPass(), TopologicalSortPass())(held)
+    return onnx_ir.to_proto(held)
 
 
 def names_read(node: onnx.NodeProto) -> Iterator[str]:

@@ -11,13 +11,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper, shape_inference
 from onnxruntime.transformers.float16 import convert_float_to_float16
-from onnxruntime.transformers.onnx_model import OnnxModel
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.errors import UserError
 from acmix_deploy.forms import owner, to_form
-from acmix_deploy.graph import Feeds, name_nodes, read
+from acmix_deploy.graph import Feeds, name_nodes, read, tidied
 from acmix_deploy.options import FLOAT32
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import precision_of
@@ -102,12 +101,7 @@ def halved(
             halve_softmax(function)
     converted = convert_float_to_float16(model, keep_io_types=not fp16_io, node_block_list=list(kept))
     _join_casts(converted.graph)
-    editor = OnnxModel(converted)  # the converter appends casts at the end
-    editor.disable_shape_inference()  # the converter has inferred the types
-    editor.prune_graph()
-    editor.remove_useless_cast_nodes()
-    editor.topological_sort()
-    typed = editor.model
+    typed = tidied(converted)  # the converter appends casts at the end
     onnx.checker.check_model(typed)
     half = {name for name, tensor in _stored(typed).items() if tensor.data_type == TensorProto.FLOAT16}
     clipped = {name: size for name, size in stored.items() if name in half and size > LARGEST_HALF}
@@ -235,8 +229,8 @@ def _widened(function: onnx.FunctionProto) -> list[tuple[onnx.NodeProto, onnx.No
 
 
 def _join_casts(graph: onnx.GraphProto) -> None:
-    """Mend what the converter leaves: a cast for each float32 node that reads a tensor, and casts to float16 and back
-    between two of these."""
+    """Mend what the converter leaves: a cast for each float32 node that reads a tensor, casts to float16 and back
+    between two of these, and casts to the type that a tensor has. A cast that nothing reads any more stays."""
     casts: dict[str, onnx.NodeProto] = {}
     for index in reversed(range(len(graph.node))):
         node = graph.node[index]
@@ -245,3 +239,17 @@ def _join_casts(graph: onnx.GraphProto) -> None:
     for node in casts.values():
         while (before := casts.get(node.input[0])) and before.attribute[0].i == TensorProto.FLOAT16:
             node.input[0] = before.input[0]
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    fixed = {value.name for value in (*graph.input, *graph.output)}
+    names = {}
+    for node in casts.values():
+        source, result = node.input[0], node.output[0]
+        if types.get(source) == node.attribute[0].i and not {source, result} <= fixed:
+            names |= {source: result} if result in fixed else {result: source}
+            graph.node.remove(node)
+    for node in graph.node:
+        for tensors in (node.input, node.output):
+            for index in range(len(tensors)):
+                while tensors[index] in names:
+                    tensors[index] = names[tensors[index]]

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import onnx
 from onnx import helper
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData
-from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,7 +23,7 @@ from acmix_deploy.detection.images import batches, find
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import Feeds, fed, name_nodes, read
+from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied
 from acmix_deploy.options import FLOAT32, Method
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
 from acmix_deploy.precision.ranges import calibrate
@@ -280,13 +280,7 @@ def _load(source: Path, opset: int) -> onnx.ModelProto:
             f"{source} has opset {_opset(model)}, at least {opset} is needed here", f"Export it with --opset {opset}."
         )
     name_nodes(model)
-    constants = {node.output[0]: node for node in model.graph.node if node.op_type == "Constant"}
-    for name, node in constants.items():
-        if node.attribute[0].name == "value":
-            node.attribute[0].t.name = name
-            model.graph.initializer.append(node.attribute[0].t)
-            model.graph.node.remove(node)
-    return model
+    return tidied(model, LiftConstantsToInitializersPass(size_limit=0))
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -354,9 +348,7 @@ def _insert(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], ranges: di
     typed.graph.node.extend(quantized.graph.node)
     present = {tensor.name for tensor in model.graph.initializer}
     typed.graph.initializer.extend(tensor for tensor in quantized.graph.initializer if tensor.name not in present)
-    editor = ONNXModel(typed)
-    editor.clean_initializers()
-    editor.topological_sort()
+    typed = tidied(typed)
     onnx.checker.check_model(typed)
     return typed
 
