@@ -34,7 +34,6 @@ from acmix_deploy.report.documents import DoctorDocument
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.onnxruntime import open_session
 from tests.engine.parts import make_engine
-from tests.families import test_outlook as outlook
 from tests.families.parts import export as traced
 from tests.families.test_recognise_module import Port, port
 from tests.fusion.test_fuse import Frozen, Published, position_map, randomised
