@@ -6,13 +6,23 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from functools import wraps
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+T = TypeVar("T")
+N = TypeVar("N", int, float)
+
 ConvBranchChoice = Literal["auto", "dense", "grouped"]
 """Forms of a convolution branch; "auto" is the one that is faster on a GPU."""
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+"""What ONNX Runtime runs a file on."""
+
+Method = Literal["percentile", "entropy", "minmax"]
+"""How the range of an activation follows from its values."""
 
 FLOAT32 = ("decode", "softmax", "range")
 """Groups of nodes that stay in float32 when all else becomes float16, see :func:`acmix_deploy.precision.to_fp16`."""
@@ -58,6 +68,23 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
+def parses(expected: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
+    """For a function that parses an option: have its ValueError told as what was ``expected``."""
+
+    def told(parse: Callable[[str], T]) -> Callable[[str], T]:
+        @wraps(parse)
+        def parsed(text: str) -> T:
+            try:
+                return parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from error
+
+        return parsed
+
+    return told
+
+
+@parses("a list by commas such as decode,model.22.*, and not none alone")
 def float32_list(text: str) -> tuple[str, ...]:
     """``decode,model.22.*`` as its parts, ``none`` as nothing."""
     parts = tuple(text.split(","))
@@ -73,6 +100,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
+@parses("B,C,H,W, four whole numbers of at least 1")
 def bchw(text: str) -> tuple[int, int, int, int]:
     """``1,3,640,640`` as [B, C, H, W]."""
     sizes = tuple(int(size) for size in text.split(","))
@@ -81,52 +109,28 @@ def bchw(text: str) -> tuple[int, int, int, int]:
     return sizes
 
 
+@parses("N or H,W, whole numbers of at least 1")
 def image_size(text: str) -> tuple[int, int]:
     """``640`` or ``480,640`` as (height, width)."""
-    sizes = tuple(positive(size) for size in text.split(","))
-    if len(sizes) > 2:
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) > 2 or min(sizes) < 1:
         raise ValueError(text)
     return sizes[0], sizes[-1]
 
 
-def count(text: str) -> int:
-    """An integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+def _number(kind: Callable[[str], N], within: Callable[[N], bool], expected: str) -> Callable[[str], N]:
+    @parses(expected)
+    def parse(text: str) -> N:
+        if not within(value := kind(text)):
+            raise ValueError(text)
+        return value
+
+    return parse
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """A number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def duration(text: str) -> float:
-    """Seconds, more than 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
+count = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+positive = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+port = _number(int, lambda value: 0 <= value < 1 << 16, "a port, 0 to 65535")
+share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+duration = _number(float, lambda value: 0 < value < math.inf, "a number of more than 0")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
-from acmix_deploy.cli.common import console, print_json, progress
+from acmix_deploy.cli.common import progress, show
 from acmix_deploy.errors import UserError
+from acmix_deploy.manifest import Backend
 from acmix_deploy.options import bchw
+from acmix_deploy.targets import Form
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugin", type=Path, metavar="FILE", help="library that computes the attention")
     parser.add_argument(
         "--target",
-        choices=["any", "plugin", "plain"],
+        choices=get_args(Form),
         help="how the attention is spelt for TensorRT: as a node with its definition, as a node alone, or in standard "
         "operators (default: as the TensorRT found and the plugin need it)",
     )
@@ -37,12 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fp16", action="store_true", help="permit half precision for a file in float32; TensorRT 8 only"
     )
     parser.add_argument(
-        "--backend", choices=["tensorrt", "tensorrt_rtx"], help="which TensorRT (default: the first that is installed)"
+        "--backend", choices=get_args(Backend), help="which TensorRT (default: the first that is installed)"
     )
 
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.engine.build import build
+    from acmix_deploy.report.documents import BuildDocument
+    from acmix_deploy.report.show_stages import show_engine
 
     shapes = (options.min, options.opt, options.max)
     if any(shapes) and not all(shapes):
@@ -60,19 +65,5 @@ def run(options: argparse.Namespace) -> int:
             backend=options.backend,
             progress=report_progress,
         )
-    report = made.found
-    if options.json:
-        from acmix_deploy.report.documents import BuildDocument
-
-        print_json(BuildDocument.of(made))
-    else:
-        from acmix_deploy.report.tables import engine, inlined
-
-        out = console()
-        out.print(engine(report.manifest))
-        if report.inlined:
-            out.print(inlined(report.inlined))
-        for note in report.notes:
-            out.print(f"Note: {note}", style="yellow")
-        out.print(f"{report.layers} layers, {len(report.plugin_layers)} by the plugin: {options.output}")
+    show(options, BuildDocument.of(made), show_engine)
     return 0

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
-from pydantic import BaseModel
 from rich.console import Console
 
 from acmix_deploy.artifacts import writing
+from acmix_deploy.document import D
 from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.options import add_options, bchw, not_negative, positive, share
+from acmix_deploy.options import Provider, add_options, bchw, not_negative, positive, share
 from acmix_deploy.plan import Plan
 
 
@@ -53,7 +54,7 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--provider",
-        choices=["cpu", "cuda", "tensorrt"],
+        choices=get_args(Provider),
         default="cpu",
         help="what ONNX Runtime runs an ONNX file on (default: cpu)",
     )
@@ -91,14 +92,17 @@ def add_batching(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def console() -> Console:
+def _console() -> Console:
     """Standard output, for text in which brackets mean nothing; wide where nobody sees its edge."""
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def print_json(document: BaseModel) -> None:
-    """Print a document of :mod:`acmix_deploy.report` on stdout."""
-    print(document.model_dump_json(by_alias=True, indent=2))
+def show(options: argparse.Namespace, document: D, tables: Callable[[D, Console], None]) -> None:
+    """Print a document on stdout: as JSON where that is asked for, else as ``tables`` shows it to a person."""
+    if options.json:
+        print(document.model_dump_json(by_alias=True, indent=2))
+    else:
+        tables(document, _console())
 
 
 def print_line(text: str) -> None:
@@ -130,8 +134,9 @@ def needs_torch(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "onnxscript"):
+        package = str(error.name).partition(".")[0]
+        if package not in ("torch", "onnxscript"):
             raise
         raise MissingComponent(
-            f"{error.name} is needed here and is not installed", "Run: pip install 'acmix-deploy[export]'"
+            f"{package} is needed here and is not installed", "Run: pip install 'acmix-deploy[export]'"
         ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, print_json, progress
+from acmix_deploy.cli.common import progress, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.doctor import environment, examine
     from acmix_deploy.report.documents import DoctorDocument
+    from acmix_deploy.report.show_doctor import show_diagnosis
 
     with progress() as report_progress:
         report_progress("looking at this machine")
@@ -33,10 +34,5 @@ def run(options: argparse.Namespace) -> int:
         if options.file:
             file = examine(options.file, trust=options.trust, plugin=options.plugin, progress=report_progress)
     document = DoctorDocument(environment=here, file=file)
-    if options.json:
-        print_json(document)
-    else:
-        from acmix_deploy.report.show_doctor import show_diagnosis
-
-        show_diagnosis(document, console())
+    show(options, document, show_diagnosis)
     return 0 if document.healthy else 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from acmix_deploy.cli.common import add_max_pixels, console, limit_pixels, needs_torch, print_json, progress
+from acmix_deploy.cli.common import add_max_pixels, limit_pixels, needs_torch, progress, show
 from acmix_deploy.options import add_options
 from acmix_deploy.plan import Plan
 
@@ -25,11 +25,8 @@ def run(options: argparse.Namespace) -> int:
     plan = Plan(**{name: value for name, value in vars(options).items() if name in Plan.model_fields})
     with progress() as report_progress:
         report = needs_torch("acmix_deploy.pipeline").deploy(plan, report_progress)
-    if options.json:
-        print_json(report)
-    else:
-        from acmix_deploy.report.show import show_export
+    from acmix_deploy.report.show import show_export
 
-        show_export(report, console())
+    show(options, report, show_export)
     report.verification.check()
     return 0

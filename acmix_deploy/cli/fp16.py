@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_input_shape, add_max_pixels, console, limit_pixels, print_json, progress
+from acmix_deploy.cli.common import add_input_shape, add_max_pixels, limit_pixels, progress, show
 from acmix_deploy.options import add_options
 from acmix_deploy.plan import Plan
 
@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
     from acmix_deploy.precision import to_fp16
+    from acmix_deploy.report.documents import Fp16Document
+    from acmix_deploy.report.show_stages import show_fp16
     from acmix_deploy.verify import inputs_for
 
     with progress() as report_progress:
@@ -41,16 +43,5 @@ def run(options: argparse.Namespace) -> int:
             samples=samples,
             progress=report_progress,
         )
-    if options.json:
-        from acmix_deploy.report.documents import Fp16Document
-
-        print_json(Fp16Document.of(made))
-    else:
-        from acmix_deploy.report.tables import fp16_notes, kept_in_float32
-
-        out = console()
-        out.print(kept_in_float32(made.found))
-        for note in fp16_notes(made.found):
-            out.print(f"Note: {note}", style="yellow")
-        out.print(f"All else computes in float16: {options.output}")
+    show(options, Fp16Document.of(made), show_fp16)
     return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, print_json
+from acmix_deploy.cli.common import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,16 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.report.documents import InspectDocument
     from acmix_deploy.report.inspection import inspect
+    from acmix_deploy.report.show_inspection import show_inspection
 
     inspection = inspect(options.file)
-    if options.json:
-        from acmix_deploy.report.documents import InspectDocument
-
-        print_json(InspectDocument(**inspection.model_dump()))
-    else:
-        from acmix_deploy.report.show_inspection import show_inspection
-
-        show_inspection(inspection, console())
+    show(options, InspectDocument(**inspection.model_dump()), show_inspection)
     inspection.check()
     return 0

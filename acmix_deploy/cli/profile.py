@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_running, console, print_json, progress
+from acmix_deploy.cli.common import add_running, progress, show
 from acmix_deploy.options import duration, positive
 
 
@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from acmix_deploy.profile import profile
+    from acmix_deploy.profile import ProfileDocument, profile
+    from acmix_deploy.report.show_profile import show_profiles
 
     with progress() as report_progress:
         report_progress("measuring")
@@ -50,12 +51,5 @@ def run(options: argparse.Namespace) -> int:
             layers=options.layers,
             power=options.power,
         )
-    if options.json:
-        from acmix_deploy.profile import ProfileDocument
-
-        print_json(ProfileDocument(profiles=profiles))
-    else:
-        from acmix_deploy.report.show_profile import show_profiles
-
-        show_profiles(profiles, console())
+    show(options, ProfileDocument(profiles=profiles), show_profiles)
     return 0

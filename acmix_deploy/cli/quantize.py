@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
-from acmix_deploy.cli.common import add_max_pixels, console, limit_pixels, print_json, progress
-from acmix_deploy.options import add_options, image_size, positive
+from acmix_deploy.cli.common import add_max_pixels, limit_pixels, progress, show
+from acmix_deploy.options import Method, add_options, image_size, positive
 from acmix_deploy.plan import Plan
 
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the INT8 file goes")
     parser.add_argument(
         "--method",
-        choices=["percentile", "entropy", "minmax"],
+        choices=get_args(Method),
         default="percentile",
         help="how the range of an activation follows from its values (default: percentile)",
     )
@@ -50,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
     from acmix_deploy.precision import quantize
+    from acmix_deploy.report.documents import QuantizeDocument
+    from acmix_deploy.report.show_stages import show_int8
 
     with progress() as report_progress:
         made = quantize(
@@ -65,25 +68,5 @@ def run(options: argparse.Namespace) -> int:
             limit=options.limit,
             progress=report_progress,
         )
-    report = made.found
-    if options.json:
-        from acmix_deploy.report.documents import QuantizeDocument
-
-        print_json(QuantizeDocument.of(made))
-    else:
-        from acmix_deploy.report.tables import float_layers, output_errors, quantized_layers
-
-        out = console()
-        out.print(quantized_layers(report))
-        out.print("\nIn floating point:")
-        out.print(float_layers(report))
-        out.print(f"\nError of the whole file, on {report.measured} calibration images:")
-        out.print(output_errors(report))
-        if report.skipped:
-            out.print(
-                f"Note: {len(report.skipped)} images could not be read: {'; '.join(report.skipped)}", style="yellow"
-            )
-        sizes = f"{report.bytes_before / 1e6:.2f} MB became {report.bytes_after / 1e6:.2f} MB"
-        out.print(f"{len(report.layers)} layers in INT8, calibrated on {report.images} images")
-        out.print(f"{sizes}: {options.output}")
+    show(options, QuantizeDocument.of(made), show_int8)
     return 0

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from acmix_deploy.cli.common import print_json, progress
+from acmix_deploy.cli.common import progress, show
 from acmix_deploy.errors import MissingComponent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from acmix_deploy.report.documents import HtmlDocument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +42,11 @@ def run(options: argparse.Namespace) -> int:
     with progress() as report_progress:
         report_progress("drawing")
         written = write_html(options.folder, options.output or options.folder / "report.html")
-    if options.json:
-        print_json(written)
-    else:
-        print(f"{written.file} tells what is in {', '.join(written.documents)}")
-        for note in written.notes:
-            print(f"Left out: {note}")
+    show(options, written, _tell)
     return 0
+
+
+def _tell(written: HtmlDocument, console: Console) -> None:
+    console.print(f"{written.file} tells what is in {', '.join(written.documents)}", soft_wrap=True)
+    for note in written.notes:
+        console.print(f"Left out: {note}", soft_wrap=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from acmix_deploy.cli.common import add_batching, add_detector, print_line
 from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.options import duration, positive
+from acmix_deploy.options import duration, port, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, for this machine alone)"
     )
-    parser.add_argument("--port", type=_port, default=8000, metavar="N", help="0 for a free one (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="0 for a free one (default: 8000)")
     add_batching(parser)
     parser.add_argument(
         "--max-queue",
@@ -69,14 +69,6 @@ def run(options: argparse.Namespace) -> int:
         started=started,
     )
     return 0
-
-
-def _port(text: str) -> int:
-    """A port, or 0."""
-    value = int(text)
-    if not 0 <= value < 1 << 16:
-        raise ValueError(text)
-    return value
 
 
 def _token(path: Path) -> str:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from acmix_deploy.cli.common import add_input_shape, add_max_pixels, console, limit_pixels, print_json, progress
+from acmix_deploy.cli.common import add_input_shape, add_max_pixels, limit_pixels, progress, show
 from acmix_deploy.errors import UserError
-from acmix_deploy.options import not_negative, positive, share
+from acmix_deploy.options import Provider, not_negative, positive, share
 
 if TYPE_CHECKING:
     from acmix_deploy.verify import Verification
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_shape(parser)
     parser.add_argument(
         "--provider",
-        choices=["cpu", "cuda", "tensorrt"],
+        choices=get_args(Provider),
         help="what ONNX Runtime runs the candidate on (default: cpu)",
     )
     parser.add_argument("--plugin", type=Path, metavar="FILE", help="library with custom layers of either")
@@ -79,8 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
-    from acmix_deploy.artifacts import replacing
+    from acmix_deploy.document import write_document
     from acmix_deploy.report.documents import VerifyDocument
+    from acmix_deploy.report.show_verification import show_verification
     from acmix_deploy.verify.limits import relative_at_most
     from acmix_deploy.verify.picture import check_name, draw
 
@@ -95,14 +96,8 @@ def run(options: argparse.Namespace) -> int:
     verification = verification.judged_by(**{name: limit for name, limit in limits.items() if limit is not None})
     document = VerifyDocument(**verification.model_dump())
     if options.output:
-        with replacing(options.output) as temporary:
-            temporary.write_text(document.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
-    if options.json:
-        print_json(document)
-    else:
-        from acmix_deploy.report.show_verification import show_verification
-
-        show_verification(verification, console())
+        write_document(document, options.output)
+    show(options, document, show_verification)
     if options.worst:
         worst = verification.worst_image
         if worst is None:

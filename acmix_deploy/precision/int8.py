@@ -24,9 +24,9 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import Feeds, fed, name_nodes, read
-from acmix_deploy.options import FLOAT32
+from acmix_deploy.options import FLOAT32, Method
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
-from acmix_deploy.precision.ranges import Method, calibrate
+from acmix_deploy.precision.ranges import calibrate
 from acmix_deploy.runtime.metrics import Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
 

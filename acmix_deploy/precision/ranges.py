@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from acmix_deploy.graph import Feeds
+from acmix_deploy.options import Method
 from acmix_deploy.runtime.magnitudes import largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import open_session
-
-Method = Literal["entropy", "percentile", "minmax"]
 
 _PERCENTILE = 99.99
 _BINS = {"percentile": 2048, "entropy": 1024}  # entropy has both signs, and takes time by the square of its bins

@@ -7,14 +7,15 @@ from collections.abc import Collection, Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from acmix_deploy.profile import Profile, compare
+from acmix_deploy.profile import Profile, ProfileDocument
 from acmix_deploy.report.tables import latencies, milliseconds, table
 
 _MOST = 10  # groups of layers besides the blocks
 
 
-def show_profiles(profiles: Sequence[Profile], console: Console) -> None:
+def show_profiles(found: ProfileDocument, console: Console) -> None:
     """Print everything of profiles that a person wants to see."""
+    profiles = found.profiles
     console.print(latencies(profiles))
     if with_layers := [profile for profile in profiles if profile.layers]:
         console.print("\nLayers, by block")
@@ -24,7 +25,7 @@ def show_profiles(profiles: Sequence[Profile], console: Console) -> None:
         console.print(conditions(watched))
     for where in dict.fromkeys(profile.where for profile in profiles):
         console.print(where, style="dim")
-    for note in dict.fromkeys((*notes(profiles), *compare(profiles))):
+    for note in dict.fromkeys((*notes(profiles), *found.notes)):
         console.print(f"Note: {note}", style="yellow")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from acmix_deploy.gate.history import Drift, History
 from acmix_deploy.gate.samples import GateSamples
+from acmix_deploy.report.documents import HistoryDocument
 from acmix_deploy.report.tables import milliseconds, table
 
 
@@ -35,13 +35,13 @@ def show_samples(samples: GateSamples, file: Path, console: Console) -> None:
     console.print(f"Next: acmix-deploy gate check {file}{others}")
 
 
-def show_histories(histories: Sequence[History], notes: Sequence[str], console: Console) -> None:
+def show_histories(found: HistoryDocument, console: Console) -> None:
     """Print the runs of each model in the order of time, and what was left out."""
-    for history in histories:
+    for history in found.histories:
         console.print(history.model)
         console.print(runs(history))
         console.print(drift(history.drift), style="yellow" if history.drift else "dim")
-    for note in notes:
+    for note in found.notes:
         console.print(f"Left out: {note}", style="yellow", soft_wrap=True)
 
 

@@ -13,9 +13,10 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import Shape, read_manifest
+from acmix_deploy.options import Provider
 from acmix_deploy.runtime import tensorrt
 from acmix_deploy.runtime.inputs import Input
-from acmix_deploy.runtime.onnxruntime import Provider, inputs_of, metadata_of, onnx_runner, open_session, precision_of
+from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, onnx_runner, open_session, precision_of
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import Precision
 

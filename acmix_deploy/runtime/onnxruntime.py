@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -18,6 +18,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import expect
+from acmix_deploy.options import Provider
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.refusals import refused, unreadable
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import onnx
 
 Model: TypeAlias = "Path | bytes | onnx.ModelProto"
-Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",

@@ -25,10 +25,11 @@ from acmix_deploy.detection.images import Image, tensor
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.files import expect
+from acmix_deploy.options import Provider
 from acmix_deploy.runtime import onnxruntime, tensorrt
 from acmix_deploy.runtime.inputs import Input, Shape, random_images
 from acmix_deploy.runtime.models import open_model
-from acmix_deploy.runtime.onnxruntime import Provider, open_session
+from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.tensorrt import EngineRunner
 

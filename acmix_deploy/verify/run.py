@@ -17,10 +17,11 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import Parts, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
+from acmix_deploy.options import Provider
 from acmix_deploy.runtime.inputs import Shape, Shapes, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
-from acmix_deploy.runtime.onnxruntime import Provider, onnx_runner, precision_of
+from acmix_deploy.runtime.onnxruntime import onnx_runner, precision_of
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.distances import Part, distances

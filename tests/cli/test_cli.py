@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import onnx
@@ -211,6 +213,18 @@ def test_every_verb_has_an_example():
         assert all(action.help for action in command._actions)
 
 
+def test_what_an_option_refuses_is_told_in_words(capsys):
+    """argparse names the function where one raises ValueError."""
+    for command in commands().values():
+        for action in command._actions:
+            if callable(action.type) and not isinstance(action.type, type):
+                with suppress(argparse.ArgumentTypeError):
+                    action.type("?")
+    with pytest.raises(SystemExit):
+        main(["serve", "model.onnx", "--port", "99999"])
+    assert "argument --port: '99999' is not a port, 0 to 65535" in capsys.readouterr().err
+
+
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
@@ -235,3 +249,5 @@ def test_without_torch(plain, folder):
     shape = ["--input-shape", "1,3,12,16"]
     assert without_torch(folder, "verify", "plain.onnx", "fused.onnx", *shape).returncode == 0
     assert without_torch(folder, "profile", "fused.onnx", "--samples", "3", *shape).returncode == 0
+    (folder / "exported.json").write_text('{"document": "export", "files": {}}')
+    assert without_torch(folder, "inspect", "exported.json").returncode == 0

@@ -137,10 +137,7 @@ SAMPLE = "candidate.rounds.3.turns.1.samples_ms.7"
         ("[]", "the list is empty"),
         (json.dumps(trtexec([1.0, -2.0])), "holds no times of trtexec: 1.computeMs"),
         (json.dumps(trtexec([1.0, 0.0])), "holds latencies that no clock gives: 0.0"),
-        (
-            '{"document": "profile", "profiles": [{"file": "a.onnx", "provider": "x", "samples_ms": [1.0, NaN]}]}',
-            "nan",
-        ),
+        ('{"document": "profile", "profiles": [{"file": "a.onnx", "provider": "x", "samples_ms": [1.0, NaN]}]}', "nan"),
         ('{"document": "profile", "schema": 2, "profiles": []}', "is of version 2"),
         ('{"document": "profile", "schema": 1, "profiles": []}', "profiles: List should have at least 1 item"),
     ],
@@ -202,7 +199,7 @@ def test_tolerances_that_are_none(text: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stopped:
         cli.main(["gate", "check", "gate.json", f"--tolerance={text}"])
     assert stopped.value.code == 2
-    assert f"'{text}' is no share below 1, such as 3% or 0.03" in capsys.readouterr().err
+    assert f"'{text}' is not a share below 1, such as 3% or 0.03" in capsys.readouterr().err
 
 
 def test_metrics_may_be_written_with_blanks_and_twice() -> None:

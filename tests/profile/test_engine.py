@@ -192,7 +192,7 @@ def test_what_is_shown_fits_100_columns() -> None:
         for name in ("yolov8n-acmix.fp16.engine", "yolov8n-acmix.int8.engine")
     ]
     console = Console(width=100, record=True, markup=False, highlight=False)
-    show_profiles(profiles, console)
+    show_profiles(ProfileDocument(profiles=profiles), console)
     printed = console.export_text()
     for cell in ("1034.6", "1234.6", "acmix, all 2", "and 5 more", "1300", "over-current", "MAXN", "30.0", "120.0"):
         assert cell in printed, cell

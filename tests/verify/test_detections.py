@@ -486,7 +486,7 @@ def test_scores_of_nothing_fail_whatever_the_task_is(
         ([], "two files are compared"),
         (["a.onnx"], "two files are compared"),
         (["a.onnx", "b.onnx", "--from", "c.json"], "is given too"),
-        (["--from", "c.json"], "c.json holds no result"),
+        (["--from", "c.json"], "cannot read c.json"),
         (
             ["--from", "c.json", "--confidence", "0.3", "--provider", "cpu", "--plugin", "p.so"],
             "--from runs nothing, so that --confidence, --provider, --plugin would change nothing",
@@ -503,10 +503,10 @@ def test_commands_that_cannot_be_run(arguments: list[str], why: str, capsys: pyt
 @pytest.mark.parametrize(
     ("option", "value", "why"),
     [
-        ("--max-relative", "-0.1", "-0.1 is not a number of at least 0"),
-        ("--max-relative", "nan", "nan is not a number of at least 0"),
-        ("--max-lost", "1.5", "1.5 is not a number from 0 to 1"),
-        ("--min-iou", "much", "much is not a number"),
+        ("--max-relative", "-0.1", "'-0.1' is not a number of at least 0"),
+        ("--max-relative", "nan", "'nan' is not a number of at least 0"),
+        ("--max-lost", "1.5", "'1.5' is not a number from 0 to 1"),
+        ("--min-iou", "much", "'much' is not a number"),
     ],
 )
 def test_limits_out_of_range_are_refused_with_the_range(

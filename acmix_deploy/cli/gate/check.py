@@ -9,11 +9,11 @@ example:
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, print_json
+from acmix_deploy.cli.common import show
 from acmix_deploy.errors import CheckFailed, Inconclusive
+from acmix_deploy.options import parses
 
 _CODES = {"pass": 0, "fail": 1, "inconclusive": 4, "not comparable": 4}
 
@@ -46,14 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@parses("a share below 1, such as 3% or 0.03")
 def tolerance(text: str) -> float:
     """``3%`` or ``0.03``."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = math.nan
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share below 1, such as 3% or 0.03")
+        raise ValueError(text)
     return value
 
 
@@ -75,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from acmix_deploy.gate.read import read_pairs
     from acmix_deploy.gate.verdict import judge
+    from acmix_deploy.report.documents import GateDocument
     from acmix_deploy.report.show_gate import show_verdict, write_junit, write_summary
 
     verdict = judge(read_pairs(options.samples), options.metric, options.tolerance, options.allow)
@@ -82,10 +81,5 @@ def _check(options: argparse.Namespace) -> int:
         write_junit(verdict, options.junit, strict=options.strict)
     if options.summary:
         write_summary(verdict, options.summary)
-    if options.json:
-        from acmix_deploy.report.documents import GateDocument
-
-        print_json(GateDocument(**verdict.model_dump()))
-    else:
-        show_verdict(verdict, console())
+    show(options, GateDocument(**verdict.model_dump()), show_verdict)
     return _CODES[verdict.outcome]

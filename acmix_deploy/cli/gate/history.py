@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import console, print_json
+from acmix_deploy.cli.common import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.gate.history import read_history
+    from acmix_deploy.report.documents import HistoryDocument
+    from acmix_deploy.report.show_samples import show_histories
 
     histories, notes = read_history(options.dir)
-    if options.json:
-        from acmix_deploy.report.documents import HistoryDocument
-
-        print_json(HistoryDocument(histories=histories, notes=notes))
-    else:
-        from acmix_deploy.report.show_samples import show_histories
-
-        show_histories(histories, notes, console())
+    show(options, HistoryDocument(histories=histories, notes=notes), show_histories)
     return 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import add_max_pixels, add_running, console, limit_pixels, print_json, progress
+from acmix_deploy.cli.common import add_max_pixels, add_running, limit_pixels, progress, show
 from acmix_deploy.options import duration, positive
 
 
@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
     from acmix_deploy.gate.measure import measure
     from acmix_deploy.profile.subjects import Setup
+    from acmix_deploy.report.show_samples import show_samples
 
     setup = Setup(**{name: getattr(options, name) for name in Setup.model_fields})
     with progress() as report_progress:
@@ -64,10 +65,5 @@ def run(options: argparse.Namespace) -> int:
             parity=options.parity,
             progress=report_progress,
         )
-    if options.json:
-        print_json(samples)
-    else:
-        from acmix_deploy.report.show_samples import show_samples
-
-        show_samples(samples, options.output, console())
+    show(options, samples, lambda found, console: show_samples(found, options.output, console))
     return 0

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
-from acmix_deploy.cli.common import add_batching, add_detector, print_json
+from acmix_deploy.cli.common import add_batching, add_detector, show
+from acmix_deploy.serving.triton import Backend
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from acmix_deploy.serving.triton.repository import PackageDocument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=["native", "python"],
+        choices=get_args(Backend),
         default="native",
         help="native: Triton's own backends, image tensors in; python: pictures as bytes in, acmix-deploy has to be in "
         "the container (default: native)",
@@ -42,11 +49,12 @@ def run(options: argparse.Namespace) -> int:
         max_batch=options.max_batch,
         max_delay_ms=options.max_delay_ms,
     )
-    if options.json:
-        print_json(document)
-    else:
-        print(f"{document.repository} holds {document.model}:", *document.files, sep="\n  ")
-        for need in document.needs:
-            print(f"Triton's container needs {need}")
-        print(f"Start: {document.start}")
+    show(options, document, _tell)
     return 0
+
+
+def _tell(packaged: PackageDocument, console: Console) -> None:
+    needs = [f"Triton's container needs {need}" for need in packaged.needs]
+    lines = (f"{packaged.repository} holds {packaged.model}:", *(f"  {file}" for file in packaged.files), *needs)
+    for line in (*lines, f"Start: {packaged.start}"):
+        console.print(line, soft_wrap=True)

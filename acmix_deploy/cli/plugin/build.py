@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from acmix_deploy.cli.common import print_json, progress
+from acmix_deploy.cli.common import progress, show
+from acmix_deploy.options import parses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,24 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@parses("numbers of architectures by commas, such as 87,110")
 def architectures(text: str) -> list[int]:
     """``87,sm_110`` as [87, 110]."""
     return [int(name.removeprefix("sm_")) for name in text.split(",")]
 
 
 def run(options: argparse.Namespace) -> int:
-    from acmix_deploy.cli.plugin.check import show
     from acmix_deploy.plugin.build import build
     from acmix_deploy.plugin.library import check
+    from acmix_deploy.report.documents import PluginDocument
+    from acmix_deploy.report.show_stages import show_library
 
     with progress() as report_progress:
         library = build(options.out, tensorrt=options.tensorrt, architectures=options.arch, progress=report_progress)
-    if options.json:
-        from acmix_deploy.report.documents import PluginDocument
-
-        print_json(PluginDocument(**library.model_dump()))
-    else:
-        show(library)
+    show(options, PluginDocument(**library.model_dump()), show_library)
     if not options.tensorrt:
         check(library.path)
     return 0

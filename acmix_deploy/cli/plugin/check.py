@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from acmix_deploy.cli.common import console, print_json
-
-if TYPE_CHECKING:
-    from acmix_deploy.plugin.library import Library
+from acmix_deploy.cli.common import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,23 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.plugin.library import check
+    from acmix_deploy.report.documents import PluginDocument
+    from acmix_deploy.report.show_stages import show_library
 
-    library = check(options.library)
-    if options.json:
-        from acmix_deploy.report.documents import PluginDocument
-
-        print_json(PluginDocument(**library.model_dump()))
-    else:
-        show(library)
+    show(options, PluginDocument(**check(options.library).model_dump()), show_library)
     return 0
-
-
-def show(library: Library) -> None:
-    """Print what a library holds as tables."""
-    from acmix_deploy.report.tables import creators, kernels
-
-    out = console()
-    out.print(creators(library))
-    out.print(kernels(library), "")
-    out.print(f"{library.path}: version {library.version}, TensorRT {library.tensorrt}, CUDA {library.cuda}")
-    out.print(f"Architectures: {library.architectures}")

@@ -26,14 +26,13 @@ from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import Manifest, check, read_manifest
+from acmix_deploy.options import Provider
 from acmix_deploy.runtime import onnxruntime, tensorrt
 from acmix_deploy.runtime.inputs import Input
-from acmix_deploy.runtime.onnxruntime import Provider, open_session
+from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.serving.detector import Detector
+from acmix_deploy.serving.triton import Backend
 from acmix_deploy.serving.triton.suppression import suppression
-
-Backend = Literal["native", "python"]
-"""What runs the detector in Triton: its backends for ONNX files and engines, or its Python backend with ours."""
 
 MOUNT = "/models"
 """Where the repository is in the container."""

@@ -1,0 +1,76 @@
+"""What the verbs of single stages did, for a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from acmix_deploy.plugin.library import Library
+from acmix_deploy.report.documents import BuildDocument, Fp16Document, FuseDocument, QuantizeDocument
+from acmix_deploy.report.tables import (
+    creators,
+    engine,
+    float_layers,
+    fp16_notes,
+    fusion_notes,
+    graph_blocks,
+    inlined,
+    kept_in_float32,
+    kernels,
+    output_errors,
+    quantized_layers,
+)
+from acmix_deploy.report.target import obstacles, plugin_notes
+
+
+def show_fusion(found: FuseDocument, console: Console) -> None:
+    """Print what `fuse` fused, what it left alone, and what there is for a target."""
+    path = found.artifact.path
+    console.print(graph_blocks(found) if found.blocks else "No ACmix block in the graph, nothing was fused.")
+    console.print(f"{found.nodes_before} nodes became {found.nodes_after}: {path}")
+    for note in fusion_notes(found):
+        console.print(f"Note: {note}", style="yellow")
+    if target := found.target:
+        console.print(f"For {target.name}, form {target.form}: {path.with_name(target.file)}")
+        for line in (*plugin_notes(target), *obstacles(target.file, target.unread)):
+            console.print(line, soft_wrap=True)
+
+
+def show_fp16(found: Fp16Document, console: Console) -> None:
+    """Print what `fp16` left in float32."""
+    console.print(kept_in_float32(found))
+    for note in fp16_notes(found):
+        console.print(f"Note: {note}", style="yellow")
+    console.print(f"All else computes in float16: {found.artifact.path}")
+
+
+def show_int8(found: QuantizeDocument, console: Console) -> None:
+    """Print what `quantize` made INT8, what it left alone, and what that costs."""
+    console.print(quantized_layers(found))
+    console.print("\nIn floating point:")
+    console.print(float_layers(found))
+    console.print(f"\nError of the whole file, on {found.measured} calibration images:")
+    console.print(output_errors(found))
+    if found.skipped:
+        skipped = f"{len(found.skipped)} images could not be read: {'; '.join(found.skipped)}"
+        console.print(f"Note: {skipped}", style="yellow")
+    console.print(f"{len(found.layers)} layers in INT8, calibrated on {found.images} images")
+    sizes = f"{found.bytes_before / 1e6:.2f} MB became {found.bytes_after / 1e6:.2f} MB"
+    console.print(f"{sizes}: {found.artifact.path}")
+
+
+def show_engine(found: BuildDocument, console: Console) -> None:
+    """Print what `build` built."""
+    console.print(engine(found.manifest))
+    if found.inlined:
+        console.print(inlined(found.inlined))
+    for note in found.notes:
+        console.print(f"Note: {note}", style="yellow")
+    console.print(f"{found.layers} layers, {len(found.plugin_layers)} by the plugin: {found.artifact.path}")
+
+
+def show_library(library: Library, console: Console) -> None:
+    """Print what a plugin holds."""
+    console.print(creators(library))
+    console.print(kernels(library), "")
+    console.print(f"{library.path}: version {library.version}, TensorRT {library.tensorrt}, CUDA {library.cuda}")
+    console.print(f"Architectures: {library.architectures}")
