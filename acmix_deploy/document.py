@@ -44,6 +44,7 @@ class Document(BaseModel):
 
 
 D = TypeVar("D", bound=Document)
+M = TypeVar("M", bound=BaseModel)
 
 
 def written(kind: type[Document]) -> Written:
@@ -76,27 +77,32 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def parse_document(kind: type[D], content: Any, path: Path) -> D:
-    """A document from what :func:`read_json` gave.
-
-    Raises:
-        UserError: it is another document or of another version, or something in it is missing or out of range, with
-            its place.
-    """
-    expected, found = written(kind), document_of(content)
-    if found != expected:
+def check_document(content: Any, path: Path, *expected: Written) -> None:
+    """Raises UserError where JSON is none of the documents expected, or of another version."""
+    found = document_of(content)
+    if found not in expected:
         is_one = f"what `{found}` writes" if found else "no document"
-        raise UserError(f"{path} is {is_one}; what `{expected}` writes is needed")
+        raise UserError(f"{path} is {is_one}; what `{'` or `'.join(expected)}` writes is needed")
     version = content.get("schema")
-    known = kind.model_fields["schema_version"].default
+    known = Document.model_fields["schema_version"].default
     if version is not None and version != known:
         raise UserError(
             f"{path} is of version {version} of its form; this acmix-deploy reads version {known}",
             "Use the acmix-deploy that wrote it, or write it again with this one.",
         )
+
+
+def parse(kind: type[M], content: Any, path: Path) -> M:
+    """A model from JSON. Raises UserError where something in it is missing or out of range, with its place."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the document"
         raise UserError(f"{path} does not hold what it should: {place}: {first['msg']}") from error
+
+
+def parse_document(kind: type[D], content: Any, path: Path) -> D:
+    """A document from what :func:`read_json` gave. Raises what :func:`check_document` and :func:`parse` do."""
+    check_document(content, path, written(kind))
+    return parse(kind, content, path)

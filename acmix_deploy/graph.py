@@ -442,7 +442,10 @@ def tidied(model: onnx.ModelProto, *passes: onnx_ir.passes.PassBase) -> onnx.Mod
     """The model after these passes, its nodes in order, without nodes and stored tensors that nothing reads."""
     held = onnx_ir.from_proto(model)
     onnx_ir.passes.Sequential(*passes, RemoveUnusedNodesPass(), TopologicalSortPass())(held)
-    return onnx_ir.to_proto(held)
+    tidy = onnx_ir.to_proto(held)
+    stored = {tensor.name for tensor in tidy.graph.initializer}  # which onnx_ir declares as well
+    keep(tidy.graph.value_info, [value for value in tidy.graph.value_info if value.name not in stored])
+    return tidy
 
 
 def names_read(node: onnx.NodeProto) -> Iterator[str]:

@@ -110,7 +110,7 @@ def bchw(text: str) -> tuple[int, int, int, int]:
 
 
 @parses("N or H,W, whole numbers of at least 1")
-def image_size(text: str) -> tuple[int, int]:
+def sides(text: str) -> tuple[int, int]:
     """``640`` or ``480,640`` as (height, width)."""
     sizes = tuple(int(size) for size in text.split(","))
     if len(sizes) > 2 or min(sizes) < 1:

@@ -59,7 +59,7 @@ def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
     inputs = _inputs(plan, source, exported)
     half = work.file("fp16", "converting to FP16", lambda: _to_fp16(work, inputs)) if plan.half else None
     int8 = work.file("int8", "converting to INT8", lambda: _quantize(work, source)) if plan.int8 else None
-    target = work.file("target", "writing the target's file", lambda: _write_for(plan)) if plan.target else None
+    target = work.file("target", f"writing for {plan.target.name}", lambda: _write_for(plan)) if plan.target else None
     engines = work.stage("engine", "building engines", lambda: _build(work, exported)) if plan.device else {}
     verification = work.stage("verify", "comparing every file with the model", lambda: _verify(work, source, inputs))
     latency = work.stage("profile", "timing every file", lambda: _profile(work, source))
@@ -169,7 +169,7 @@ def _inputs(plan: Plan, source: Source, exported: ExportResult) -> Scenes | list
 def _to_fp16(work: _Work, inputs: Scenes | list[Feeds]) -> Made[Fp16Report]:
     plan, files = work.plan, (work.plan.path("fused"), work.plan.path("fp16"))
     samples = inputs.feeds if isinstance(inputs, Scenes) else inputs
-    return to_fp16(*files, fp16_io=plan.fp16_io, float32=plan.float32, samples=samples, progress=work.progress)
+    return to_fp16(*files, fp16_io=plan.fp16_io, float32=plan.float32, samples=samples)
 
 
 def _quantize(work: _Work, source: Source) -> Made[Int8Report]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.options import (
@@ -24,6 +24,9 @@ from acmix_deploy.runtime.inputs import check_axes
 from acmix_deploy.targets import DEFAULT_OPSET, INT8_OPSET, Form, Target, check_opset, target_named
 
 _SUFFIXES = {"plain": ".onnx", "fused": ".fused.onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
+
+
+_Size = Annotated[int, Field(gt=0)]
 
 
 def _named(target: object) -> object:
@@ -68,9 +71,9 @@ class Plan(BaseModel):
         description="folder of images for --int8, like those to be seen; every file is verified on them too",
     )
     image_size: Annotated[int | None, Option(positive, "N")] = Field(
-        default=None, description="side of the image (default: the model's own)"
+        default=None, gt=0, description="side of the image (default: the model's own)"
     )
-    input_shape: Annotated[tuple[int, int, int, int] | None, Option(bchw, "B,C,H,W")] = Field(
+    input_shape: Annotated[tuple[_Size, _Size, _Size, _Size] | None, Option(bchw, "B,C,H,W")] = Field(
         default=None, description="e.g. 1,3,384,640"
     )
     dynamic: Annotated[tuple[str, ...], Option(names, "AXES")] = Field(
@@ -95,7 +98,7 @@ class Plan(BaseModel):
         description="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
     )
     expect: Annotated[int | None, Option(count, "N")] = Field(
-        default=None, description="fail unless exactly N blocks fuse"
+        default=None, ge=0, description="fail unless exactly N blocks fuse"
     )
     arch: Annotated[str | None, Option(str, "PACKAGE.MODULE:FACTORY")] = Field(
         default=None, description="makes the model for a bare state dict"
@@ -104,8 +107,16 @@ class Plan(BaseModel):
         default=False, description="let the checkpoint run code; only for files you trust"
     )
     seconds: Annotated[float, Option(duration, "S")] = Field(
-        default=4.0, description="time to measure the latency of each file for (default: 4)"
+        default=4.0, gt=0, allow_inf_nan=False, description="time to measure the latency of each file for (default: 4)"
     )
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            found = error.errors()[0]
+            place = ".".join(map(str, found["loc"]))
+            raise UserError(f"the plan's {place} is {found['input']!r}: {found['msg']}") from error
 
     @model_validator(mode="after")
     def _whole(self) -> Plan:
@@ -113,12 +124,18 @@ class Plan(BaseModel):
             raise UserError(
                 "--int8 and --calibration go together", "Give both: --int8 --calibration DIR, a folder of images."
             )
-        if self.image_size and self.input_shape:
+        if self.image_size is not None and self.input_shape is not None:
             raise UserError("--image-size and --input-shape both tell the size of images", "Give one of them.")
         check_axes(self.dynamic)
         check_form(self.target, self.form)
         if self.plugin and not self.device:
             raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")
+        if self.plugin and not self.plugin.is_file():
+            raise UserError(
+                f"there is no {self.plugin}", "Give --plugin the library, or leave it out to have one made."
+            )
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out} is no folder", "Give --out another name.")
         check_opset(self.chosen_opset)
         if reader := self.target or self.device:
             reader.check_opset(self.chosen_opset, "the file asked for")
@@ -154,7 +171,8 @@ class Plan(BaseModel):
 
     @cached_property
     def _machine(self) -> Target | str | None:
-        """What the TensorRT of this machine takes, or what is wrong with it; None where none is there or asked for."""
+        """What the TensorRT of this machine takes; the message of the error where it cannot be used; None where there
+        is none or no engine is asked for."""
         if self.target or self.no_engine:
             return None
         from acmix_deploy.engine.build import target_here
@@ -182,9 +200,10 @@ class Plan(BaseModel):
         return self.out / "report.json"
 
     def role_for(self, target: Target, role: str | None = None) -> str:
-        """Of the file that ``target`` gets in the place of the one of ``role``, by default the lowest type planned.
+        """Role of the file to give to ``target`` where ``role`` is meant, by default that of the lowest type planned.
 
-        Half precision is a flag of the builder where types are not in the file.
+        They differ where types do not come from the file: half precision is a flag of the builder then, and the file
+        is the fused one.
         """
         role = role or ("int8" if self.int8 else "fp16" if self.half else "fused")
         return "fused" if role == "fp16" and not target.strongly_typed else role

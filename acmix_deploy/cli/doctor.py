@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 
 from acmix_deploy.cli.common import progress, show
+from acmix_deploy.options import add_options
+from acmix_deploy.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", type=Path, metavar="FILE", help="library to look into (default: libacmix_plugin.so, if there)"
     )
-    parser.add_argument("--trust", action="store_true", help="let a checkpoint run code; only for files you trust")
+    add_options(parser, Plan, "trust")
 
 
 def run(options: argparse.Namespace) -> int:

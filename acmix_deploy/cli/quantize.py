@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from acmix_deploy.cli.common import add_max_pixels, limit_pixels, progress, show
-from acmix_deploy.options import Method, add_options, image_size, positive
+from acmix_deploy.options import Method, add_options, positive, sides
 from acmix_deploy.plan import Plan
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Plan, "float32")
     parser.add_argument(
         "--image-size",
-        type=image_size,
+        type=sides,
         metavar="N|H,W",
         help="image size where the file leaves it free (default: that of training, else 640)",
     )

@@ -10,10 +10,6 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.graph import Array, Feeds
-from acmix_deploy.operators.spec import Tolerance
-
-TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
-"""How far a block in standard operators may be from the original, by the type of its output."""
 
 
 class Request(NamedTuple):

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.errors import CheckFailed
 from acmix_deploy.fusion.sizes import Need, Source, smallest_image
 from acmix_deploy.graph import keep
-from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.runtime.onnxruntime import why_refused
 
 
 def note_smallest_image(model: onnx.ModelProto, needs: list[Need]) -> None:
@@ -41,23 +41,14 @@ def refusal(fused: onnx.ModelProto, model: onnx.ModelProto, source: Path, inputs
     Raises:
         CheckFailed: it loaded what it now refuses.
     """
-    refused = _loading(fused)
+    refused = why_refused(fused)
     if not refused:
         return ""
     rest = [_without_unknown(one, inputs) for one in (fused, model)]
-    for after, before in ((refused, _loading(model)), (refused, _loading(source)), [*map(_loading, rest)]):
+    for after, before in ((refused, why_refused(model)), (refused, why_refused(source)), [*map(why_refused, rest)]):
         if after and not before:
             raise CheckFailed(f"the fused file cannot be used: {after}")
     return refused
-
-
-def _loading(model: onnx.ModelProto | Path) -> str:
-    """Why ONNX Runtime does not load a model; nothing where it does."""
-    try:
-        open_session(model, once=True)
-    except UserError as error:
-        return error.message
-    return ""
 
 
 def _without_unknown(model: onnx.ModelProto, inputs: Sequence[Source]) -> onnx.ModelProto:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from acmix_deploy.artifacts import sha256
+from acmix_deploy.document import document_of, read_json
 from acmix_deploy.errors import UserError
 from acmix_deploy.gate.samples import Parity
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF
@@ -43,9 +43,10 @@ def parity_of(model: Path, stored: Path | None = None) -> tuple[Parity, ...]:
 
 def _reported(model: Path) -> bool:
     try:
-        files = json.loads(model.with_name(REPORT).read_bytes())["files"].values()
+        content = read_json(model.with_name(REPORT))
+        files = content["files"].values() if document_of(content) == "export" else ()
         return sha256(model) in [file["artifact"]["sha256"] for file in files]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (UserError, LookupError, TypeError, AttributeError):
         return False
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from acmix_deploy.document import document_of, parse_document, read_json
+from acmix_deploy.document import check_document, document_of, parse_document, read_json
 from acmix_deploy.errors import UserError
 from acmix_deploy.gate.samples import GateSamples, Kind, Measured, Round, Turn, merged
 from acmix_deploy.profile import Profile, ProfileDocument
@@ -65,12 +65,8 @@ def read_samples(path: Path) -> list[GateSamples]:
             GateSamples(baseline=first, candidate=other, interleaved="trtexec" not in (first.kind, other.kind))
             for other in others
         ]
-    if document_of(content) == "gate run":
-        return [parse_document(GateSamples, content, path)]
-    raise UserError(
-        f"{path} holds no latencies",
-        "Give what `gate run` wrote, what `profile --json` printed, or times of trtexec --exportTimes.",
-    )
+    check_document(content, path, "gate run", "profile")
+    return [parse_document(GateSamples, content, path)]
 
 
 def _read_folder(folder: Path) -> GateSamples:

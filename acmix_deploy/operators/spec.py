@@ -53,7 +53,8 @@ class Tolerance:
 
 
 TOLERANCES = {"float32": Tolerance(floor=1e-5), "float16": Tolerance(floor=1e-3)}
-"""What attention is computed to; blocks and files that hold it are measured by the same."""
+"""What attention is computed to, by the type of its output; blocks in standard operators, and files, are measured by
+the same."""
 
 ATTENTION_AXES = {
     "B": "batch",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import Feeds, name_nodes, read, tidied
 from acmix_deploy.options import FLOAT32
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
-from acmix_deploy.runtime.onnxruntime import precision_of
+from acmix_deploy.runtime.onnxruntime import precision_of, why_refused
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"})
@@ -43,6 +43,7 @@ class Fp16Report(BaseModel):
         description="stored tensors that became float16 and were clipped to its 65504, with what they held",
     )
     float32_io: bool = Field(description="whether inputs and outputs of the file are float32")
+    samples: int = Field(default=0, description="inputs that ranges were seen on; those of stored tensors alone with 0")
 
 
 def to_fp16(
@@ -52,7 +53,6 @@ def to_fp16(
     fp16_io: bool = False,
     float32: Sequence[str] = FLOAT32,
     samples: Iterable[Feeds] = (),
-    progress: Callable[[str], None] = lambda step: None,
 ) -> Made[Fp16Report]:
     """Write a float32 ONNX file as one whose weights and activations are float16, but for its sensitive parts.
 
@@ -64,18 +64,19 @@ def to_fp16(
             bodies; "range", the nodes that read or write what float16 cannot hold, see :func:`out_of_range`. All else
             is a pattern (``*``, ``?``, ``[]``) of names of nodes or of the weights that they read.
         samples: inputs by name, float32, that the ranges of activations are seen on; without any, weights alone count.
-        progress: told what is being done.
 
     Raises:
         UserError: the source is no file in float32, a pattern fits no node, or the target cannot be written.
+        CheckFailed: ONNX Runtime refuses the result, and does not refuse the source; nothing is written then.
     """
     check_output(target, source)
     model = read(source)
     check_float32(model, source)
-    progress("converting to half precision")
     typed, report = halved(model, fp16_io=fp16_io, float32=float32, samples=samples)
     with replacing(target) as temporary:
         onnx.save(typed, temporary)
+        if (refused := why_refused(temporary)) and not why_refused(source):
+            raise CheckFailed(f"the file in half precision cannot be used: {refused}")
     settings = {"fp16_io": fp16_io, "float32": list(float32)}
     return Made(write_artifact(target, "fp16", parents=[source], settings=settings), report)
 
@@ -90,7 +91,8 @@ def halved(
     model.graph.value_info.extend(declared)  # the converter changes the types of weights, but not their declarations
     name_nodes(model)  # the converter leaves nodes in float32 by name
     choices = kept_by_pattern(model, float32)
-    beyond = out_of_range(model, samples) if "range" in float32 else {}
+    seen = list(samples) if "range" in float32 else []
+    beyond = out_of_range(model, seen) if "range" in float32 else {}
     choices |= {"decode": tail(model), "softmax": _softmax(model), "range": list(beyond)}
     stored = {name: largest(numpy_helper.to_array(tensor)) for name, tensor in _stored(model).items()}
     kept: dict[str, str] = {}
@@ -105,7 +107,9 @@ def halved(
     onnx.checker.check_model(typed)
     half = {name for name, tensor in _stored(typed).items() if tensor.data_type == TensorProto.FLOAT16}
     clipped = {name: size for name, size in stored.items() if name in half and size > LARGEST_HALF}
-    return typed, Fp16Report(float32_nodes=kept, out_of_range=beyond, clipped=clipped, float32_io=not fp16_io)
+    return typed, Fp16Report(
+        float32_nodes=kept, out_of_range=beyond, clipped=clipped, float32_io=not fp16_io, samples=len(seen)
+    )
 
 
 def check_float32(model: onnx.ModelProto, source: Path) -> None:
@@ -242,14 +246,18 @@ def _join_casts(graph: onnx.GraphProto) -> None:
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     fixed = {value.name for value in (*graph.input, *graph.output)}
-    names: dict[str, str] = {}
     for node in casts.values():
         source, result = node.input[0], node.output[0]
         if types.get(source) == node.attribute[0].i and not {source, result} <= fixed:
-            names |= {source: result} if result in fixed else {result: source}
             graph.node.remove(node)
+            _rename(graph, *((source, result) if result in fixed else (result, source)))
+            types[result] = types[source]
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Call a tensor otherwise where nodes read and write it."""
     for node in graph.node:
-        for tensors in (node.input, node.output):
-            for index in range(len(tensors)):
-                while tensors[index] in names:
-                    tensors[index] = names[tensors[index]]
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == old:
+                    names[index] = new

@@ -24,6 +24,7 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied
+from acmix_deploy.onnx_file import opset as opset_of
 from acmix_deploy.options import FLOAT32, Method
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
 from acmix_deploy.precision.ranges import calibrate
@@ -161,7 +162,7 @@ def quantize(
         method=method,
         rest="float16" if fp16 else "float32",
         fp16=half,
-        opset=_opset(model),
+        opset=opset_of(model),
         input_shape=shape,
         images=len(photos.paths),
         measured=min(len(photos.paths), len(samples) * shape[0]),
@@ -275,16 +276,12 @@ def _load(source: Path, opset: int) -> onnx.ModelProto:
     """
     model = read(source)
     check_float32(model, source)
-    if _opset(model) < opset:
+    if opset_of(model) < opset:
         raise UserError(
-            f"{source} has opset {_opset(model)}, at least {opset} is needed here", f"Export it with --opset {opset}."
+            f"{source} has opset {opset_of(model)}, at least {opset} is needed here", f"Export it with --opset {opset}."
         )
     name_nodes(model)
     return tidied(model, LiftConstantsToInitializersPass(size_limit=0))
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
 
 
 def _shape(
@@ -335,7 +332,7 @@ def _insert(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], ranges: di
         op_types_to_quantize=list(_RANK),
         extra_options={
             "ActivationSymmetric": True,
-            "AddQDQPairToWeight": _opset(model) < _INT8_WEIGHTS,
+            "AddQDQPairToWeight": opset_of(model) < _INT8_WEIGHTS,
             "DedicatedQDQPair": True,  # for TensorRT
             "OpTypesToExcludeOutputQuantization": list(_RANK),
             "QuantizeBias": False,

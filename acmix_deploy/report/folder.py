@@ -16,6 +16,7 @@ from acmix_deploy.profile import ProfileDocument
 from acmix_deploy.profile.trtexec import read_times
 from acmix_deploy.report.documents import (
     BuildDocument,
+    Fp16Document,
     FuseDocument,
     GateDocument,
     QuantizeDocument,
@@ -28,6 +29,7 @@ _KINDS: dict[Written, type[Document]] = {
     for kind in (
         ExportReport,
         FuseDocument,
+        Fp16Document,
         QuantizeDocument,
         BuildDocument,
         VerifyDocument,

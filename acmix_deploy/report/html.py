@@ -23,6 +23,7 @@ from acmix_deploy.profile import Machine, Profile, ProfileDocument, compare
 from acmix_deploy.report import plots, show, show_gate, show_profile, show_samples, tables
 from acmix_deploy.report.documents import (
     BuildDocument,
+    Fp16Document,
     FuseDocument,
     GateDocument,
     HtmlDocument,
@@ -198,6 +199,10 @@ def _errors(folder: Folder) -> Iterator[Part]:
         )
         if found.half:
             yield Part("Magnitudes in float16", name, table=_grid(tables.half(found)))
+    for name, half in folder.of(Fp16Document).items():
+        yield Part(
+            "In float32 beside float16", name, table=_grid(tables.kept_in_float32(half)), lines=tables.fp16_notes(half)
+        )
     quantized = {name: report.int8 for name, report in folder.of(ExportReport).items() if report.int8}
     for name, report in (*quantized.items(), *folder.of(QuantizeDocument).items()):
         yield Part("Layers in INT8", name, table=_grid(tables.quantized_layers(report)), folded=True)

@@ -38,7 +38,10 @@ def show_fusion(found: FuseDocument, console: Console) -> None:
 def show_fp16(found: Fp16Document, console: Console) -> None:
     """Print what `fp16` left in float32."""
     console.print(kept_in_float32(found))
-    for note in fp16_notes(found):
+    notes = fp16_notes(found)
+    if "range" in found.artifact.settings["float32"] and not found.samples:
+        notes.append("it could not be run on images here: ranges are those of stored tensors, not of activations")
+    for note in notes:
         console.print(f"Note: {note}", style="yellow")
     console.print(f"All else computes in float16: {found.artifact.path}")
 

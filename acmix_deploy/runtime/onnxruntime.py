@@ -199,6 +199,15 @@ def _described(nodes: Sequence[onnxruntime.NodeArg]) -> list[Input]:
     return [Input(node.name, tuple(node.shape), np.dtype(types.get(kind, kind))) for node, kind in elements]
 
 
+def why_refused(model: Model) -> str:
+    """Why ONNX Runtime does not load a model; nothing where it does."""
+    try:
+        open_session(model, once=True)
+    except UserError as error:
+        return error.message
+    return ""
+
+
 def precision_of(model: Path | onnx.ModelProto) -> Precision:
     """The lowest type that a model computes in: int8 with Q/DQ nodes, float16 as soon as a tensor of it is.
 

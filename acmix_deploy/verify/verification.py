@@ -7,11 +7,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from acmix_deploy.document import document_of, read_json
-from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.document import check_document, parse, read_json
+from acmix_deploy.errors import CheckFailed
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.metrics import Deviation
-from acmix_deploy.runtime.reason import reason
 from acmix_deploy.verify.detections import DetectionComparison, ImageComparison
 from acmix_deploy.verify.half import HalfRange
 from acmix_deploy.verify.limits import tolerance_of
@@ -171,15 +170,8 @@ def read_verification(path: Path) -> Verification:
         UserError: the file cannot be read, or holds something else.
     """
     content = read_json(path)
-    try:
-        if document_of(content) not in ("verify", "export"):
-            raise ValueError("it is the document of neither")
-        return Verification.model_validate(content["verification"] if content["document"] == "export" else content)
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} holds no result of a verification: {reason(error)}",
-            "Give what `verify` wrote with -o, or the report.json of `export`.",
-        ) from error
+    check_document(content, path, "verify", "export")
+    return parse(Verification, content.get("verification") if content["document"] == "export" else content, path)
 
 
 def _badness(comparison: Comparison) -> tuple[bool, bool, float]:

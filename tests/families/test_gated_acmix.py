@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
 from acmix_deploy.families.gated_acmix.module import GatedACmix
-from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.fusion import fuse
+from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from tests.families import parts as family_parts

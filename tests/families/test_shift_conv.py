@@ -17,9 +17,9 @@ from torch import nn
 from acmix_deploy.errors import UserError
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.module import ACmix
-from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.shift_conv.module import ShiftConv
 from acmix_deploy.fusion import fuse
+from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.profile.layers import blocks_of
 from acmix_deploy.runtime.inputs import AXES, random_images
 from acmix_deploy.runtime.metrics import deviation

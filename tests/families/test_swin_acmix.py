@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.families import BlockReport, canonicalise
-from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.swin_acmix.module import SwinACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES
 from tests.families import parts as family_parts
 from tests.families.parts import export, outputs, randomised, relative_l2

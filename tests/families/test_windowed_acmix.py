@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.families.reduction import TOLERANCES
 from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from tests.families import parts as family_parts

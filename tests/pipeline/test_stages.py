@@ -93,6 +93,19 @@ def test_fp16_tells_what_stays_in_float32(files, tmp_path, capsys):
     assert "softmax" in capsys.readouterr().out
 
 
+def test_fp16_of_a_file_that_is_not_run_on_images(tmp_path, capsys):
+    """It takes two inputs: ranges are those of its stored tensors, which is said."""
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 3]) for name in "abc"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["a", "b"], ["c"])], "g", values[:2], values[2:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "two.onnx")
+    command = ["fp16", str(tmp_path / "two.onnx"), "-o", str(tmp_path / "half.onnx")]
+    assert main(command) == 0
+    assert "ranges are those of stored tensors" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -101,6 +114,7 @@ def test_fp16_tells_what_stays_in_float32(files, tmp_path, capsys):
         (["model.fused.onnx", "-o", "model.fused.onnx"], "would be overwritten"),
         (["model.fused.onnx", "-o", "out.onnx", "--float32", "nothing.*"], "fits the name of no node"),
         (["model.fused.onnx", "-o", "out.onnx", "--images", "nowhere"], "nowhere is not a folder"),
+        (["model.fused.onnx", "-o", "out.onnx", "--float32", "none", "--images", "."], "range is not among --float32"),
         (["model.onnx.json", "-o", "out.onnx"], "model.onnx.json"),
     ],
 )
@@ -124,6 +138,13 @@ def test_fp16_refuses(files, monkeypatch, capsys, options, said):
         ({"target": "jetpack-9"}, "there is no target 'jetpack-9'"),
         ({"target": "jetpack-6.0", "opset": 18}, "reads 17 at most"),
         ({"plugin": Path("a.so"), "no_engine": True}, "none is asked for"),
+        ({"image_size": -3}, "the plan's image_size is -3"),
+        ({"image_size": 64, "input_shape": (1, 3, -32, 48)}, "the plan's input_shape.2 is -32"),
+        ({"seconds": float("nan")}, "the plan's seconds is nan"),
+        ({"expect": -1}, "the plan's expect is -1"),
+        ({"conv_branch": "wide"}, "the plan's conv_branch is 'wide'"),
+        ({"fp61": True}, "the plan's fp61 is True"),
+        ({"out": Path(__file__)}, "is no folder"),
     ],
 )
 def test_a_plan_is_checked_before_anything_is_done(tmp_path, options, said):

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -19,7 +19,7 @@ from acmix_deploy.operators.local_attention.body import function_body
 from acmix_deploy.operators.local_attention.oracle import local_attention
 from acmix_deploy.options import FLOAT32, add_options
 from acmix_deploy.plan import Plan
-from acmix_deploy.precision import to_fp16
+from acmix_deploy.precision import fp16, to_fp16
 from acmix_deploy.precision.fp16 import halve_softmax, out_of_range, tail
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
@@ -255,6 +255,45 @@ def test_softmax_inside_the_body_is_float32():
         assert found.dtype == np.float16
         errors.append(deviation(exact, found).relative_l2)
     assert 1e-4 < errors[0] < 0.95 * errors[1], errors
+
+
+def saved(path, *nodes):
+    """A file of these nodes, from x [2] to the results that none of them reads."""
+    read = {name for node in nodes for name in node.input}
+    results = [name for node in nodes for name in node.output if name not in read]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", *results)]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("casts", [1, 2, 3])
+@pytest.mark.parametrize("fp16_io", [False, True])
+def test_casts_to_the_type_that_a_tensor_has(tmp_path, casts, fp16_io):
+    """As `.float()` at the end of a model leaves them: outputs keep their names, whatever is renamed."""
+    ends = [helper.make_node("Cast", ["y"], [f"out{index}"], to=TensorProto.FLOAT) for index in range(casts)]
+    source = saved(tmp_path / "plain.onnx", helper.make_node("Relu", ["x"], ["y"]), *ends)
+    to_fp16(source, tmp_path / "half.onnx", fp16_io=fp16_io)
+    session = open_session(tmp_path / "half.onnx")
+    assert [value.name for value in session.get_outputs()] == [f"out{index}" for index in range(casts)]
+    x = np.array([-1, 2], np.float16 if fp16_io else np.float32)
+    assert all(np.array_equal(found, [0, 2]) for found in session.run(None, {"x": x}))
+
+
+def test_a_file_that_does_not_load_is_not_written(tmp_path, monkeypatch):
+    """Where its source does."""
+    source = saved(tmp_path / "plain.onnx", helper.make_node("Relu", ["x"], ["y"]))
+    original = fp16.halved
+
+    def broken(model, **options):
+        typed, report = original(model, **options)
+        typed.graph.node[0].op_type = "Unheard"
+        return typed, report
+
+    monkeypatch.setattr(fp16, "halved", broken)
+    with pytest.raises(CheckFailed, match=r"in half precision cannot be used: .*Unheard"):
+        to_fp16(source, tmp_path / "half.onnx")
+    assert [*tmp_path.iterdir()] == [source]
 
 
 def test_argument():

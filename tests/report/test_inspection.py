@@ -73,9 +73,9 @@ def test_another_document_is_refused_by_its_name(tmp_path: Path) -> None:
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=f"a.json is .*{said}"):
             read_folder(tmp_path)
-        with pytest.raises(UserError, match=r"a\.json holds no latencies"):
+        with pytest.raises(UserError, match=r"what `gate run` or `profile` writes is needed"):
             read_samples(path)
-        with pytest.raises(UserError, match=r"a\.json holds no result of a verification"):
+        with pytest.raises(UserError, match=r"what `verify` or `export` writes is needed"):
             read_verification(path)
     with pytest.raises(UserError, match="neither the sidecar of a file nor what a verb writes"):
         inspect(path)

@@ -22,7 +22,7 @@ from acmix_deploy.families.attention import (
     next_node,
 )
 from acmix_deploy.families.family import Family
-from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
+from acmix_deploy.families.reduction import Reduced, Request
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -33,6 +33,7 @@ from acmix_deploy.graph import (
     conv_weight,
     region_between,
 )
+from acmix_deploy.operators.spec import TOLERANCES
 
 
 class Gate(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.family import Family
-from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request, Writer
+from acmix_deploy.families.reduction import Reduced, Request, Writer
 from acmix_deploy.families.shift_conv.algebra import collapse, is_shift, read_shifts
 from acmix_deploy.graph import (
     Array,
@@ -30,6 +30,7 @@ from acmix_deploy.graph import (
     producer,
     region_between,
 )
+from acmix_deploy.operators.spec import TOLERANCES
 
 _SUMS = frozenset({"Add", "Concat", "Sum"})
 _MOVES = frozenset({"Gather", "Identity", "Pad", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze"})

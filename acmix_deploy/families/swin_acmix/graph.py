@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from acmix_deploy.families.attention import MASKED, Linear, check_residual, fitted, linear
 from acmix_deploy.families.conv_branch import ConvBranch, is_dep_conv, meeting
 from acmix_deploy.families.family import Family
-from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
+from acmix_deploy.families.reduction import Reduced, Request
 from acmix_deploy.families.swin_acmix.algebra import SwinAcmixWeights
 from acmix_deploy.families.swin_acmix.write import Mask, write
 from acmix_deploy.graph import (
@@ -32,6 +32,7 @@ from acmix_deploy.graph import (
     producer,
     region_between,
 )
+from acmix_deploy.operators.spec import TOLERANCES
 
 _HIDDEN = 50.0  # below the largest number added for a query: what is lost in float32 after exp
 

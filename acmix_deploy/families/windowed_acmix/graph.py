@@ -24,7 +24,7 @@ from acmix_deploy.families.attention import (
     next_node,
 )
 from acmix_deploy.families.family import Family
-from acmix_deploy.families.reduction import TOLERANCES, Reduced, Request
+from acmix_deploy.families.reduction import Reduced, Request
 from acmix_deploy.graph import (
     Array,
     NoMatch,
@@ -36,6 +36,7 @@ from acmix_deploy.graph import (
     region_between,
     way_down,
 )
+from acmix_deploy.operators.spec import TOLERANCES
 
 
 @dataclass(frozen=True)
