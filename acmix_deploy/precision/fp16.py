@@ -242,7 +242,7 @@ def _join_casts(graph: onnx.GraphProto) -> None:
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     fixed = {value.name for value in (*graph.input, *graph.output)}
-    names = {}
+    names: dict[str, str] = {}
     for node in casts.values():
         source, result = node.input[0], node.output[0]
         if types.get(source) == node.attribute[0].i and not {source, result} <= fixed:

@@ -75,10 +75,7 @@ class Judged(NamedTuple):
     scope="module",
     params=[
         pytest.param((36, ALL_BATCHES, {"dynamic": ["batch", "height", "width"]}), id="free axes"),
-        *(
-            pytest.param((500, SQUARE, {"opset": opset}), id=f"opset {opset}", marks=pytest.mark.soak)
-            for opset in OPSETS
-        ),
+        *(pytest.param((500, SQUARE, {"opset": opset}), id=f"opset {opset}") for opset in OPSETS),
     ],
 )
 def judged(request, tmp_path_factory):
@@ -101,6 +98,7 @@ def judged(request, tmp_path_factory):
     return Judged(files, map50, judge(files, images, batches))
 
 
+@pytest.mark.soak
 def test_every_file_reaches_the_map_of_the_checkpoint(judged):
     print(judged.map50)
     reference = judged.map50["checkpoint"]
@@ -109,6 +107,7 @@ def test_every_file_reaches_the_map_of_the_checkpoint(judged):
         assert judged.map50[role] == pytest.approx(reference, abs=MAP50_CHANGE[precision_of(onnx.load(path))]), role
 
 
+@pytest.mark.soak
 def test_every_file_finds_what_the_plain_one_finds(judged):
     found = {comparison.candidate: comparison for comparison in judged.verification.detections}
     assert set(found) == set(judged.files) - {"plain"}
@@ -121,6 +120,7 @@ def test_every_file_finds_what_the_plain_one_finds(judged):
     assert judged.verification.passed, judged.verification.losses
 
 
+@pytest.mark.soak
 def test_what_is_wrong_with_the_attention_alone_shows(judged, tmp_path):
     """Each pixel attends most to what is least like it. (That it attends to all alike costs 0.002 of mAP50 only.)"""
     model = onnx.load(judged.files["fp16"])

@@ -217,7 +217,7 @@ def test_a_trained_detector_finds_the_same_in_float16(trained, tmp_path):
     assert found.max_score_change < 0.005
 
 
-@pytest.mark.parametrize("method", ["percentile", "minmax"])
+@pytest.mark.parametrize("method", ["percentile", pytest.param("minmax", marks=pytest.mark.soak)])
 def test_a_trained_detector_finds_the_same_in_int8(trained, tmp_path, method):
     """Within the limit that `verify` sets; with one range of one layer far too small it does not."""
     path = tmp_path / "int8.onnx"

@@ -122,7 +122,7 @@ def test_a_folder(shapes_model: Path, photos: Path, tmp_path: Path, capsys: pyte
     )
     for broken, why in (("0001a.png", "the picture cannot be decoded"), ("0003.png", large)):
         problem = f"is no image that can be read: {why}"
-        assert found.pop(broken) == {"schema": 1, "detections": [], "problem": problem}
+        assert found.pop(broken) == {"document": "detect", "schema": 1, "detections": [], "problem": problem}
         assert err.count(f"{broken}: {problem}\n") == 1
     assert "3 images, 2 skipped, " in err
     with Detector.load(shapes_model) as detector:
