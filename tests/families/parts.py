@@ -13,12 +13,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy.families import FAMILIES
+from acmix_deploy.families import canonicalise
 from acmix_deploy.families.examples import Examples
 from acmix_deploy.families.family import Family
-from acmix_deploy.fusion import fuse
+from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.runtime.inputs import AXES
-from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 
 
@@ -36,20 +35,20 @@ def example(family: Family[Any], *, as_others_have_it: bool = False) -> tuple[An
 
 
 class Model(nn.Module):
-    """A block between convolutions, as in a detector: [B, 3, H, W] to [B, 4, H, W]."""
+    """A block with a residual between convolutions, as in a detector: [B, 3, H, W] to [B, 4, H, W]."""
 
-    def __init__(self, family: Family[Any], channels: int = 8) -> None:
+    def __init__(self, family: Family[Any], block: nn.Module | None = None, *, channels: int = 8) -> None:
         super().__init__()
         examples = examples_of(family)
         self.channels_last = examples.channels_last
-        self.before, self.block = nn.Conv2d(3, channels, 1), examples.block(channels)
+        self.before, self.block = nn.Conv2d(3, channels, 1), block or examples.block(channels)
         self.after = nn.Conv2d(channels, 4, 1)
         randomised(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(x).relu()
         y = self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.block(x)
-        return self.after(y.relu())
+        return self.after(x + y)
 
 
 def randomised(module: nn.Module) -> Any:
@@ -121,16 +120,40 @@ def operators(path: Path) -> list[str]:
 
 
 def assert_fused(
-    family: str, model: nn.Module, source: Path, *inputs: Tensor, count: int = 1, **options: Any
-) -> onnx.ModelProto:
-    """Fusing ``source`` replaces ``count`` blocks of ``family`` and changes no result."""
-    (limit,) = (known.tolerances["float32"].floor for known in FAMILIES if known.name == family)
+    family: Family[Any], model: nn.Module, source: Path, *inputs: Tensor, count: int = 1, **options: Any
+) -> FusionReport:
+    """Fusing ``source`` to ``fused.onnx`` beside it replaces ``count`` blocks of ``family`` and changes no result."""
     target = source.with_name("fused.onnx")
     report = fuse(source, target, expect=count, **options).found
-    assert [block.family for block in report.blocks if block.fused] == [family] * count
+    assert [block.family for block in report.blocks if block.fused] == [family.name] * count
+    kinds = operators(target)
+    for operator, _ in family.operators:
+        assert kinds.count(operator.op_type) == count
+        assert not {"Softmax", "Col2Im", "ConvTranspose", "Pad"} & {*kinds}
     for x in inputs:
-        with torch.no_grad():
-            found = deviation(model(x).numpy(), outputs(target, x))
-        assert not found.problem
-        assert found.relative_l2 < limit
-    return onnx.load(target)
+        assert relative_l2(outputs(target, x), model(x)) < family.tolerances["float32"].floor
+    return report
+
+
+def assert_left_alone_in_a_module(family: Family[Any], module: nn.Module, reason: str | None) -> None:
+    """It is not replaced, and mentioned for a reason with these words; not at all where they are None."""
+    randomised(module)
+    model, reports = canonicalise(nn.Sequential(nn.Identity(), module))
+    assert model[1] is module
+    left_alone = ("1", type(module).__name__, family.name, "left alone", None)
+    found = [(report.name, report.class_name, report.family, report.status, report.geometry) for report in reports]
+    assert found == [left_alone] * (reason is not None)
+    assert all(reason in report.reason for report in reports), reports
+
+
+def assert_left_alone_in_a_graph(
+    family: Family[Any], model: nn.Module, source: Path, x: Tensor, reason: str | None
+) -> None:
+    """The same of the graph in ``source``, whose first result stays as it is."""
+    target = source.with_name("fused.onnx")
+    blocks = fuse(source, target, expect=0).found.blocks
+    assert {block.family for block in blocks} == ({family.name} if reason is not None else set()), blocks
+    assert all(reason in block.reason for block in blocks), blocks
+    expected = model(x)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    assert relative_l2(outputs(target, x), expected) < family.tolerances["float32"].floor

@@ -14,13 +14,25 @@ from torch import Tensor, nn
 
 from acmix_deploy.engine.build import build
 from acmix_deploy.families import FAMILIES, canonicalise
+from acmix_deploy.families.examples import NearMiss
 from acmix_deploy.families.family import Family
 from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.precision import to_fp16
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.onnxruntime import open_session
-from tests.families.parts import Model, example, examples_of, export, operators, outputs, relative_l2
+from tests.families.parts import (
+    Model,
+    assert_left_alone_in_a_graph,
+    assert_left_alone_in_a_module,
+    example,
+    examples_of,
+    export,
+    operators,
+    outputs,
+    relative_l2,
+)
+from tests.pipeline.parts import deployed
 from tests.plugin import parts as plugin_parts
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -84,6 +96,21 @@ def test_a_block_in_the_code_of_others_is_replaced(family: Family[Any], dtype: t
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     limit = family.tolerances["float32"].limit() if dtype == torch.float32 else 1e-2
     assert relative_l2(model[1](x.to(dtype)), expected) < limit
+
+
+every_near_miss = pytest.mark.parametrize(
+    ("family", "near_miss"),
+    [
+        pytest.param(family, near_miss, id=f"{family.name}-{near_miss.in_graphs or near_miss.in_modules}")
+        for family in FAMILIES
+        for near_miss in examples_of(family).near_misses
+    ],
+)
+
+
+@every_near_miss
+def test_a_near_miss_in_a_module_is_left_alone(family: Family[Any], near_miss: NearMiss) -> None:
+    assert_left_alone_in_a_module(family, near_miss.module(8), near_miss.in_modules)
 
 
 def test_ordinary_modules_are_not_mentioned(tmp_path: Path) -> None:
@@ -185,6 +212,26 @@ def test_rtx_builds(exported: Exported, tmp_path: Path) -> None:
     assert report.manifest.profiles == ({name: shapes} if dynamic else {})
 
 
+@every_near_miss
+def test_a_near_miss_in_a_graph_is_left_alone(family: Family[Any], near_miss: NearMiss, tmp_path: Path) -> None:
+    model, x = Model(family, near_miss.module(8)), torch.randn(2, 3, 8, 12)
+    source = export(model, x, tmp_path / "plain.onnx")
+    assert_left_alone_in_a_graph(family, model, source, x, near_miss.in_graphs)
+
+
+@every_family
+def test_a_block_whose_intermediate_is_also_an_output_is_left_alone(family: Family[Any], tmp_path: Path) -> None:
+    model, x, source = Model(family), torch.randn(2, 3, 8, 12), tmp_path / "plain.onnx"
+    plain = onnx.shape_inference.infer_shapes(onnx.load(export(model, x, source)))
+    fuse(source, tmp_path / "fused.onnx", expect=1)
+    stay = {name for node in onnx.load(tmp_path / "fused.onnx").graph.node for name in node.output}
+    typed = {value.name: value for value in plain.graph.value_info}
+    gone = [node.output[0] for node in plain.graph.node if node.op_type != "Constant" and node.output[0] not in stay]
+    plain.graph.output.append(typed[gone[len(gone) // 2]])
+    onnx.save(plain, source)
+    assert_left_alone_in_a_graph(family, model, source, x, "is also an output of the graph")
+
+
 @every_family
 def test_half_precision_graphs_fuse(family: Family[Any], tmp_path: Path) -> None:
     model, x = Model(family), torch.randn(2, 3, 8, 12)
@@ -194,3 +241,25 @@ def test_half_precision_graphs_fuse(family: Family[Any], tmp_path: Path) -> None
     types = {tensor.data_type for tensor in onnx.load(tmp_path / "fused.onnx").graph.initializer}
     assert types <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
     assert relative_l2(outputs(tmp_path / "fused.onnx", x.half()), exact) < family.tolerances["float16"].limit(eager)
+
+
+# The whole way.
+
+
+@every_family
+def test_a_checkpoint_becomes_verified_files(family: Family[Any], tmp_path: Path) -> None:
+    model = Model(family)
+    torch.save(model, tmp_path / "model.pt")
+    report = deployed(
+        tmp_path / "model.pt", tmp_path / "out", input_shape=(1, 3, 8, 12), dynamic=["batch"], fp16=True, expect=1,
+        trust=True, no_engine=True,
+    )  # fmt: skip
+    assert report.passed
+    assert [(block.family, block.status) for block in report.blocks] == [(family.name, "canonical")]
+    for name, dtype in (("fused", "float32"), ("fp16", "float16")):
+        path = tmp_path / "out" / f"model.{name}.onnx"
+        custom = [node.op_type for node in onnx.load(path).graph.node if node.domain]
+        assert custom == [operator.op_type for operator, _ in family.operators]
+        for batch in (1, 2, 3):
+            x = torch.rand(batch, 3, 8, 12)
+            assert relative_l2(outputs(path, x), model(x)) < family.tolerances[dtype].limit()

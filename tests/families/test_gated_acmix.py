@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,20 @@ from acmix_deploy.families.gated_acmix.module import GatedACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES
-from acmix_deploy.runtime.metrics import deviation
 from tests.families import parts as family_parts
-from tests.families.parts import export, outputs, randomised, relative_l2
-from tests.pipeline.parts import deployed
+from tests.families.parts import (
+    Model,
+    assert_left_alone_in_a_graph,
+    assert_left_alone_in_a_module,
+    export,
+    operators,
+    outputs,
+    randomised,
+    relative_l2,
+)
 
 FLOAT32 = TOLERANCES["float32"].floor
-assert_fused = partial(family_parts.assert_fused, "gated_acmix")
+assert_fused = partial(family_parts.assert_fused, GATED_ACMIX)
 
 
 def pixel_by_pixel(block: GatedACmix, x: Tensor) -> Tensor:
@@ -125,10 +131,8 @@ class Port(nn.Module):
         tokens: str = "batch first, not told",
         norm: bool = True,
         swapped: bool = False,
-        gate: str = "sigmoid",
         between: type[nn.Module] = nn.ReLU,
         activation: type[nn.Module] = nn.ReLU,
-        pool: type[nn.Module] = nn.AdaptiveAvgPool2d,
         of: str = "x",
         position: bool = False,
         shared: bool = False,
@@ -142,9 +146,8 @@ class Port(nn.Module):
             self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         else:
             self.attn = nn.MultiheadAttention(dim, heads, batch_first=tokens == "batch first")
-        last = nn.Sigmoid() if gate == "sigmoid" else nn.Softmax(1)
-        self.weights = nn.Sequential(nn.Linear(dim, 5), between(), nn.Linear(5, 2), last)
-        self.pool = pool(1)
+        self.weights = nn.Sequential(nn.Linear(dim, 5), between(), nn.Linear(5, 2), nn.Sigmoid())
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.position = nn.Parameter(torch.zeros(1, dim, 1, 1)) if position else None
 
     def attend(self, x: Tensor) -> Tensor:
@@ -206,9 +209,7 @@ def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
 
 
 NEAR_MISSES: list[tuple[dict[str, Any], str, str]] = [
-    ({"gate": "softmax"}, "differs from GatedACmix", "weighed by Softmax, not by the Sigmoid"),
     ({"between": nn.Tanh}, "differs from GatedACmix", "not that of two linear layers with a ReLU"),
-    ({"pool": nn.AdaptiveMaxPool2d}, "differs from GatedACmix", "with a ReLU between them of a mean"),
     ({"of": "convolved"}, "differs from GatedACmix", "do not read one tensor"),
     ({"activation": nn.SiLU}, "differs from GatedACmix", "does not weigh the ReLU of a convolution"),
     ({"shared": True}, "differs from GatedACmix", "weighed by Sub, not by the Sigmoid of a gate"),
@@ -219,24 +220,7 @@ NEAR_MISSES: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("options", "reason"), [miss[:2] for miss in NEAR_MISSES], ids=str)
 def test_an_impostor_is_left_alone_and_named(options: dict[str, Any], reason: str) -> None:
-    original = randomised(Port(**options))
-    model, (report,) = GATED_ACMIX.recogniser.canonicalise(nn.Sequential(original))
-    assert model[0] is original
-    assert (report.status, report.geometry) == ("left alone", None)
-    assert reason in report.reason
-
-
-class Detector(nn.Module):
-    """A block with what usually surrounds it."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.stem, self.block, self.head = nn.Conv2d(3, 8, 1), block, nn.Conv2d(8, 4, 1)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        return self.head(x + self.block(x))
+    assert_left_alone_in_a_module(GATED_ACMIX, Port(**options), reason)
 
 
 @pytest.mark.parametrize(
@@ -252,16 +236,19 @@ class Detector(nn.Module):
     ids=str,
 )
 def test_a_port_fuses(tmp_path: Path, exporter: str, dynamic: tuple[str, ...], options: dict[str, Any]) -> None:
-    model = Detector(randomised(Port(**options)))
+    model = Model(GATED_ACMIX, Port(**options))
     source = export(
         model, torch.randn(2 if dynamic else 1, 3, 5, 7), tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic
     )
     # nn.MultiheadAttention freezes the batch in TorchScript; fusing frees it.
-    assert_fused(model, source, *(torch.randn(n, 3, 5, 7) for n in ((1, 2, 3) if dynamic else (1,))))
+    (found,) = assert_fused(model, source, *(torch.randn(n, 3, 5, 7) for n in ((1, 2, 3) if dynamic else (1,)))).blocks
+    assert (found.settings["num_heads"], found.settings["kernel_size"]) == (model.block.heads, options.get("kernel", 3))
+    if dynamic:
+        assert found.settings["sequence_first"] == ("tokens" not in options and "own_qkv" not in options)
 
 
 def test_a_batch_norm_that_the_exporter_left(tmp_path: Path) -> None:
-    model, x = Detector(randomised(Port(tokens="batch first"))), torch.randn(1, 3, 5, 7)
+    model, x = Model(GATED_ACMIX, Port(tokens="batch first")), torch.randn(1, 3, 5, 7)
     program = torch.onnx.export(model, (x,), dynamo=True, opset_version=18, optimize=False, verbose=False)
     program.save(tmp_path / "plain.onnx")
     assert "BatchNormalization" in {node.op_type for node in program.model_proto.graph.node}
@@ -269,7 +256,7 @@ def test_a_batch_norm_that_the_exporter_left(tmp_path: Path) -> None:
 
 
 def test_every_axis_free_and_sequence_first(tmp_path: Path) -> None:
-    model = Detector(randomised(GatedACmix(8, 2, sequence_first=True)))
+    model = Model(GATED_ACMIX, GatedACmix(8, 2, sequence_first=True))
     source = export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx", dynamic=AXES)
     assert_fused(model, source, *(torch.randn(size) for size in ((1, 3, 6, 5), (3, 3, 4, 7), (2, 3, 1, 2))))
 
@@ -277,11 +264,10 @@ def test_every_axis_free_and_sequence_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sequence_first", [False, True])
 def test_attention_has_the_form_that_runtimes_fuse(tmp_path: Path, sequence_first: bool) -> None:
     """q [B, heads, N, d] x k^T, Softmax over the last axis, x v, and back to [B, N, C]."""
-    model = Detector(randomised(GatedACmix(8, 2, sequence_first=sequence_first)))
-    fused = assert_fused(
-        model, export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx"), torch.randn(2, 3, 6, 5)
-    )
-    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(fused))
+    model = Model(GATED_ACMIX, GatedACmix(8, 2, sequence_first=sequence_first))
+    x = torch.randn(2, 3, 6, 5)
+    assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
+    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "fused.onnx")))
     (softmax,) = (node for node in graph.nodes if node.op == "Softmax")
     logits, attended = softmax.i(), softmax.o()
     assert [logits.op, attended.op, attended.o().op, attended.o().o().op] == [
@@ -305,8 +291,9 @@ def test_onnxruntime_makes_one_multi_head_attention_of_it(tmp_path: Path) -> Non
     from onnxruntime.transformers.fusion_mha_dit import FusionMultiHeadAttentionDiT
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    model, x = Detector(randomised(GatedACmix(8, 2))), torch.randn(1, 3, 6, 5)
-    fused = assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
+    model, x = Model(GATED_ACMIX, GatedACmix(8, 2)), torch.randn(1, 3, 6, 5)
+    assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
+    fused = onnx.load(tmp_path / "fused.onnx")
     softmax = next(node for node in fused.graph.node if node.op_type == "Softmax")
     fused.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
     index = list(fused.graph.node).index(softmax)
@@ -321,62 +308,26 @@ def test_onnxruntime_makes_one_multi_head_attention_of_it(tmp_path: Path) -> Non
     ]
     fused.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(fused, tmp_path / "mha.onnx")
-    assert deviation(model(x).detach().numpy(), outputs(tmp_path / "mha.onnx", x)).relative_l2 < FLOAT32
+    assert relative_l2(outputs(tmp_path / "mha.onnx", x), model(x)) < FLOAT32
 
 
 def test_alone_in_a_batch_sequence_first_is_one_convolution(tmp_path: Path) -> None:
-    model = Detector(randomised(Port()))
-    fused = assert_fused(
-        model, export(model, torch.randn(1, 3, 6, 5), tmp_path / "plain.onnx"), torch.randn(1, 3, 6, 5)
-    )
-    operators = [node.op_type for node in fused.graph.node]
-    assert (operators.count("Softmax"), operators.count("Conv")) == (0, 4)
-    assert len(operators) < 22
+    model, x = Model(GATED_ACMIX, Port()), torch.randn(1, 3, 6, 5)
+    assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
+    kinds = operators(tmp_path / "fused.onnx")
+    assert (kinds.count("Softmax"), kinds.count("Conv")) == (0, 4)
+    assert len(kinds) < 22
 
 
 @pytest.mark.parametrize(("options", "_", "reason"), NEAR_MISSES, ids=str)
 def test_near_misses_do_not_fuse(tmp_path: Path, options: dict[str, Any], _: str, reason: str) -> None:
-    model, x = Detector(randomised(Port(**{"tokens": "batch first", **options}))), torch.randn(2, 3, 5, 7)
-    report = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx").found
-    assert report.fused == 0
-    (block,) = report.blocks
-    assert block.family == "gated_acmix"
-    assert re.search(reason, block.reason), block.reason
-    assert deviation(model(x).detach().numpy(), outputs(tmp_path / "fused.onnx", x)).relative_l2 < FLOAT32
+    model, x = Model(GATED_ACMIX, Port(**{"tokens": "batch first", **options})), torch.randn(2, 3, 5, 7)
+    assert_left_alone_in_a_graph(GATED_ACMIX, model, export(model, x, tmp_path / "plain.onnx"), x, reason)
 
 
 def test_values_of_another_width(tmp_path: Path) -> None:
     port, x = Port(own_qkv=True), torch.randn(2, 3, 5, 7)
     port.value, port.out = nn.Linear(8, 16), nn.Linear(16, 8)
-    model = Detector(randomised(port))
+    model = Model(GATED_ACMIX, port)
     (block,) = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx").found.blocks
     assert block.reason == "its values are of another width than its queries and keys"
-
-
-def test_an_intermediate_that_is_also_an_output(tmp_path: Path) -> None:
-    model, x = Detector(randomised(Port(tokens="batch first"))), torch.randn(1, 3, 5, 7)
-    plain = onnx.load(export(model, x, tmp_path / "plain.onnx"))
-    sigmoid = next(node.output[0] for node in plain.graph.node if node.op_type == "Sigmoid")
-    plain.graph.output.append(helper.make_tensor_value_info(sigmoid, 1, [None] * 2))
-    onnx.save(plain, tmp_path / "plain.onnx")
-    (block,) = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").found.blocks
-    assert not block.fused
-    assert "also an output of the graph" in block.reason
-
-
-@pytest.mark.parametrize("tokens", ["batch first", "batch first, not told"])
-def test_from_checkpoint_to_verified_files(tmp_path: Path, tokens: str) -> None:
-    model = Detector(randomised(Port(tokens=tokens)))
-    torch.save(model, tmp_path / "model.pt")
-    report = deployed(
-        tmp_path / "model.pt", tmp_path / "out", input_shape=(1, 3, 8, 12), dynamic=["batch"], fp16=True, expect=1,
-        opset=17, trust=True, no_engine=True,
-    )  # fmt: skip
-    assert report.passed
-    assert [(block.family, block.status) for block in report.blocks] == [("gated_acmix", "replaced")]
-    (block,) = report.fusion.blocks
-    assert block.settings == {"num_heads": 2, "kernel_size": 3, "sequence_first": tokens != "batch first"}
-    for batch in (1, 2, 3):
-        x = torch.rand(batch, 3, 8, 12)
-        found = deviation(model(x).detach().numpy(), outputs(tmp_path / "out" / "model.fused.onnx", x))
-        assert found.relative_l2 < FLOAT32

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_deploy.families import BlockReport, canonicalise
+from acmix_deploy.families.acmix.graph import ACMIX as FAMILY
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
+from tests.families.parts import assert_left_alone_in_a_module
 
 
 class Port(nn.Module):
@@ -269,17 +271,11 @@ class Stateful(Port):
         (lambda: port(window=1), "kernel_size is 1; it must be odd"),
         (lambda: port(window=512), "kernel_size is 512; it must be odd and at least 3; its own forward fails"),
         (lambda: port(rate_shape=(8, 1, 1)), "0 one-element parameters"),
-        (lambda: Stateful().eval(), "its own forward fails: RuntimeError"),
+        (Stateful, "its own forward fails: RuntimeError"),
     ],
 )
 def test_an_impostor_is_left_alone_and_named(impostor: Any, reason: str) -> None:
-    module = impostor()
-    model, reports = canonicalise(nn.Sequential(nn.Identity(), module))
-    report = only(reports)
-    assert model[1] is module
-    assert (report.name, report.status, report.geometry) == ("1", "left alone", None)
-    assert report.class_name == type(module).__name__
-    assert reason in report.reason
+    assert_left_alone_in_a_module(FAMILY, impostor(), reason)
 
 
 class Cropped(ACmix):

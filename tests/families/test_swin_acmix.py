@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,22 @@ from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.families import BlockReport, canonicalise
+from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
 from acmix_deploy.families.swin_acmix.module import SwinACmix
-from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES
 from tests.families import parts as family_parts
-from tests.families.parts import export, outputs, randomised, relative_l2
-from tests.pipeline.parts import deployed
+from tests.families.parts import (
+    assert_left_alone_in_a_graph,
+    assert_left_alone_in_a_module,
+    export,
+    outputs,
+    randomised,
+    relative_l2,
+)
 
 FLOAT32 = TOLERANCES["float32"].limit()
-assert_fused = partial(family_parts.assert_fused, "swin_acmix")
+assert_fused = partial(family_parts.assert_fused, SWIN_ACMIX)
 
 
 # The block as it is written elsewhere, in the many spellings found, each chosen by a keyword.
@@ -47,7 +52,6 @@ class WindowMix(nn.Module):
         scale: float | None = None,
         temperature: float = 1.0,
         index: str = "usual",
-        padding: str = "zeros",
         rates: int = 1,
         swap_rates: bool = False,
         project_sum: bool = False,
@@ -71,7 +75,7 @@ class WindowMix(nn.Module):
         self.proj = nn.Linear(channels, out or channels)
         self.softmax = nn.Softmax(dim=-1)
         self.fc = nn.Conv2d(3 * heads, maps, 1)
-        self.dep_conv = nn.Conv2d(maps * d, channels, 3, padding=1, groups=d, bias=conv_bias, padding_mode=padding)
+        self.dep_conv = nn.Conv2d(maps * d, channels, 3, padding=1, groups=d, bias=conv_bias)
         self.rate1 = nn.Parameter(torch.empty(rates))
         self.rate2 = nn.Parameter(torch.empty(rates))
 
@@ -345,7 +349,6 @@ class Broken(WindowMix):
         (lambda: WindowMix(maps=8), "no 3x3 convolution of 9 * head_dim channels"),
         (lambda: WindowMix(rates=2), "0 parameters of shape (1,)"),
         (lambda: WindowMix(index="transposed"), "differs from SwinACmix(dim=12, window_size=4, num_heads=3"),
-        (lambda: WindowMix(padding="reflect"), "differs from"),
         (lambda: WindowMix(swap_rates=True), "differs from"),
         (lambda: WindowMix(project_sum=True), "differs from"),
         (lambda: WindowMix(masks="ignored"), "differs from"),
@@ -357,12 +360,7 @@ class Broken(WindowMix):
     ],
 )
 def test_an_impostor_is_left_alone_and_named(impostor: Any, reason: str) -> None:
-    module = randomised(impostor())
-    model, reports = canonicalise(nn.Sequential(nn.Identity(), module))
-    report = only(reports)
-    assert model[1] is module
-    assert (report.name, report.status, report.family) == ("1", "left alone", "swin_acmix")
-    assert reason in report.reason
+    assert_left_alone_in_a_module(SWIN_ACMIX, impostor(), reason)
 
 
 # In graphs.
@@ -392,8 +390,7 @@ def test_published_code_as_it_is(tmp_path: Path, exporter: str, dynamic: bool) -
     if dynamic and exporter == "torchscript":
         with pytest.raises(Exception, match="Add"):
             outputs(source, batches[2])
-    assert_fused(model, source, *batches, count=2, conv_branch="dense")
-    assert_fused(model, source, *batches, count=2, conv_branch="grouped")
+    assert_fused(model, source, *batches, count=2)
 
 
 def test_own_blocks_at_any_size(tmp_path: Path) -> None:
@@ -412,8 +409,8 @@ def test_the_form_is_multi_head_attention(tmp_path: Path, shift: int) -> None:
     model = randomised(Published(WindowMix(), 8, 12, side, shift))
     x = torch.randn(2, 96, 12)
     source = export(model, x, tmp_path / "plain.onnx", dynamic=["batch"])
-    fused = assert_fused(model, source, x)
-    graph = onnx.shape_inference.infer_shapes(fused, data_prop=True).graph
+    assert_fused(model, source, x)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "fused.onnx"), data_prop=True).graph
     nodes = [node for node in graph.node if node.name.startswith("swin_acmix_0.")]
     makes = {node.output[0]: node for node in nodes}
     reads = {name: [node for node in nodes if name in node.input] for node in nodes for name in node.output}
@@ -473,8 +470,6 @@ def test_any_geometry(
 
 
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
-    "reflected": ({"padding": "reflect"}, "with padding 1"),
-    "eight maps": ({"maps": 8}, "9 maps per group"),
     "another order": ({"order": "kqv"}, "its logits are not scale"),
     "values of queries": ({"order": "qkq"}, "something else"),
     "projected sum": ({"project_sum": True}, "are 1 matrix products"),
@@ -483,43 +478,13 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+class Sized(WindowMix):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x, 8, 12)
+
+
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses_do_not_fuse(tmp_path: Path, name: str) -> None:
     options, reason = NEAR_MISSES[name]
-    mix, x = randomised(WindowMix(**options)), torch.randn(2, 8, 12, 12)
-
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = mix
-
-        def forward(self, x: Tensor) -> Any:
-            return self.mix(x, 8, 12)
-
-    source = export(Fixed(), x, tmp_path / "plain.onnx")
-    report = fuse(source, tmp_path / "fused.onnx", expect=0).found
-    (left_alone,) = report.blocks
-    assert re.search(reason, left_alone.reason), left_alone.reason
-    expected = mix(x, 8, 12)
-    expected = expected[0] if isinstance(expected, tuple) else expected
-    assert relative_l2(outputs(tmp_path / "fused.onnx", x), expected) < FLOAT32
-
-
-# The whole way.
-
-
-def test_a_checkpoint_becomes_files_that_run_at_any_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomised(Small())
-    torch.save(model, tmp_path / "model.pt")
-    report = deployed(
-        tmp_path / "model.pt", tmp_path / "out", fp16=True, input_shape=(1, 3, 16, 24), dynamic=["batch"], expect=2,
-        no_engine=True, trust=True,
-    )  # fmt: skip
-    assert report.passed
-    assert [(block.family, block.status) for block in report.blocks] == [("swin_acmix", "replaced")] * 2
-    assert report.fusion.fused == 2
-    for batch in (1, 2, 3):
-        x = torch.randn(batch, 3, 16, 24)
-        for file in ("model.onnx", "model.fused.onnx"):
-            assert relative_l2(outputs(tmp_path / "out" / file, x), model(x)) < FLOAT32
-        assert relative_l2(outputs(tmp_path / "out" / "model.fp16.onnx", x), model(x)) < 1e-2
+    model, x = randomised(Sized(**options)), torch.randn(2, 8, 12, 12)
+    assert_left_alone_in_a_graph(SWIN_ACMIX, model, export(model, x, tmp_path / "plain.onnx"), x, reason)

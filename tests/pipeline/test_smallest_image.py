@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from acmix_deploy import cli
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.families.outlook.graph import OUTLOOK
 from acmix_deploy.families.swin_acmix.module import SwinACmix
+from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
 from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import fuse
@@ -151,7 +153,7 @@ def test_padding_that_is_attended_to_is_not_masked(tmp_path: Path, window: int) 
 def test_padding_that_is_masked_is_masked_at_any_size(tmp_path: Path) -> None:
     model = randomised(Halving(WindowedACmix(8, 4, 2), halvings=0, channels_last=True))
     source = export(model, torch.randn(1, 3, 24, 32), tmp_path / "plain.onnx", dynamic=SIZES)
-    assert_fused("windowed_acmix", model, source, torch.randn(1, 3, 7, 9), torch.randn(1, 3, 1, 3))
+    assert_fused(WINDOWED_ACMIX, model, source, torch.randn(1, 3, 7, 9), torch.randn(1, 3, 1, 3))
 
 
 @pytest.mark.parametrize("ceil_mode", [True, False])
@@ -161,11 +163,11 @@ def test_squares_that_do_not_divide_the_map(tmp_path: Path, ceil_mode: bool) -> 
     block.reduce = nn.AvgPool2d(2, 2, ceil_mode=ceil_mode)
     model = randomised(Halving(block, halvings=0, channels_last=True))
     source = export(model, torch.randn(1, 3, 24, 32), tmp_path / "plain.onnx", dynamic=SIZES, exporter="dynamo")
-    assert_fused("outlook", model, source, torch.randn(1, 3, 8, 6))
+    assert_fused(OUTLOOK, model, source, torch.randn(1, 3, 8, 6))
     odd = torch.randn(1, 3, 7, 9)
     assert runs(model, 7, 9) == ceil_mode
     if ceil_mode:
-        assert_fused("outlook", model, source, odd)
+        assert_fused(OUTLOOK, model, source, odd)
     else:
         with pytest.raises(Exception, match="Reshape"):
             outputs(tmp_path / "fused.onnx", odd)

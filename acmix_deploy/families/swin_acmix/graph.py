@@ -168,8 +168,9 @@ def _measure(found: Match, request: Request, heads: int, head_dim: int) -> tuple
     zero = logits(np.zeros_like(qkv))
     pixels = zero.shape[-1]
     side = math.isqrt(pixels)
-    last = found.softmax.attrs.get("axis", -1) in (-1, zero.ndim - 1)
-    if not last or side**2 != pixels or zero.shape[-2] != pixels or height % side or width % side:
+    if found.softmax.attrs.get("axis", -1) not in (-1, zero.ndim - 1):
+        raise NoMatch("its Softmax does not run over the keys")
+    if side**2 != pixels or zero.shape[-2] != pixels or height % side or width % side:
         raise NoMatch(f"its logits have shape {list(zero.shape)}: no square windows of a {height}x{width} map")
     rows, columns = height // side, width // side
     every = (batch, rows * columns, heads, pixels, pixels)
