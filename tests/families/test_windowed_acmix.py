@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
+from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES
 from tests.families import parts as family_parts
 from tests.families.parts import (
