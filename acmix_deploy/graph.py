@@ -445,6 +445,7 @@ def tidied(model: onnx.ModelProto, *passes: onnx_ir.passes.PassBase) -> onnx.Mod
     tidy = onnx_ir.to_proto(held)
     stored = {tensor.name for tensor in tidy.graph.initializer}  # which onnx_ir declares as well
     keep(tidy.graph.value_info, [value for value in tidy.graph.value_info if value.name not in stored])
+    keep(tidy.metadata_props, [*model.metadata_props])  # which onnx_ir sorts
     return tidy
 
 
