@@ -152,7 +152,12 @@ class Exported:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((family, exporter, dynamic), id=f"{family.name}-{exporter}-{'dynamic' if dynamic else 'static'}")
+        pytest.param(
+            (family, exporter, dynamic),
+            id=f"{family.name}-{exporter}-{'dynamic' if dynamic else 'static'}",
+            marks=[pytest.mark.soak]
+            * (exporter == "dynamo" and not dynamic),  # as its dynamic graphs, with sizes filled in
+        )
         for family in FAMILIES
         for exporter in ("torchscript", "dynamo")
         for dynamic in ((), AXES)

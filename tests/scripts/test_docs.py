@@ -81,7 +81,7 @@ def test_commands_and_code_run(
         shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.3)
+    monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.1)
     namespace: dict[str, object] = {}
     for language, content in blocks(page, "python", "console"):
         if language == "python":
