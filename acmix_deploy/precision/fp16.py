@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
-from acmix_deploy.graph import Feeds, name_nodes, read, tidied
+from acmix_deploy.graph import Feeds, name_nodes, names_read, read, tidied
 from acmix_deploy.options import FLOAT32
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import precision_of, why_refused
@@ -234,7 +234,7 @@ def _widened(function: onnx.FunctionProto) -> list[tuple[onnx.NodeProto, onnx.No
 
 def _join_casts(graph: onnx.GraphProto) -> None:
     """Mend what the converter leaves: a cast for each float32 node that reads a tensor, casts to float16 and back
-    between two of these, and casts to the type that a tensor has. A cast that nothing reads any more stays."""
+    between two of these, and casts to the type that a tensor has, but those of tensors that branches and loops read."""
     casts: dict[str, onnx.NodeProto] = {}
     for index in reversed(range(len(graph.node))):
         node = graph.node[index]
@@ -246,9 +246,11 @@ def _join_casts(graph: onnx.GraphProto) -> None:
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     fixed = {value.name for value in (*graph.input, *graph.output)}
+    inner = {name for node in graph.node for name in {*names_read(node)} - {*node.input}}
     for node in casts.values():
         source, result = node.input[0], node.output[0]
-        if types.get(source) == node.attribute[0].i and not {source, result} <= fixed:
+        useless = types.get(source) == node.attribute[0].i and inner.isdisjoint((source, result))
+        if useless and not {source, result} <= fixed:
             graph.node.remove(node)
             _rename(graph, *((source, result) if result in fixed else (result, source)))
             types[result] = types[source]

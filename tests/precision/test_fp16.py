@@ -280,6 +280,18 @@ def test_casts_to_the_type_that_a_tensor_has(tmp_path, casts, fp16_io):
     assert all(np.array_equal(found, [0, 2]) for found in session.run(None, {"x": x}))
 
 
+def test_a_cast_that_a_branch_reads_stays():
+    branch = helper.make_graph([helper.make_node("Relu", ["z"], ["w"])], "then", [], [])
+    nodes = [
+        helper.make_node("Cast", ["x"], ["z"], to=TensorProto.FLOAT),
+        helper.make_node("If", ["condition"], ["y"], then_branch=branch, else_branch=branch),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y])
+    fp16._join_casts(graph)
+    assert [node.op_type for node in graph.node] == ["Cast", "If"]
+
+
 def test_a_file_that_does_not_load_is_not_written(tmp_path, monkeypatch):
     """Where its source does."""
     source = saved(tmp_path / "plain.onnx", helper.make_node("Relu", ["x"], ["y"]))
