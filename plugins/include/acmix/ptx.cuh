@@ -30,6 +30,21 @@ __device__ __forceinline__ float exp2(float x) {
     return y;
 }
 
+// 1 / x, relative error 2^-23.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The address that lies `count` times `bytes` behind `from`, in one instruction.
+template <class T>
+__device__ __forceinline__ T* advance(T* from, std::uint32_t count, std::uint32_t bytes) {
+    T* to;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(count), "r"(bytes), "l"(from));
+    return to;
+}
+
 // d = a b + c for a 16x8 of halves, b 8x8, c and d 16x8 of floats, in the register layout of mma.m16n8k8 (sm_75).
 __device__ __forceinline__ void mma_k8(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b,
                                        const float (&c)[4]) {
@@ -94,20 +109,22 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[2], const void*
 #endif
 }
 
-// Begin to copy kBytes (8 or 16) from global to shared memory, both aligned to kBytes; a plain copy before sm_80.
+// Begin to copy kBytes (8 or 16) from global to shared memory, both aligned to kBytes; a plain copy before sm_80. Writes
+// zeros and reads nothing where not `inside`.
 template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
     static_assert(kBytes == 8 || kBytes == 16, "cp.async copies 8 or 16 bytes here");
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+    const int bytes = inside ? kBytes : 0;
     if constexpr (kBytes == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(global) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
     }
 #else
     using Word = std::conditional_t<kBytes == 16, uint4, uint2>;
-    *static_cast<Word*>(shared) = *static_cast<const Word*>(global);
+    *static_cast<Word*>(shared) = inside ? *static_cast<const Word*>(global) : Word{};
 #endif
 }
 

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "acmix/operators.h"
+#include "acmix/ptx.cuh"
 
 namespace acmix {
 
@@ -34,8 +35,7 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 // The pixel that reflection padding shows at position i of an axis, for -size < i < 2 * size - 1. Positions further
 // out, which no query that is stored ever sees, stay inside the axis.
 __device__ __forceinline__ int reflect(int i, int size) {
-    const int last = size - 1;
-    return max(last - abs(last - abs(i)), 0);
+    return max(min(abs(i), 2 * (size - 1) - abs(i)), 0);
 }
 
 // From -1 at the first pixel of an axis to 1 at the last.
@@ -44,6 +44,57 @@ struct Coordinate {
     __host__ __device__ explicit Coordinate(int size) : step(2.0f / static_cast<float>(size - 1)) {}
     __device__ __forceinline__ float operator()(int pixel) const { return static_cast<float>(pixel) * step - 1.0f; }
 };
+
+// Quotients of numbers below 2^31 by one divisor: a product and a shift.
+struct Divisor {
+    std::uint32_t multiplier = 0;
+    std::int32_t shift = 31;
+
+    // For a divisor of 1 to 65535.
+    explicit Divisor(int divisor) {
+        while ((std::int64_t{1} << (shift - 31)) < divisor) ++shift;
+        multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << shift) + divisor - 1) / divisor);
+    }
+
+    __device__ __forceinline__ int quotient(std::uint32_t number) const {
+        return static_cast<int>(static_cast<std::uint64_t>(number) * multiplier >> shift);
+    }
+};
+
+// The tensor's elements by addresses alone, so that 32 bits suffice for what is counted.
+template <class T, Layout kLayout>
+struct Strides {
+    std::int64_t image;    // elements from image to image
+    std::int64_t channel;  // the same from channel to channel
+    std::int32_t column;   // and from pixel to pixel of a row
+    std::uint32_t row;     // bytes from row to row
+
+    Strides(int channels, int height, int width)
+        : image(static_cast<std::int64_t>(channels) * height * width),
+          channel(kLayout == Layout::kNhwc ? 1 : static_cast<std::int64_t>(height) * width),
+          column(kLayout == Layout::kNhwc ? channels : 1),
+          row(static_cast<std::uint32_t>(column) * width * static_cast<std::uint32_t>(sizeof(T))) {}
+
+    // The element that lies so many channels and columns behind `from`, in the same row.
+    template <class Pointer>
+    __device__ __forceinline__ Pointer at(Pointer from, int channels, int columns) const {
+        return kLayout == Layout::kNhwc ? from + (channels + columns * column) : from + (channels * channel + columns);
+    }
+
+    // The element `rows` rows below `from`.
+    template <class Pointer>
+    __device__ __forceinline__ Pointer below(Pointer from, int rows) const {
+        return ptx::advance(from, rows, row);
+    }
+};
+
+// function(c) for that one of the constants that `value` is; cudaErrorInvalidValue for none.
+template <int... kConstants, class Function>
+cudaError_t with_constant(int value, Function&& function) {
+    cudaError_t result = cudaErrorInvalidValue;
+    (void)((value == kConstants && (result = function(std::integral_constant<int, kConstants>{}), true)) || ...);
+    return result;
+}
 
 inline constexpr int kVector = 8;  // channels that one lane holds in the scalar kernels, one 16-byte word of halves
 
@@ -94,7 +145,7 @@ struct Image {
     }
 };
 
-inline bool aligned(const void* pointer, std::size_t bytes) {
+__host__ __device__ inline bool aligned(const void* pointer, std::size_t bytes) {
     return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 

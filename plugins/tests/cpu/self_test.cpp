@@ -58,7 +58,7 @@ __global__ void block_sum(float* sum, Missing missing) {
 __global__ void reverse_tiles(const float4* values, float* reversed, Missing missing) {
     auto* tile = reinterpret_cast<float*>(dynamic_shared());
     for (int i = 0; i < 3; ++i) {
-        if (threadIdx.x < 16) copy_async<16>(tile + 4 * threadIdx.x, values + 16 * i + threadIdx.x);
+        if (threadIdx.x < 16) copy_async<16>(tile + 4 * threadIdx.x, values + 16 * i + threadIdx.x, true);
         if (missing != Missing::kCommit) commit_copies();
         if (missing != Missing::kWait) wait_for_copies<0>();
         if (missing != Missing::kBarrier) __syncthreads();
@@ -135,7 +135,7 @@ __global__ void faulty(Fault fault, std::uint32_t* out) {
             bytes[1024] = 0;
             break;
         case Fault::kCopyOutside:
-            copy_async<16>(bytes + 1024, bytes);
+            copy_async<16>(bytes + 1024, bytes, true);
             break;
         case Fault::kMisaligned:
             *reinterpret_cast<uint2*>(out + 1) = *reinterpret_cast<const uint2*>(out);

@@ -25,6 +25,13 @@ inline std::uint32_t pack_half2(float low, float high) {
 
 inline float exp2(float x) { return std::exp2(x); }
 
+inline float reciprocal(float x) { return 1 / x; }
+
+template <class T>
+T* advance(T* from, std::uint32_t count, std::uint32_t bytes) {
+    return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(from) + std::uint64_t{count} * bytes);
+}
+
 // Lane l = 4g + t holds, each register two neighbours: of a (row by row) rows g and g + 8, columns 2t and 2t + 1, from
 // the third register on 8 columns further; of b (column by column) column g and the same in rows; of d like a.
 template <int kDepth>
@@ -95,9 +102,10 @@ void load_matrices(std::uint32_t (&r)[kCount], const void* row) {
 }
 
 template <int kBytes>
-void copy_async(void* shared, const void* global) {
+void copy_async(void* shared, const void* global, bool inside) {
     static_assert(kBytes == 8 || kBytes == 16);
-    emulator::begin_copy(shared, global, kBytes);
+    static const std::uint32_t zeros[4] = {};
+    emulator::begin_copy(shared, inside ? global : zeros, kBytes);
 }
 
 inline void commit_copies() { emulator::commit_copies(); }
