@@ -21,7 +21,6 @@ namespace acmix {
 
 inline constexpr int kTileWidth = 8;  // queries of a warp along x: the lanes of a quad share one
 inline constexpr int kWarpRows = 2;   // queries of a warp along y: the two halves of the 16 rows of an mma
-inline constexpr int kMaxWarps = 5;   // warps of a block, one below the other
 inline constexpr int kMargin = 4;     // columns left of the first query
 static_assert(*std::prev(std::end(Definition<LocalAttention>::kKernelSizes)) / 2 <= kMargin,
               "8 * (stride + 1) columns hold the margins of 8 queries");
@@ -38,7 +37,7 @@ struct MmaPlan {
     Coordinate along_x, along_y;
 };
 
-template <int kHeadDim, int kStride, int kKernelSize>
+template <Layout kLayout, int kHeadDim, int kStride, int kKernelSize>
 struct MmaShape {
     static constexpr int kRows = (kWarpRows - 1) * kStride + kKernelSize;  // of keys that the queries of a warp see
     static constexpr int kTiles = kStride + 1;                             // of 8 columns
@@ -47,13 +46,18 @@ struct MmaShape {
     static constexpr int kSlices = kHeadDim / kSlice;
     static constexpr int kSteps = kSlice / 16;  // of an mma along the channels of a slice
     static constexpr bool kFolded = kKernelSize <= 8;
-    static constexpr int kMinBlocks = !kFolded ? 2 : kHeadDim == 16 ? 6 : kHeadDim == 32 && kStride == 1 ? 4 : 3;  // of a multiprocessor, for registers
     static constexpr int kKept = kFolded ? 1 : kTiles;  // 16x8 logits of a row of keys
+
+    // Warps of a block at most, one below the other, and blocks for which registers are kept: as many as spill nothing.
+    static constexpr bool kNhwc = kLayout == Layout::kNhwc, kSmall = kHeadDim <= 32 && kStride == 1;
+    static constexpr int kWarps = kNhwc && kHeadDim > 16 && kStride == 1 ? 5 : 4;
+    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kBlocks = !kFolded ? 2 : !kSmall ? 3 : !kNhwc ? 6 : kHeadDim == 16 ? 7 : 4;
 
     __host__ __device__ static constexpr int block_rows(int warps) {
         return (kWarpRows * warps - 1) * kStride + kKernelSize;
     }
-    static constexpr int kTurns = ceil_div(block_rows(kMaxWarps), kMaxWarps);  // of a warp that loads rows
+    static constexpr int kTurns = ceil_div(block_rows(kWarps), kWarps);  // of a warp that loads rows
 
     // Whether the warp's queries of row i see row `row` of its keys.
     __host__ __device__ static constexpr bool sees(int i, int row) {
@@ -94,6 +98,8 @@ class Loader {
           head_dim_(problem.head_dim),
           width_(problem.width),
           warp_(threadIdx.x / 32),
+          first_row_(first_row),
+          pixel_row_(pixel_row),
           outer_(threadIdx.x % 32 / kSpan),
           inner_(threadIdx.x % kSpan) {
         const Buffer<kLayout, Shape> buffer(plan.rows);
@@ -104,26 +110,23 @@ class Loader {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
             from_[i] = kNhwc ? plan.qkv.at(image, channel + inner_ * 8, reflect(x + outer_ + i * kStep, width_))
-                             : plan.qkv.at(image, channel + outer_ + i * kStep, 0);
-        }
-#pragma unroll
-        for (int turn = 0; turn < Shape::kTurns; ++turn) {
-            pixel_rows_[turn] = __shfl_sync(~0u, pixel_row, warp_ + turn * plan.warps - first_row);
+                             : plan.qkv.at(image, channel + outer_, 0);
         }
     }
 
     // Begin to copy a slice of the channels that lie `offset` behind the keys' to `buffer`.
     __device__ __forceinline__ void bring(__half* buffer, int offset, int slice) const {
         const int begin = slice * Shape::kSlice;
-#pragma unroll
+#pragma unroll kNhwc && Shape::kSlices == 1 ? Shape::kTurns : 1
         for (int turn = 0; turn < Shape::kTurns; ++turn) {
             const int row = warp_ + turn * plan_.warps;
-            if (turn + 1 == Shape::kTurns && row >= plan_.rows) break;
-#pragma unroll
+            const int pixel_row = __shfl_sync(~0u, pixel_row_, row - first_row_);
+#pragma unroll kNhwc ? kWords : 1
             for (int i = 0; i < kWords; ++i) {
-                if (!has_word(i)) continue;
+                if (!has_word(i) || (turn + 1 == Shape::kTurns && row >= plan_.rows)) continue;
                 const bool inside = begin + (kNhwc ? inner_ * 8 : outer_ + i * kStep) < head_dim_;
-                const __half* from = plan_.qkv.below(plan_.qkv.at(from_[i], offset + begin, 0), pixel_rows_[turn]);
+                const __half* const first = kNhwc ? from_[i] : plan_.qkv.at(from_[0], i * kStep, 0);
+                const __half* from = plan_.qkv.below(plan_.qkv.at(first, offset + begin, 0), pixel_row);
                 __half* const to = buffer + (to_ + row * Buffer<kLayout, Shape>::kRow) + i * to_step_;
                 if constexpr (kNhwc) {
                     ptx::copy_async<16>(to, from, inside);
@@ -151,8 +154,7 @@ class Loader {
 
     const MmaPlan<kLayout>& plan_;
     const __half* from_[kWords];
-    int pixel_rows_[Shape::kTurns];
-    int head_dim_, width_, warp_, outer_, inner_, to_, to_step_, left_;
+    int head_dim_, width_, warp_, first_row_, pixel_row_, outer_, inner_, to_, to_step_, left_;
     bool whole_;
 };
 
@@ -173,10 +175,12 @@ __device__ __forceinline__ std::uint32_t load_pair(const Strides<__half, kLayout
 // Registers follow the fragments of mma.m16n8k16: of a 16x8 result a lane holds columns 2 * (lane % 4) and the next, of
 // rows lane / 4 (elements 0, 1) and lane / 4 + 8 (elements 2, 3). Row r is query (r % 8, r / 8) of the warp's 8 x 2.
 template <Layout kLayout, int kHeadDim, int kStride, int kKernelSize>
-__global__ __launch_bounds__(kMaxWarps * 32, MmaShape<kHeadDim, kStride, kKernelSize>::kMinBlocks) void local_attention_mma_kernel(
+__global__ __launch_bounds__(
+    MmaShape<kLayout, kHeadDim, kStride, kKernelSize>::kThreads,
+    MmaShape<kLayout, kHeadDim, kStride, kKernelSize>::kBlocks) void local_attention_mma_kernel(
     LocalAttention problem, MmaPlan<kLayout> plan, const __half* __restrict__ qkv,
     const __half* __restrict__ position_weight, __half* __restrict__ y) {
-    using Shape = MmaShape<kHeadDim, kStride, kKernelSize>;
+    using Shape = MmaShape<kLayout, kHeadDim, kStride, kKernelSize>;
     constexpr bool kNhwc = kLayout == Layout::kNhwc;
     constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKept = Shape::kKept, kSteps = Shape::kSteps;
     const int height = problem.height, width = problem.width, head_dim = problem.head_dim;
@@ -220,35 +224,38 @@ __global__ __launch_bounds__(kMaxWarps * 32, MmaShape<kHeadDim, kStride, kKernel
     __half* const output =
         plan.y.below(plan.y.at(y + blockIdx.z * plan.y.image, head * head_dim + pair, out_x), out_y);
 
-    // Queries, and q.P beside them: an mma with P's columns x and y in turn. The sign of the scale goes into q.
-    std::uint32_t query[kHeadDim / 16][4];
-    float position[4] = {};
-    const __half* rows[kWarpRows];
+    // A slice of the queries, by the two neighbouring channels that a lane holds of every eight. The sign of the scale
+    // goes into them.
+    const __half* queries[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
-        rows[i] = plan.qkv.below(plan.qkv.at(image, head * head_dim + pair, min(out_x, out_width - 1) * kStride),
-                                 min(out_y + i, out_height - 1) * kStride);
+        queries[i] =
+            plan.qkv.below(plan.qkv.at(image, head * head_dim + pair, min(out_x, out_width - 1) * kStride),
+                           min(out_y + i, out_height - 1) * kStride);
     }
+    std::uint32_t query[kSteps][4];
+    const auto load_query = [&](int slice) {
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int channel = step * 16 + half * 8;
-#pragma unroll
-            for (int i = 0; i < kWarpRows; ++i) {
-                const bool inside = channel + pair < head_dim;
-                query[step][half * 2 + i] =
-                    inside ? load_pair(plan.qkv, plan.qkv.at(rows[i], channel, 0)) ^ plan.sign : 0;
-            }
+        for (int j = 0; j < kSteps * 4; ++j) {
+            const int channel = slice * Shape::kSlice + j / 2 * 8;
+            query[j / 4][j % 4] =
+                channel + pair < head_dim ? load_pair(plan.qkv, plan.qkv.at(queries[j % 2], channel, 0)) ^ plan.sign : 0;
         }
-    }
-    if (position_weight != nullptr) {
+        __syncwarp();
+    };
+
+    // q.P: an mma with P's columns x and y in turn.
+    float position[4] = {};
+#pragma unroll 1
+    for (int slice = 0; slice < Shape::kSlices; ++slice) {
+        load_query(slice);
+        if (position_weight == nullptr) continue;
 #pragma unroll
-        for (int step = 0; step < kHeadDim / 16; ++step) {
+        for (int step = 0; step < kSteps; ++step) {
             std::uint32_t weight[2] = {};
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int channel = step * 16 + half * 8 + pair;
+                const int channel = slice * Shape::kSlice + step * 16 + half * 8 + pair;
                 if (channel >= head_dim) continue;
                 const auto* from = reinterpret_cast<const std::uint16_t*>(position_weight) + channel * 2 + quad % 2;
                 weight[half] = from[0] | static_cast<std::uint32_t>(from[2]) << 16;
@@ -298,34 +305,34 @@ __global__ __launch_bounds__(kMaxWarps * 32, MmaShape<kHeadDim, kStride, kKernel
     const float key_y = plan.along_y(pixel_row);
     float logits[kRows][kKept][4];
 #pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+        const float row_y = __shfl_sync(~0u, key_y, row);
+#pragma unroll
+        for (int j = 0; j < kKept * 4; ++j) {
+            logits[row][j / 4][j % 4] = fmaf(-position[j / 2 % 2 * 2 + 1], row_y, column_term[j / 4][j % 4]);
+        }
+    }
+#pragma unroll 1
     for (int slice = 0; slice < Shape::kSlices; ++slice) {
-        const int stage = slice;
-        wait_for(stage);
-        const __half* const keys = shared + stage % 2 * buffer.halves;
+        if (Shape::kSlices > 1) load_query(slice);
+        wait_for(slice);
+        const __half* const keys = shared + slice % 2 * buffer.halves;
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
             float product[kTiles][4];
-            if (slice == 0) {
-                const float row_y = __shfl_sync(~0u, key_y, row);
-#pragma unroll
-                for (int j = 0; j < kKept * 4; ++j) {
-                    logits[row][j / 4][j % 4] = fmaf(-position[j / 2 % 2 * 2 + 1], row_y, column_term[j / 4][j % 4]);
-                }
-            }
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
                 const auto add_to = [&](int t) -> const float(&)[4] {
                     return step == 0 ? logits[row][Shape::kFolded ? 0 : t] : product[t];
                 };
-                const std::uint32_t(&own)[4] = query[slice * kSteps + step];
                 std::uint32_t key[4];
                 ptx::load_matrices<!kNhwc>(key, keys + to_key[step] + row * kRow);
-                ptx::mma_k16(product[0], own, {key[0], key[1]}, add_to(0));
-                ptx::mma_k16(product[1], own, {key[2], key[3]}, add_to(1));
+                ptx::mma_k16(product[0], query[step], {key[0], key[1]}, add_to(0));
+                ptx::mma_k16(product[1], query[step], {key[2], key[3]}, add_to(1));
                 if constexpr (kTiles == 3) {
                     std::uint32_t third[2];
                     ptx::load_matrices<!kNhwc>(third, keys + to_third[step] + row * kRow);
-                    ptx::mma_k16(product[2], own, third, add_to(2));
+                    ptx::mma_k16(product[2], query[step], third, add_to(2));
                 }
             }
 #pragma unroll
@@ -340,7 +347,7 @@ __global__ __launch_bounds__(kMaxWarps * 32, MmaShape<kHeadDim, kStride, kKernel
                 logits[row][j / 4][j % 4] = kept;
             }
         }
-        release(stage);
+        release(slice);
     }
 
     // Softmax, its numerators in halves as an mma takes them.
@@ -454,10 +461,10 @@ cudaError_t local_attention_mma(const LocalAttention& problem, const void* const
     if (kLayout == Layout::kNhwc && !(aligned(qkv, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;
     return with_constant<1, 2>(problem.stride, [&](auto stride) {
         return with_constant<3, 5, 7, 9>(problem.kernel_size, [&](auto kernel_size) {
-            using Shape = MmaShape<kHeadDim, stride, kernel_size>;
+            using Shape = MmaShape<kLayout, kHeadDim, stride, kernel_size>;
             const int out_height = problem.height / stride, out_width = problem.width / stride;
             const int pairs = ceil_div(out_height, kWarpRows);
-            int warps = ceil_div(pairs, ceil_div(pairs, kMaxWarps));
+            int warps = ceil_div(pairs, ceil_div(pairs, Shape::kWarps));
             while (Shape::block_rows(warps) > Shape::kTurns * warps) ++warps;
             const int rows = Shape::block_rows(warps);
             const int channels = problem.num_heads * problem.head_dim, tiles_x = ceil_div(out_width, kTileWidth);
