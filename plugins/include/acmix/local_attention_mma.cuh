@@ -25,6 +25,12 @@ inline constexpr int kMargin = 4;     // columns left of the first query
 static_assert(*std::prev(std::end(Definition<LocalAttention>::kKernelSizes)) / 2 <= kMargin,
               "8 * (stride + 1) columns hold the margins of 8 queries");
 
+#ifdef __CUDA_ARCH__
+inline constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+inline constexpr int kArchitecture = 800;
+#endif
+
 // What the host works out once for all blocks.
 template <Layout kLayout>
 struct MmaPlan {
@@ -48,11 +54,18 @@ struct MmaShape {
     static constexpr bool kFolded = kKernelSize <= 8;
     static constexpr int kKept = kFolded ? 1 : kTiles;  // 16x8 logits of a row of keys
 
-    // Warps of a block at most, one below the other, and blocks for which registers are kept: as many as spill nothing.
-    static constexpr bool kNhwc = kLayout == Layout::kNhwc, kSmall = kHeadDim <= 32 && kStride == 1;
+    // Warps of a block at most, one below the other.
+    static constexpr bool kNhwc = kLayout == Layout::kNhwc;
     static constexpr int kWarps = kNhwc && kHeadDim > 16 && kStride == 1 ? 5 : 4;
     static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kBlocks = !kFolded ? 2 : !kSmall ? 3 : !kNhwc ? 6 : kHeadDim == 16 ? 7 : 4;
+    // Blocks of a multiprocessor for which registers are kept: as many as spill nothing, by what the compiler does.
+    static constexpr int blocks(int architecture) {
+        if (architecture < 800) return kFolded ? 2 : 1;
+        const int spared = architecture > 900;
+        if (!kFolded) return 2 - spared;
+        if (kStride == 2 || kHeadDim > 32) return 3 - spared;
+        return kHeadDim == 32 ? 4 - spared : (kNhwc ? 7 : 6) - 2 * spared;
+    }
 
     __host__ __device__ static constexpr int block_rows(int warps) {
         return (kWarpRows * warps - 1) * kStride + kKernelSize;
@@ -117,7 +130,7 @@ class Loader {
     // Begin to copy a slice of the channels that lie `offset` behind the keys' to `buffer`.
     __device__ __forceinline__ void bring(__half* buffer, int offset, int slice) const {
         const int begin = slice * Shape::kSlice;
-#pragma unroll kNhwc && Shape::kSlices == 1 ? Shape::kTurns : 1
+#pragma unroll kNhwc&& Shape::kSlices == 1 ? Shape::kTurns : 1
         for (int turn = 0; turn < Shape::kTurns; ++turn) {
             const int row = warp_ + turn * plan_.warps;
             const int pixel_row = __shfl_sync(~0u, pixel_row_, row - first_row_);
@@ -133,8 +146,7 @@ class Loader {
                 } else if (whole_ || !inside) {
                     ptx::copy_async<8>(to, from + left_, inside);
                 } else {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) to[j] = from[reflect(left_ + j, width_)];
+                    bring_each(to, from);
                 }
             }
         }
@@ -146,6 +158,12 @@ class Loader {
     static constexpr int kSpan = kNhwc ? Shape::kSlice / 8 : Shape::kColumns == 16 ? 4 : 8;  // lanes side by side
     static constexpr int kStep = 32 / kSpan;  // pixels (NHWC) or channels (NCHW) that a warp takes at once
     static constexpr int kWords = ceil_div(kNhwc ? Shape::kColumns : Shape::kSlice, kStep);  // of a lane in a row
+
+    // Four pixels of which some are reflected.
+    __device__ __forceinline__ void bring_each(__half* to, const __half* from) const {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to[j] = from[reflect(left_ + j, width_)];
+    }
 
     __device__ __forceinline__ bool has_word(int i) const {
         if constexpr (kNhwc) return Shape::kColumns % kStep == 0 || outer_ + i * kStep < Shape::kColumns;
@@ -174,15 +192,21 @@ __device__ __forceinline__ std::uint32_t load_pair(const Strides<__half, kLayout
 //
 // Registers follow the fragments of mma.m16n8k16: of a 16x8 result a lane holds columns 2 * (lane % 4) and the next, of
 // rows lane / 4 (elements 0, 1) and lane / 4 + 8 (elements 2, 3). Row r is query (r % 8, r / 8) of the warp's 8 x 2.
+//
+// `make instructions` counts by the headings Prologue, Loads, Rows and Epilogue.
 template <Layout kLayout, int kHeadDim, int kStride, int kKernelSize>
 __global__ __launch_bounds__(
     MmaShape<kLayout, kHeadDim, kStride, kKernelSize>::kThreads,
-    MmaShape<kLayout, kHeadDim, kStride, kKernelSize>::kBlocks) void local_attention_mma_kernel(
-    LocalAttention problem, MmaPlan<kLayout> plan, const __half* __restrict__ qkv,
-    const __half* __restrict__ position_weight, __half* __restrict__ y) {
+    MmaShape<kLayout, kHeadDim, kStride, kKernelSize>::blocks(
+        kArchitecture)) void local_attention_mma_kernel(LocalAttention problem, MmaPlan<kLayout> plan,
+                                                        const __half* __restrict__ qkv,
+                                                        const __half* __restrict__ position_weight,
+                                                        __half* __restrict__ y) {
     using Shape = MmaShape<kLayout, kHeadDim, kStride, kKernelSize>;
     constexpr bool kNhwc = kLayout == Layout::kNhwc;
     constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKept = Shape::kKept, kSteps = Shape::kSteps;
+
+    // Prologue: the warp's queries, and the rows of keys around the block's.
     const int height = problem.height, width = problem.width, head_dim = problem.head_dim;
     const int out_height = height / kStride, out_width = width / kStride;
     const int tile = plan.heads.quotient(blockIdx.x), head = static_cast<int>(blockIdx.x) - tile * problem.num_heads;
@@ -191,13 +215,15 @@ __global__ __launch_bounds__(
     const int tile_y = static_cast<int>(blockIdx.y) * kWarpRows * plan.warps;
     const int out_x = tile * kTileWidth + quad, out_y = tile_y + warp * kWarpRows;
     const int window_x = tile * kTileWidth * kStride - kMargin, window_y = tile_y * kStride - kKernelSize / 2;
-
-    // Of the window's rows each lane knows where one lies in the image, beginning with the first that the warp sees.
+    // Each lane knows where one of these rows lies in the image, lane 0 the first that the warp sees.
     const int first_row = warp * kWarpRows * kStride;
     const int pixel_row = reflect(window_y + ((first_row + lane) & 31), height);
+
+    // Loads: keys and values, a slice in each of two buffers.
     const int channels = problem.num_heads * head_dim;
     const __half* const image = qkv + blockIdx.z * plan.qkv.image;
-    const Loader<kLayout, Shape> loader(problem, plan, image, channels + head * head_dim, window_x, first_row, pixel_row);
+    const Loader<kLayout, Shape> loader(problem, plan, image, channels + head * head_dim, window_x, first_row,
+                                        pixel_row);
     const Buffer<kLayout, Shape> buffer(plan.rows);
     auto* const shared = reinterpret_cast<__half*>(ptx::dynamic_shared());
     const auto bring = [&](int stage) {
@@ -220,26 +246,23 @@ __global__ __launch_bounds__(
         bring(stage + 2);
     };
 
-    // Where the lane's two channels of its first query go.
-    __half* const output =
-        plan.y.below(plan.y.at(y + blockIdx.z * plan.y.image, head * head_dim + pair, out_x), out_y);
-
-    // A slice of the queries, by the two neighbouring channels that a lane holds of every eight. The sign of the scale
-    // goes into them.
+    // Prologue: where the first query's result goes, and the queries, two neighbouring channels of every eight for a
+    // lane. The sign of the scale goes into them.
+    __half* const output = plan.y.below(plan.y.at(y + blockIdx.z * plan.y.image, head * head_dim + pair, out_x), out_y);
     const __half* queries[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
-        queries[i] =
-            plan.qkv.below(plan.qkv.at(image, head * head_dim + pair, min(out_x, out_width - 1) * kStride),
-                           min(out_y + i, out_height - 1) * kStride);
+        queries[i] = plan.qkv.below(plan.qkv.at(image, head * head_dim + pair, min(out_x, out_width - 1) * kStride),
+                                    min(out_y + i, out_height - 1) * kStride);
     }
     std::uint32_t query[kSteps][4];
     const auto load_query = [&](int slice) {
 #pragma unroll
         for (int j = 0; j < kSteps * 4; ++j) {
             const int channel = slice * Shape::kSlice + j / 2 * 8;
-            query[j / 4][j % 4] =
-                channel + pair < head_dim ? load_pair(plan.qkv, plan.qkv.at(queries[j % 2], channel, 0)) ^ plan.sign : 0;
+            query[j / 4][j % 4] = channel + pair < head_dim
+                                      ? load_pair(plan.qkv, plan.qkv.at(queries[j % 2], channel, 0)) ^ plan.sign
+                                      : 0;
         }
         __syncwarp();
     };
@@ -274,7 +297,7 @@ __global__ __launch_bounds__(
         const int first = kMargin - kKernelSize / 2 + quad * kStride;
 #pragma unroll
         for (int kept = 0; kept < kKept; ++kept) {
-            const int column = Shape::kFolded ? first + (pair + e - first & 7) : kept * 8 + pair + e;
+            const int column = Shape::kFolded ? first + ((pair + e - first) & 7) : kept * 8 + pair + e;
             const bool seen = static_cast<unsigned>(column - first) < kKernelSize;
             const float x = plan.along_x(reflect(window_x + column, width));
 #pragma unroll
@@ -302,6 +325,7 @@ __global__ __launch_bounds__(
         to_third[step] = first_row * kRow + row_of(2, step * 2 + matrix % 2);
     }
 
+    // Rows: logits.
     const float key_y = plan.along_y(pixel_row);
     float logits[kRows][kKept][4];
 #pragma unroll
@@ -322,7 +346,7 @@ __global__ __launch_bounds__(
             float product[kTiles][4];
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
-                const auto add_to = [&](int t) -> const float(&)[4] {
+                const auto add_to = [&](int t) -> const float (&)[4] {
                     return step == 0 ? logits[row][Shape::kFolded ? 0 : t] : product[t];
                 };
                 std::uint32_t key[4];
@@ -350,7 +374,7 @@ __global__ __launch_bounds__(
         release(slice);
     }
 
-    // Softmax, its numerators in halves as an mma takes them.
+    // Rows: softmax, its numerators in halves as an mma takes them.
     std::uint32_t weight[kRows][kKept][kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
@@ -370,7 +394,7 @@ __global__ __launch_bounds__(
         for (int row = 0; row < kRows; ++row) {
 #pragma unroll
             for (int kept = 0; kept < kKept; ++kept) {
-                const float(&of)[4] = logits[row][kept];
+                const float (&of)[4] = logits[row][kept];
                 weight[row][kept][i] = Shape::sees(i, row)
                                            ? ptx::pack_half2(ptx::exp2(fmaf(of[i * 2], plan.scale, shift)),
                                                              ptx::exp2(fmaf(of[i * 2 + 1], plan.scale, shift)))
@@ -393,6 +417,7 @@ __global__ __launch_bounds__(
     }
     const float factor[kWarpRows] = {ptx::reciprocal(sum[0]), ptx::reciprocal(sum[2])};
 
+    // Rows: the weighted sums of the values.
     std::uint32_t mask[kTiles];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -432,6 +457,7 @@ __global__ __launch_bounds__(
         }
         release(stage);
 
+        // Epilogue: the slice's results.
 #pragma unroll
         for (int i = 0; i < kWarpRows; ++i) {
             if (out_x >= out_width || out_y + i >= out_height) continue;

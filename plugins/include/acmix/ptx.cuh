@@ -109,8 +109,8 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[2], const void*
 #endif
 }
 
-// Begin to copy kBytes (8 or 16) from global to shared memory, both aligned to kBytes; a plain copy before sm_80. Writes
-// zeros and reads nothing where not `inside`.
+// Begin to copy kBytes (8 or 16) from global to shared memory, both aligned to kBytes; a plain copy before sm_80.
+// Writes zeros and reads nothing where not `inside`.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
     static_assert(kBytes == 8 || kBytes == 16, "cp.async copies 8 or 16 bytes here");
@@ -118,7 +118,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
     const int bytes = inside ? kBytes : 0;
     if constexpr (kBytes == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+                     : "memory");
     } else {
         asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
     }

@@ -34,9 +34,7 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 
 // The pixel that reflection padding shows at position i of an axis, for -size < i < 2 * size - 1. Positions further
 // out, which no query that is stored ever sees, stay inside the axis.
-__device__ __forceinline__ int reflect(int i, int size) {
-    return max(min(abs(i), 2 * (size - 1) - abs(i)), 0);
-}
+__device__ __forceinline__ int reflect(int i, int size) { return max(min(abs(i), 2 * (size - 1) - abs(i)), 0); }
 
 // From -1 at the first pixel of an axis to 1 at the last.
 struct Coordinate {
