@@ -12,6 +12,7 @@ import ctypes
 import json
 import math
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -60,6 +61,11 @@ def missing() -> str:
     except MissingComponent as error:
         return error.message
     return ""
+
+
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, on the PATH or beside nvcc; None where it is not."""
+    return shutil.which(name) or shutil.which(name, path=find_cuda().nvcc.parent)
 
 
 def build(name: str, sources: Sequence[Path], headers: Path | None = None, architecture: str | None = None) -> Path:

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import HEAD_DIMS, Operator
-from acmix_deploy.plugin.toolchain import find_cuda
 from tests.gpu import device
 from tests.gpu.device import DeviceKernels, Placed
 
@@ -233,10 +231,9 @@ def test_two_streams(library):
 @pytest.fixture(scope="module")
 def sanitizers():
     """One process for each tool of compute-sanitizer, all at once."""
-    cuda = find_cuda()
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=cuda.nvcc.parent)
+    sanitizer = device.cuda_tool("compute-sanitizer")
     if sanitizer is None:
-        pytest.skip(f"no compute-sanitizer on the PATH or in {cuda.nvcc.parent}")
+        pytest.skip("no compute-sanitizer on the PATH or beside nvcc")
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     program = device.sanitized_program()
     return {
