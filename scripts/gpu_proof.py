@@ -31,7 +31,7 @@ METRICS = (
     r"(l1tex__throughput|lts__throughput|gpu__dram_throughput)\.avg\.pct\w*",
     r"(dram__bytes_read|dram__bytes_write|l1tex__data_bank_conflicts_pipe_lsu_mem_shared)\.sum",
     r"sm__inst_executed_pipe_(xu|fma|alu|lsu|tensor\w*)\.avg\.pct_of_peak_sustained_active",
-    r"smsp__average_warps_issue_stalled_(long|short|barrier|math|mio|wait|not_sel)\w*_per_issue_active\.ratio",
+    r"smsp__average_warps_issue_stalled_(\w+_scoreboard|barrier|\w+_throttle|wait)_per_issue_active\.ratio",
 )
 """Of those that Nsight Compute collects, the ones to print: a line for each pattern."""
 
@@ -52,6 +52,9 @@ class Result:
     seconds: float
     words: str
 
+    def __str__(self) -> str:
+        return f"{self.name:10}{self.verdict:8}{self.seconds:6.1f} s  {self.words[:300]}"
+
 
 def steps(out: Path) -> list[Step]:
     def tests(*names: str) -> list[str | Path]:
@@ -62,32 +65,16 @@ def steps(out: Path) -> list[Step]:
         return [sys.executable, "-m", "scripts.bench_gpu", *options]
 
     ncu = device.cuda_tool("ncu")
-    profile = [
-        "--kernel-name",
-        "regex:local_attention",
-        "--launch-count",
-        "2",
-        "--set",
-        "full",
-        "--page",
-        "raw",
-        "--csv",
-    ]
-    files = ["--force-overwrite", "--export", out / "ncu.ncu-rep", "--log-file", out / "ncu.csv"]
+    launches = ["--clock-control", "none", "--kernel-name", "regex:local_attention", "--launch-count", "2"]
+    report = ["--set", "full", "--page", "raw", "--csv", "--log-file", out / "ncu.csv", "--export", out / "ncu.ncu-rep"]
+    profile = [str(ncu), *launches, *report, *bench("--once", "--batch", "32")]
     no_gpu = "no GPU: the device is emulated" if device.EMULATED else ""
     batches = ("2", "1") if device.EMULATED else ("32", "1")
     return [
         Step("build", 90, [sys.executable, "-m", "tests.gpu.device"]),
         Step("rows", 40, tests("every_window", "without_position", "any_address", "graph_capture")),
         Step("speed", 140, bench("--only", "acmix", "--batch", *batches, "--json", out / "speed.json")),
-        Step(
-            *(
-                "ncu",
-                50,
-                [str(ncu), "--clock-control", "none", *profile, *files, *bench("--once", "--batch", "32")],
-            ),
-            missing=no_gpu or ("" if ncu else "no ncu on the PATH or beside nvcc"),
-        ),
+        Step("ncu", 50, profile, no_gpu or ("" if ncu else "no ncu on the PATH or beside nvcc")),
         Step("sanitizer", 80, tests("sanitizer")),
         Step("others", 50, tests("sm_75", "detector", "streams")),
     ]
@@ -119,14 +106,15 @@ def run(step: Step, limit: float, out: Path) -> Result:
 
 def summary(results: Iterable[Result], out: Path) -> list[str]:
     """What was found, a line each."""
-    lines = [f"{r.name:10}{r.verdict:8}{r.seconds:6.1f} s  {r.words[:300]}" for r in results]
-    return [*lines, *errors(out / "rows.jsonl"), *speeds(out / "speed.json"), *counters(out / "ncu.csv")][:LINES]
+    found = [*errors(out / "rows.jsonl"), *speeds(out / "speed.json"), *counters(out / "ncu.csv")]
+    return [*map(str, results), *found][:LINES]
 
 
 def errors(path: Path) -> list[str]:
     """The largest error of each kernel, beside its limit."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+    text = path.read_text().splitlines() if path.exists() else []
+    for row in (json.loads(line) for line in text if line.endswith("}")):  # the last may be cut
         rows.setdefault("{operator} {kernel} {dtype} {layout}".format(**row), []).append(row)
     lines = []
     for name, found in rows.items():
@@ -162,7 +150,7 @@ def counters(path: Path) -> list[str]:
     """What Nsight Compute counted, a value a launch."""
     text = path.read_text().splitlines() if path.exists() else []
     names, units, *launches = list(csv.reader(line for line in text if line.startswith('"'))) or [[], []]
-    columns = list(zip(names, units, *launches, strict=True))
+    columns = list(zip(names, units, *(launch for launch in launches if len(launch) == len(names)), strict=True))
     lines = []
     for pattern in METRICS:
         cells = [f"{name} {', '.join(values)} {unit}" for name, unit, *values in columns if re.fullmatch(pattern, name)]
@@ -180,8 +168,8 @@ def main() -> None:
     end = time.monotonic()
     for step in steps(out):
         end += step.seconds
-        print(f"{step.name} ...", flush=True)
         results.append(run(step, end - time.monotonic(), out))
+        print(results[-1], flush=True)
         (out / "steps.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
     text = "\n".join(summary(results, out))
     (out / "summary.txt").write_text(f"{text}\n")

@@ -124,11 +124,16 @@ def check_rows(
 ) -> None:
     """Odd sizes, the smallest map there is, which is all border, and one whose rows are whole words of memory."""
     least = -(-(kernel_size // 2 + 1) // stride)
+    wrong = []
     for entry, head_dim in rows(library, operator, way):
         window = {"head_dim": head_dim, "kernel_size": kernel_size, "stride": stride}
         for height, width in ((9, 17), (least, least), (11, 8)):
             launch = Launch.of(library, operator, entry, height=height * stride, width=width * stride, **window)
-            launch.check()
+            try:
+                launch.check()
+            except AssertionError as error:
+                wrong.append(str(error))
+    assert not wrong, f"{len(wrong)} launches: " + "\n".join(wrong)
 
 
 @pytest.mark.parametrize(("operator", "way", "kernel_size", "stride"), WINDOWS)
@@ -236,10 +241,13 @@ def sanitizers():
         pytest.skip("no compute-sanitizer on the PATH or beside nvcc")
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     program = device.sanitized_program()
-    return {
+    running = {
         tool: subprocess.Popen([sanitizer, f"--tool={tool}", "--error-exitcode=1", program], **options)
         for tool in SANITIZERS
     }
+    yield running
+    for process in running.values():
+        process.kill()
 
 
 @on_a_gpu
