@@ -7,7 +7,10 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 command -v "$python" >/dev/null || python=python3
-python=$("$python" -c 'import sys; print(sys.executable)')  # before HOME moves
+# Before HOME, where Nsight Compute writes, moves:
+python=$("$python" -c 'import sys; print(sys.executable)')
+PYTHONUSERBASE=$("$python" -c 'import site; print(site.getuserbase())')
+export PYTHONUSERBASE
 rm -f "$out"/{rows.jsonl,speed.json,steps.json,summary.txt,log.txt,ncu.csv,ncu.ncu-rep}
 mkdir -p build/tmp
 export HOME=$PWD/build/tmp TMPDIR=$PWD/build/tmp CUDA_CACHE_PATH=$PWD/build/tmp/cuda PYTHONDONTWRITEBYTECODE=1

@@ -168,7 +168,7 @@ def test_any_address(library):
 def test_sizes_of_a_detector(library, side):
     for entry in entries(library, LOCAL_ATTENTION):
         sizes = {"head_dim": entry["head_dim"], "height": side, "width": side}
-        Launch.of(library, LOCAL_ATTENTION, entry, batch=4, num_heads=4, **sizes).check()
+        Launch.of(library, LOCAL_ATTENTION, entry, num_heads=4, **sizes).check()
 
 
 @on_a_gpu
