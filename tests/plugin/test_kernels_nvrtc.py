@@ -45,6 +45,7 @@ template <class T> using remove_const_t = typename remove_const<T>::type;
 template <class T> using decay_t = remove_const_t<T>;  // of what is passed by value
 template <class T, class U> inline constexpr bool is_same_v = false;
 template <class T> inline constexpr bool is_same_v<T, T> = true;
+template <class T, T kValue> struct integral_constant { constexpr operator T() const { return kValue; } };
 template <class> struct numeric_limits;
 template <> struct numeric_limits<float> { static constexpr float lowest() { return -FLT_MAX; } };
 template <class... T> struct tuple { constexpr tuple(T...) {} };

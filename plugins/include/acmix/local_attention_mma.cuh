@@ -478,6 +478,33 @@ __global__ __launch_bounds__(
     }
 }
 
+template <Layout kLayout, int kHeadDim, int kStride, int kKernelSize>
+cudaError_t launch_local_attention_mma(const LocalAttention& problem, const void* qkv, const void* position_weight,
+                                       void* y, cudaStream_t stream) {
+    using Shape = MmaShape<kLayout, kHeadDim, kStride, kKernelSize>;
+    const int out_height = problem.height / kStride, out_width = problem.width / kStride;
+    const int channels = problem.num_heads * problem.head_dim, tiles_x = ceil_div(out_width, kTileWidth);
+    const int pairs = ceil_div(out_height, kWarpRows);
+    int warps = ceil_div(pairs, ceil_div(pairs, Shape::kWarps));
+    while (Shape::block_rows(warps) > Shape::kTurns * warps) ++warps;
+    const int rows = Shape::block_rows(warps);
+    // FLT_MIN keeps a scale of 0 away from 0 * inf.
+    const MmaPlan<kLayout> plan{warps,
+                                rows,
+                                {3 * channels, problem.height, problem.width},
+                                {channels, out_height, out_width},
+                                Divisor(problem.num_heads),
+                                std::max(std::fabs(problem.scale) * kLog2E, FLT_MIN),
+                                problem.scale < 0 ? 0x80008000u : 0u,
+                                Coordinate(problem.width),
+                                Coordinate(problem.height)};
+    return ptx::launch(local_attention_mma_kernel<kLayout, kHeadDim, kStride, kKernelSize>,
+                       dim3(problem.num_heads * tiles_x, ceil_div(pairs, warps), problem.batch), dim3(warps * 32),
+                       2 * Buffer<kLayout, Shape>(rows).halves * sizeof(__half), stream, problem, plan,
+                       static_cast<const __half*>(qkv), static_cast<const __half*>(position_weight),
+                       static_cast<__half*>(y));
+}
+
 // Launches the kernel on `stream`. cudaErrorMisalignedAddress where NHWC tensors are not aligned to 16 bytes.
 template <Dtype kDtype, Layout kLayout, int kHeadDim>
 cudaError_t local_attention_mma(const LocalAttention& problem, const void* const* inputs, void* y,
@@ -485,32 +512,10 @@ cudaError_t local_attention_mma(const LocalAttention& problem, const void* const
     static_assert(kDtype == Dtype::kFloat16, "tensor cores take halves here");
     const void *const qkv = inputs[0], *const position_weight = inputs[1];  // the latter null for none
     if (kLayout == Layout::kNhwc && !(aligned(qkv, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;
-    return with_constant<1, 2>(problem.stride, [&](auto stride) {
-        return with_constant<3, 5, 7, 9>(problem.kernel_size, [&](auto kernel_size) {
-            using Shape = MmaShape<kLayout, kHeadDim, stride, kernel_size>;
-            const int out_height = problem.height / stride, out_width = problem.width / stride;
-            const int pairs = ceil_div(out_height, kWarpRows);
-            int warps = ceil_div(pairs, ceil_div(pairs, Shape::kWarps));
-            while (Shape::block_rows(warps) > Shape::kTurns * warps) ++warps;
-            const int rows = Shape::block_rows(warps);
-            const int channels = problem.num_heads * problem.head_dim, tiles_x = ceil_div(out_width, kTileWidth);
-            // FLT_MIN keeps a scale of 0 away from 0 * inf.
-            const float scale = std::max(std::fabs(problem.scale) * kLog2E, FLT_MIN);
-            const MmaPlan<kLayout> plan{warps,
-                                        rows,
-                                        {3 * channels, problem.height, problem.width},
-                                        {channels, out_height, out_width},
-                                        Divisor(problem.num_heads),
-                                        scale,
-                                        problem.scale < 0 ? 0x80008000u : 0u,
-                                        Coordinate(problem.width),
-                                        Coordinate(problem.height)};
-            return ptx::launch(local_attention_mma_kernel<kLayout, kHeadDim, stride, kernel_size>,
-                               dim3(problem.num_heads * tiles_x, ceil_div(pairs, warps), problem.batch),
-                               dim3(warps * 32), 2 * Buffer<kLayout, Shape>(rows).halves * sizeof(__half), stream,
-                               problem, plan, static_cast<const __half*>(qkv),
-                               static_cast<const __half*>(position_weight), static_cast<__half*>(y));
-        });
+    return with_constant<3, 5, 7, 9>(problem.kernel_size, [&](auto kernel_size) {
+        const auto launch = problem.stride == 1 ? launch_local_attention_mma<kLayout, kHeadDim, 1, kernel_size>
+                                                : launch_local_attention_mma<kLayout, kHeadDim, 2, kernel_size>;
+        return launch(problem, qkv, position_weight, y, stream);
     });
 }
 

@@ -1,5 +1,6 @@
 // The emulator's own tests: each line of output is one of them, the exit status the number of those that failed.
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
