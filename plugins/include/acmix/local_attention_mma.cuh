@@ -120,58 +120,73 @@ class Loader {
         to_step_ = kNhwc ? kStep * Shape::kSlice : kStep * buffer.pitch;
         left_ = x + inner_ * 4;
         whole_ = width_ % 4 == 0 && aligned(image, 8) && left_ >= 0 && left_ + 4 <= width_;
+        if constexpr (kNhwc) {
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-            from_[i] = kNhwc ? plan.qkv.at(image, channel + inner_ * 8, reflect(x + outer_ + i * kStep, width_))
-                             : plan.qkv.at(image, channel + outer_, 0);
+            for (int i = 0; i < kWords; ++i) {
+                from_[i] = plan.qkv.at(image, channel + inner_ * 8, reflect(x + outer_ + i * kStep, width_));
+            }
+        } else {
+            from_[0] = plan.qkv.at(image, channel + outer_, 0);
         }
     }
 
     // Begin to copy a slice of the channels that lie `offset` behind the keys' to `buffer`.
     __device__ __forceinline__ void bring(__half* buffer, int offset, int slice) const {
-        const int begin = slice * Shape::kSlice;
-#pragma unroll kNhwc&& Shape::kSlices == 1 ? Shape::kTurns : 1
+        const int channel = slice * Shape::kSlice;
+        const int inside = head_dim_ - channel - (kNhwc ? inner_ * 8 : outer_);  // channels from the lane's first on
+        const __half* from[kNhwc ? kWords : 1];
+#pragma unroll
+        for (int i = 0; i < (kNhwc ? kWords : 1); ++i) from[i] = plan_.qkv.at(from_[i], offset + channel, 0);
+#pragma unroll kNhwc ? Shape::kTurns : 1
         for (int turn = 0; turn < Shape::kTurns; ++turn) {
             const int row = warp_ + turn * plan_.warps;
             const int pixel_row = __shfl_sync(~0u, pixel_row_, row - first_row_);
-#pragma unroll kNhwc ? kWords : 1
-            for (int i = 0; i < kWords; ++i) {
-                if (!has_word(i) || (turn + 1 == Shape::kTurns && row >= plan_.rows)) continue;
-                const bool inside = begin + (kNhwc ? inner_ * 8 : outer_ + i * kStep) < head_dim_;
-                const __half* const first = kNhwc ? from_[i] : plan_.qkv.at(from_[0], i * kStep, 0);
-                const __half* from = plan_.qkv.below(plan_.qkv.at(first, offset + begin, 0), pixel_row);
-                __half* const to = buffer + (to_ + row * Buffer<kLayout, Shape>::kRow) + i * to_step_;
-                if constexpr (kNhwc) {
-                    ptx::copy_async<16>(to, from, inside);
-                } else if (whole_ || !inside) {
-                    ptx::copy_async<8>(to, from + left_, inside);
+            const bool present = turn + 1 < Shape::kTurns || row < plan_.rows;
+            __half* to = buffer + (to_ + row * Buffer<kLayout, Shape>::kRow);
+            if constexpr (kNhwc) {
+#pragma unroll
+                for (int i = 0; i < kWords; ++i) {
+                    if (!present || outer_ + i * kStep >= Shape::kColumns) continue;
+                    ptx::copy_async<16>(to + i * to_step_, plan_.qkv.below(from[i], pixel_row), inside > 0);
+                }
+            } else if (present && inner_ * 4 < Shape::kColumns) {
+                const __half* word = plan_.qkv.below(from[0], pixel_row);
+                if (whole_) {
+                    bring_whole(to, word, inside);
                 } else {
-                    bring_each(to, from);
+                    bring_each(to, word, inside);
                 }
             }
         }
         ptx::commit_copies();
     }
 
- private:
     static constexpr bool kNhwc = kLayout == Layout::kNhwc;
     static constexpr int kSpan = kNhwc ? Shape::kSlice / 8 : Shape::kColumns == 16 ? 4 : 8;  // lanes side by side
     static constexpr int kStep = 32 / kSpan;  // pixels (NHWC) or channels (NCHW) that a warp takes at once
     static constexpr int kWords = ceil_div(kNhwc ? Shape::kColumns : Shape::kSlice, kStep);  // of a lane in a row
 
-    // Four pixels of which some are reflected.
-    __device__ __forceinline__ void bring_each(__half* to, const __half* from) const {
+ private:
+    // NCHW: a lane's words of a row, four pixels of every kStep-th channel.
+    __device__ __forceinline__ void bring_whole(__half* to, const __half* from, int inside) const {
+        from += left_;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) to[j] = from[reflect(left_ + j, width_)];
+        for (int i = 0; i < kWords; ++i, to += to_step_, from = plan_.qkv.at(from, kStep, 0)) {
+            ptx::copy_async<8>(to, from, i * kStep < inside);
+        }
     }
 
-    __device__ __forceinline__ bool has_word(int i) const {
-        if constexpr (kNhwc) return Shape::kColumns % kStep == 0 || outer_ + i * kStep < Shape::kColumns;
-        return Shape::kColumns == 4 * kSpan || inner_ * 4 < Shape::kColumns;
+    // The same where some of the pixels are reflected, or the words not aligned.
+    __device__ __forceinline__ void bring_each(__half* to, const __half* from, int inside) const {
+#pragma unroll 1
+        for (int i = 0; i < kWords; ++i, to += to_step_, from = plan_.qkv.at(from, kStep, 0)) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) to[j] = i * kStep < inside ? from[reflect(left_ + j, width_)] : __half{};
+        }
     }
 
     const MmaPlan<kLayout>& plan_;
-    const __half* from_[kWords];
+    const __half* from_[kNhwc ? kWords : 1];
     int head_dim_, width_, warp_, first_row_, pixel_row_, outer_, inner_, to_, to_step_, left_;
     bool whole_;
 };
@@ -269,10 +284,8 @@ __global__ __launch_bounds__(
 
     // q.P: an mma with P's columns x and y in turn.
     float position[4] = {};
-#pragma unroll 1
-    for (int slice = 0; slice < Shape::kSlices; ++slice) {
-        load_query(slice);
-        if (position_weight == nullptr) continue;
+    const auto add_position = [&](int slice) {
+        if (position_weight == nullptr) return;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             std::uint32_t weight[2] = {};
@@ -286,26 +299,23 @@ __global__ __launch_bounds__(
             __syncwarp();
             ptx::mma_k16(position, query[step], weight, position);
         }
-    }
+    };
+    load_query(0);
+    add_position(0);
 
-    // What every row of keys adds to its logits: the position along x, and -inf outside the window. Where columns are
-    // folded, `owner` tells from which tile a lane's two come.
-    float column_term[kKept][4];
-    bool owner[2][kTiles];
+    // The columns that the lane's logits belong to. Where columns are folded, `owner` tells from which tile they come.
+    float key_x[kKept][2];
+    bool seen[kKept][2], owner[2][kTiles];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int first = kMargin - kKernelSize / 2 + quad * kStride;
 #pragma unroll
         for (int kept = 0; kept < kKept; ++kept) {
             const int column = Shape::kFolded ? first + ((pair + e - first) & 7) : kept * 8 + pair + e;
-            const bool seen = static_cast<unsigned>(column - first) < kKernelSize;
-            const float x = plan.along_x(reflect(window_x + column, width));
+            seen[kept][e] = static_cast<unsigned>(column - first) < kKernelSize;
+            key_x[kept][e] = plan.along_x(reflect(window_x + column, width));
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) owner[e][t] = column >= t * 8 && column < t * 8 + 8;
-#pragma unroll
-            for (int i = 0; i < kWarpRows; ++i) {
-                column_term[kept][i * 2 + e] = seen ? -position[i * 2] * x : -INFINITY;
-            }
         }
     }
 
@@ -325,20 +335,38 @@ __global__ __launch_bounds__(
         to_third[step] = first_row * kRow + row_of(2, step * 2 + matrix % 2);
     }
 
-    // Rows: logits.
+    // Rows: logits, by slices; and the position, which wants all of q.P and hides what is outside the window.
     const float key_y = plan.along_y(pixel_row);
     float logits[kRows][kKept][4];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-        const float row_y = __shfl_sync(~0u, key_y, row);
+    const auto place_logits = [&] {
+        float column_term[kKept][4];
 #pragma unroll
         for (int j = 0; j < kKept * 4; ++j) {
-            logits[row][j / 4][j % 4] = fmaf(-position[j / 2 % 2 * 2 + 1], row_y, column_term[j / 4][j % 4]);
+            const int kept = j / 4, i = j / 2 % 2, e = j % 2;
+            column_term[kept][j % 4] = seen[kept][e] ? -position[i * 2] * key_x[kept][e] : -INFINITY;
         }
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+            const float row_y = __shfl_sync(~0u, key_y, row);
+#pragma unroll
+            for (int j = 0; j < kKept * 4; ++j) {
+                const float term = fmaf(-position[j / 2 % 2 * 2 + 1], row_y, column_term[j / 4][j % 4]);
+                logits[row][j / 4][j % 4] = Shape::kSlices == 1 ? term : logits[row][j / 4][j % 4] + term;
+            }
+        }
+    };
+    if constexpr (Shape::kSlices == 1) {
+        place_logits();
+    } else {
+#pragma unroll
+        for (int j = 0; j < kRows * kKept * 4; ++j) logits[j / (kKept * 4)][j / 4 % kKept][j % 4] = 0;
     }
 #pragma unroll 1
     for (int slice = 0; slice < Shape::kSlices; ++slice) {
-        if (Shape::kSlices > 1) load_query(slice);
+        if (slice > 0) {
+            load_query(slice);
+            add_position(slice);
+        }
         wait_for(slice);
         const __half* const keys = shared + slice % 2 * buffer.halves;
 #pragma unroll
@@ -373,6 +401,7 @@ __global__ __launch_bounds__(
         }
         release(slice);
     }
+    if constexpr (Shape::kSlices > 1) place_logits();
 
     // Rows: softmax, its numerators in halves as an mma takes them.
     std::uint32_t weight[kRows][kKept][kWarpRows];
@@ -455,7 +484,7 @@ __global__ __launch_bounds__(
                 }
             }
         }
-        release(stage);
+        if (Shape::kSlices > 2) release(stage);
 
         // Epilogue: the slice's results.
 #pragma unroll
