@@ -50,7 +50,8 @@ struct MmaShape {
     static constexpr int kColumns = 8 * kTiles;
     static constexpr int kSlice = kStride == 1 ? std::min(kHeadDim, 32) : 16;  // channels
     static constexpr int kSlices = kHeadDim / kSlice;
-    static constexpr int kSteps = kSlice / 16;  // of an mma along the channels of a slice
+    static constexpr bool kTogether = kSlices <= 2;  // registers hold the queries of all slices
+    static constexpr int kSteps = kSlice / 16;       // of an mma along the channels of a slice
     static constexpr bool kFolded = kKernelSize <= 8;
     static constexpr int kKept = kFolded ? 1 : kTiles;  // 16x8 logits of a row of keys
 
@@ -171,17 +172,21 @@ class Loader {
     __device__ __forceinline__ void bring_whole(__half* to, const __half* from, int inside) const {
         from += left_;
 #pragma unroll
-        for (int i = 0; i < kWords; ++i, to += to_step_, from = plan_.qkv.at(from, kStep, 0)) {
+        for (int i = 0; i < kWords; ++i) {
             ptx::copy_async<8>(to, from, i * kStep < inside);
+            to += to_step_;
+            from = plan_.qkv.at(from, kStep, 0);
         }
     }
 
     // The same where some of the pixels are reflected, or the words not aligned.
     __device__ __forceinline__ void bring_each(__half* to, const __half* from, int inside) const {
 #pragma unroll 1
-        for (int i = 0; i < kWords; ++i, to += to_step_, from = plan_.qkv.at(from, kStep, 0)) {
+        for (int i = 0; i < kWords; ++i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) to[j] = i * kStep < inside ? from[reflect(left_ + j, width_)] : __half{};
+            to += to_step_;
+            from = plan_.qkv.at(from, kStep, 0);
         }
     }
 
@@ -220,6 +225,7 @@ __global__ __launch_bounds__(
     using Shape = MmaShape<kLayout, kHeadDim, kStride, kKernelSize>;
     constexpr bool kNhwc = kLayout == Layout::kNhwc;
     constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKept = Shape::kKept, kSteps = Shape::kSteps;
+    constexpr int kHeld = Shape::kTogether ? Shape::kSlices : 1;
 
     // Prologue: the warp's queries, and the rows of keys around the block's.
     const int height = problem.height, width = problem.width, head_dim = problem.head_dim;
@@ -270,14 +276,14 @@ __global__ __launch_bounds__(
         queries[i] = plan.qkv.below(plan.qkv.at(image, head * head_dim + pair, min(out_x, out_width - 1) * kStride),
                                     min(out_y + i, out_height - 1) * kStride);
     }
-    std::uint32_t query[kSteps][4];
+    std::uint32_t query[kHeld][kSteps][4];
     const auto load_query = [&](int slice) {
 #pragma unroll
         for (int j = 0; j < kSteps * 4; ++j) {
             const int channel = slice * Shape::kSlice + j / 2 * 8;
-            query[j / 4][j % 4] = channel + pair < head_dim
-                                      ? load_pair(plan.qkv, plan.qkv.at(queries[j % 2], channel, 0)) ^ plan.sign
-                                      : 0;
+            query[slice % kHeld][j / 4][j % 4] =
+                channel + pair < head_dim ? load_pair(plan.qkv, plan.qkv.at(queries[j % 2], channel, 0)) ^ plan.sign
+                                          : 0;
         }
         __syncwarp();
     };
@@ -297,11 +303,14 @@ __global__ __launch_bounds__(
                 weight[half] = from[0] | static_cast<std::uint32_t>(from[2]) << 16;
             }
             __syncwarp();
-            ptx::mma_k16(position, query[step], weight, position);
+            ptx::mma_k16(position, query[slice % kHeld][step], weight, position);
         }
     };
-    load_query(0);
-    add_position(0);
+#pragma unroll
+    for (int slice = 0; slice < kHeld; ++slice) {
+        load_query(slice);
+        add_position(slice);
+    }
 
     // The columns that the lane's logits belong to. Where columns are folded, `owner` tells from which tile they come.
     float key_x[kKept][2];
@@ -351,19 +360,19 @@ __global__ __launch_bounds__(
 #pragma unroll
             for (int j = 0; j < kKept * 4; ++j) {
                 const float term = fmaf(-position[j / 2 % 2 * 2 + 1], row_y, column_term[j / 4][j % 4]);
-                logits[row][j / 4][j % 4] = Shape::kSlices == 1 ? term : logits[row][j / 4][j % 4] + term;
+                logits[row][j / 4][j % 4] = Shape::kTogether ? term : logits[row][j / 4][j % 4] + term;
             }
         }
     };
-    if constexpr (Shape::kSlices == 1) {
+    if constexpr (Shape::kTogether) {
         place_logits();
     } else {
 #pragma unroll
         for (int j = 0; j < kRows * kKept * 4; ++j) logits[j / (kKept * 4)][j / 4 % kKept][j % 4] = 0;
     }
-#pragma unroll 1
+#pragma unroll kHeld
     for (int slice = 0; slice < Shape::kSlices; ++slice) {
-        if (slice > 0) {
+        if (slice >= kHeld) {
             load_query(slice);
             add_position(slice);
         }
@@ -379,12 +388,12 @@ __global__ __launch_bounds__(
                 };
                 std::uint32_t key[4];
                 ptx::load_matrices<!kNhwc>(key, keys + to_key[step] + row * kRow);
-                ptx::mma_k16(product[0], query[step], {key[0], key[1]}, add_to(0));
-                ptx::mma_k16(product[1], query[step], {key[2], key[3]}, add_to(1));
+                ptx::mma_k16(product[0], query[slice % kHeld][step], {key[0], key[1]}, add_to(0));
+                ptx::mma_k16(product[1], query[slice % kHeld][step], {key[2], key[3]}, add_to(1));
                 if constexpr (kTiles == 3) {
                     std::uint32_t third[2];
                     ptx::load_matrices<!kNhwc>(third, keys + to_third[step] + row * kRow);
-                    ptx::mma_k16(product[2], query[step], third, add_to(2));
+                    ptx::mma_k16(product[2], query[slice % kHeld][step], third, add_to(2));
                 }
             }
 #pragma unroll
@@ -401,10 +410,10 @@ __global__ __launch_bounds__(
         }
         release(slice);
     }
-    if constexpr (Shape::kSlices > 1) place_logits();
+    if constexpr (!Shape::kTogether) place_logits();
 
-    // Rows: softmax, its numerators in halves as an mma takes them.
-    std::uint32_t weight[kRows][kKept][kWarpRows];
+    // Rows: softmax. Numerators become halves in the columns of their own tiles, denominators come by a matrix of ones.
+    float shift[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
         float maximum = -INFINITY;
@@ -418,41 +427,40 @@ __global__ __launch_bounds__(
         }
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-        const float shift = -maximum * plan.scale;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-            for (int kept = 0; kept < kKept; ++kept) {
-                const float (&of)[4] = logits[row][kept];
-                weight[row][kept][i] = Shape::sees(i, row)
-                                           ? ptx::pack_half2(ptx::exp2(fmaf(of[i * 2], plan.scale, shift)),
-                                                             ptx::exp2(fmaf(of[i * 2 + 1], plan.scale, shift)))
-                                           : 0;
-            }
-        }
+        shift[i] = -maximum * plan.scale;
     }
-    // The denominators: a product with a matrix of ones, 8 equal columns.
-    float sum[4] = {};
-    const std::uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
-#pragma unroll
-    for (int j = 0; j < kRows * kKept; j += 2) {
-        const auto& now = weight[j / kKept][j % kKept];
-        if (j + 1 < kRows * kKept) {
-            const auto& next = weight[(j + 1) / kKept][(j + 1) % kKept];
-            ptx::mma_k16(sum, {now[0], now[1], next[0], next[1]}, ones, sum);
-        } else {
-            ptx::mma_k8(sum, now, ones[0], sum);
-        }
-    }
-    const float factor[kWarpRows] = {ptx::reciprocal(sum[0]), ptx::reciprocal(sum[2])};
-
-    // Rows: the weighted sums of the values.
-    std::uint32_t mask[kTiles];
+    std::uint32_t mask[kTiles], weight[kRows][kTiles][kWarpRows];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
         mask[t] = (owner[0][t] ? 0xffffu : 0u) | (owner[1][t] ? 0xffff0000u : 0u);
     }
-#pragma unroll 1
+    float sum[4] = {};
+    const std::uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+        for (int j = 0; j < kKept * kWarpRows; ++j) {
+            const int kept = j / kWarpRows, i = j % kWarpRows;
+            const float (&of)[4] = logits[row][kept];
+            const std::uint32_t pair_of = Shape::sees(i, row)
+                                              ? ptx::pack_half2(ptx::exp2(fmaf(of[i * 2], plan.scale, shift[i])),
+                                                                ptx::exp2(fmaf(of[i * 2 + 1], plan.scale, shift[i])))
+                                              : 0;
+            if constexpr (Shape::kFolded) {
+#pragma unroll
+                for (int t = 0; t < kTiles; ++t) weight[row][t][i] = pair_of & mask[t];
+            } else {
+                weight[row][kept][i] = pair_of;
+            }
+        }
+        const auto& of = weight[row];
+        ptx::mma_k16(sum, {of[0][0], of[0][1], of[1][0], of[1][1]}, ones, sum);
+        if constexpr (kTiles == 3) ptx::mma_k8(sum, of[2], ones[0], sum);
+    }
+    const float factor[kWarpRows] = {ptx::reciprocal(sum[0]), ptx::reciprocal(sum[2])};
+
+    // Rows: the weighted sums of the values.
+#pragma unroll kHeld
     for (int slice = 0; slice < Shape::kSlices; ++slice) {
         const int stage = Shape::kSlices + slice;
         wait_for(stage);
@@ -460,31 +468,23 @@ __global__ __launch_bounds__(
         float attended[kSteps * 2][4] = {};
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-            std::uint32_t weights[kTiles][kWarpRows];
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-                for (int i = 0; i < kWarpRows; ++i) {
-                    weights[t][i] = Shape::kFolded ? weight[row][0][i] & mask[t] : weight[row][kKept - kTiles + t][i];
-                }
-            }
+            const auto& of = weight[row];
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
                 float (&low)[4] = attended[step * 2], (&high)[4] = attended[step * 2 + 1];
-                const std::uint32_t first[4] = {weights[0][0], weights[0][1], weights[1][0], weights[1][1]};
                 std::uint32_t value[4];
                 ptx::load_matrices<kNhwc>(value, values + to_value[step] + row * kRow);
-                ptx::mma_k16(low, first, {value[0], value[1]}, low);
-                ptx::mma_k16(high, first, {value[2], value[3]}, high);
+                ptx::mma_k16(low, {of[0][0], of[0][1], of[1][0], of[1][1]}, {value[0], value[1]}, low);
+                ptx::mma_k16(high, {of[0][0], of[0][1], of[1][0], of[1][1]}, {value[2], value[3]}, high);
                 if constexpr (kTiles == 3) {
                     std::uint32_t third[2];
                     ptx::load_matrices<kNhwc>(third, values + to_third[step] + row * kRow);
-                    ptx::mma_k8(low, weights[2], third[0], low);
-                    ptx::mma_k8(high, weights[2], third[1], high);
+                    ptx::mma_k8(low, of[2], third[0], low);
+                    ptx::mma_k8(high, of[2], third[1], high);
                 }
             }
         }
-        if (Shape::kSlices > 2) release(stage);
+        if (!Shape::kTogether) release(stage);
 
         // Epilogue: the slice's results.
 #pragma unroll
