@@ -50,9 +50,8 @@ struct MmaShape {
     static constexpr int kColumns = 8 * kTiles;
     static constexpr int kSlice = kStride == 1 ? std::min(kHeadDim, 32) : 16;  // channels
     static constexpr int kSlices = kHeadDim / kSlice;
-    // Whether registers hold the queries of all slices.
-    static constexpr bool kTogether = kSlices <= (kArchitecture < 800 ? 1 : 2);
-    static constexpr int kSteps = kSlice / 16;  // of an mma along the channels of a slice
+    static constexpr bool kTogether = kSlices <= 2;  // registers hold the queries of all slices
+    static constexpr int kSteps = kSlice / 16;       // of an mma along the channels of a slice
     static constexpr bool kFolded = kKernelSize <= 8;
     static constexpr int kKept = kFolded ? 1 : kTiles;  // 16x8 logits of a row of keys
 
@@ -62,11 +61,11 @@ struct MmaShape {
     static constexpr int kThreads = 32 * kWarps;
     // Blocks of a multiprocessor for which registers are kept: as many as spill nothing, by what the compiler does.
     static constexpr int blocks(int architecture) {
-        if (architecture < 800) return kFolded ? 2 : 1;
-        const int spared = architecture > 900;
-        if (!kFolded) return 2 - spared;
-        if (kStride == 2 || kHeadDim > 32) return 3 - spared;
-        return kHeadDim == 32 ? 4 - spared : (kNhwc ? 7 : 6) - 2 * spared;
+        if (architecture < 800) return 1;
+        if (!kFolded) return architecture > 900 ? 1 : 2;
+        if (kStride == 2 || kHeadDim > 32) return architecture < 900 ? 3 : 2;
+        if (kHeadDim == 32) return architecture > 900 ? 3 : 4;
+        return (kNhwc ? 7 : 6) - (architecture > 900 ? 2 : 0);
     }
 
     __host__ __device__ static constexpr int block_rows(int warps) {
@@ -461,7 +460,7 @@ __global__ __launch_bounds__(
     const float factor[kWarpRows] = {ptx::reciprocal(sum[0]), ptx::reciprocal(sum[2])};
 
     // Rows: the weighted sums of the values.
-#pragma unroll kHeld
+#pragma unroll 1
     for (int slice = 0; slice < Shape::kSlices; ++slice) {
         const int stage = Shape::kSlices + slice;
         wait_for(stage);
