@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak bench docs lint resources release-check test-gpu bench-gpu clean
+.PHONY: help setup demo test soak bench docs lint resources instructions release-check test-gpu bench-gpu clean
 
 help:
 	@echo "make demo           take a trained YOLOv8n with three ACmix blocks to FP16 and INT8, draw what they find"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs           write the generated parts of the documentation"
 	@echo "make lint           ruff, mypy --strict, the import linter and clang-format"
 	@echo "make resources      compile the kernels and write down what each one needs"
+	@echo "make instructions   count what the compiled kernels execute, and write it down"
 	@echo "make test-gpu       the tests that need a GPU"
 	@echo "make bench-gpu      time the kernels and engines on a GPU"
 	@echo "make release-check  run all tests with nothing skipped, and compile the kernels for all architectures"
@@ -49,6 +50,9 @@ lint: $(READY)
 
 resources: $(READY)
 	$(BIN)/python -m scripts.resources
+
+instructions: $(READY)
+	$(BIN)/python -m scripts.instructions
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
