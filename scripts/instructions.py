@@ -178,7 +178,7 @@ class Source:
     def bound(self, line: int) -> str:
         """How often the loop runs that begins in a line."""
         text = self.lines[line - 1].strip()
-        loop = re.match(r"for \(int (\w+) = 0; \1 < (.+); \+\+\1\)", text)
+        loop = re.match(r"for \(int (\w+) = 0; \1 < ([^;]+); \+\+\1\b", text)
         if not loop:
             raise CheckFailed(f"line {line} ends a loop in the compiled code; found {text!r}, expected a for from 0 on")
         return loop[2]
@@ -331,15 +331,18 @@ def evaluate(bounds: Mapping[Kernel, Iterable[str]]) -> dict[Kernel, dict[str, i
     return trips
 
 
-def launch(library: kernels.Kernels, kernel: Kernel) -> int:
-    """The warps by which a kernel is launched; its first block runs, and the emulator knows what it executed."""
+def launch(library: kernels.Kernels, kernel: Kernel) -> tuple[int, int]:
+    """The blocks and the warps by which a kernel is launched for one image.
+
+    The first block runs; the emulator knows what it executed.
+    """
     shape = kernel.shape
     qkv = np.zeros((1, 3 * shape.channels, shape.side, shape.side), kernel.dtype)
     position = np.zeros((shape.head_dim, 2), kernel.dtype)
     attributes = {"num_heads": HEADS, "kernel_size": KERNEL_SIZE, "stride": shape.stride, "scale": 1.0}
     way = {"layout": kernel.layout, "kernel": kernel.kernel}
     library.launch(LOCAL_ATTENTION, qkv, position, **way, **attributes, blocks=1)
-    return library.warps()
+    return library.blocks(), library.warps()
 
 
 @dataclass(frozen=True)
@@ -352,6 +355,8 @@ class Row:
     architecture: str
     kernel: str
     shape: str
+    blocks: int
+    """Of one image."""
     warps: float
     """More than 1 where lanes have no query."""
     prologue: float
@@ -368,14 +373,14 @@ class Row:
     shared: float
 
 
-def row(architecture: int, kernel: Kernel, count: Counter[str], warps: int) -> Row:
+def row(architecture: int, kernel: Kernel, count: Counter[str], blocks: int, warps: int) -> Row:
     """One line of the table, from what one warp executes."""
     factor = warps * 16 / kernel.shape.queries
     count["warps"], count["total"] = 1, sum(count[heading] for heading in HEADINGS)
     numbers = {
-        field.name: round(count[field.name] * factor, 2 if field.name == "warps" else 1) for field in fields(Row)[3:]
+        field.name: round(count[field.name] * factor, 2 if field.name == "warps" else 1) for field in fields(Row)[4:]
     }
-    return Row(f"sm_{architecture}", str(kernel), str(kernel.shape), **numbers)
+    return Row(f"sm_{architecture}", str(kernel), str(kernel.shape), blocks, **numbers)
 
 
 def measure(cuda: Cuda, architectures: Iterable[int], library: kernels.Kernels) -> list[Row]:
@@ -385,7 +390,7 @@ def measure(cuda: Cuda, architectures: Iterable[int], library: kernels.Kernels) 
         code = compile_kernels(cuda, architecture, KERNELS)
         trips = evaluate({kernel: found.bounds() for kernel, found in code.items()})
         rows += [
-            row(architecture, kernel, found.count(trips[kernel]), launch(library, kernel))
+            row(architecture, kernel, found.count(trips[kernel]), *launch(library, kernel))
             for kernel, found in code.items()
         ]
     return rows
@@ -395,9 +400,8 @@ def read_table() -> tuple[str, list[Row]]:
     """The CUDA release that the committed table was made with, and its rows."""
     with TABLE.open(encoding="utf-8", newline="") as file:
         release = file.readline().split()[-1]
-        return release, [
-            Row(*list(line.values())[:3], *map(float, list(line.values())[3:])) for line in csv.DictReader(file)
-        ]
+        rows = [list(row.values()) for row in csv.DictReader(file)]
+    return release, [Row(*row[:3], int(row[3]), *map(float, row[4:])) for row in rows]
 
 
 def main() -> int:

@@ -127,9 +127,13 @@ class Kernels:
         """Shared memory that a block of the last launch asked for."""
         return self.library.emulator_shared_bytes()
 
+    def blocks(self) -> int:
+        """Blocks of the last launch."""
+        return self.library.emulator_blocks()
+
     def warps(self) -> int:
         """Warps of the last launch, in all its blocks."""
-        return self.library.emulator_blocks() * -(-self.library.emulator_threads() // 32)
+        return self.blocks() * -(-self.library.emulator_threads() // 32)
 
     def executed(self, *instructions: str) -> int:
         """How often the first warp of the last block that ran executed instructions of these names."""

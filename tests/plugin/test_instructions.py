@@ -44,16 +44,16 @@ def cuda():
 
 @pytest.fixture(scope="module")
 def counted(cuda):
-    """Architecture, kernel, what its first warp executes, the launch's warps, and what the emulator counted."""
+    """Architecture, kernel, what its first warp executes, blocks and warps, and what the emulator counted."""
     library = kernels.Kernels(kernels.library())
     found = []
     for architecture in ARCHITECTURES:
         code = instructions.compile_kernels(cuda, architecture, KERNELS)
         trips = instructions.evaluate({kernel: of.bounds() for kernel, of in code.items()})
         for kernel, of in code.items():
-            warps = instructions.launch(library, kernel)
+            launched = instructions.launch(library, kernel)
             emulated = {opcode: library.executed(*names) for opcode, names in KNOWN.items()}
-            found.append((architecture, kernel, of.count(trips[kernel]), warps, emulated))
+            found.append((architecture, kernel, of.count(trips[kernel]), launched, emulated))
     return found
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_worse_than_the_table(counted, cuda):
     release, table = read_table()
     if release != cuda.version:
         pytest.skip(f"the table is of CUDA {release}, this is {cuda.version}: instructions cannot be compared")
-    found = [instructions.row(architecture, kernel, count, warps) for architecture, kernel, count, warps, _ in counted]
+    found = [instructions.row(*of, *launched) for *of, launched, _ in counted]
     assert not regressions(found, table), "if it is meant, run `make instructions`"
     assert {(row.kernel, row.shape) for row in table} == {(str(kernel), str(kernel.shape)) for kernel in KERNELS}
 
