@@ -99,7 +99,7 @@ def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     formed = onnx.ModelProto()
     formed.CopyFrom(model)
     name_nodes(formed)
-    formed = _inline(formed, refused(formed) if form != "plain" else {node.name for node in _custom(formed)})
+    formed = _inline(formed, refused(formed) if form != "plain" else {node.name for node in custom_nodes(formed)})
     if form != "any":
         # Without the definitions nobody can infer what is behind a custom node.
         formed = shape_inference.infer_shapes(formed, data_prop=True)
@@ -117,7 +117,7 @@ def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
 
 def takes_plugin(model: onnx.ModelProto) -> bool:
     """Whether there is a node that the plugin computes."""
-    return len(_custom(model)) > len(refused(model))
+    return len(custom_nodes(model)) > len(refused(model))
 
 
 def owner(node: str, nodes: Collection[str]) -> str:
@@ -129,7 +129,7 @@ def refused(model: onnx.ModelProto) -> dict[str, str]:
     """The custom nodes that the plugin does not take, by name, and what is outside ``Operator.kernel_limits``."""
     tensors = _tensors(model)
     found = {}
-    for node in _custom(model):
+    for node in custom_nodes(model):
         operator = _OPERATORS[node.domain, node.op_type]
         shapes = [tensors[name][1] if name in tensors else () for name in node.input]
         sizes = quantities(operator, _attributes(node), shapes)
@@ -150,7 +150,7 @@ def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
     bodies = {(function.domain, function.name): function for function in model.functions}
     tensors = _tensors(model)
     copies = []
-    for node in [node for node in _custom(model) if node.name in names]:
+    for node in [node for node in custom_nodes(model) if node.name in names]:
         body = bodies.get((node.domain, node.op_type))
         if body is None:
             raise UserError(
@@ -201,7 +201,7 @@ def _filled_in(body: onnx.FunctionProto, node: onnx.NodeProto, element_type: int
     return copy
 
 
-def _custom(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+def custom_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes of custom operators. Raises UserError for one that is not as its operator is defined."""
     found = [node for node in model.graph.node if (node.domain, node.op_type) in _OPERATORS]
     for node in found:

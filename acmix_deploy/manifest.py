@@ -6,6 +6,7 @@ sentence.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from acmix_deploy import driver
 from acmix_deploy.artifacts import read_artifact, sha256
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
@@ -25,6 +27,7 @@ Backend = Literal["tensorrt", "tensorrt_rtx"]
 Shape = tuple[int, ...]
 
 TITLES: dict[Backend, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_COMPUTE_CAPABILITY = 75, 76  # CUdevice_attribute, major and minor
 _REBUILD = "Build it again on this machine: acmix-deploy build"
 
 
@@ -97,31 +100,13 @@ def this_machine(backend: Backend) -> Machine:
     """What there is here.
 
     Raises:
-        MissingComponent: the module cannot be imported, or the package that asks for the device is not installed.
+        MissingComponent: the module cannot be imported.
     """
     try:
         version = str(importlib.import_module(backend).__version__)
     except (ImportError, OSError) as error:
         raise MissingComponent(f"{TITLES[backend]} cannot be imported: {error}") from error
-    try:
-        device = _device()
-    except ImportError as error:
-        if backend == "tensorrt":
-            raise MissingComponent(
-                f"cuda-bindings is needed to ask which GPU is there, and cannot be imported: {error}",
-                "Run: pip install 'acmix-deploy[tensorrt]'",
-            ) from error
-        device = {}
-    return Machine(backend=backend, version=version, **device)
-
-
-def gpu_here() -> dict[str, Any]:
-    """Those fields of :class:`Machine` that the driver tells of the first device; nothing where there is none.
-
-    Raises:
-        ImportError: cuda-bindings is not installed.
-    """
-    return _device()
+    return Machine(backend=backend, version=version, **gpu_here())
 
 
 def read_manifest(engine: Path) -> Manifest:
@@ -200,30 +185,23 @@ def _release(version: str) -> str:
     return ".".join(version.split(".")[:3])
 
 
-def _device() -> dict[str, Any]:
-    """The first device, as CUDA's driver tells it; nothing where there is none. Raises ImportError: cuda-bindings."""
-    from cuda.bindings import driver
-
-    def call(function: Any, *arguments: Any) -> Any:
-        status, *values = function(*arguments)
-        if int(status):
-            raise RuntimeError(f"{function.__name__}: {status}")
-        return values[0] if values else None
-
+def gpu_here() -> dict[str, Any]:
+    """Those fields of :class:`Machine` that the driver tells of the first device; nothing where there is none."""
+    name = ctypes.create_string_buffer(128)
     try:
-        call(driver.cuInit, 0)
-        device = call(driver.cuDeviceGet, 0)
-        name = call(driver.cuDeviceGetName, 128, device)
-        attribute = driver.CUdevice_attribute
-        major = call(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-        minor = call(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-        cuda = call(driver.cuDriverGetVersion)
-    except RuntimeError:
+        device = driver.first_device()
+        driver.call("cuDeviceGetName", name, len(name), device)
+        major, minor = (
+            driver.made(ctypes.c_int, "cuDeviceGetAttribute", attribute, device).value
+            for attribute in _COMPUTE_CAPABILITY
+        )
+        cuda = driver.made(ctypes.c_int, "cuDriverGetVersion").value
+    except (OSError, driver.DriverError):
         return {}
     return {
         "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
         "driver": _driver_release(),
-        "gpu": name.split(b"\0")[0].decode(),
+        "gpu": name.value.decode(),
         "sm": 10 * major + minor,
     }
 

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     options = parser.parse_args()
     if engines.missing():
-        sys.exit(f"make bench-gpu: {engines.missing()}")
+        sys.exit(f"make bench-engines: {engines.missing()}")
 
     found: list[Profile] = []
     print("| | exported, us | tiled, us | plugin, us | exported / plugin |")

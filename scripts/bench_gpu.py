@@ -1,7 +1,8 @@
 """Local attention on a GPU: the kernels beside FlexAttention, PyTorch's unfold and the time of moving the bytes once.
 
-Everything is timed in one run, in two ways. Cold: each launch stands between two events, behind a write that displaces
-the L2 cache and keeps the GPU busy while the launch is queued. Warm: a CUDA graph of many launches, replayed.
+Everything is timed in one run, in two ways. Cold: each launch stands between two events, behind a write and then a read
+of 16 times the L2 cache. Both keep the GPU busy while the launch is queued; the read displaces what was written, which
+otherwise goes to memory while the launch is timed. Warm: a CUDA graph of many launches, replayed.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from tests.gpu import device
-from tests.plugin import kernels
 
-SHAPES = ((64, 80), (128, 40), (256, 20))
+SHAPES = ((64, 4),) if device.EMULATED else ((64, 80), (128, 40), (256, 20))
 """Channels and side of the map: what P3, P4 and P5 of a YOLOv8n see at 640 pixels."""
 HEADS, KERNEL_SIZE, STRIDE = 4, 7, 1
+OURS = "acmix"
 WAYS = (
     ("float16", "NHWC", "mma"),
     ("float16", "NCHW", "mma"),
@@ -37,8 +38,10 @@ WAYS = (
     ("float16", "NCHW", "simt"),
     ("float32", "NCHW", "simt"),
 )
-GRAPH_LAUNCHES = 20
+GRAPH_LAUNCHES = 1 if device.EMULATED else 20
+SAMPLES = 1 if device.EMULATED else 100
 
+cuda = device.cuda()
 Call = Callable[[], object]
 
 
@@ -64,11 +67,11 @@ class Bench:
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
-        self.properties = torch.cuda.get_device_properties(0)
-        self.displace = torch.empty(16 * self.properties.L2_cache_size, dtype=torch.uint8, device=device.DEVICE)
-        source = torch.ones_like(self.displace)
-        copies, _ = self.cold(lambda: self.displace.copy_(source))
-        self.bytes_per_us = 2 * source.numel() / float(np.median(copies))
+        self.properties = cuda.get_device_properties(0)
+        size = 16 * self.properties.L2_cache_size
+        self.written, self.read, source, copied = torch.rand(4, size // 4, device=device.DEVICE)
+        copies, _ = self.cold(lambda: copied.copy_(source))
+        self.bytes_per_us = 2 * size / float(np.median(copies))
 
     def cold(self, call: Call) -> tuple[list[float], int]:
         """Microseconds of each call, and how many of them the GPU waited for."""
@@ -77,30 +80,28 @@ class Bench:
         starved = 0
         events = []
         for _ in range(self.samples):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.displace.zero_()
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            self.written.zero_()
+            self.read.sum()
             start.record()
             call()
             starved += start.query()
             end.record()
             events.append((start, end))
-        torch.cuda.synchronize()
+        cuda.synchronize()
         return [1e3 * start.elapsed_time(end) for start, end in events], starved
 
     def warm(self, call: Call) -> list[float]:
         """Microseconds of a call, the mean over each replay of the graph."""
         call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(GRAPH_LAUNCHES):
-                call()
-        graph.replay()
+        cuda.synchronize()
+        replay = device.capture(lambda: [call() for _ in range(GRAPH_LAUNCHES)])
+        replay()
         samples = []
         for _ in range(self.samples):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            graph.replay()
+            replay()
             end.record()
             end.synchronize()
             samples.append(1e3 * start.elapsed_time(end) / GRAPH_LAUNCHES)
@@ -123,34 +124,40 @@ class Bench:
 
 
 def candidates(
-    library: device.DeviceKernels, channels: int, side: int, batch: int
+    library: device.DeviceKernels, channels: int, side: int, batch: int, competitors: bool
 ) -> Iterator[tuple[str, str, Callable[[], Call]]]:
     """Name, dtype and preparation of all that compute on one shape."""
-    head_dim = channels // HEADS
-    attributes = {"num_heads": HEADS, "kernel_size": KERNEL_SIZE, "stride": STRIDE}
-    sizes = {**attributes, "batch": batch, "head_dim": head_dim, "height": side, "width": side}
-    scale = {"scale": head_dim**-0.5}
     for dtype, layout, kernel in WAYS:
+        way = (dtype, layout, kernel)
+        yield f"{OURS} {layout} {kernel}", dtype, partial(acmix, library, channels, side, batch, *way)
+    if competitors:
+        yield "FlexAttention, compiled", "float16", partial(flex, batch, channels // HEADS, side)
+        yield "unfold, eager", "float16", partial(unfold, batch, channels // HEADS, side)
 
-        def ours(dtype: str = dtype, layout: str = layout, kernel: str = kernel) -> Call:
-            problem = device.problem_for(LOCAL_ATTENTION, {"dtype": dtype, "layout": layout}, sizes | scale)
-            *inputs, y = (device.Placed.empty(shape, dtype, layout).tensor for shape in shapes(LOCAL_ATTENTION, sizes))
-            for tensor in inputs:
-                tensor.normal_()
-            library.launch(LOCAL_ATTENTION, problem, inputs, y, kernel)
-            expected = device.oracle(LOCAL_ATTENTION, inputs, attributes | scale)
-            error = float((y - expected).norm() / expected.norm())
-            if not error <= device.limit(LOCAL_ATTENTION, dtype):
-                raise ValueError(f"wrong result: relative L2 {error:.1e}")
-            return lambda: library.launch(LOCAL_ATTENTION, problem, inputs, y, kernel)
 
-        yield f"acmix {layout} {kernel}", dtype, ours
-    yield "FlexAttention, compiled", "float16", lambda: flex(batch, head_dim, side)
-    yield "unfold, eager", "float16", lambda: unfold(batch, head_dim, side)
+def acmix(
+    library: device.DeviceKernels, channels: int, side: int, batch: int, dtype: str, layout: str, kernel: str
+) -> Call:
+    """One of the kernels, which has computed these inputs right."""
+    head_dim = channels // HEADS
+    attributes = {"num_heads": HEADS, "kernel_size": KERNEL_SIZE, "stride": STRIDE, "scale": head_dim**-0.5}
+    sizes = {**attributes, "batch": batch, "head_dim": head_dim, "height": side, "width": side}
+    problem = device.problem_for(LOCAL_ATTENTION, {"dtype": dtype, "layout": layout}, sizes)
+    *inputs, y = (device.Placed.empty(shape, dtype, layout).tensor for shape in shapes(LOCAL_ATTENTION, sizes))
+    for tensor in inputs:
+        tensor.normal_()
+    library.launch(LOCAL_ATTENTION, problem, inputs, y, kernel)
+    expected = device.oracle(LOCAL_ATTENTION, inputs, attributes)
+    error = float((y - expected).norm() / expected.norm())
+    if not error <= device.limit(LOCAL_ATTENTION, dtype):
+        raise ValueError(f"wrong result: relative L2 {error:.1e}")
+    return lambda: library.launch(LOCAL_ATTENTION, problem, inputs, y, kernel)
 
 
 def flex(batch: int, head_dim: int, side: int) -> Call:
     """FlexAttention over the window clipped at the border: neither reflection nor position."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     q, k, v = torch.randn(3, batch, HEADS, side**2, head_dim, dtype=torch.float16, device=device.DEVICE)
 
     def neighbours(b: Any, h: Any, query: Any, key: Any) -> Any:
@@ -205,6 +212,8 @@ def max_clock_mhz() -> float:
 
 
 def nvidia_smi(*fields: str) -> str:
+    if device.EMULATED:
+        return "1 (emulated)"
     query = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -239,13 +248,20 @@ def show(found: list[Measurement]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=100, help="samples of each measurement (default: 100)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"of each measurement (default: {SAMPLES})")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="batch sizes (default: 1 32)")
-    parser.add_argument("--json", type=Path, help="write all samples to this file")
+    parser.add_argument("--only", choices=[OURS], help="leave out what the kernels are compared with")
+    parser.add_argument("--once", action="store_true", help="launch and time nothing but WAYS[0], for a profiler")
+    parser.add_argument("--json", type=Path, help="write all samples to this file, after each shape")
     options = parser.parse_args()
     if device.missing():
         sys.exit(f"make bench-gpu: {device.missing()}")
-    library = device.DeviceKernels(device.build("libacmix_test.so", kernels.SOURCES))
+    library = device.DeviceKernels(device.library())
+    problems = [(channels, side, batch) for batch in options.batch for channels, side in SHAPES]
+    if options.once:
+        for problem in problems:
+            acmix(library, *problem, *WAYS[0])
+        return
     bench = Bench(options.samples)
     machine = {
         "gpu, driver": nvidia_smi("name", "driver_version"),
@@ -257,17 +273,18 @@ def main() -> None:
     }
 
     found: list[Measurement] = []
-    for batch in options.batch:
-        for channels, side in SHAPES:
-            print(f"measuring {channels} channels, {side}x{side}, batch {batch} ...", file=sys.stderr)
-            rows = [
-                bench.measure(name, channels, side, batch, dtype, prepare)
-                for name, dtype, prepare in candidates(library, channels, side, batch)
-            ]
-            show(rows)
-            found += rows
-            if options.json:
-                options.json.write_text(json.dumps({"machine": machine, "found": [asdict(m) for m in found]}))
+    for channels, side, batch in problems:
+        print(f"measuring {channels} channels, {side}x{side}, batch {batch} ...", file=sys.stderr)
+        rows = [
+            bench.measure(name, channels, side, batch, dtype, prepare)
+            for name, dtype, prepare in candidates(library, channels, side, batch, competitors=not options.only)
+        ]
+        show(rows)
+        found += rows
+        if options.json:
+            part = options.json.with_suffix(".part")
+            part.write_text(json.dumps({"machine": machine, "found": [asdict(m) for m in found]}))
+            part.replace(options.json)
 
     nothing = torch.zeros(1, device=device.DEVICE)
     empty, _ = bench.cold(nothing.zero_)
@@ -277,10 +294,11 @@ def main() -> None:
     print("\nThe mma kernel, for a query of a head; last, all queries at copy speed, and at 16 exps a clock and SM.\n")
     print("| | batch | bytes | MACs | needed | exps | needed | bytes, us | exps, us |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for batch in options.batch:
-        for channels, side in SHAPES:
-            print(roofline(bench, channels, side, batch))
+    for problem in problems:
+        print(roofline(bench, *problem))
     print("\n" + "; ".join(f"{name} {value}" for name, value in machine.items()))
+    if wrong := [m for m in found if m.error and m.name.startswith(OURS)]:
+        sys.exit(f"error: {len(wrong)} of the kernels' measurements failed, first {wrong[0].name}: {wrong[0].error}")
 
 
 if __name__ == "__main__":

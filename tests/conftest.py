@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def fake(monkeypatch):
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "engine/fake_tensorrt"))
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    monkeypatch.setattr(manifest, "_device", lambda: {"gpu": "Orin", "sm": 87})
+    monkeypatch.setattr(manifest, "gpu_here", lambda: {"gpu": "Orin", "sm": 87})
     yield lambda mode: monkeypatch.setenv("FAKE_TENSORRT", mode)
     sys.modules.pop("tensorrt", None)
 
@@ -64,12 +65,15 @@ def fake(monkeypatch):
 @pytest.fixture
 def gpu(fake, monkeypatch):
     """The same with a CUDA on which engines run. At the end all that was made is given back."""
-    from tests.engine.fake_cuda.runtime import Cuda
+    from acmix_deploy import driver
+    from acmix_deploy.runtime import cuda as runtime_cuda
+    from tests.engine.fake_cuda import Cuda
 
     device = Cuda()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", device)
+    monkeypatch.setattr(driver, "library", lambda: device)
+    monkeypatch.setattr(runtime_cuda, "_thread", threading.local())
     yield device
-    assert (device.live, device.error) == ({}, device.cudaError_t.cudaSuccess)
+    assert (device.live, device.error) == ({}, 0)
     if "tensorrt" in sys.modules:
         wrong = [event for event in sys.modules["tensorrt"]._events if "before" in event or "without" in event]
         assert wrong == []

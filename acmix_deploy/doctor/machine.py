@@ -144,15 +144,7 @@ def _tool(name: str, without: str, find: Callable[[], str]) -> Component:
 
 
 def _gpu() -> Component:
-    try:
-        device = gpu_here()
-    except ImportError as error:
-        return Component(
-            name="GPU",
-            state="missing",
-            found=f"cannot be asked for: {reason(error)}",
-            advice="Run: pip install 'acmix-deploy[tensorrt]'",
-        )
+    device = gpu_here()
     if not device:
         return Component(name="GPU", state="missing", found="none that CUDA's driver knows; engines need one to run")
     driver = f", driver {device['driver']}" if device["driver"] else ""

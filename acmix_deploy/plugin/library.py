@@ -55,6 +55,7 @@ class Library(BaseModel):
 
     path: Path = Field(description="the library")
     version: str = Field(description="version of acmix-deploy that it was built from")
+    sources: str = Field(default="", description="first digits of a digest of its kernels' sources")
     cuda: str = Field(description="CUDA toolkit that it was built with")
     architectures: str = Field(description="what it was compiled for: sm_* is machine code, compute_* PTX")
     tensorrt: str = Field(description="TensorRT whose headers it was built with")

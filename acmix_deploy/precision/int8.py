@@ -23,6 +23,7 @@ from acmix_deploy.detection.images import batches, find
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
+from acmix_deploy.forms import custom_nodes
 from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied
 from acmix_deploy.onnx_file import opset as opset_of
 from acmix_deploy.options import FLOAT32, Method
@@ -67,6 +68,9 @@ class Int8Report(BaseModel):
 
     method: Method = Field(description="how ranges of activations were chosen")
     rest: Literal["float32", "float16"] = Field(description="type of what lies between the layers, and of scales")
+    attention: dict[str, Literal["float32", "float16"]] = Field(
+        default={}, description="nodes of the attention operators, and the type that each computes in"
+    )
     fp16: Fp16Report | None = Field(description="what stays in float32 where the rest is float16")
     opset: int = Field(description="opset of the file")
     input_shape: tuple[int, ...] = Field(description="[B, C, H, W] of the calibration batches")
@@ -132,6 +136,7 @@ def quantize(
         raise no_detector(str(source), unlike)
     model = _load(source, opset=_FLOAT16_SCALES if fp16 else _CHANNEL_SCALES)
     chosen = choose_layers(model, exclude, quantize_head=quantize_head)
+    attention = [node.name for node in custom_nodes(model)]
     if fp16:
         kept_by_pattern(model, float32)  # before the long work
     shape = _shape(session, source, metadata, image_size)
@@ -158,9 +163,11 @@ def quantize(
         onnx.save(typed, temporary)
         progress("measuring the outputs")
         outputs = _compare(source, temporary, samples, metadata)
+    rest: Literal["float32", "float16"] = "float16" if fp16 else "float32"
     report = Int8Report(
         method=method,
-        rest="float16" if fp16 else "float32",
+        rest=rest,
+        attention={name: "float32" if half and name in half.float32_nodes else rest for name in attention},
         fp16=half,
         opset=opset_of(model),
         input_shape=shape,

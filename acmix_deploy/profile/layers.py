@@ -33,6 +33,7 @@ Blocks = Mapping[str, str | None]
 
 _KERNEL = "_kernel_time"
 _WIDENED = "InsertedPrecisionFreeCast_"  # before the name of a node that ONNX Runtime computes in float32 instead
+_PLANES_OF_HALVES = re.compile(r"Row major linear (FP16|Half)", re.IGNORECASE)
 _WARMUP_RUNS = 3
 _FATAL = 4
 
@@ -45,6 +46,7 @@ class Layer(BaseModel):
     name: str = Field(description="its name where it ran")
     kind: str = Field(description="type of layer or operator")
     nodes: tuple[str, ...] = Field(default=(), description="the ONNX nodes in it, where they are told")
+    inputs: tuple[str, ...] = Field(default=(), description="type and format of each input, in TensorRT's words")
     block: str = Field(description="a block, a module, 'other', or 'shared: ' and several of them")
     median_ms: float = Field(description="median time in ms, with the profiler at work")
 
@@ -142,6 +144,17 @@ def between_conversions(layers: Sequence[Layer]) -> Iterator[str]:
             yield (
                 f"the plugin {layer.name} ({layer.median_ms:.3f} ms) runs between two format conversions "
                 f"({before.median_ms:.3f} ms before, {behind.median_ms:.3f} ms behind)"
+            )
+
+
+def in_planes(layers: Sequence[Layer]) -> Iterator[str]:
+    """In words: each plugin that reads half precision plane by plane, though it offers channels in groups of 8."""
+    for layer in layers:
+        if PLUGIN_LAYER.search(layer.kind) and layer.inputs and _PLANES_OF_HALVES.match(layer.inputs[0]):
+            yield (
+                f"the plugin {layer.name} ({layer.median_ms:.3f} ms) reads '{layer.inputs[0]}': for its neighbours "
+                "TensorRT did not choose 'Channel major FP16 format where channel % 8 == 0', for which the plugin's "
+                "kernel is made"
             )
 
 

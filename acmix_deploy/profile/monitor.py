@@ -6,6 +6,7 @@ Performance"; the kernel's Documentation/hwmon/ina3221.rst and admin-guide/pm/cp
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import re
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from acmix_deploy import driver
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.process import run
 
@@ -249,14 +251,12 @@ def _nvml() -> tuple[tuple[Any, Any] | None, str]:
 
 def _bus_id() -> bytes | None:
     """The PCI address of the first CUDA device: NVML numbers devices in another order."""
+    bus = ctypes.create_string_buffer(16)
     try:
-        from cuda.bindings import driver
-
-        driver.cuInit(0)
-        status, bus = driver.cuDeviceGetPCIBusId(16, 0)
-    except (ImportError, RuntimeError):
+        driver.call("cuDeviceGetPCIBusId", bus, len(bus), driver.first_device())
+    except (OSError, driver.DriverError):
         return None
-    return bytes(bus).split(b"\0")[0] if int(status) == 0 else None
+    return bus.value
 
 
 def _instant_power(nvml: Any, ask: Callable[..., Any]) -> int | None:

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.profile.layers import between_conversions
+from acmix_deploy.profile.layers import between_conversions, in_planes
 from acmix_deploy.profile.monitor import Conditions, Monitor, Power
 from acmix_deploy.profile.subjects import Engine, Sample, Setup, Subject, open_subject
 from acmix_deploy.profile.timing import Profile
@@ -175,5 +175,5 @@ def _profile(subject: Subject, taken: Sequence[Taken], layers: bool) -> Profile:
         power=power,
         layers=found,
         machine=subject.machine,
-        notes=(*subject.notes, *between_conversions(found)),
+        notes=(*subject.notes, *between_conversions(found), *in_planes(found)),
     )

@@ -156,12 +156,14 @@ class Engine:
         blocks = _blocks_of_source(self.file)
         found = []
         for name, samples in times.items():
-            nodes = known[name].nodes if name in known else ()
+            layer = known.get(name)
+            nodes = layer.nodes if layer else ()
             found.append(
                 Layer(
                     name=name,
-                    kind=known[name].type if name in known else "",
+                    kind=layer.type if layer else "",
                     nodes=nodes,
+                    inputs=layer.inputs if layer else (),
                     block=block_of(nodes or nodes_in(name), blocks),
                     median_ms=median(samples),
                 )

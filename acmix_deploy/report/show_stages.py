@@ -14,6 +14,7 @@ from acmix_deploy.report.tables import (
     fusion_notes,
     graph_blocks,
     inlined,
+    int8_notes,
     kept_in_float32,
     kernels,
     output_errors,
@@ -53,9 +54,11 @@ def show_int8(found: QuantizeDocument, console: Console) -> None:
     console.print(float_layers(found))
     console.print(f"\nError of the whole file, on {found.measured} calibration images:")
     console.print(output_errors(found))
+    notes = int8_notes(found)
     if found.skipped:
-        skipped = f"{len(found.skipped)} images could not be read: {'; '.join(found.skipped)}"
-        console.print(f"Note: {skipped}", style="yellow")
+        notes.append(f"{len(found.skipped)} images could not be read: {'; '.join(found.skipped)}")
+    for note in notes:
+        console.print(f"Note: {note}", style="yellow")
     console.print(f"{len(found.layers)} layers in INT8, calibrated on {found.images} images")
     sizes = f"{found.bytes_before / 1e6:.2f} MB became {found.bytes_after / 1e6:.2f} MB"
     console.print(f"{sizes}: {found.artifact.path}")

@@ -122,6 +122,17 @@ def fp16_notes(report: Fp16Report) -> list[str]:
     ]
 
 
+def int8_notes(report: Int8Report) -> list[str]:
+    """What it costs that the attention is in float32."""
+    if report.rest == "float16" or not report.attention:
+        return []
+    return [
+        f"the attention ({', '.join(report.attention)}) computes in float32, as all between the layers. From TensorRT "
+        "10 on types come from the file, and in float32 the plugin has scalar kernels alone, none for tensor cores: "
+        "use --fp16 there, which needs a file of opset 19"
+    ]
+
+
 def quantized_layers(report: Int8Report, most: int = 12) -> Table:
     """The layers in INT8 with the largest errors, and how many more there are."""
     rows = table("layer in INT8", "weight", "relative L2, alone", numeric=(2,))

@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX engines, 8.5 to 11: polygraphy's runner of them, in steps that can be timed one by one.
 
-Needs NumPy, TensorRT's Python module and cuda-bindings; neither PyTorch nor ONNX.
+Needs NumPy and TensorRT's Python module; neither PyTorch nor ONNX.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
     Raises (when it is activated):
         UserError: there is no manifest, or it does not fit this machine; then nothing has been deserialized.
-        MissingComponent: no TensorRT, no cuda-bindings, or too little memory.
+        MissingComponent: no TensorRT, no device, or too little memory.
         CheckFailed: TensorRT does not take the engine.
     """
 
@@ -118,7 +118,6 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         """Check the manifest, load, and allot what does not depend on shapes."""
-        cuda.runtime()
         self.manifest = read_fitting(self.path, plugin=self.plugin)
         trt = importlib.import_module(self.manifest.machine.backend)
         with self._held as held:
@@ -201,7 +200,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
     def launch(self) -> None:
         """Run the engine; asynchronous. Raises CheckFailed: TensorRT does not start it."""
-        if not self._context.execute_async_v3(int(self.stream.handle)):
+        if not self._context.execute_async_v3(self.stream.address):
             raise self._failure("run")
 
     def download(self) -> None:

@@ -10,6 +10,9 @@
 #ifndef ACMIX_ARCHITECTURES
 #define ACMIX_ARCHITECTURES ""
 #endif
+#ifndef ACMIX_SOURCES
+#define ACMIX_SOURCES "development"
+#endif
 
 namespace acmix {
 
@@ -22,6 +25,8 @@ const char* name(Layout layout) {
 const char* name(Kernel kernel) {
     return kernel == Kernel::kSimt ? "simt" : kernel == Kernel::kMma ? "mma" : "unknown kernel";
 }
+
+const char* sources() { return ACMIX_SOURCES; }
 
 namespace {
 
@@ -41,7 +46,7 @@ template <class... Problems>
 std::string describe(List<Problems...>) {
     std::string entries;
     (describe_entries<Problems>(entries), ...);
-    return "{\"version\": " + quoted(ACMIX_VERSION) + ", \"cuda\": " +
+    return "{\"version\": " + quoted(ACMIX_VERSION) + ", \"sources\": " + quoted(sources()) + ", \"cuda\": " +
            quoted(std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10)) +
            ", \"architectures\": " + quoted(ACMIX_ARCHITECTURES) + ", \"entries\": [" + entries + "]}";
 }

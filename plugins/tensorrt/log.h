@@ -1,14 +1,19 @@
 // Errors inside the wrappers are exceptions of one sentence; at TensorRT's boundary they become a logged one.
 #pragma once
 
+#include <NvInfer.h>
+
 #include <exception>
 #include <sstream>
 #include <stdexcept>
 
 namespace acmix::tensorrt {
 
-// Writes "<op_type>: <sentence>" to TensorRT's logger, or to stderr where there is none.
-void log_error(const char* op_type, const char* sentence) noexcept;
+using Severity = nvinfer1::ILogger::Severity;
+
+// Writes "<subject>: <sentence>" to the logger of the engine that called this thread's plugin method, else to
+// TensorRT's own, or to stderr where there is none.
+void log(Severity severity, const char* subject, const char* sentence) noexcept;
 
 // Throws std::runtime_error with the parts as one sentence.
 template <class... Parts>
@@ -24,9 +29,9 @@ Result guarded(const char* op_type, Result failure, Body&& body) noexcept {
     try {
         return body();
     } catch (const std::exception& error) {
-        log_error(op_type, error.what());
+        log(Severity::kERROR, op_type, error.what());
     } catch (...) {
-        log_error(op_type, "unknown exception");
+        log(Severity::kERROR, op_type, "unknown exception");
     }
     return failure;
 }

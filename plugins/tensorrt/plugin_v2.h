@@ -68,7 +68,7 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
     }
     void destroy() noexcept override { delete this; }
     void setPluginNamespace(const char* name) noexcept override {
-        guarded(getPluginType(), 0, [&] { return namespace_ = name, 0; });
+        guarded(getPluginType(), 0, [&] { return namespace_ = name ? name : "", 0; });
     }
     const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
@@ -138,7 +138,7 @@ class Creator final : public nvinfer1::IPluginCreator {
     }
 
     void setPluginNamespace(const char* name) noexcept override {
-        guarded(getPluginName(), 0, [&] { return namespace_ = name, 0; });
+        guarded(getPluginName(), 0, [&] { return namespace_ = name ? name : "", 0; });
     }
     const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 

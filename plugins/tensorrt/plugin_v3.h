@@ -16,9 +16,10 @@ namespace acmix::tensorrt {
 inline constexpr const char* kInterface = "IPluginV3";
 using CreatorInterface = nvinfer1::IPluginCreatorInterface;
 
+// Whatever decides how fast a node is beside its tensors: the kernels and the attributes.
 template <class Problem>
 std::string timing_cache_id(const Problem& attributes) {
-    std::string id;
+    std::string id = sources();
     for_each_attribute<Problem>([&](const auto& attribute) {
         char value[32];
         if constexpr (std::is_integral_v<decltype(attribute.fallback)>) {
@@ -26,7 +27,7 @@ std::string timing_cache_id(const Problem& attributes) {
         } else {
             std::snprintf(value, sizeof value, "%a", static_cast<double>(attributes.*attribute.at));
         }
-        id += (id.empty() ? "" : "_") + std::string(value);
+        id += "_" + std::string(value);
     });
     return id;
 }

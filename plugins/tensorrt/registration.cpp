@@ -6,9 +6,12 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "creators.h"
 #include "log.h"
@@ -89,48 +92,63 @@ TensorRT find_tensorrt() {
     return {};
 }
 
+const TensorRT loaded = find_tensorrt();
+
+#if NV_TENSORRT_MAJOR >= 10 || NV_TENSORRT_MINOR >= 6
+#define ACMIX_HAS_LOGGER_FINDER
+std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
+#endif
+
+// The finder's answer is for the calling thread and for now alone.
+nvinfer1::ILogger* find_logger() {
+#ifdef ACMIX_HAS_LOGGER_FINDER
+    if (nvinfer1::ILoggerFinder* const finder = logger_finder) {
+        if (nvinfer1::ILogger* const logger = finder->findLogger()) return logger;
+    }
+#endif
+    return loaded.get_logger ? loaded.get_logger() : nullptr;
+}
+
 // The creators' static registration, which serves those who only dlopen the library.
 class Registration {
  public:
-    Registration() : tensorrt_(find_tensorrt()), registered_(tensorrt_.registry != nullptr) {
-        if (!registered_) return;
+    Registration() {
+        const char* const wanted = std::getenv("ACMIX_REGISTER");
+        if (loaded.registry == nullptr || (wanted != nullptr && std::string_view(wanted) == "0")) return;
         for (CreatorInterface* const creator : creators()) {
-            registered_ &= tensorrt_.registry->registerCreator(*creator, "");
+            if (loaded.registry->registerCreator(*creator, "")) registered_.push_back(creator);
+        }
+        if (registered_.size() < creators().size()) {
+            log(Severity::kWARNING, "acmix",
+                "not registered when loaded: this process has another copy of this library; load one of them alone");
         }
     }
 
     // loadLibrary registers the creators that it asks for, and fails where they are registered already. In the early
     // 8.6.0 deregisterCreator has another place in the registry's virtual table.
     void take_back() {
-        if (!registered_ || tensorrt_.version == 8600) return;
-        for (CreatorInterface* const creator : creators()) tensorrt_.registry->deregisterCreator(*creator);
-        registered_ = false;
+        if (loaded.version == 8600) return;
+        for (CreatorInterface* const creator : registered_) loaded.registry->deregisterCreator(*creator);
+        registered_.clear();
     }
 
-    nvinfer1::ILogger* logger() const { return tensorrt_.get_logger ? tensorrt_.get_logger() : nullptr; }
-
  private:
-    TensorRT tensorrt_;
-    bool registered_;
+    std::vector<CreatorInterface*> registered_;
 };
 
 Registration registration;
 
-std::atomic<nvinfer1::ILogger*> given_logger{nullptr};
-
 }  // namespace
 
-void log_error(const char* op_type, const char* sentence) noexcept {
+void log(Severity severity, const char* subject, const char* sentence) noexcept {
     try {
-        nvinfer1::ILogger* logger = given_logger;
-        if (logger == nullptr) logger = registration.logger();
-        if (logger != nullptr) {
-            logger->log(nvinfer1::ILogger::Severity::kERROR, (std::string(op_type) + ": " + sentence).c_str());
+        if (nvinfer1::ILogger* const logger = find_logger()) {
+            logger->log(severity, (std::string(subject) + ": " + sentence).c_str());
             return;
         }
     } catch (...) {
     }
-    std::fprintf(stderr, "%s: %s\n", op_type, sentence);
+    std::fprintf(stderr, "%s: %s\n", subject, sentence);
 }
 
 }  // namespace acmix::tensorrt
@@ -144,14 +162,8 @@ ACMIX_EXPORT acmix::tensorrt::CreatorInterface* const* ACMIX_GET_CREATORS(std::i
     return acmix::tensorrt::creators().data();
 }
 
-#if NV_TENSORRT_MAJOR >= 10 || NV_TENSORRT_MINOR >= 6
-// Where errors go from now on.
-ACMIX_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
-    acmix::tensorrt::guarded("acmix", 0, [&] {
-        if (finder != nullptr) acmix::tensorrt::given_logger = finder->findLogger();
-        return 0;
-    });
-}
+#ifdef ACMIX_HAS_LOGGER_FINDER
+ACMIX_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { acmix::tensorrt::logger_finder = finder; }
 #endif
 
 const char* acmix_creators() {

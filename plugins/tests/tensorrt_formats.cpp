@@ -1,8 +1,11 @@
 // Asks a plugin library, in a process without TensorRT: which tensor formats does a node accept, does what an engine
-// file keeps of it come back the same, and what does it compute?
+// file keeps of it come back the same, what does it compute, and where does it say what is wrong?
 //
 //   formats LIBRARY OP_TYPE NUM_HEADS KERNEL_SIZE STRIDE SHAPE SHAPE SHAPE    one line for each accepted combination
 //   plan LIBRARY OP_TYPE                                                      one line for each question
+//   log LIBRARY OP_TYPE                                                       one line for each error
+//   namespace LIBRARY OP_TYPE                                                 a creator's and a node's after null
+//   timing_cache_id LIBRARY OP_TYPE
 //   enqueue LIBRARY OP_TYPE NUM_HEADS KERNEL_SIZE STRIDE SHAPE SHAPE SHAPE TYPE FORMAT FILE FILE FILE
 //                                                                             one line for each step and its result
 //
@@ -33,9 +36,14 @@ using Creator = IPluginCreator;
 constexpr const char* kEntryPoint = "getPluginCreators";
 #endif
 
-Creator& find_creator(const char* library, const char* op_type) {
+void* load(const char* library) {
     void* const handle = dlopen(library, RTLD_NOW);
     if (handle == nullptr) std::printf("%s\n", dlerror()), std::exit(1);
+    return handle;
+}
+
+Creator& find_creator(const char* library, const char* op_type) {
+    void* const handle = load(library);
     const auto creators = reinterpret_cast<CreatorBase* const* (*)(int32_t&)>(dlsym(handle, kEntryPoint));
     int32_t count = 0;
     for (CreatorBase* const* one = creators(count); count > 0; ++one, --count) {
@@ -133,8 +141,44 @@ void print_accepted(Plugin& plugin, std::vector<PluginTensorDesc> tensors, std::
     }
 }
 
+// One error of a node for each answer of the finder: two loggers, none, an exception.
+void log_errors(const char* library, Creator& creator) {
+    struct Logger : ILogger {
+        explicit Logger(const char* name) : name(name) {}
+        void log(Severity severity, const char* message) noexcept override {
+            std::printf("%s %d %s\n", name, static_cast<int>(severity), message);
+        }
+        const char* name;
+    } first("first"), second("second");
+    struct Finder : ILoggerFinder {
+        ILogger* findLogger() override {
+            if (throws) throw 1;
+            return logger;
+        }
+        ILogger* logger = nullptr;
+        bool throws = false;
+    } finder;
+    reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(load(library), "setLoggerFinder"))(&finder);
+    const auto fail = [&](const char* name, int32_t value) {
+        const PluginField field{name, &value, PluginFieldType::kINT32, 1};
+        const PluginFieldCollection fields{1, &field};
+#if NV_TENSORRT_MAJOR >= 10
+        creator.createPlugin("", &fields, TensorRTPhase::kBUILD);
+#else
+        creator.createPlugin("", &fields);
+#endif
+    };
+    for (Logger* logger : {&first, &second, static_cast<Logger*>(nullptr)}) {
+        finder.logger = logger;
+        fail("num_heads", 0);
+    }
+    finder.throws = true;
+    fail("stride", 0);
+}
+
 int main(int argc, char** argv) {
     Creator& creator = find_creator(argv[2], argv[3]);
+    if (std::strcmp(argv[1], "log") == 0) return log_errors(argv[2], creator), 0;
     int32_t num_heads = argc > 4 ? std::atoi(argv[4]) : 4, kernel_size = argc > 5 ? std::atoi(argv[5]) : 5;
     int32_t stride = argc > 6 ? std::atoi(argv[6]) : 2;
     float scale = 0.3f;
@@ -162,6 +206,10 @@ int main(int argc, char** argv) {
         return 0;
     }
 #if NV_TENSORRT_MAJOR >= 10
+    if (std::strcmp(argv[1], "timing_cache_id") == 0) {
+        auto* const build = plugin->getCapabilityInterface(PluginCapabilityType::kBUILD);
+        return std::puts(static_cast<IPluginV3OneBuild*>(build)->getTimingCacheID()), 0;
+    }
     const auto plan_of = [](IPluginV3& node) {
         return *static_cast<IPluginV3OneRuntime*>(node.getCapabilityInterface(PluginCapabilityType::kRUNTIME))
                     ->getFieldsToSerialize();
@@ -194,6 +242,13 @@ int main(int argc, char** argv) {
     const PluginFieldCollection newer{plan.nbFields, changed.data()};
     std::printf("another version: %s\n", text(create(TensorRTPhase::kRUNTIME, &newer)).c_str());
 #else
+    if (std::strcmp(argv[1], "namespace") == 0) {
+        for (const char* name : {"ours", static_cast<const char*>(nullptr)}) {
+            creator.setPluginNamespace(name), plugin->setPluginNamespace(name);
+            std::printf("'%s' '%s'\n", creator.getPluginNamespace(), plugin->getPluginNamespace());
+        }
+        return 0;
+    }
     const auto text = [](IPluginV2* node) {
         if (node == nullptr) return std::string("refused");
         std::vector<std::uint32_t> words(node->getSerializationSize() / sizeof(std::uint32_t));

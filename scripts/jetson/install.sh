@@ -13,12 +13,8 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
 sudo apt-get update
 sudo apt-get install --yes nvidia-jetpack python3-libnvinfer python3-venv cmake g++ make
 
-cuda=$(PATH=$PATH:/usr/local/cuda/bin nvcc --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')
-[ -n "$cuda" ] || { echo "error: nvcc does not say which CUDA it is of" >&2; exit 3; }
-
 sudo install -d -o "$(id -un)" "$folder"
 # TensorRT's Python module is a package of the system.
 python3 -m venv --system-site-packages "$folder/venv"
-# Bindings for a newer CUDA than the driver's do not load.
-"$folder/venv/bin/pip" install "$(dirname "$0")/../..[serve,tensorrt]" "cuda-bindings<$((cuda + 1))"
+"$folder/venv/bin/pip" install "$(dirname "$0")/../..[serve,tensorrt]"
 "$folder/venv/bin/acmix-deploy" doctor

@@ -195,7 +195,7 @@ def test_no_tensorrt(monkeypatch, files, tmp_path, capsys):
 
 
 def test_no_gpu(fake, monkeypatch, files, tmp_path):
-    monkeypatch.setattr(manifests, "_device", dict)
+    monkeypatch.setattr(manifests, "gpu_here", dict)
     with pytest.raises(MissingComponent, match=r"TensorRT 8.6.0 builds an engine on the device .* no GPU here"):
         build(files / "static.float32.onnx", tmp_path / "e")
 
@@ -282,7 +282,7 @@ def test_cancelled_build_leaves_nothing(files, tmp_path):
     # Whoever runs the tests in the background may have left SIGINT ignored.
     start = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from acmix_deploy import cli, manifest; manifest._device = lambda: {'gpu': 'Orin', 'sm': 87};"
+        "from acmix_deploy import cli, manifest; manifest.gpu_here = lambda: {'gpu': 'Orin', 'sm': 87};"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     process = subprocess.Popen(

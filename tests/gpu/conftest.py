@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from tests.gpu import device
-from tests.plugin import kernels
 
 
 @pytest.fixture(scope="session")
 def library() -> device.DeviceKernels:
-    return load("libacmix_test.so")
+    return load(device.library)
 
 
 @pytest.fixture(scope="session")
 def turing_library() -> device.DeviceKernels:
-    """The code for sm_75, as PTX that the driver compiles for this GPU."""
-    return load("libacmix_test_75.so", "compute_75")
+    if device.EMULATED:
+        pytest.skip("no driver that compiles PTX: the device is emulated")
+    return load(device.turing_library)
 
 
-def load(name: str, architecture: str | None = None) -> device.DeviceKernels:
+def load(build: Callable[[], Path]) -> device.DeviceKernels:
     if device.missing():
         pytest.skip(device.missing())
-    path = device.build(name, kernels.SOURCES, architecture=architecture)
-    return device.DeviceKernels(path)
+    return device.DeviceKernels(build())

@@ -1,4 +1,10 @@
-"""Build the kernels for this machine's GPU, and call them with tensors of PyTorch."""
+"""Build the kernels for this machine's GPU, and call them with tensors of PyTorch.
+
+    python -m tests.gpu.device
+
+builds all that the tests and figures here load. With ACMIX_GPU_DEVICE=emulated the kernels run on the CPU, over
+plugins/tests/cpu, so that all but the card itself can be tried without one.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +12,10 @@ import ctypes
 import json
 import math
 import os
+import shutil
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,7 +31,8 @@ from tests.plugin.kernels import DTYPES, GUARD, LAYOUTS, PLUGINS, Refused
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEVICE = "cuda"
+EMULATED = os.environ.get("ACMIX_GPU_DEVICE") == "emulated"
+DEVICE = "cpu" if EMULATED else "cuda"
 BUILD = PLUGINS.parent / "build" / "gpu"
 
 
@@ -43,6 +52,8 @@ def compute_capability() -> int | None:
 
 def missing() -> str:
     """Why nothing can be built and run here, or an empty string."""
+    if EMULATED:
+        return kernels.missing_compiler()
     if compute_capability() is None:
         return "no NVIDIA GPU"
     try:
@@ -52,13 +63,18 @@ def missing() -> str:
     return ""
 
 
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, on the PATH or beside nvcc; None where it is not."""
+    return shutil.which(name) or shutil.which(name, path=find_cuda().nvcc.parent)
+
+
 def build(name: str, sources: Sequence[Path], headers: Path | None = None, architecture: str | None = None) -> Path:
     """Compile ``sources`` for this machine's GPU and link them, doing again only what has changed: the file's path.
 
     ``headers`` is TensorRT's folder of them, for the sources that need it. ``architecture`` is another than this GPU's;
     of compute_75 the library holds PTX alone, which the driver compiles when it loads it.
     """
-    changed = max(path.stat().st_mtime for path in PLUGINS.rglob("*") if path.is_file())
+    changed = kernels.changed()
     nvcc = [str(find_cuda().nvcc), f"-arch={architecture or f'sm_{compute_capability()}'}"]
     flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
     includes = ["-I", str(PLUGINS / "include"), "-I", str(PLUGINS / "src")]
@@ -70,7 +86,9 @@ def build(name: str, sources: Sequence[Path], headers: Path | None = None, archi
         command = [*nvcc, *flags, *includes, *(["-isystem", str(headers)] if needs_headers else []), "-c", str(source)]
         result = BUILD / f"{source.name}-{zlib.crc32(' '.join(command).encode()):08x}.o"
         if not result.is_file() or result.stat().st_mtime < changed:
-            kernels.run([*command, "-o", result])
+            part = result.with_suffix(".part")
+            kernels.run([*command, "-o", part])
+            part.replace(result)  # whole, even where this is ended
         return str(result)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -78,6 +96,21 @@ def build(name: str, sources: Sequence[Path], headers: Path | None = None, archi
     shared = ["-shared", "-Xlinker=--exclude-libs,ALL"] if output.suffix == ".so" else []
     kernels.run([*nvcc, *shared, *objects, "-ldl", "-o", output])
     return output
+
+
+def library() -> Path:
+    """The kernels and their C interface."""
+    return kernels.library() if EMULATED else build("libacmix_test.so", kernels.SOURCES)
+
+
+def turing_library() -> Path:
+    """The code for sm_75, as PTX that the driver compiles for this GPU."""
+    return build("libacmix_test_75.so", kernels.SOURCES, architecture="compute_75")
+
+
+def sanitized_program() -> Path:
+    """The program for compute-sanitizer."""
+    return build("sanitize", [*kernels.SOURCES, PLUGINS / "tests" / "gpu" / "sanitize.cu"])
 
 
 def limit(operator: Operator, dtype: str) -> float:
@@ -162,12 +195,33 @@ def oracle(operator: Operator, inputs: Sequence[Tensor], attributes: dict[str, i
 
 def current_stream() -> int:
     """PyTorch's, as CUDA knows it."""
-    import torch
+    return cuda().current_stream().cuda_stream
 
-    return torch.cuda.current_stream().cuda_stream
+
+def cuda() -> Any:
+    """torch.cuda, or what stands in for it."""
+    return import_module("tests.gpu.emulated" if EMULATED else "torch.cuda")
+
+
+def capture(calls: Callable[[], object]) -> Callable[[], object]:
+    """What launches the same again: the replay of a CUDA graph. An emulated device has none."""
+    if EMULATED:
+        return calls
+    graph = cuda().CUDAGraph()
+    with cuda().graph(graph):
+        calls()
+    return graph.replay
 
 
 def problem_for(operator: Operator, entry: dict[str, Any], fields: dict[str, int | float]) -> ctypes.Structure:
     """One that asks for this row of the dispatch table, when ``fields`` has its head_dim."""
     memory = {"dtype": DTYPES.index(entry["dtype"]), "layout": LAYOUTS.index(entry["layout"])}
     return kernels.problem_type(operator)(**memory, **fields)
+
+
+if __name__ == "__main__":
+    if missing():
+        sys.exit(f"error: {missing()}")
+    with ThreadPoolExecutor() as pool:
+        built = list(pool.map(lambda make: make(), [library] if EMULATED else [library, turing_library]))
+    print(*built, *([] if EMULATED else [sanitized_program()]), sep="\n")

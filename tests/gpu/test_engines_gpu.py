@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+pytest.importorskip("tests.gpu.engines")  # first, since a machine for GPU tests may lack what it imports
+
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.manifest import read_manifest
 from acmix_deploy.profile import profile

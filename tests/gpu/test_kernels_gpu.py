@@ -1,12 +1,20 @@
-"""The kernels on a GPU, against the PyTorch oracles in float64."""
+"""The kernels on a GPU, against the PyTorch oracles in float64.
+
+With ACMIX_GPU_ROWS=FILE every comparison adds a line of JSON to FILE. On an emulated device, which is slow, the first
+window and the first head_dims stand for all.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
-import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,19 +22,26 @@ import pytest
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.operators.spec import Operator
-from acmix_deploy.plugin.toolchain import find_cuda
+from acmix_deploy.operators.spec import HEAD_DIMS, Operator
 from tests.gpu import device
 from tests.gpu.device import DeviceKernels, Placed
-from tests.plugin import kernels
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(bool(device.missing()), reason=device.missing())
 
-WINDOWS = [
-    (operator, kernel_size, stride)
+FEW = slice(1 if device.EMULATED else None)
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+on_a_gpu = pytest.mark.skipif(device.EMULATED, reason="no GPU: the device is emulated")
+WAYS = [
+    (operator, {"kernel": kernel.name, "dtype": dtype, "layout": layout})
     for operator in OPERATORS
-    for kernel_size, stride in itertools.product(*(operator.kernel_limits[name] for name in ("kernel_size", "stride")))
+    for kernel in operator.kernels
+    for dtype, layout in kernel.formats
+]
+WINDOWS = [
+    pytest.param(operator, way, *window, id="-".join(map(str, (operator.name, *way.values(), *window))))
+    for operator, way in WAYS
+    for window in itertools.product(*(operator.kernel_limits[name][FEW] for name in ("kernel_size", "stride")))
 ]
 
 
@@ -77,7 +92,11 @@ class Launch:
 
     def compare(self, y: Any, expected: Any) -> None:
         error = ((y.double() - expected).norm() / expected.norm()).item()
-        assert error <= device.limit(self.operator, self.entry["dtype"]), f"relative L2 {error:.1e}: {self}"
+        limit = device.limit(self.operator, self.entry["dtype"])
+        if path := os.environ.get("ACMIX_GPU_ROWS"):
+            with Path(path).open("a", encoding="utf-8") as file:
+                print(json.dumps({**self.entry, **self.fields, "error": error, "limit": limit}), file=file)
+        assert error <= limit, f"relative L2 {error:.1e}: {self}"
 
     def __str__(self) -> str:
         fields = " ".join(f"{name}={value}" for name, value in self.fields.items())
@@ -85,37 +104,50 @@ class Launch:
 
 
 def entries(library: DeviceKernels, operator: Operator) -> list[dict[str, Any]]:
-    return [entry for entry in library.entries if entry["operator"] == operator.op_type]
+    rows = [entry for entry in library.entries if entry["operator"] == operator.op_type]
+    return [entry for entry in rows if entry["head_dim"] in HEAD_DIMS[FEW]]
 
 
-def rows(library: DeviceKernels, operator: Operator) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each row of the dispatch table with each head_dim that it serves, itself and those padded to it."""
-    all_of_it = entries(library, operator)
+def rows(
+    library: DeviceKernels, operator: Operator, way: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each row of the dispatch table, of one way or all, with each head_dim that it serves: itself and those padded."""
+    all_of_it = [entry for entry in entries(library, operator) if way.items() <= entry.items()]
     for entry, head_dim in itertools.product(all_of_it, operator.kernel_limits["head_dim"]):
         alike = [e["head_dim"] for e in all_of_it if all(e[k] == entry[k] for k in ("dtype", "layout", "kernel"))]
         if entry["head_dim"] == min((size for size in alike if size >= head_dim), default=None):
             yield entry, head_dim
 
 
-def check_rows(library: DeviceKernels, operator: Operator, kernel_size: int, stride: int) -> None:
+def check_rows(
+    library: DeviceKernels, operator: Operator, way: Mapping[str, str], kernel_size: int, stride: int
+) -> None:
     """Odd sizes, the smallest map there is, which is all border, and one whose rows are whole words of memory."""
     least = -(-(kernel_size // 2 + 1) // stride)
-    for entry, head_dim in rows(library, operator):
+    wrong = []
+    for entry, head_dim in rows(library, operator, way):
         window = {"head_dim": head_dim, "kernel_size": kernel_size, "stride": stride}
         for height, width in ((9, 17), (least, least), (11, 8)):
             launch = Launch.of(library, operator, entry, height=height * stride, width=width * stride, **window)
-            launch.check()
+            try:
+                launch.check()
+            except AssertionError as error:
+                wrong.append(str(error))
+    assert not wrong, f"{len(wrong)} launches: " + "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("operator", "kernel_size", "stride"), WINDOWS)
-def test_every_row_at_every_window(library, operator, kernel_size, stride):
-    check_rows(library, operator, kernel_size, stride)
+@pytest.mark.parametrize(("operator", "way", "kernel_size", "stride"), WINDOWS)
+def test_every_row_at_every_window(library, operator, way, kernel_size, stride):
+    check_rows(library, operator, way, kernel_size, stride)
 
 
+@pytest.mark.parametrize(
+    "way", [way for operator, way in WAYS if operator is LOCAL_ATTENTION], ids=lambda way: "-".join(way.values())
+)
 @pytest.mark.parametrize("stride", LOCAL_ATTENTION.kernel_limits["stride"])
-def test_every_row_as_on_sm_75(turing_library, stride):
+def test_every_row_as_on_sm_75(turing_library, way, stride):
     """Before sm_80 tensor cores multiply in two steps of half the depth, and nothing is copied in the background."""
-    check_rows(turing_library, LOCAL_ATTENTION, 7, stride)
+    check_rows(turing_library, LOCAL_ATTENTION, way, 7, stride)
 
 
 def test_without_position(library):
@@ -132,13 +164,14 @@ def test_any_address(library):
                 Launch.of(library, operator, entry, offset=1, **sizes).check()
 
 
-@pytest.mark.parametrize("side", [20, 40, 80])
+@pytest.mark.parametrize("side", [20, 40, 80][FEW])
 def test_sizes_of_a_detector(library, side):
     for entry in entries(library, LOCAL_ATTENTION):
         sizes = {"head_dim": entry["head_dim"], "height": side, "width": side}
-        Launch.of(library, LOCAL_ATTENTION, entry, batch=4, num_heads=4, **sizes).check()
+        Launch.of(library, LOCAL_ATTENTION, entry, num_heads=4, **sizes).check()
 
 
+@on_a_gpu
 @pytest.mark.parametrize(("batch", "heads", "side"), [(1800, 4, 80), (1, 700, 256)], ids=["many images", "many heads"])
 def test_more_than_int32_elements(library, batch, heads, side):
     if torch.cuda.mem_get_info()[0] < 64 << 30:
@@ -162,18 +195,18 @@ def test_graph_capture(library):
     """A captured launch computes again from what its inputs hold at the replay."""
     for operator in OPERATORS:
         for entry in entries(library, operator):
-            launch = Launch.of(library, operator, entry, head_dim=entry["head_dim"], height=20, width=24)
+            sizes = {"head_dim": entry["head_dim"], "height": 12, "width": 16, "kernel_size": 3}
+            launch = Launch.of(library, operator, entry, **sizes)
             launch.run()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                launch.run()
+            device.cuda().synchronize()
+            replay = device.capture(launch.run)
             launch.randomise()
-            graph.replay()
+            replay()
             replayed = launch.y.tensor.clone()
             assert torch.equal(replayed, launch.run()), str(launch)
 
 
+@on_a_gpu
 def test_two_streams(library):
     """Launches that overlap compute the same, bit for bit, as launches one after another."""
     by_stream = [
@@ -200,12 +233,26 @@ def test_two_streams(library):
                 assert torch.equal(launch.y.tensor, value), str(launch)
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_sanitizer(tool):
-    cuda = find_cuda()
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=cuda.nvcc.parent)
+@pytest.fixture(scope="module")
+def sanitizers():
+    """One process for each tool of compute-sanitizer, all at once."""
+    sanitizer = device.cuda_tool("compute-sanitizer")
     if sanitizer is None:
-        pytest.skip(f"no compute-sanitizer on the PATH or in {cuda.nvcc.parent}")
-    program = device.build("sanitize", [*kernels.SOURCES, device.PLUGINS / "tests" / "gpu" / "sanitize.cu"])
-    output = kernels.run([sanitizer, f"--tool={tool}", "--error-exitcode=1", program])
+        pytest.skip("no compute-sanitizer on the PATH or beside nvcc")
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    program = device.sanitized_program()
+    running = {
+        tool: subprocess.Popen([sanitizer, f"--tool={tool}", "--error-exitcode=1", program], **options)
+        for tool in SANITIZERS
+    }
+    yield running
+    for process in running.values():
+        process.kill()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("tool", SANITIZERS)
+def test_sanitizer(sanitizers, tool):
+    output, _ = sanitizers[tool].communicate()
+    assert sanitizers[tool].returncode == 0, output
     assert re.search(r"SUMMARY: 0 (errors|hazards)", output), output

@@ -77,9 +77,9 @@ def rtx(tmp_path_factory):
     links = tmp_path_factory.mktemp("rtx")
     # The ONNX parser asks for the library by this name, which the package does not have.
     (links / "libtensorrt_rtx.so").symlink_to(libraries / "libtensorrt_rtx.so.1")
-    environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{libraries}"}
 
     def answer(*arguments: object) -> tuple[Any, str]:
+        environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{libraries}"}
         done = run(
             [sys.executable, Path(__file__).with_name("tensorrt_rtx_plugin.py"), *map(str, arguments)], env=environment
         )

@@ -3,6 +3,7 @@
 python tensorrt_rtx_plugin.py build LIBRARY|- FILE...    parse and build ONNX files, with or without the plugin library
 python tensorrt_rtx_plugin.py create LIBRARY CASES       create nodes of the phase and with the fields in a JSON list
 python tensorrt_rtx_plugin.py load LIBRARY               load it in both ways, take it back, load it again
+python tensorrt_rtx_plugin.py copies LIBRARY COPY        load one copy, then the other in both ways
 python tensorrt_rtx_plugin.py unread - OPERATOR...       which operators the parser does not read
 """
 
@@ -20,17 +21,20 @@ import tensorrt_rtx as trt
 
 
 class Log(trt.ILogger):
-    """Keeps the errors, and what the builder says about the layers of an engine."""
+    """Keeps the errors, the plugin's warnings, and what the builder says about the layers of an engine."""
 
     def __init__(self) -> None:
         super().__init__()
         self.errors: list[str] = []
+        self.warnings: list[str] = []
         self.layers: list[str] = []
 
     def log(self, severity: Any, message: str) -> None:
         # On a machine without a GPU each error is followed by one about the missing driver.
         if severity <= trt.ILogger.Severity.ERROR and "cudaError 35" not in message:
             self.errors.append(message)
+        elif severity == trt.ILogger.Severity.WARNING and "acmix" in message:
+            self.warnings.append(message)
         elif message.startswith("Layers:"):
             self.layers += message.splitlines()[1:]
 
@@ -94,13 +98,15 @@ def create(log: Log, cases: list[Any]) -> list[list[str]]:
     return answers
 
 
+def names() -> list[str]:
+    """The library's creators in the registry."""
+    creators = trt.get_plugin_registry().all_creators
+    return sorted(creator.name for creator in creators if creator.name.startswith("Acmix"))
+
+
 def load(library: str) -> list[list[str]]:
     """The library's creators in the registry after each step."""
     registry = trt.get_plugin_registry()
-
-    def names() -> list[str]:
-        return sorted(creator.name for creator in registry.all_creators if creator.name.startswith("Acmix"))
-
     steps = [names()]
     ctypes.CDLL(library)
     steps.append(names())
@@ -112,11 +118,21 @@ def load(library: str) -> list[list[str]]:
     return steps
 
 
+def copies(library: str, copy: str) -> dict[str, Any]:
+    """The same for two copies of the library, and whether loadLibrary takes the second one."""
+    steps = []
+    for path in (library, copy):
+        ctypes.CDLL(path)
+        steps.append(names())
+    taken = trt.get_plugin_registry().load_library(copy) is not None
+    return {"steps": [*steps, names()], "taken": taken}
+
+
 if __name__ == "__main__":
     verb, library, *rest = sys.argv[1:]
     log = Log()
     keep = trt.Builder(log)  # without one the registry has no logger
-    if library != "-" and verb != "load":
+    if library != "-" and verb not in ("load", "copies"):
         ctypes.CDLL(library)
     if verb == "build":
         answer: Any = [build(log, Path(name)) for name in rest]
@@ -125,6 +141,8 @@ if __name__ == "__main__":
         answer = [operator for operator in rest if not parser.supports_operator(operator)]
     elif verb == "create":
         answer = create(log, json.loads(rest[0]))
+    elif verb == "copies":
+        answer = {**copies(library, *rest), "warnings": log.warnings}
     else:
         answer = {"steps": load(library), "errors": log.errors}
     json.dump(answer, sys.stdout)

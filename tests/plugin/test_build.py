@@ -317,13 +317,17 @@ def test_failing_compilation_leaves_nothing(cuda, headers, tmp_path, monkeypatch
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def configure(folder, *options, path=None):
+def configure(folder, *options, path=None, sources=PLUGINS):
     """What CMake alone says of the sources and writes into the commands of the compilers, without our Python."""
-    command = [shutil.which("cmake") or pytest.skip("cmake is not installed"), "-S", PLUGINS, "-B", folder, *options]
+    command = [shutil.which("cmake") or pytest.skip("cmake is not installed"), "-S", sources, "-B", folder, *options]
     environment = {**os.environ, "PATH": path or os.environ["PATH"]}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    (rules,) = folder.glob("CMakeFiles/acmix_*.dir/flags.make") if not done.returncode else [None]
-    return done.stdout + done.stderr, rules.read_text() if rules else ""
+    return done.stdout + done.stderr, compiled_with(folder) if not done.returncode else ""
+
+
+def compiled_with(folder):
+    (rules,) = folder.glob("CMakeFiles/acmix_*.dir/flags.make")
+    return rules.read_text()
 
 
 def test_cmake_alone(cuda, tmp_path):
@@ -337,6 +341,22 @@ def test_cmake_alone(cuda, tmp_path):
     assert f'ACMIX_VERSION=\\"{__version__}\\"' in rules
     targets = set(re.findall(r"code=\[(.*?)\]", rules))
     assert targets == {"sm_87", "sm_90", "compute_90"}
+
+
+def test_digest_of_the_sources(cuda, tmp_path):
+    """The same wherever they are; another one, of the next build, where a kernel was edited."""
+    copy = shutil.copytree(PLUGINS, tmp_path / "copy")
+    options = (f"-DCMAKE_CUDA_COMPILER={cuda.nvcc}", "-DACMIX_TENSORRT=OFF", "-G", "Unix Makefiles")
+
+    def digest(rules):
+        return re.search(r'ACMIX_SOURCES=\\"([0-9a-f]{12})\\"', rules)[1]
+
+    first, second = (digest(configure(tmp_path / s.name / "b", *options, sources=s)[1]) for s in (PLUGINS, copy))
+    assert first == second
+    with (copy / "include/acmix/ptx.cuh").open("a") as kernels:
+        kernels.write("// faster\n")
+    subprocess.run(["cmake", "--build", copy / "b", "--target", "cmake_check_build_system"], check=True)
+    assert digest(compiled_with(copy / "b")) != first
 
 
 def test_cmake_without_the_headers(cuda, tmp_path):

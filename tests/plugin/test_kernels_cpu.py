@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -84,33 +83,42 @@ def test_equals_oracle(library, operator, data):
     check(library, operator, inputs, launch, **attributes)
 
 
-def of_every_entry(library: Kernels, operator: Operator, **launch: Any) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Layout and check of each row of the table, full and padded, with rows of pixels that NCHW copies in words."""
+def of_entry(
+    library: Kernels,
+    operator: Operator,
+    entry: dict[str, Any],
+    head_dim: int,
+    kernel_size: int,
+    stride: int,
+    **launch: Any,
+) -> None:
+    """Check a row of the table, with rows of pixels that NCHW copies in words."""
     random = np.random.default_rng(0)
-    for entry, padding in itertools.product(library.entries(operator), (0, 8)):
-        size = {"batch": 1, "num_heads": 1, "head_dim": entry["head_dim"] - padding, "height": 5, "width": 12}
-        size |= {"kernel_size": 5, "stride": 1}
-        inputs = [normal(random, entry["dtype"], *shape) for shape in shapes(operator, size)[: len(operator.inputs)]]
-        way = {**launch, "layout": entry["layout"], "kernel": entry["kernel"]}
-        attributes = attributes_of(operator, size, scale=size["head_dim"] ** -0.5)
-        yield entry["layout"], partial(check, library, operator, inputs, way, **attributes)
+    size = {"batch": 1, "num_heads": 1, "head_dim": head_dim, "height": 6, "width": 12}
+    size |= {"kernel_size": kernel_size, "stride": stride}
+    inputs = [normal(random, entry["dtype"], *shape) for shape in shapes(operator, size)[: len(operator.inputs)]]
+    way = {**launch, "layout": entry["layout"], "kernel": entry["kernel"]}
+    check(library, operator, inputs, way, **attributes_of(operator, size, scale=head_dim**-0.5))
 
 
 @every_operator
 def test_every_entry(library, operator):
+    """The kernels behind a row are compiled apart for each kernel size and stride; heads are full or padded."""
     rows = library.entries(operator)
     expected = [(*way, head_dim) for way in ways_of(operator) for head_dim in HEAD_DIMS]
     assert [(row["dtype"], row["layout"], row["kernel"], row["head_dim"]) for row in rows] == expected
-    for _, run in of_every_entry(library, operator):
-        run()
+    windows = itertools.product(operator.kernel_limits["kernel_size"], operator.kernel_limits["stride"])
+    for row, (index, window) in itertools.product(rows, enumerate(windows)):
+        of_entry(library, operator, row, row["head_dim"] - 8 * (index // 2 % 2), *window)
 
 
 @every_operator
 @pytest.mark.parametrize("offsets", [(1, 0), (0, 1)], ids=["input", "output"])
 def test_misaligned_tensors(library, operator, offsets):
     """NCHW takes any address; NHWC refuses what its 16-byte words cannot be read from."""
-    for layout, run in of_every_entry(library, operator, offsets=offsets):
-        if layout == "NCHW":
+    for row, padding in itertools.product(library.entries(operator), (0, 8)):
+        run = partial(of_entry, library, operator, row, row["head_dim"] - padding, 5, 1, offsets=offsets)
+        if row["layout"] == "NCHW":
             run()
         else:
             with pytest.raises(Refused, match="misaligned address"):

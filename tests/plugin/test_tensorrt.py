@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
+from acmix_deploy.plugin.library import describe
 from acmix_deploy.runtime.metrics import deviation
 from tests import ROOT
 from tests.operators.parts import every_operator, oracle
@@ -123,22 +126,67 @@ def test_plan_of_tensorrt_8(ask, libraries, operator):
 
 
 @pytest.fixture(scope="session")
-def enqueue(ask, tmp_path_factory):
-    """Run a node of the plugin, its kernels compiled for the CPU: the result of each step, what it logged, and y."""
+def emulated(tmp_path_factory):
+    """The plugin for the newest headers of a major version, its kernels compiled for the CPU."""
     if kernels.missing_compiler():
         pytest.skip(kernels.missing_compiler())
+    folder = tmp_path_factory.mktemp("emulated")
+    sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
+    flags = ("-shared", "-fPIC", "-fvisibility=hidden")
+    return lambda major: compiled(major, folder / f"acmix{major}.so", *flags, *sources, kernels.library())
+
+
+@pytest.mark.parametrize("major", [8, 11])
+def test_errors_go_where_the_finder_says_each_time(ask, emulated, major):
+    done = ask(major, emulated(major), "log", LOCAL_ATTENTION)
+    sentence = "AcmixLocalAttention: num_heads = 0 is below 1"
+    assert done.stdout.splitlines() == [f"first 1 {sentence}", f"second 1 {sentence}"]
+    assert done.stderr.splitlines() == [sentence, "AcmixLocalAttention: stride = 0 is below 1"]
+
+
+def test_no_namespace_is_an_empty_one(ask, emulated):
+    assert ask(8, emulated(8), "namespace", LOCAL_ATTENTION).stdout.splitlines() == ["'ours' 'ours'", "'' ''"]
+
+
+def test_timing_cache_id_has_the_kernels_and_the_attributes(ask, emulated):
+    attributes = "4_5_2_0x1.333334p-2"
+    assert ask(11, emulated(11), "timing_cache_id", LOCAL_ATTENTION).stdout == f"development_{attributes}\n"
+
+
+def test_timing_cache_id_of_a_build_by_cmake(ask, libraries):
+    sources = describe(libraries(11)).sources
+    assert re.fullmatch("[0-9a-f]{12}", sources)
+    assert ask(11, libraries(11), "timing_cache_id", LOCAL_ATTENTION).stdout.startswith(f"{sources}_4_5_2_")
+
+
+def test_rtx_registers_one_copy(rtx, emulated, tmp_path, monkeypatch):
+    """Of two, by whatever way the second is loaded; and none by itself where that is switched off."""
+    library = emulated(11)
+    copy = shutil.copy(library, tmp_path / "copy.so")
+    both = sorted(operator.op_type for operator in OPERATORS)
+    answer, _ = rtx("copies", library, copy)
+    assert (answer["steps"], answer["taken"]) == ([both, both, both], False)
+    (warning,) = answer["warnings"]
+    assert warning.startswith("acmix: not registered when loaded: this process has another copy of this library")
+    monkeypatch.setenv("ACMIX_REGISTER", "0")
+    answer, stderr = rtx("copies", library, copy)
+    assert answer == {"steps": [[], [], both], "taken": True, "warnings": []}
+    assert "acmix" not in stderr.lower()
+
+
+@pytest.fixture(scope="session")
+def enqueue(ask, emulated, tmp_path_factory):
+    """Run a node of the plugin, its kernels compiled for the CPU: the result of each step, what it logged, and y."""
     folder = tmp_path_factory.mktemp("enqueue")
 
     def answer(major: int, layout: str, operator: Operator, tensors: list[Array]) -> tuple[dict[str, str], str, Array]:
-        sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
-        library = compiled(major, folder / f"acmix{major}.so", "-shared", "-fPIC", *sources, kernels.library())
         files = [folder / name for name in ("first", "second", "y")]
         stored = [kernels.to_memory(tensor, layout) for tensor in tensors]
         for file, array in zip(files, stored, strict=True):
             file.write_bytes(array.tobytes())
         shapes = [",".join(map(str, tensor.shape)) for tensor in tensors]
         kind = (kernels.DTYPES.index(tensors[0].dtype.name), {"NCHW": LINEAR, "NHWC": HWC8}[layout])
-        done = ask(major, library, "enqueue", operator, *ENQUEUED.values(), *shapes, *kind, *files)
+        done = ask(major, emulated(major), "enqueue", operator, *ENQUEUED.values(), *shapes, *kind, *files)
         y = np.fromfile(files[-1], stored[-1].dtype).reshape(stored[-1].shape)
         results = dict(line.split() for line in done.stdout.splitlines())
         return results, done.stderr, kernels.from_memory(y, layout, tensors[-1].shape)

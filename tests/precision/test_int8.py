@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,9 +16,10 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 from torch import nn
 
-from acmix_deploy.artifacts import read_artifact
+from acmix_deploy.artifacts import Made, read_artifact
 from acmix_deploy.cli import main
 from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import UserError
@@ -29,6 +31,7 @@ from acmix_deploy.precision.fp16 import to_fp16
 from acmix_deploy.precision.int8 import choose_layers, head
 from acmix_deploy.precision.ranges import calibrate
 from acmix_deploy.report.documents import QuantizeDocument
+from acmix_deploy.report.show_stages import show_int8
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
@@ -160,6 +163,23 @@ def test_operator_body_inputs_and_metadata_stay(quantized, name):
         if node.op_type == LOCAL_ATTENTION.op_type:
             assert made[node.input[0]].op_type == "Conv"
             assert all(reader.op_type == "Add" for reader in readers(after, node.output[0]))
+
+
+def test_attention_in_float32_is_told(quantized):
+    """From TensorRT 10 on that is what an engine computes it in."""
+
+    def shown(name):
+        found = quantized[name]
+        made = Made(read_artifact(found.path), found.report)
+        console = Console(width=400, record=True, file=io.StringIO())
+        show_int8(QuantizeDocument.of(made), console)
+        return console.export_text()
+
+    names = {f"acmix_{block}.attention" for block in range(3)}
+    assert quantized[19].report.attention == dict.fromkeys(names, "float32")
+    assert quantized["half"].report.attention == dict.fromkeys(names, "float16")
+    assert "acmix_2.attention) computes in float32" in shown(19)
+    assert "computes in float32" not in shown("half")
 
 
 @pytest.mark.parametrize("name", [17, 19, "half"])

@@ -64,7 +64,7 @@ def test_the_gpu_alone_and_with_transfers(engine: Path) -> None:
 def test_a_thousand_samples_by_default(gpu, engine: Path) -> None:
     (found,) = profile([engine], seconds=60)
     assert 1000 <= len(found.samples_ms) <= 1002
-    assert gpu.calls["cudaGraphLaunch"] == len(found.samples_ms) + found.warmup_runs - 3
+    assert gpu.calls["cuGraphLaunch"] == len(found.samples_ms) + found.warmup_runs - 3
 
 
 def test_inputs_of_free_size_have_to_be_in_the_profile(gpu, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_power_is_read_under_load_after_the_latencies(
     launched: list[int] = []
 
     def read(self: Monitor) -> Conditions:
-        launched.append(gpu.calls["cudaGraphLaunch"])
+        launched.append(gpu.calls["cuGraphLaunch"])
         return Conditions(power_w=30.0, gpu_mhz=900.0, throttling=("power limit",) if len(launched) > 2 else ())
 
     monkeypatch.setattr(Monitor, "read", read)
@@ -139,7 +139,7 @@ def test_power_is_read_under_load_after_the_latencies(
     assert after < under_load[0] < under_load[-1]
     assert [reading.power_w for reading in found.conditions] == [30.0, 30.0]
     assert found.power.mean_w == pytest.approx(30)
-    runs = gpu.calls["cudaGraphLaunch"] - after
+    runs = gpu.calls["cuGraphLaunch"] - after
     assert found.power.inference_ms == pytest.approx(250 / runs, rel=0.5)
     assert found.power.energy_mj == pytest.approx(30 * found.power.inference_ms)
     assert found.throttling == ("power limit",)

@@ -21,6 +21,7 @@ from acmix_deploy.profile import layers as profile_layers
 from acmix_deploy.profile.layers import (
     Layer,
     between_conversions,
+    in_planes,
     block_of,
     blocks_of,
     nodes_in,
@@ -113,6 +114,17 @@ def test_a_plugin_between_conversions_is_named() -> None:
         ):
             assert list(between_conversions(fine)) == []
     assert list(between_conversions([before, conv, behind])) == []
+
+
+def test_a_plugin_that_reads_planes_of_halves_is_named() -> None:
+    plugin = layer("acmix_0.attention", "PluginV3", 0.034)
+    planes, groups = "Row major linear FP16 format", "Channel major FP16 format where channel % 8 == 0"
+    (found,) = in_planes([plugin.model_copy(update={"inputs": (planes, planes)})])
+    assert found.startswith(f"the plugin acmix_0.attention (0.034 ms) reads '{planes}'")
+    for fine in (groups, "Row major linear FP32"):
+        assert list(in_planes([plugin.model_copy(update={"inputs": (fine, planes)})])) == []
+    conv = layer("conv", "CaskConvolution").model_copy(update={"inputs": (planes,)})
+    assert list(in_planes([conv, plugin])) == []
 
 
 SHAPE = (1, 3, 64, 64)

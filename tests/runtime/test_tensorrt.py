@@ -7,11 +7,15 @@ is counted, and objects of TensorRT say when they are dropped in a wrong order. 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +24,15 @@ import pytest
 from onnx import TensorProto, helper
 from polygraphy.comparator import Comparator
 
-from acmix_deploy import manifest
+from acmix_deploy import driver, manifest
 from acmix_deploy.engine.build import build
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
-from acmix_deploy.runtime import cuda
+from acmix_deploy.profile import monitor
+from acmix_deploy.runtime import cuda as runtime_cuda
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.tensorrt import EngineRunner, Layer
-from tests.engine.fake_cuda import runtime as fake_cuda
+from tests.engine import fake_cuda
 from tests.engine.parts import FAKE, ORIN, make_engine
 from tests.plugin.parts import rtx_libraries
 
@@ -91,9 +96,9 @@ def test_shapes_in_a_row_share_no_memory(gpu, runner):
         array = images(*shape, seed=seed)
         assert_right(runner.infer({"images": array}), array)
         assert gpu.live["device"] == gpu.live["host"] == 3
-    allotted = gpu.calls["cudaMalloc"]
+    allotted = gpu.calls["cuMemAlloc_v2"]
     runner.infer({"images": images(4, 3, 8, 8, seed=9)})
-    assert gpu.calls["cudaMalloc"] == allotted, "memory is allotted once for a shape"
+    assert gpu.calls["cuMemAlloc_v2"] == allotted, "memory is allotted once for a shape"
 
 
 def test_steps_put_work_on_the_stream_and_wait_for_nothing(gpu, runner):
@@ -224,13 +229,13 @@ def test_a_capture_that_fails_leaves_a_stream_that_works(gpu, runner):
 
 def test_events_measure_what_lies_between_them(gpu, runner):
     runner.prepare({"images": images(1, 3, 4, 4)})
-    with cuda.Event() as start, cuda.Event() as end:
+    with runtime_cuda.Event() as start, runtime_cuda.Event() as end:
         start.record(runner.stream)
         runner.upload()
         runner.launch()
         runner.download()
         end.record(runner.stream)
-        with pytest.raises(CheckFailed, match="cudaEventElapsedTime failed"):
+        with pytest.raises(CheckFailed, match="cuEventElapsedTime failed"):
             end.ms_since(start)
         end.synchronize()
         assert end.ms_since(start) == 4, "a copy in, a launch, two copies out, a millisecond each"
@@ -353,7 +358,7 @@ def test_a_plugin_that_does_not_load(gpu, tmp_path):
 
 def test_too_little_memory_for_buffers(gpu, runner):
     gpu.memory = 600  # enough for the input and one output
-    with pytest.raises(MissingComponent, match=r"too little device memory: cudaMalloc of \d+ bytes failed"):
+    with pytest.raises(MissingComponent, match=r"too little device memory: cuMemAlloc_v2 of \d+ bytes failed"):
         runner.infer({"images": images(1, 3, 5, 5)})
     array = images(1, 3, 2, 2)
     assert_right(runner.infer({"images": array}), array)
@@ -370,15 +375,33 @@ def test_too_little_memory_for_the_context(gpu, fake, engine):
 
 def test_failures_on_the_device_name_the_call(gpu, runner):
     runner.prepare({"images": images(1, 3, 4, 4)})
-    gpu.error = fake_cuda.cudaError_t.cudaErrorIllegalAddress
-    with pytest.raises(CheckFailed, match=r"cudaStreamSynchronize failed: .* \(cudaErrorIllegalAddress\)"):
+    gpu.error = fake_cuda.ILLEGAL_ADDRESS
+    with pytest.raises(CheckFailed, match=r"cuStreamSynchronize failed: it is 700 \(CUDA_ERROR_ILLEGAL_ADDRESS\)"):
         runner.stream.synchronize()
-    gpu.error = fake_cuda.cudaError_t.cudaSuccess
+    gpu.error = fake_cuda.SUCCESS
 
 
-def test_no_cuda_bindings(fake, engine, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(MissingComponent, match="cuda-bindings is needed to run an engine"):
+def test_another_thread(gpu, runner):
+    """A thread has no device at first."""
+    array = images(1, 3, 4, 4)
+    with ThreadPoolExecutor(1) as pool:
+        assert_right(pool.submit(runner.infer, {"images": array}).result(), array)
+
+
+def test_no_driver(fake, engine, monkeypatch):
+    monkeypatch.setattr(runtime_cuda, "_thread", threading.local())
+
+    def missing():
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(driver, "library", missing)
+    with pytest.raises(MissingComponent, match="CUDA's driver, which cannot be loaded: libcuda"):
+        EngineRunner(engine).activate()
+
+
+def test_no_device(gpu, engine, monkeypatch):
+    monkeypatch.setattr(gpu, "cuDeviceGet", lambda *arguments: fake_cuda.NO_DEVICE)
+    with pytest.raises(MissingComponent, match="no device to run an engine on: cuDeviceGet failed: it is 100"):
         EngineRunner(engine).activate()
 
 
@@ -422,27 +445,39 @@ def test_the_runner_needs_neither_torch_nor_onnx():
     assert done.stdout.strip() == ""
 
 
-def test_no_driver():
-    """The real cuda-bindings, without a GPU."""
-    real = pytest.importorskip("cuda.bindings.runtime", reason="no cuda-bindings")
-    if real.cudaGetDeviceCount()[0] != real.cudaError_t.cudaErrorInsufficientDriver:
-        pytest.skip("there is a driver")
-    for make in (cuda.Stream, cuda.Event, lambda: cuda.Buffer((1,), np.dtype(np.float32))):
-        with pytest.raises(MissingComponent, match="the driver here is older than the CUDA of the installed"):
-            make()
+def test_what_the_driver_tells_of_the_device(gpu, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(driver, "library", lambda: gpu)
+    monkeypatch.setattr(manifest, "_driver_release", lambda: None)
+    assert manifest.gpu_here() == {"cuda": "12.6", "driver": None, "gpu": "Orin", "sm": 87}
+    assert monitor._bus_id() == b"0000:01:00.0"
 
 
-def test_names_of_cuda_bindings():
-    """The real module has the names of the stand-in, and its functions answer in the same way."""
-    real = pytest.importorskip("cuda.bindings.runtime", reason="no cuda-bindings")
-    names = [name for name in vars(fake_cuda.Cuda) if name.startswith("cuda")]
-    assert len(names) > 20
-    assert [name for name in names if not hasattr(real, name)] == []
-    for name in ("cudaError_t", "cudaMemcpyKind", "cudaStreamCaptureMode"):
-        for member in getattr(fake_cuda, name):
-            assert int(getattr(getattr(real, name), member.name)) == member.value
-    memory = real.cudaError_t.cudaErrorMemoryAllocation
-    assert (real.cudaGetErrorString(memory)[1], memory.name) == (b"out of memory", "cudaErrorMemoryAllocation")
+def test_names_of_the_driver(cuda):
+    """CUDA's header has the functions of the stand-in, with as many parameters, and its numbers."""
+    (header,) = {path for folder in cuda.includes if (path := folder / "cuda.h").is_file()}
+    now, before = header.read_text().split("#if defined(__CUDA_API_VERSION_INTERNAL)\n")
+    prototypes = [
+        {name: parameters.split(",") for name, parameters in re.findall(r"CUDAAPI (cu\w+)\((.*?)\);", part, re.S)}
+        for part in (now, before)
+    ]
+    names = dict(re.findall(r"^#define (cu\w+) +(?:__CUDA_API_PT\w+\()?(cu\w+)", now, re.M))
+    exported = {names.get(name, name): parameters for name, parameters in prototypes[0].items()} | prototypes[1]
+    functions = {name: value for name, value in vars(fake_cuda.Cuda).items() if name.startswith("cu")}
+    assert len(functions) > 20
+    for name, function in functions.items():
+        assert len(inspect.signature(function).parameters) - 1 == len(exported[name]), name
+    numbers = {name: int(value, 0) for name, value in re.findall(r"\b(CU\w+)\s*=\s*(0x\w+|\d+)\b", now)}
+    assert {name: numbers[name] for name in NUMBERS} == NUMBERS
+
+
+NUMBERS = {
+    "CUDA_ERROR_OUT_OF_MEMORY": driver.OUT_OF_MEMORY,
+    "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": manifest._COMPUTE_CAPABILITY[0],
+    "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": manifest._COMPUTE_CAPABILITY[1],
+    "CU_STREAM_NON_BLOCKING": runtime_cuda._NON_BLOCKING,
+    "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": runtime_cuda._CAPTURE_OF_THIS_THREAD,
+}
 
 
 def test_names_of_tensorrt_rtx():
@@ -465,7 +500,7 @@ def test_names_of_tensorrt_rtx():
 def test_tensorrt_rtx_comes_as_far_as_the_device(monkeypatch, tmp_path):
     """The real TensorRT-RTX: built, opened, refused; and past the manifest, what it says of a missing driver."""
     monkeypatch.syspath_prepend(str(rtx_libraries().parent))
-    if manifest._device():
+    if manifest.gpu_here():
         pytest.skip("there is a GPU")
     onnx.save(model_of(), tmp_path / "model.onnx")
     build(tmp_path / "model.onnx", tmp_path / "e", shapes=SHAPES, backend="tensorrt_rtx")
@@ -474,9 +509,10 @@ def test_tensorrt_rtx_comes_as_far_as_the_device(monkeypatch, tmp_path):
     assert found.profiles == {"images": SHAPES}
     with pytest.raises(MissingComponent, match=r"here is no GPU\nRun it on the device that it was built for"):
         found.runner.activate()
-    monkeypatch.setattr(manifest, "_device", lambda: {"gpu": "a card", "sm": 86})
+    monkeypatch.setattr(manifest, "gpu_here", lambda: {"gpu": "a card", "sm": 86})
     stand_in = fake_cuda.Cuda()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", stand_in)
+    monkeypatch.setattr(driver, "library", lambda: stand_in)
+    monkeypatch.setattr(runtime_cuda, "_thread", threading.local())
     with pytest.raises(CheckFailed, match=r"TensorRT-RTX \S+ does not make an engine for e: .*cudaError 35"):
         found.runner.activate()
     assert stand_in.live == {}

@@ -35,7 +35,6 @@ STAND_INS = {
     """,
     "apt-get": "",
     "systemctl": "",
-    "nvcc": 'echo "Cuda compilation tools, release ${CUDA-12.6}, V12.6.68"',
     # Makes an environment whose programs only say how they were called.
     "python3": """
         case "$1" in
@@ -165,17 +164,14 @@ def test_elsewhere_the_scripts_say_so(jetson, tmp_path: Path) -> None:
         assert "run this on a Jetson" in done.stderr
 
 
-@pytest.mark.parametrize(("cuda", "bindings"), [("12.6", "cuda-bindings<13"), ("13.0", "cuda-bindings<14")])
-def test_install(jetson, tmp_path: Path, cuda: str, bindings: str) -> None:
-    done, calls = jetson("install.sh", tmp_path / "folder", CUDA=cuda)
+def test_install(jetson, tmp_path: Path) -> None:
+    done, calls = jetson("install.sh", tmp_path / "folder")
     assert done.returncode == 0, done.stderr
     assert any(call.startswith("apt-get install --yes nvidia-jetpack ") for call in calls)
     assert f"python3 -m venv --system-site-packages {tmp_path}/folder/venv" in calls
     (pip,) = (call for call in calls if call.startswith("pip "))
-    source, requirement = pip.removeprefix("pip install ").split()
-    path, extras = source.rstrip("]").split("[")
-    assert Path(path).resolve() == ROOT
-    assert (extras, requirement) == ("serve,tensorrt", bindings)
+    path, extras = pip.removeprefix("pip install ").rstrip("]").split("[")
+    assert (Path(path).resolve(), extras) == (ROOT, "serve,tensorrt")
     assert calls[-1] == "acmix-deploy doctor"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from acmix_deploy.errors import UserError
 from acmix_deploy.operators.spec import (
     ATTENTION_AXES,
+    KERNEL_MAXIMA,
     TENSORRT_ATTRIBUTES,
     TOLERANCES,
     Attribute,
@@ -36,6 +37,7 @@ OUTLOOK_ATTENTION = Operator(
     tolerances=TOLERANCES,
     kernels=(Kernel("simt", (("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC"))),),
     kernel_limits={"kernel_size": (3, 5, 7), "stride": (1, 2), "head_dim": tuple(range(8, 129, 8))},
+    kernel_maxima={**KERNEL_MAXIMA, "N*K^4*W": KERNEL_MAXIMA["H*W"]},
 )
 
 

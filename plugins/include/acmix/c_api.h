@@ -5,8 +5,8 @@
 
 extern "C" {
 
-// What the library holds, one JSON object: {"version", "cuda", "architectures", "entries"}, where an entry is
-// {"operator", "dtype", "layout", "head_dim", "kernel", "min_sm"}.
+// What the library holds, one JSON object: {"version", "sources", "cuda", "architectures", "entries"}, where an entry
+// is {"operator", "dtype", "layout", "head_dim", "kernel", "min_sm"}.
 ACMIX_EXPORT const char* acmix_describe();
 
 // The functions at the end of acmix/operators.h launch on the current device. `kernel` is an acmix::Kernel or -1 for

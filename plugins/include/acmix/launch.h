@@ -51,4 +51,7 @@ const char* name(Dtype);
 const char* name(Layout);
 const char* name(Kernel);
 
+// The first digits of a digest of the kernels' sources; "development" where they were compiled without CMake.
+const char* sources();
+
 }  // namespace acmix

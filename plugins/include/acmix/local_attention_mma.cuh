@@ -50,7 +50,8 @@ struct MmaShape {
     static constexpr int kColumns = 8 * kTiles;
     static constexpr int kSlice = kStride == 1 ? std::min(kHeadDim, 32) : 16;  // channels
     static constexpr int kSlices = kHeadDim / kSlice;
-    static constexpr int kSteps = kSlice / 16;  // of an mma along the channels of a slice
+    static constexpr bool kTogether = kSlices <= 2;  // registers hold the queries of all slices
+    static constexpr int kSteps = kSlice / 16;       // of an mma along the channels of a slice
     static constexpr bool kFolded = kKernelSize <= 8;
     static constexpr int kKept = kFolded ? 1 : kTiles;  // 16x8 logits of a row of keys
 
@@ -120,58 +121,77 @@ class Loader {
         to_step_ = kNhwc ? kStep * Shape::kSlice : kStep * buffer.pitch;
         left_ = x + inner_ * 4;
         whole_ = width_ % 4 == 0 && aligned(image, 8) && left_ >= 0 && left_ + 4 <= width_;
+        if constexpr (kNhwc) {
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-            from_[i] = kNhwc ? plan.qkv.at(image, channel + inner_ * 8, reflect(x + outer_ + i * kStep, width_))
-                             : plan.qkv.at(image, channel + outer_, 0);
+            for (int i = 0; i < kWords; ++i) {
+                from_[i] = plan.qkv.at(image, channel + inner_ * 8, reflect(x + outer_ + i * kStep, width_));
+            }
+        } else {
+            from_[0] = plan.qkv.at(image, channel + outer_, 0);
         }
     }
 
     // Begin to copy a slice of the channels that lie `offset` behind the keys' to `buffer`.
     __device__ __forceinline__ void bring(__half* buffer, int offset, int slice) const {
-        const int begin = slice * Shape::kSlice;
-#pragma unroll kNhwc&& Shape::kSlices == 1 ? Shape::kTurns : 1
+        const int channel = slice * Shape::kSlice;
+        const int inside = head_dim_ - channel - (kNhwc ? inner_ * 8 : outer_);  // channels from the lane's first on
+        const __half* from[kNhwc ? kWords : 1];
+#pragma unroll
+        for (int i = 0; i < (kNhwc ? kWords : 1); ++i) from[i] = plan_.qkv.at(from_[i], offset + channel, 0);
+#pragma unroll kNhwc ? Shape::kTurns : 1
         for (int turn = 0; turn < Shape::kTurns; ++turn) {
             const int row = warp_ + turn * plan_.warps;
             const int pixel_row = __shfl_sync(~0u, pixel_row_, row - first_row_);
-#pragma unroll kNhwc ? kWords : 1
-            for (int i = 0; i < kWords; ++i) {
-                if (!has_word(i) || (turn + 1 == Shape::kTurns && row >= plan_.rows)) continue;
-                const bool inside = begin + (kNhwc ? inner_ * 8 : outer_ + i * kStep) < head_dim_;
-                const __half* const first = kNhwc ? from_[i] : plan_.qkv.at(from_[0], i * kStep, 0);
-                const __half* from = plan_.qkv.below(plan_.qkv.at(first, offset + begin, 0), pixel_row);
-                __half* const to = buffer + (to_ + row * Buffer<kLayout, Shape>::kRow) + i * to_step_;
-                if constexpr (kNhwc) {
-                    ptx::copy_async<16>(to, from, inside);
-                } else if (whole_ || !inside) {
-                    ptx::copy_async<8>(to, from + left_, inside);
+            const bool present = turn + 1 < Shape::kTurns || row < plan_.rows;
+            __half* to = buffer + (to_ + row * Buffer<kLayout, Shape>::kRow);
+            if constexpr (kNhwc) {
+#pragma unroll
+                for (int i = 0; i < kWords; ++i) {
+                    if (!present || outer_ + i * kStep >= Shape::kColumns) continue;
+                    ptx::copy_async<16>(to + i * to_step_, plan_.qkv.below(from[i], pixel_row), inside > 0);
+                }
+            } else if (present && inner_ * 4 < Shape::kColumns) {
+                const __half* word = plan_.qkv.below(from[0], pixel_row);
+                if (whole_) {
+                    bring_whole(to, word, inside);
                 } else {
-                    bring_each(to, from);
+                    bring_each(to, word, inside);
                 }
             }
         }
         ptx::commit_copies();
     }
 
- private:
     static constexpr bool kNhwc = kLayout == Layout::kNhwc;
     static constexpr int kSpan = kNhwc ? Shape::kSlice / 8 : Shape::kColumns == 16 ? 4 : 8;  // lanes side by side
     static constexpr int kStep = 32 / kSpan;  // pixels (NHWC) or channels (NCHW) that a warp takes at once
     static constexpr int kWords = ceil_div(kNhwc ? Shape::kColumns : Shape::kSlice, kStep);  // of a lane in a row
 
-    // Four pixels of which some are reflected.
-    __device__ __forceinline__ void bring_each(__half* to, const __half* from) const {
+ private:
+    // NCHW: a lane's words of a row, four pixels of every kStep-th channel.
+    __device__ __forceinline__ void bring_whole(__half* to, const __half* from, int inside) const {
+        from += left_;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) to[j] = from[reflect(left_ + j, width_)];
+        for (int i = 0; i < kWords; ++i) {
+            ptx::copy_async<8>(to, from, i * kStep < inside);
+            to += to_step_;
+            from = plan_.qkv.at(from, kStep, 0);
+        }
     }
 
-    __device__ __forceinline__ bool has_word(int i) const {
-        if constexpr (kNhwc) return Shape::kColumns % kStep == 0 || outer_ + i * kStep < Shape::kColumns;
-        return Shape::kColumns == 4 * kSpan || inner_ * 4 < Shape::kColumns;
+    // The same where some of the pixels are reflected, or the words not aligned.
+    __device__ __forceinline__ void bring_each(__half* to, const __half* from, int inside) const {
+#pragma unroll 1
+        for (int i = 0; i < kWords; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) to[j] = i * kStep < inside ? from[reflect(left_ + j, width_)] : __half{};
+            to += to_step_;
+            from = plan_.qkv.at(from, kStep, 0);
+        }
     }
 
     const MmaPlan<kLayout>& plan_;
-    const __half* from_[kWords];
+    const __half* from_[kNhwc ? kWords : 1];
     int head_dim_, width_, warp_, first_row_, pixel_row_, outer_, inner_, to_, to_step_, left_;
     bool whole_;
 };
@@ -205,6 +225,7 @@ __global__ __launch_bounds__(
     using Shape = MmaShape<kLayout, kHeadDim, kStride, kKernelSize>;
     constexpr bool kNhwc = kLayout == Layout::kNhwc;
     constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKept = Shape::kKept, kSteps = Shape::kSteps;
+    constexpr int kHeld = Shape::kTogether ? Shape::kSlices : 1;
 
     // Prologue: the warp's queries, and the rows of keys around the block's.
     const int height = problem.height, width = problem.width, head_dim = problem.head_dim;
@@ -255,24 +276,22 @@ __global__ __launch_bounds__(
         queries[i] = plan.qkv.below(plan.qkv.at(image, head * head_dim + pair, min(out_x, out_width - 1) * kStride),
                                     min(out_y + i, out_height - 1) * kStride);
     }
-    std::uint32_t query[kSteps][4];
+    std::uint32_t query[kHeld][kSteps][4];
     const auto load_query = [&](int slice) {
 #pragma unroll
         for (int j = 0; j < kSteps * 4; ++j) {
             const int channel = slice * Shape::kSlice + j / 2 * 8;
-            query[j / 4][j % 4] = channel + pair < head_dim
-                                      ? load_pair(plan.qkv, plan.qkv.at(queries[j % 2], channel, 0)) ^ plan.sign
-                                      : 0;
+            query[slice % kHeld][j / 4][j % 4] =
+                channel + pair < head_dim ? load_pair(plan.qkv, plan.qkv.at(queries[j % 2], channel, 0)) ^ plan.sign
+                                          : 0;
         }
         __syncwarp();
     };
 
     // q.P: an mma with P's columns x and y in turn.
     float position[4] = {};
-#pragma unroll 1
-    for (int slice = 0; slice < Shape::kSlices; ++slice) {
-        load_query(slice);
-        if (position_weight == nullptr) continue;
+    const auto add_position = [&](int slice) {
+        if (position_weight == nullptr) return;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             std::uint32_t weight[2] = {};
@@ -284,28 +303,28 @@ __global__ __launch_bounds__(
                 weight[half] = from[0] | static_cast<std::uint32_t>(from[2]) << 16;
             }
             __syncwarp();
-            ptx::mma_k16(position, query[step], weight, position);
+            ptx::mma_k16(position, query[slice % kHeld][step], weight, position);
         }
+    };
+#pragma unroll
+    for (int slice = 0; slice < kHeld; ++slice) {
+        load_query(slice);
+        add_position(slice);
     }
 
-    // What every row of keys adds to its logits: the position along x, and -inf outside the window. Where columns are
-    // folded, `owner` tells from which tile a lane's two come.
-    float column_term[kKept][4];
-    bool owner[2][kTiles];
+    // The columns that the lane's logits belong to. Where columns are folded, `owner` tells from which tile they come.
+    float key_x[kKept][2];
+    bool seen[kKept][2], owner[2][kTiles];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int first = kMargin - kKernelSize / 2 + quad * kStride;
 #pragma unroll
         for (int kept = 0; kept < kKept; ++kept) {
             const int column = Shape::kFolded ? first + ((pair + e - first) & 7) : kept * 8 + pair + e;
-            const bool seen = static_cast<unsigned>(column - first) < kKernelSize;
-            const float x = plan.along_x(reflect(window_x + column, width));
+            seen[kept][e] = static_cast<unsigned>(column - first) < kKernelSize;
+            key_x[kept][e] = plan.along_x(reflect(window_x + column, width));
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) owner[e][t] = column >= t * 8 && column < t * 8 + 8;
-#pragma unroll
-            for (int i = 0; i < kWarpRows; ++i) {
-                column_term[kept][i * 2 + e] = seen ? -position[i * 2] * x : -INFINITY;
-            }
         }
     }
 
@@ -325,20 +344,38 @@ __global__ __launch_bounds__(
         to_third[step] = first_row * kRow + row_of(2, step * 2 + matrix % 2);
     }
 
-    // Rows: logits.
+    // Rows: logits, by slices; and the position, which wants all of q.P and hides what is outside the window.
     const float key_y = plan.along_y(pixel_row);
     float logits[kRows][kKept][4];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-        const float row_y = __shfl_sync(~0u, key_y, row);
+    const auto place_logits = [&] {
+        float column_term[kKept][4];
 #pragma unroll
         for (int j = 0; j < kKept * 4; ++j) {
-            logits[row][j / 4][j % 4] = fmaf(-position[j / 2 % 2 * 2 + 1], row_y, column_term[j / 4][j % 4]);
+            const int kept = j / 4, i = j / 2 % 2, e = j % 2;
+            column_term[kept][j % 4] = seen[kept][e] ? -position[i * 2] * key_x[kept][e] : -INFINITY;
         }
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+            const float row_y = __shfl_sync(~0u, key_y, row);
+#pragma unroll
+            for (int j = 0; j < kKept * 4; ++j) {
+                const float term = fmaf(-position[j / 2 % 2 * 2 + 1], row_y, column_term[j / 4][j % 4]);
+                logits[row][j / 4][j % 4] = Shape::kTogether ? term : logits[row][j / 4][j % 4] + term;
+            }
+        }
+    };
+    if constexpr (Shape::kTogether) {
+        place_logits();
+    } else {
+#pragma unroll
+        for (int j = 0; j < kRows * kKept * 4; ++j) logits[j / (kKept * 4)][j / 4 % kKept][j % 4] = 0;
     }
-#pragma unroll 1
+#pragma unroll kHeld
     for (int slice = 0; slice < Shape::kSlices; ++slice) {
-        if (Shape::kSlices > 1) load_query(slice);
+        if (slice >= kHeld) {
+            load_query(slice);
+            add_position(slice);
+        }
         wait_for(slice);
         const __half* const keys = shared + slice % 2 * buffer.halves;
 #pragma unroll
@@ -351,12 +388,12 @@ __global__ __launch_bounds__(
                 };
                 std::uint32_t key[4];
                 ptx::load_matrices<!kNhwc>(key, keys + to_key[step] + row * kRow);
-                ptx::mma_k16(product[0], query[step], {key[0], key[1]}, add_to(0));
-                ptx::mma_k16(product[1], query[step], {key[2], key[3]}, add_to(1));
+                ptx::mma_k16(product[0], query[slice % kHeld][step], {key[0], key[1]}, add_to(0));
+                ptx::mma_k16(product[1], query[slice % kHeld][step], {key[2], key[3]}, add_to(1));
                 if constexpr (kTiles == 3) {
                     std::uint32_t third[2];
                     ptx::load_matrices<!kNhwc>(third, keys + to_third[step] + row * kRow);
-                    ptx::mma_k16(product[2], query[step], third, add_to(2));
+                    ptx::mma_k16(product[2], query[slice % kHeld][step], third, add_to(2));
                 }
             }
 #pragma unroll
@@ -373,9 +410,10 @@ __global__ __launch_bounds__(
         }
         release(slice);
     }
+    if constexpr (!Shape::kTogether) place_logits();
 
-    // Rows: softmax, its numerators in halves as an mma takes them.
-    std::uint32_t weight[kRows][kKept][kWarpRows];
+    // Rows: softmax. Numerators become halves in the columns of their own tiles, denominators come by a matrix of ones.
+    float shift[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
         float maximum = -INFINITY;
@@ -389,41 +427,40 @@ __global__ __launch_bounds__(
         }
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-        const float shift = -maximum * plan.scale;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-            for (int kept = 0; kept < kKept; ++kept) {
-                const float (&of)[4] = logits[row][kept];
-                weight[row][kept][i] = Shape::sees(i, row)
-                                           ? ptx::pack_half2(ptx::exp2(fmaf(of[i * 2], plan.scale, shift)),
-                                                             ptx::exp2(fmaf(of[i * 2 + 1], plan.scale, shift)))
-                                           : 0;
-            }
-        }
+        shift[i] = -maximum * plan.scale;
     }
-    // The denominators: a product with a matrix of ones, 8 equal columns.
-    float sum[4] = {};
-    const std::uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
-#pragma unroll
-    for (int j = 0; j < kRows * kKept; j += 2) {
-        const auto& now = weight[j / kKept][j % kKept];
-        if (j + 1 < kRows * kKept) {
-            const auto& next = weight[(j + 1) / kKept][(j + 1) % kKept];
-            ptx::mma_k16(sum, {now[0], now[1], next[0], next[1]}, ones, sum);
-        } else {
-            ptx::mma_k8(sum, now, ones[0], sum);
-        }
-    }
-    const float factor[kWarpRows] = {ptx::reciprocal(sum[0]), ptx::reciprocal(sum[2])};
-
-    // Rows: the weighted sums of the values.
-    std::uint32_t mask[kTiles];
+    std::uint32_t mask[kTiles], weight[kRows][kTiles][kWarpRows];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
         mask[t] = (owner[0][t] ? 0xffffu : 0u) | (owner[1][t] ? 0xffff0000u : 0u);
     }
-#pragma unroll 1
+    float sum[4] = {};
+    const std::uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+        for (int j = 0; j < kKept * kWarpRows; ++j) {
+            const int kept = j / kWarpRows, i = j % kWarpRows;
+            const float (&of)[4] = logits[row][kept];
+            const std::uint32_t pair_of = Shape::sees(i, row)
+                                              ? ptx::pack_half2(ptx::exp2(fmaf(of[i * 2], plan.scale, shift[i])),
+                                                                ptx::exp2(fmaf(of[i * 2 + 1], plan.scale, shift[i])))
+                                              : 0;
+            if constexpr (Shape::kFolded) {
+#pragma unroll
+                for (int t = 0; t < kTiles; ++t) weight[row][t][i] = pair_of & mask[t];
+            } else {
+                weight[row][kept][i] = pair_of;
+            }
+        }
+        const auto& of = weight[row];
+        ptx::mma_k16(sum, {of[0][0], of[0][1], of[1][0], of[1][1]}, ones, sum);
+        if constexpr (kTiles == 3) ptx::mma_k8(sum, of[2], ones[0], sum);
+    }
+    const float factor[kWarpRows] = {ptx::reciprocal(sum[0]), ptx::reciprocal(sum[2])};
+
+    // Rows: the weighted sums of the values.
+#pragma unroll kHeld
     for (int slice = 0; slice < Shape::kSlices; ++slice) {
         const int stage = Shape::kSlices + slice;
         wait_for(stage);
@@ -431,31 +468,23 @@ __global__ __launch_bounds__(
         float attended[kSteps * 2][4] = {};
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-            std::uint32_t weights[kTiles][kWarpRows];
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-                for (int i = 0; i < kWarpRows; ++i) {
-                    weights[t][i] = Shape::kFolded ? weight[row][0][i] & mask[t] : weight[row][kKept - kTiles + t][i];
-                }
-            }
+            const auto& of = weight[row];
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
                 float (&low)[4] = attended[step * 2], (&high)[4] = attended[step * 2 + 1];
-                const std::uint32_t first[4] = {weights[0][0], weights[0][1], weights[1][0], weights[1][1]};
                 std::uint32_t value[4];
                 ptx::load_matrices<kNhwc>(value, values + to_value[step] + row * kRow);
-                ptx::mma_k16(low, first, {value[0], value[1]}, low);
-                ptx::mma_k16(high, first, {value[2], value[3]}, high);
+                ptx::mma_k16(low, {of[0][0], of[0][1], of[1][0], of[1][1]}, {value[0], value[1]}, low);
+                ptx::mma_k16(high, {of[0][0], of[0][1], of[1][0], of[1][1]}, {value[2], value[3]}, high);
                 if constexpr (kTiles == 3) {
                     std::uint32_t third[2];
                     ptx::load_matrices<kNhwc>(third, values + to_third[step] + row * kRow);
-                    ptx::mma_k8(low, weights[2], third[0], low);
-                    ptx::mma_k8(high, weights[2], third[1], high);
+                    ptx::mma_k8(low, of[2], third[0], low);
+                    ptx::mma_k8(high, of[2], third[1], high);
                 }
             }
         }
-        release(stage);
+        if (!Shape::kTogether) release(stage);
 
         // Epilogue: the slice's results.
 #pragma unroll
@@ -478,6 +507,33 @@ __global__ __launch_bounds__(
     }
 }
 
+template <Layout kLayout, int kHeadDim, int kStride, int kKernelSize>
+cudaError_t launch_local_attention_mma(const LocalAttention& problem, const void* qkv, const void* position_weight,
+                                       void* y, cudaStream_t stream) {
+    using Shape = MmaShape<kLayout, kHeadDim, kStride, kKernelSize>;
+    const int out_height = problem.height / kStride, out_width = problem.width / kStride;
+    const int channels = problem.num_heads * problem.head_dim, tiles_x = ceil_div(out_width, kTileWidth);
+    const int pairs = ceil_div(out_height, kWarpRows);
+    int warps = ceil_div(pairs, ceil_div(pairs, Shape::kWarps));
+    while (Shape::block_rows(warps) > Shape::kTurns * warps) ++warps;
+    const int rows = Shape::block_rows(warps);
+    // FLT_MIN keeps a scale of 0 away from 0 * inf.
+    const MmaPlan<kLayout> plan{warps,
+                                rows,
+                                {3 * channels, problem.height, problem.width},
+                                {channels, out_height, out_width},
+                                Divisor(problem.num_heads),
+                                std::max(std::fabs(problem.scale) * kLog2E, FLT_MIN),
+                                problem.scale < 0 ? 0x80008000u : 0u,
+                                Coordinate(problem.width),
+                                Coordinate(problem.height)};
+    return ptx::launch(local_attention_mma_kernel<kLayout, kHeadDim, kStride, kKernelSize>,
+                       dim3(problem.num_heads * tiles_x, ceil_div(pairs, warps), problem.batch), dim3(warps * 32),
+                       2 * Buffer<kLayout, Shape>(rows).halves * sizeof(__half), stream, problem, plan,
+                       static_cast<const __half*>(qkv), static_cast<const __half*>(position_weight),
+                       static_cast<__half*>(y));
+}
+
 // Launches the kernel on `stream`. cudaErrorMisalignedAddress where NHWC tensors are not aligned to 16 bytes.
 template <Dtype kDtype, Layout kLayout, int kHeadDim>
 cudaError_t local_attention_mma(const LocalAttention& problem, const void* const* inputs, void* y,
@@ -485,32 +541,10 @@ cudaError_t local_attention_mma(const LocalAttention& problem, const void* const
     static_assert(kDtype == Dtype::kFloat16, "tensor cores take halves here");
     const void *const qkv = inputs[0], *const position_weight = inputs[1];  // the latter null for none
     if (kLayout == Layout::kNhwc && !(aligned(qkv, 16) && aligned(y, 16))) return cudaErrorMisalignedAddress;
-    return with_constant<1, 2>(problem.stride, [&](auto stride) {
-        return with_constant<3, 5, 7, 9>(problem.kernel_size, [&](auto kernel_size) {
-            using Shape = MmaShape<kLayout, kHeadDim, stride, kernel_size>;
-            const int out_height = problem.height / stride, out_width = problem.width / stride;
-            const int pairs = ceil_div(out_height, kWarpRows);
-            int warps = ceil_div(pairs, ceil_div(pairs, Shape::kWarps));
-            while (Shape::block_rows(warps) > Shape::kTurns * warps) ++warps;
-            const int rows = Shape::block_rows(warps);
-            const int channels = problem.num_heads * problem.head_dim, tiles_x = ceil_div(out_width, kTileWidth);
-            // FLT_MIN keeps a scale of 0 away from 0 * inf.
-            const float scale = std::max(std::fabs(problem.scale) * kLog2E, FLT_MIN);
-            const MmaPlan<kLayout> plan{warps,
-                                        rows,
-                                        {3 * channels, problem.height, problem.width},
-                                        {channels, out_height, out_width},
-                                        Divisor(problem.num_heads),
-                                        scale,
-                                        problem.scale < 0 ? 0x80008000u : 0u,
-                                        Coordinate(problem.width),
-                                        Coordinate(problem.height)};
-            return ptx::launch(local_attention_mma_kernel<kLayout, kHeadDim, stride, kernel_size>,
-                               dim3(problem.num_heads * tiles_x, ceil_div(pairs, warps), problem.batch),
-                               dim3(warps * 32), 2 * Buffer<kLayout, Shape>(rows).halves * sizeof(__half), stream,
-                               problem, plan, static_cast<const __half*>(qkv),
-                               static_cast<const __half*>(position_weight), static_cast<__half*>(y));
-        });
+    return with_constant<3, 5, 7, 9>(problem.kernel_size, [&](auto kernel_size) {
+        const auto launch = problem.stride == 1 ? launch_local_attention_mma<kLayout, kHeadDim, 1, kernel_size>
+                                                : launch_local_attention_mma<kLayout, kHeadDim, 2, kernel_size>;
+        return launch(problem, qkv, position_weight, y, stream);
     });
 }
 

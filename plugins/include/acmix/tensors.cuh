@@ -48,7 +48,6 @@ struct Divisor {
     std::uint32_t multiplier = 0;
     std::int32_t shift = 31;
 
-    // For a divisor of 1 to 65535.
     explicit Divisor(int divisor) {
         while ((std::int64_t{1} << (shift - 31)) < divisor) ++shift;
         multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << shift) + divisor - 1) / divisor);
@@ -96,52 +95,39 @@ cudaError_t with_constant(int value, Function&& function) {
 
 inline constexpr int kVector = 8;  // channels that one lane holds in the scalar kernels, one 16-byte word of halves
 
-// One image of a tensor [channels, pixels].
+// kVector channels of a pixel, from the one at `from` on. NHWC wants it aligned to 16 bytes.
 template <class T, Layout kLayout>
-struct Image {
-    T* data;
-    std::int64_t channels;
-    std::int64_t pixels;
-
-    __device__ __forceinline__ T* at(std::int64_t channel, std::int64_t pixel) const {
-        return kLayout == Layout::kNhwc ? data + pixel * channels + channel : data + channel * pixels + pixel;
-    }
-
-    // kVector channels of a pixel from `channel` on; NHWC wants `channel` divisible by 8 and data aligned to 16 bytes.
-    __device__ __forceinline__ void load(float (&values)[kVector], std::int64_t channel, std::int64_t pixel) const {
-        const T* from = at(channel, pixel);
-        if constexpr (kLayout == Layout::kNhwc) {
-            alignas(16) std::remove_const_t<T> word[kVector];
+__device__ __forceinline__ void load(float (&values)[kVector], const T* from, const Strides<T, kLayout>& strides) {
+    if constexpr (kLayout == Layout::kNhwc) {
+        alignas(16) T word[kVector];
 #pragma unroll
-            for (std::size_t i = 0; i < sizeof(word) / sizeof(uint4); ++i) {
-                reinterpret_cast<uint4*>(word)[i] = reinterpret_cast<const uint4*>(from)[i];
-            }
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) values[i] = to_float(word[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) values[i] = to_float(from[i * pixels]);
+        for (std::size_t i = 0; i < sizeof(word) / sizeof(uint4); ++i) {
+            reinterpret_cast<uint4*>(word)[i] = reinterpret_cast<const uint4*>(from)[i];
         }
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[i] = to_float(word[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[i] = to_float(*strides.at(from, i, 0));
     }
+}
 
-    // The reverse, under the same conditions.
-    __device__ __forceinline__ void save(const float (&values)[kVector], std::int64_t channel,
-                                         std::int64_t pixel) const {
-        T* to = at(channel, pixel);
-        if constexpr (kLayout == Layout::kNhwc) {
-            alignas(16) T word[kVector];
+// The reverse, under the same condition.
+template <class T, Layout kLayout>
+__device__ __forceinline__ void save(T* to, const float (&values)[kVector], const Strides<T, kLayout>& strides) {
+    if constexpr (kLayout == Layout::kNhwc) {
+        alignas(16) T word[kVector];
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) store(&word[i], values[i]);
+        for (int i = 0; i < kVector; ++i) store(&word[i], values[i]);
 #pragma unroll
-            for (std::size_t i = 0; i < sizeof(word) / sizeof(uint4); ++i) {
-                reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(word)[i];
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) store(to + i * pixels, values[i]);
+        for (std::size_t i = 0; i < sizeof(word) / sizeof(uint4); ++i) {
+            reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(word)[i];
         }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) store(strides.at(to, i, 0), values[i]);
     }
-};
+}
 
 __host__ __device__ inline bool aligned(const void* pointer, std::size_t bytes) {
     return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;

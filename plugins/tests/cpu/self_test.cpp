@@ -1,5 +1,6 @@
 // The emulator's own tests: each line of output is one of them, the exit status the number of those that failed.
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -74,6 +75,22 @@ bool reverses(Missing missing) {
     for (int i = 0; i < 192; ++i)
         if (reversed[i] != values[i / 64 * 64 + 63 - i % 64]) return false;
     return true;
+}
+
+// A word copied; zeros beside it, where nothing lies to copy from.
+__global__ void copy_or_clear(const uint4* from, uint4* to) {
+    auto* words = reinterpret_cast<uint4*>(dynamic_shared());
+    copy_async<16>(words + threadIdx.x, threadIdx.x == 0 ? from : nullptr, threadIdx.x == 0);
+    commit_copies();
+    wait_for_copies<0>();
+    to[threadIdx.x] = words[threadIdx.x];
+}
+
+bool copies_or_clears() {
+    const uint4 from = {1, 2, 3, 4};
+    uint4 to[2];
+    report(copy_or_clear, 2, 32, &from, static_cast<uint4*>(to));
+    return std::memcmp(&to[0], &from, sizeof from) == 0 && to[1].x + to[1].y + to[1].z + to[1].w == 0;
 }
 
 // d = a b: a [16, kDepth] and b [kDepth, 8] row by row, loaded as matrices of 8x8; d [16, 8].
@@ -173,6 +190,8 @@ int main() {
     check("without the commit they are not", count([] { return reverses(Missing::kCommit); }) == 0);
     check("without the wait they are not", count([] { return reverses(Missing::kWait); }) == 0);
     check("before sm_80 there is nothing to wait for", count([] { return reverses(Missing::kWait); }, 75) == 20);
+
+    check("a copy of nothing clears", count(copies_or_clears) == 20);
 
     check("mma.m16n8k16 with ldmatrix multiplies", count(multiplies<16>) == 20);
     check("so do two of half the depth before sm_80", count(multiplies<16>, 75) == 20);

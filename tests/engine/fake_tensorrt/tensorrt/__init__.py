@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import signal
-import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -257,7 +256,9 @@ class IExecutionContext:
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        cuda = sys.modules["cuda.bindings.runtime"]
+        from acmix_deploy.driver import library
+
+        cuda = library()
         capturing = cuda.capturing(stream_handle)
         missing = [name for name in self._model.tensors if name not in self._addresses]
         if missing or (capturing and (self.profiler or not self._state.warm)):
