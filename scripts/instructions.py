@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import math
 import re
 import shutil
 import sys
@@ -21,7 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from acmix_deploy.errors import CheckFailed, MissingComponent
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators import OPERATORS
+from acmix_deploy.operators.axes import shapes
+from acmix_deploy.operators.spec import Operator
 from acmix_deploy.plugin.build import SOURCES
 from acmix_deploy.plugin.toolchain import Cuda, find_cuda
 from scripts import resources
@@ -34,74 +37,107 @@ HEADINGS = ("prologue", "loads", "rows", "epilogue")
 
 UNITS = {
     "fma": "FADD FFMA FMUL HADD2 HFMA2 HMUL2 IMAD",
-    "alu": "CS2R F2FP FMNMX FMNMX3 FSEL FSETP I2FP IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV PLOP3 PRMT SEL SHF VIADD "
-    "VIADDMNMX VIMNMX",
+    "alu": "CS2R F2FP FMNMX FMNMX3 FSEL FSETP I2FP IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV P2R PLOP3 PRMT R2P SEL SHF "
+    "VIADD VIADDMNMX VIMNMX",
     "tensor": "HMMA",
     "mufu": "F2F F2I I2F MUFU",
-    "lsu": "LD LDG LDGSTS LDS LDSM SHFL ST STG STS",
-    "": "BAR BMOV BRA BSSY BSYNC CALL DEPBAR EXIT LDC LDCU LDGDEPBAR NOP R2UR S2R S2UR UIADD3 UIMAD UISETP ULDC ULEA "
-    "ULOP3 UMOV UPLOP3 USEL USHF WARPSYNC",
+    "lsu": "LD LDG LDGSTS LDL LDS LDSM SHFL ST STG STL STS",
+    "": "BAR BMOV BRA BSSY BSYNC CALL DEPBAR EXIT LDC LDCU LDGDEPBAR NOP R2UR S2R S2UR WARPSYNC",
 }
-"""What executes an opcode. The last ones are issued, and no unit that they take is ever the bound."""
+"""What executes an opcode. The last ones, and those of uniform registers, take no unit that is ever the bound."""
 UNIT_OF = {opcode: unit for unit, opcodes in UNITS.items() for opcode in opcodes.split()}
 
 JUMPS = ("BRA", "CALL")
 
 
+HEADS = 4
+WINDOWS = {"local_attention": 7, "outlook_attention": 3}
+"""kernel_size by operator: that of the detectors' ACmix blocks, and of VOLO."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A map on which a kernel runs, with the rest of what the detectors of the benchmarks use."""
+    """A map on which a kernel runs."""
 
     channels: int
     side: int
     stride: int = 1
 
-    @property
-    def head_dim(self) -> int:
-        return self.channels // HEADS
-
-    @property
-    def queries(self) -> int:
-        """Of all heads, in one image."""
-        return HEADS * (self.side // self.stride) ** 2
-
     def __str__(self) -> str:
         return f"{self.channels} ch, {self.side}x{self.side}, stride {self.stride}"
 
 
-HEADS, KERNEL_SIZE = 4, 7
 SHAPES = (Shape(64, 80), Shape(128, 40), Shape(256, 20), Shape(128, 40, stride=2))
+"""Three levels of the detectors, and a smaller map."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """A kernel as it is compiled for one shape."""
 
-    kernel: str
-    layout: str
+    operator: Operator
+    name: str
     dtype: str
+    layout: str
     shape: Shape
-    header: str
-    instance: str
-    """An expression of C++, spelt as the demangled symbol is."""
-    scope: str
-    """Declarations of C++ by which the bounds of its loops have values."""
-    at_border: str = ""
-    """The function that only warps at the border of the image call."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Attributes and axes, by their names in the definition."""
+        shape = self.shape
+        sizes = {"num_heads": HEADS, "kernel_size": WINDOWS[self.operator.name], "stride": shape.stride}
+        return {**sizes, "batch": 1, "head_dim": shape.channels // HEADS, "height": shape.side, "width": shape.side}
+
+    @property
+    def tensors(self) -> list[tuple[int, ...]]:
+        """Shapes of inputs and output."""
+        return shapes(self.operator, self.sizes)
+
+    @property
+    def queries(self) -> int:
+        """Pixels of the output, of all heads."""
+        *_, height, width = self.tensors[-1]
+        return HEADS * height * width
+
+    @property
+    def header(self) -> str:
+        return f"{self.operator.name}_{self.name}.cuh"
+
+    @property
+    def instance(self) -> str:
+        """An expression of C++, spelt as the demangled symbol is."""
+        dtype, layout = f"(Dtype){kernels.DTYPES.index(self.dtype)}", f"(Layout){kernels.LAYOUTS.index(self.layout)}"
+        head_dim, stride, kernel_size = (self.sizes[name] for name in ("head_dim", "stride", "kernel_size"))
+        values = (
+            (layout, head_dim, stride, kernel_size) if self.name == "mma" else (dtype, layout, head_dim, kernel_size)
+        )
+        return f"{self.operator.name}_{self.name}_kernel<{', '.join(map(str, values))}>"
+
+    @property
+    def scope(self) -> str:
+        """Declarations of C++ by which the bounds of its loops have values."""
+        if self.name == "simt":
+            return f"constexpr int kKernelSize = {self.sizes['kernel_size']};"
+        arguments = self.instance[self.instance.index("<") :]
+        layout = arguments[1:].partition(",")[0]
+        return f"using Shape = MmaShape{arguments}; constexpr int kWords = Loader<{layout}, Shape>::kWords;"
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.layout} {self.dtype}"
+        return f"{self.operator.name}_{self.name} {self.dtype} {self.layout}"
 
 
-def mma(layout: str, shape: Shape) -> Kernel:
-    number = f"(Layout){kernels.LAYOUTS.index(layout)}"
-    arguments = f"{number}, {shape.head_dim}, {shape.stride}, {KERNEL_SIZE}"
-    scope = f"using Shape = MmaShape<{arguments}>; constexpr int kWords = Loader<{number}, Shape>::kWords;"
-    instance = f"local_attention_mma_kernel<{arguments}>"
-    return Kernel("mma", layout, "float16", shape, "local_attention_mma.cuh", instance, scope, at_border="bring_each")
+KERNELS = tuple(
+    Kernel(operator, kernel.name, dtype, layout, shape)
+    for operator in OPERATORS
+    for kernel in operator.kernels
+    for dtype, layout in kernel.formats
+    for shape in SHAPES
+    # Which windows of outlook attention a pixel lies in depends on the pixel where they are further apart.
+    if operator.name == "local_attention" or shape.stride == 1
+)
 
-
-KERNELS = tuple(mma(layout, shape) for layout in ("NHWC", "NCHW") for shape in SHAPES)
+AT_BORDER = "bring_each"
+"""The function that only warps at the border of the image call."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +194,7 @@ def _instructions(text: str) -> list[Instruction]:
 class Source:
     """What the text of a kernel's header says of its lines."""
 
-    def __init__(self, text: str, at_border: str = "") -> None:
+    def __init__(self, text: str) -> None:
         self.lines = text.splitlines()
         kernel = next(i for i, line in enumerate(self.lines) if "__global__" in line)
         while not self.lines[kernel].startswith("template"):
@@ -167,21 +203,25 @@ class Source:
         self.sections: dict[int, str] = {}
         section = HEADINGS[0]
         for number in range(kernel, end + 1):
-            if heading := re.match(rf"\s*// ({'|'.join(HEADINGS)}):", self.lines[number], re.IGNORECASE):
+            if heading := re.match(rf"\s*// ({'|'.join(HEADINGS)})(:|$)", self.lines[number], re.IGNORECASE):
                 section = heading[1].lower()
             self.sections[number + 1] = section
-        self.border = range(0)
-        if at_border:
-            begin = next(i for i, line in enumerate(self.lines) if f" {at_border}(" in line and line.endswith("{"))
-            self.border = range(begin + 1, self.lines.index("    }", begin) + 2)
+        begins = [i for i, line in enumerate(self.lines) if f"void {AT_BORDER}(" in line]
+        self.border = range(begins[0] + 1, self.lines.index("    }", begins[0]) + 2) if begins else range(0)
 
-    def bound(self, line: int) -> str:
-        """How often the loop runs that begins in a line."""
-        text = self.lines[line - 1].strip()
-        loop = re.match(r"for \(int (\w+) = 0; \1 < ([^;]+); \+\+\1\b", text)
-        if not loop:
-            raise CheckFailed(f"line {line} ends a loop in the compiled code; found {text!r}, expected a for from 0 on")
-        return loop[2]
+    def bound(self, line: int) -> str | None:
+        """How often the innermost loop around a line runs that is not unrolled."""
+        enclosing = math.inf
+        for number in range(line - 1, 0, -1):
+            text = self.lines[number]
+            depth = len(text) - len(text.lstrip())
+            if not text or text.startswith("#") or depth >= enclosing:
+                continue
+            enclosing = depth
+            loop = re.match(r"\s*for \(int (\w+) = 0; \1 < ([^;]+); \+\+\1\b", text)
+            if loop and self.lines[number - 1] != "#pragma unroll":
+                return loop[2]
+        return None
 
 
 class Code:
@@ -191,16 +231,14 @@ class Code:
         self.instructions, self.header, self.source = instructions, header, source
 
     def bound(self, index: int) -> str | None:
-        """How often the loop runs that this instruction ends, in C++; None for one that ends none."""
+        """How often the loop runs that this instruction ends, in C++; None where it ends none, or one at the border."""
         instruction = self.instructions[index]
-        if instruction.target is None or not 0 < instruction.target <= index:
+        if instruction.target is None or instruction.target >= index or self.at_border(instruction):
             return None
-        if instruction.target == index:
-            return None  # what stands behind the last instruction
-        (file, line), *_ = instruction.frames
-        if file != self.header:
-            raise CheckFailed(f"{file}:{line} ends a loop in the compiled code; loops are expected in {self.header}")
-        return self.source.bound(line)
+        for file, line in instruction.frames:
+            if file == self.header and (bound := self.source.bound(line)):
+                return bound
+        raise CheckFailed(f"a loop ends at {instruction.frames}; found none in {self.header} that runs from 0 on")
 
     def bounds(self) -> set[str]:
         return {bound for index in range(len(self.instructions)) if (bound := self.bound(index))}
@@ -230,17 +268,16 @@ class Code:
                     index = target
                 else:
                     del left[index]
-            elif target is not None and (not instruction.conditional or self._rare(range(index, target))):
+            elif target is not None and target > index and (not instruction.conditional or self._rare(index, target)):
                 index = target
 
-    def _rare(self, skipped: range) -> bool:
-        """Whether a warp inside the image jumps over this: a call of a slow path, or memory for the border alone."""
-        block = [self.instructions[index] for index in skipped]
-        memory = [instruction for instruction in block if unit_of(instruction) == "lsu"]
-        border = bool(memory) and all(map(self.at_border, memory))
-        return border or any(
-            instruction.opcode.startswith("CALL") and not instruction.conditional for instruction in block
-        )
+    def _rare(self, begin: int, end: int) -> bool:
+        """Whether a warp inside the image jumps over this: memory for the border alone, or a call of a slow path."""
+        skipped = self.instructions[begin:end]
+        memory = [instruction for instruction in skipped if unit_of(instruction) == "lsu"]
+        jump = next((instruction for instruction in skipped if instruction.target is not None), None)
+        calls = jump is not None and jump.opcode.startswith("CALL") and not jump.conditional
+        return calls or (bool(memory) and all(map(self.at_border, memory)))
 
     def count(self, trips: Mapping[str, int]) -> Counter[str]:
         """What a warp executes: by section, unit, wavefronts and opcode."""
@@ -260,6 +297,8 @@ class Code:
 
 def unit_of(instruction: Instruction) -> str:
     name = instruction.opcode.split(".")[0]
+    if name.startswith("U"):
+        return ""
     if name not in UNIT_OF:
         raise CheckFailed(f"{name} in the compiled code is not known; say in UNITS what executes it")
     return UNIT_OF[name]
@@ -292,9 +331,9 @@ def compile_kernels(cuda: Cuda, architecture: int, wanted: Iterable[Kernel]) -> 
     nvdisasm = find_nvdisasm(cuda)
     wanted = list(wanted)
     headers = dict.fromkeys(kernel.header for kernel in wanted)
-    pointers = ", ".join(f"(const void*){kernel.instance}" for kernel in wanted)
+    instances = dict.fromkeys(kernel.instance for kernel in wanted)
     source = "".join(f'#include "acmix/{header}"\n' for header in headers)
-    source += f"namespace acmix {{ const void* kernels[] = {{{pointers}}}; }}\n"
+    source += f"namespace acmix {{ void* kernels[] = {{{', '.join(f'(void*){name}' for name in instances)}}}; }}\n"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernels.cu")
         file.write_text(source)
@@ -304,11 +343,8 @@ def compile_kernels(cuda: Cuda, architecture: int, wanted: Iterable[Kernel]) -> 
         resources.run([cuda.nvcc, *flags, "-cubin", file, "-o", cubin], cuda)
         found = parse(kernels.run([nvdisasm, "-c", "-gi", cubin]))
     code = dict(zip(resources.readable(list(found)), found.values(), strict=True))
-    headers_text = {header: (SOURCES / "include" / "acmix" / header).read_text(encoding="utf-8") for header in headers}
-    return {
-        kernel: Code(code[kernel.instance], kernel.header, Source(headers_text[kernel.header], kernel.at_border))
-        for kernel in wanted
-    }
+    sources = {header: Source((SOURCES / "include/acmix" / header).read_text(encoding="utf-8")) for header in headers}
+    return {kernel: Code(code[kernel.instance], kernel.header, sources[kernel.header]) for kernel in wanted}
 
 
 def evaluate(bounds: Mapping[Kernel, Iterable[str]]) -> dict[Kernel, dict[str, int]]:
@@ -334,14 +370,11 @@ def evaluate(bounds: Mapping[Kernel, Iterable[str]]) -> dict[Kernel, dict[str, i
 def launch(library: kernels.Kernels, kernel: Kernel) -> tuple[int, int]:
     """The blocks and the warps by which a kernel is launched for one image.
 
-    The first block runs; the emulator knows what it executed.
+    The block in the middle runs; the emulator knows what it executed.
     """
-    shape = kernel.shape
-    qkv = np.zeros((1, 3 * shape.channels, shape.side, shape.side), kernel.dtype)
-    position = np.zeros((shape.head_dim, 2), kernel.dtype)
-    attributes = {"num_heads": HEADS, "kernel_size": KERNEL_SIZE, "stride": shape.stride, "scale": 1.0}
-    way = {"layout": kernel.layout, "kernel": kernel.kernel}
-    library.launch(LOCAL_ATTENTION, qkv, position, **way, **attributes, blocks=1)
+    inputs = [np.zeros(shape, kernel.dtype) for shape in kernel.tensors[:-1]]
+    attributes = {attribute.name: kernel.sizes.get(attribute.name, 1.0) for attribute in kernel.operator.attributes}
+    library.launch(kernel.operator, *inputs, layout=kernel.layout, kernel=kernel.name, only_middle=True, **attributes)
     return library.blocks(), library.warps()
 
 
@@ -355,8 +388,11 @@ class Row:
     architecture: str
     kernel: str
     shape: str
+    queries: int
+    """Of one image, in all heads, as the next two are."""
+    bytes: int
+    """Of all tensors."""
     blocks: int
-    """Of one image."""
     warps: float
     """More than 1 where lanes have no query."""
     prologue: float
@@ -375,12 +411,13 @@ class Row:
 
 def row(architecture: int, kernel: Kernel, count: Counter[str], blocks: int, warps: int) -> Row:
     """One line of the table, from what one warp executes."""
-    factor = warps * 16 / kernel.shape.queries
+    factor = warps * 16 / kernel.queries
+    moved = sum(map(math.prod, kernel.tensors)) * np.dtype(kernel.dtype).itemsize
     count["warps"], count["total"] = 1, sum(count[heading] for heading in HEADINGS)
     numbers = {
-        field.name: round(count[field.name] * factor, 2 if field.name == "warps" else 1) for field in fields(Row)[4:]
+        field.name: round(count[field.name] * factor, 2 if field.name == "warps" else 1) for field in fields(Row)[6:]
     }
-    return Row(f"sm_{architecture}", str(kernel), str(kernel.shape), blocks, **numbers)
+    return Row(f"sm_{architecture}", str(kernel), str(kernel.shape), kernel.queries, moved, blocks, **numbers)
 
 
 def measure(cuda: Cuda, architectures: Iterable[int], library: kernels.Kernels) -> list[Row]:
@@ -401,7 +438,7 @@ def read_table() -> tuple[str, list[Row]]:
     with TABLE.open(encoding="utf-8", newline="") as file:
         release = file.readline().split()[-1]
         rows = [list(row.values()) for row in csv.DictReader(file)]
-    return release, [Row(*row[:3], int(row[3]), *map(float, row[4:])) for row in rows]
+    return release, [Row(*row[:3], *map(int, row[3:6]), *map(float, row[6:])) for row in rows]
 
 
 def main() -> int:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from dataclasses import dataclass
 
-from scripts.instructions import HEADS, Row, read_table
+from scripts.instructions import Row, read_table
 
 GUIDE = "CUDA C++ Best Practices Guide, throughput of native arithmetic instructions"
 
@@ -71,23 +70,13 @@ BATCHES = (1, 32)
 
 def bounds(device: Device, row: Row, batch: int) -> dict[str, float]:
     """Microseconds that each unit needs. A grid that does not fill the device leaves multiprocessors idle."""
-    channels, side, stride, element = _sizes(row)
-    queries = batch * HEADS * (side // stride) ** 2
     blocks = row.blocks * batch
     most = math.ceil(blocks / device.multiprocessors) / blocks  # part of the work that one multiprocessor has
     clocks = {name: getattr(row, name) / rate.number for name, rate in RATES.items()}
     clocks["tensor"] = row.tensor * 16 * 8 * 16 / device.tensor
-    times = {name: count * queries / 16 * most / device.ghz / 1e3 for name, count in clocks.items()}
+    times = {name: count * row.queries / 16 * batch * most / device.ghz / 1e3 for name, count in clocks.items()}
     times["issue"] = times.pop("total")
-    moved = batch * channels * (3 * side**2 + (side // stride) ** 2) * element
-    return times | {"memory": moved / device.gb_per_s / 1e3}
-
-
-def _sizes(row: Row) -> tuple[int, int, int, int]:
-    """Channels, side and stride of a row's map, and the bytes of an element."""
-    found = re.fullmatch(r"(\d+) ch, (\d+)x\d+, stride (\d+)", row.shape)
-    assert found, row.shape
-    return int(found[1]), int(found[2]), int(found[3]), 4 if row.kernel.endswith("float32") else 2
+    return times | {"memory": row.bytes * batch / device.gb_per_s / 1e3}
 
 
 def rows_of(device: Device, kernel: str) -> list[Row]:
@@ -97,7 +86,9 @@ def rows_of(device: Device, kernel: str) -> list[Row]:
 def main() -> None:
     kernels = sorted({row.kernel for row in read_table()[1]})
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernel", choices=kernels, default="mma NHWC float16", help="default: %(default)s")
+    parser.add_argument(
+        "--kernel", choices=kernels, default="local_attention_mma float16 NHWC", help="default: %(default)s"
+    )
     kernel = parser.parse_args().kernel
     print(f"{kernel}: microseconds that each unit needs, and the largest. A model, not a measurement.")
     for device in DEVICES:

@@ -156,12 +156,12 @@ class Kernels:
         offsets: tuple[int, int] = (0, 0),
         sm: int = 90,
         seed: int = 0,
-        blocks: int = 0,
+        only_middle: bool = False,
         **attributes: Any,
     ) -> Array:
         """Run one kernel, its inputs and its output so many elements behind an aligned address: y.
 
-        ``blocks``, where it is not 0, is how many of the grid run.
+        With ``only_middle`` the block in the middle of the grid runs, and no other.
 
         Raises Refused with the library's sentence, or with what went wrong in the launch.
         """
@@ -176,7 +176,8 @@ class Kernels:
         problem = problem_type(operator)(**memory, **{**attributes, **sizes})
         number = -1 if kernel is None else KERNELS.index(kernel)
         self.library.emulator_configure(sm, seed)
-        self.library.emulator_limit_blocks(blocks)
+        if only_middle:
+            self.library.emulator_run_middle()
         for placed in filter(None, [*arrays, y]):
             for fence in (placed.memory[: placed.start], placed.memory[placed.end :]):
                 self.library.emulator_fence(ctypes.c_void_p(fence.ctypes.data), ctypes.c_size_t(fence.nbytes))

@@ -17,7 +17,7 @@ ARCHITECTURES = instructions.ARCHITECTURES if os.environ.get("ACMIX_ALL_ARCHITEC
 SLACK = 1.02
 """How many times what the table says a kernel may execute: what another version of a compiler's release may cost."""
 
-MOST = {"64 ch, 80x80, stride 1": 760, "128 ch, 40x40, stride 1": 1000}
+MOST = {"64 ch, 80x80, stride 1": 760, "128 ch, 40x40, stride 1": 1000, "256 ch, 20x20, stride 1": 1500}
 """What the kernel on tensor cores may execute on sm_87 in NHWC, whatever the table says."""
 
 KNOWN = {
@@ -74,7 +74,7 @@ def regressions(found, table):
             continue
         lines += [
             f"{', '.join(key)}: {getattr(row, name):g} {name}, {getattr(old, name):g} before"
-            for name in (field.name for field in fields(Row)[3:])
+            for name in (field.name for field in fields(Row)[6:])
             if name not in HEADINGS and getattr(row, name) > getattr(old, name) * SLACK + 1
         ]
     return lines
@@ -91,7 +91,9 @@ def test_nothing_is_worse_than_the_table(counted, cuda):
 
 def test_limits():
     rows = {
-        row.shape: row for row in read_table()[1] if row.architecture == "sm_87" and row.kernel == "mma NHWC float16"
+        row.shape: row
+        for row in read_table()[1]
+        if row.architecture == "sm_87" and row.kernel == "local_attention_mma float16 NHWC"
     }
     assert not {shape: rows[shape].total for shape, most in MOST.items() if rows[shape].total > most}
 
@@ -108,7 +110,7 @@ def test_regressions_are_seen():
 
 HEADER = """
 struct Loader {
-    void at_border() {
+    void bring_each() {
         store();
     }
 };
@@ -162,12 +164,12 @@ SASS = """
 
 
 def code(sass=SASS):
-    return Code(parse(sass)["first"], "kernel.cuh", Source(HEADER, at_border="at_border"))
+    return Code(parse(sass)["first"], "kernel.cuh", Source(HEADER))
 
 
 def test_loops_sections_and_units():
     assert list(parse(SASS)) == ["first", "second"]
-    assert code().bounds() == {"kTurns"}
+    assert code().bounds() == code(SASS.replace('.cuh", line 12', '.cuh", line 13')).bounds() == {"kTurns"}
     count = code().count({"kTurns": 3})
     assert {name: count[name] for name in HEADINGS} == {"prologue": 2, "loads": 0, "rows": 3 * 5 + 5, "epilogue": 0}
     units = {"alu": 3, "lsu": 3, "shared": 12, "tensor": 1.5, "fma": 1, "imad": 1, "mufu": 0}
@@ -178,7 +180,5 @@ def test_loops_sections_and_units():
 def test_what_is_not_understood_is_named():
     with pytest.raises(CheckFailed, match="FROB in the compiled code is not known"):
         code(SASS.replace("ISETP.NE.AND", "FROB")).count({"kTurns": 3})
-    with pytest.raises(CheckFailed, match=r"line 10 ends a loop .* found 'begin\(\);'"):
+    with pytest.raises(CheckFailed, match=r"a loop ends at \(\('kernel.cuh', 10\),\); found none in kernel.cuh"):
         code(SASS.replace('.cuh", line 12', '.cuh", line 10')).bounds()
-    with pytest.raises(CheckFailed, match=r"tool.cuh:2 ends a loop .* expected in kernel.cuh"):
-        code(SASS.replace('kernel.cuh", line 12', 'tool.cuh", line 2')).bounds()
