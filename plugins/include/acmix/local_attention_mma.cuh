@@ -50,8 +50,9 @@ struct MmaShape {
     static constexpr int kColumns = 8 * kTiles;
     static constexpr int kSlice = kStride == 1 ? std::min(kHeadDim, 32) : 16;  // channels
     static constexpr int kSlices = kHeadDim / kSlice;
-    static constexpr bool kTogether = kSlices <= 2;  // registers hold the queries of all slices
-    static constexpr int kSteps = kSlice / 16;       // of an mma along the channels of a slice
+    // Whether registers hold the queries of all slices.
+    static constexpr bool kTogether = kSlices <= (kArchitecture < 800 ? 1 : 2);
+    static constexpr int kSteps = kSlice / 16;  // of an mma along the channels of a slice
     static constexpr bool kFolded = kKernelSize <= 8;
     static constexpr int kKept = kFolded ? 1 : kTiles;  // 16x8 logits of a row of keys
 
