@@ -50,11 +50,11 @@ class Device:
     tensor_source: str
 
 
-HOPPER = "half of what wgmma does by the H100 white paper; mma.sync is reported between 50% and 63% of it, not verified"
+HOPPER = "half of what wgmma does by the H100 white paper; that mma.sync does no more is not verified"
 ORIN = "half of the INT8 rate, which follows from the dense TOPS; that float sums take no longer is not verified"
 DEVICES = (
-    Device("H100 SXM", "sm_90", 132, 1.83, 3350, 1024, "H100 white paper and data sheet", HOPPER),
-    Device("H200", "sm_90", 132, 1.83, 4800, 1024, "H200 data sheet, clock of the H100", HOPPER),
+    Device("H100 SXM", "sm_90", 132, 1.98, 3350, 1024, "H100 white paper and data sheet, highest clock", HOPPER),
+    Device("H200", "sm_90", 132, 1.98, 4800, 1024, "H200 data sheet, clock and multiprocessors of the H100", HOPPER),
     Device("Orin Nano 8GB", "sm_87", 8, 0.625, 68, 1024, "Jetson Orin Nano data sheet", ORIN),
     Device("Orin Nano 8GB, super mode", "sm_87", 8, 1.02, 102, 1024, "NVIDIA's announcement of the super mode", ORIN),
     Device("Orin NX 16GB", "sm_87", 8, 0.918, 102.4, 1024, "Jetson Orin NX data sheet, deviceQuery", ORIN),
@@ -66,6 +66,7 @@ DEVICES = (
     ),
 )
 BATCHES = (1, 32)
+KERNEL = "local_attention_mma float16 NHWC"
 
 
 def bounds(device: Device, row: Row, batch: int) -> dict[str, float]:
@@ -77,6 +78,11 @@ def bounds(device: Device, row: Row, batch: int) -> dict[str, float]:
     times = {name: count * row.queries / 16 * batch * most / device.ghz / 1e3 for name, count in clocks.items()}
     times["issue"] = times.pop("total")
     return times | {"memory": row.bytes * batch / device.gb_per_s / 1e3}
+
+
+def largest(times: dict[str, float]) -> tuple[str, float]:
+    """The unit that needs most time, and how much."""
+    return max(times.items(), key=lambda item: item[1])
 
 
 def rows_of(device: Device, kernel: str) -> list[Row]:
@@ -92,7 +98,7 @@ def main() -> None:
     kernel = parser.parse_args().kernel
     print(f"{kernel}: microseconds that each unit needs, and the largest. A model, not a measurement.")
     for device in DEVICES:
-        print(f"\n{device.name}, {device.architecture}: {device.multiprocessors} multiprocessors at {device.ghz} GHz, ")
+        print(f"\n{device.name}, {device.architecture}: {device.multiprocessors} multiprocessors at {device.ghz} GHz,")
         print(f"{device.gb_per_s} GB/s ({device.source});")
         print(f"{device.tensor} multiply-adds a clock and multiprocessor on tensor cores ({device.tensor_source})\n")
         head: list[str] = []
@@ -102,10 +108,9 @@ def main() -> None:
                 if not head:
                     head = list(times)
                     print(f"{'':24} batch " + " ".join(f"{name:>7}" for name in head))
-                largest = max(times, key=times.__getitem__)
-                cells = " ".join(f"{time:7.1f}" for time in times.values())
-                share = times["memory"] / times[largest]
-                print(f"{row.shape:24} {batch:5} {cells}  {largest}, {share:.0%} of the floor of bytes")
+                unit, time = largest(times)
+                cells = " ".join(f"{each:7.1f}" for each in times.values())
+                print(f"{row.shape:24} {batch:5} {cells}  {unit}, {times['memory'] / time:.0%} of the floor of bytes")
     print("\nWarp instructions a clock and multiprocessor:")
     for name, rate in RATES.items():
         print(f"{name:7} {rate.number:g}  {rate.source}")
