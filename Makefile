@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak bench docs lint resources release-check test-gpu bench-gpu bench-engines clean
+.PHONY: help setup demo test soak bench docs lint resources instructions release-check test-gpu bench-gpu bench-engines clean
 
 help:
 	@echo "make demo           take a trained YOLOv8n with three ACmix blocks to FP16 and INT8, draw what they find"
@@ -17,6 +17,7 @@ help:
 	@echo "make docs           write the generated parts of the documentation"
 	@echo "make lint           ruff, mypy --strict, the import linter and clang-format"
 	@echo "make resources      compile the kernels and write down what each one needs"
+	@echo "make instructions   count what the compiled kernels execute, and write it down"
 	@echo "make test-gpu       the tests that need a GPU"
 	@echo "make bench-gpu      time the kernels on a GPU"
 	@echo "make bench-engines  time engines on a GPU"
@@ -52,6 +53,9 @@ lint: $(READY)
 
 resources: $(READY)
 	$(BIN)/python -m scripts.resources
+
+instructions: $(READY)
+	$(BIN)/python -m scripts.instructions
 
 test-gpu:
 	$(GPU_PYTHON) -m pytest tests/gpu

@@ -40,6 +40,7 @@ from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.serving.triton.repository import PackageDocument
 from acmix_deploy.targets import TARGETS, Target
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolerance_of
+from scripts import instructions, kernel_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,6 +75,7 @@ def generated() -> dict[Path, str]:
     schemas = {written(document): document.model_json_schema(mode="serialization") for document in DOCUMENTS}
     parts = {
         "README.md": {"bench": _rows(_around(_read("docs/benchmarks.md"), "bench")[1])},
+        "docs/benchmarks.md": {"instructions": _instructions(), "model": _model()},
         "docs/cli.md": {"cli": _command_line()},
         "docs/operator.md": {operator.name: _operator(operator) for operator in OPERATORS},
         "docs/engines.md": {"manifest": _fields(Manifest.model_json_schema(mode="serialization"))},
@@ -162,6 +164,26 @@ def _operator(operator: Operator) -> str:
             _table(("element type", "floor", "factor"), *tolerances),
         ]
     )
+
+
+def _instructions() -> str:
+    """Warp instructions for 16 queries, by architecture."""
+    totals: dict[tuple[str, str], list[str]] = {}
+    for row in instructions.read_table()[1]:
+        totals.setdefault((row.kernel, row.shape), []).append(f"{row.total:,.0f}")
+    head = ("kernel", "map", *(f"sm_{architecture}" for architecture in instructions.ARCHITECTURES))
+    return _table(head, *((*key, *cells) for key, cells in totals.items()))
+
+
+def _model() -> str:
+    """Microseconds by the model, and the unit that needs them."""
+    rows = []
+    for device in kernel_model.DEVICES:
+        found = kernel_model.rows_of(device, kernel_model.KERNEL)
+        for batch in kernel_model.BATCHES:
+            slowest = (kernel_model.largest(kernel_model.bounds(device, row, batch)) for row in found)
+            rows.append((device.name, batch, *(f"{time:.1f} {unit}" for unit, time in slowest)))
+    return _table(("device", "batch", *map(str, instructions.SHAPES)), *rows)
 
 
 def _targets() -> str:

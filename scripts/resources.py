@@ -52,10 +52,10 @@ def measure(cuda: Cuda, architectures: str) -> list[Resources]:
             "ACMIX_TENSORRT": "OFF",
         }
         cmake = find_cmake()
-        _run([cmake, "-S", SOURCES, "-B", folder, *(f"-D{name}={value}" for name, value in settings.items())], cuda)
+        run([cmake, "-S", SOURCES, "-B", folder, *(f"-D{name}={value}" for name, value in settings.items())], cuda)
         jobs = str(len(os.sched_getaffinity(0)))
         # The report of one file must not be mixed with another's.
-        report = _run([cmake, "--build", folder, "--parallel", jobs, "--", "--output-sync=target"], cuda)
+        report = run([cmake, "--build", folder, "--parallel", jobs, "--", "--output-sync=target"], cuda)
     return parse(report)
 
 
@@ -72,7 +72,7 @@ def parse(report: str) -> list[Resources]:
         spilled = int(stack[2]) + int(stack[3])
         used = int(registers[1]), int(shared[1]) if shared else 0, int(stack[1]), spilled
         found.append(Resources(entry[2], entry[1], *used))
-    names = _readable([resources.kernel for resources in found])
+    names = readable([resources.kernel for resources in found])
     named = [replace(resources, kernel=name) for resources, name in zip(found, names, strict=True)]
     return sorted(named, key=lambda resources: (int(resources.architecture[3:]), resources.kernel))
 
@@ -97,7 +97,7 @@ def write_table(release: str, rows: Sequence[Resources]) -> None:
         table.writerows(map(astuple, rows))
 
 
-def _readable(symbols: Sequence[str]) -> list[str]:
+def readable(symbols: Sequence[str]) -> list[str]:
     """Names as in the source, without return type, parameters and namespaces."""
     try:
         done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
@@ -111,7 +111,7 @@ def _readable(symbols: Sequence[str]) -> list[str]:
     ]
 
 
-def _run(command: Sequence[str | Path], cuda: Cuda) -> str:
+def run(command: Sequence[str | Path], cuda: Cuda) -> str:
     done = subprocess.run(
         command, env=cuda.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

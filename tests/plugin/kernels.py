@@ -124,6 +124,7 @@ class Kernels:
         for function in ("acmix_describe", *(f"acmix_{operator.name}" for operator in OPERATORS)):
             getattr(self.library, function).restype = ctypes.c_char_p
         self.library.emulator_shared_bytes.restype = ctypes.c_size_t
+        self.library.emulator_executed.restype = ctypes.c_uint32
 
     def entries(self, operator: Operator) -> list[dict[str, Any]]:
         """The rows of an operator's dispatch table."""
@@ -134,6 +135,18 @@ class Kernels:
         """Shared memory that a block of the last launch asked for."""
         return self.library.emulator_shared_bytes()
 
+    def blocks(self) -> int:
+        """Blocks of the last launch."""
+        return self.library.emulator_blocks()
+
+    def warps(self) -> int:
+        """Warps of the last launch, in all its blocks."""
+        return self.blocks() * -(-self.library.emulator_threads() // 32)
+
+    def executed(self, *instructions: str) -> int:
+        """How often the first warp of the last block that ran executed instructions of these names."""
+        return sum(self.library.emulator_executed(name.encode()) for name in instructions)
+
     def launch(
         self,
         operator: Operator,
@@ -143,9 +156,12 @@ class Kernels:
         offsets: tuple[int, int] = (0, 0),
         sm: int = 90,
         seed: int = 0,
+        only_middle: bool = False,
         **attributes: Any,
     ) -> Array:
         """Run one kernel, its inputs and its output so many elements behind an aligned address: y.
+
+        With ``only_middle`` the block in the middle of the grid runs, and no other.
 
         Raises Refused with the library's sentence, or with what went wrong in the launch.
         """
@@ -160,6 +176,8 @@ class Kernels:
         problem = problem_type(operator)(**memory, **{**attributes, **sizes})
         number = -1 if kernel is None else KERNELS.index(kernel)
         self.library.emulator_configure(sm, seed)
+        if only_middle:
+            self.library.emulator_run_middle()
         for placed in filter(None, [*arrays, y]):
             for fence in (placed.memory[: placed.start], placed.memory[placed.end :]):
                 self.library.emulator_fence(ctypes.c_void_p(fence.ctypes.data), ctypes.c_size_t(fence.nbytes))

@@ -23,8 +23,8 @@ SLACK = 4
 """Registers that a kernel may need beyond the table: what another version of a compiler's release may cost."""
 
 MOST_SHARED = {
-    "NHWC": {16: 48384, 32: 46080, 64: 48384, 128: 34816},
-    "NCHW": {16: 35328, 32: 46080, 64: 45056, 128: 40960},
+    "NHWC": {16: 35328, 32: 36864, 64: 36864, 128: 36864},
+    "NCHW": {16: 35328, 32: 35328, 64: 35328, 128: 35328},
 }
 """Bytes of shared memory that a block of each mma kernel asks for at most, by layout and head_dim.
 
@@ -79,16 +79,17 @@ def test_shared_memory_of_launches():
         least = -(-(kernel_size // 2 + 1) // stride)
         qkv = np.zeros((1, 3 * head_dim, max(rows, least) * stride, least * stride), np.float16)
         window = {"kernel_size": kernel_size, "stride": stride}
-        library.launch(LOCAL_ATTENTION, qkv, None, num_heads=1, scale=1.0, layout=layout, kernel="mma", **window)
+        way = {"layout": layout, "kernel": "mma", "only_middle": True}
+        library.launch(LOCAL_ATTENTION, qkv, None, num_heads=1, scale=1.0, **window, **way)
         return library.shared_bytes()
 
-    sizes = list(itertools.product(limits["kernel_size"], limits["stride"], (2, 4, 5)))  # rows for 1, 2 and 4 warps
+    sizes = list(itertools.product(limits["kernel_size"], limits["stride"], (2, 4, 6, 8, 10)))  # rows for 1 to 5 warps
     for layout, head_dim in itertools.product(MOST_SHARED, MOST_SHARED["NHWC"]):
         assert max(asked(layout, head_dim, *size) for size in sizes) == MOST_SHARED[layout][head_dim] <= 48 << 10
-    table = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d,]+) \| \d+ \|$", BENCHMARKS.read_text(), re.MULTILINE)
+    table = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d,]+) \|$", BENCHMARKS.read_text(), re.MULTILINE)
     documented = [[int(cell.replace(",", "")) for cell in row] for row in table]
     assert documented == [
-        [dim, *(asked(layout, dim, 7, 1, 5) for layout in MOST_SHARED)] for dim in MOST_SHARED["NHWC"]
+        [dim, *(asked(layout, dim, 7, 1, 20) for layout in MOST_SHARED)] for dim in MOST_SHARED["NHWC"]
     ]
 
 

@@ -21,9 +21,9 @@ from acmix_deploy.profile import layers as profile_layers
 from acmix_deploy.profile.layers import (
     Layer,
     between_conversions,
-    in_planes,
     block_of,
     blocks_of,
+    in_planes,
     nodes_in,
     onnx_layers,
     times_by_block,

@@ -56,6 +56,7 @@ struct Thread {
 int sm = 90;
 std::minstd_rand random_number;
 std::vector<Fence> fences;  // memory that no kernel may touch
+bool only_middle = false;   // of the blocks of a launch one runs
 cudaError_t last_error = cudaSuccess;
 std::string message;
 
@@ -64,7 +65,8 @@ std::vector<Thread> threads;
 std::vector<Thread*> ready;
 std::vector<unsigned char> shared;
 std::size_t shared_size;
-unsigned waiting;  // at the barrier
+unsigned waiting;                                     // at the barrier
+std::map<std::string, unsigned> executed[kWarpSize];  // by the lanes of the first warp
 Thread* current = nullptr;
 const std::function<void()>* body;
 jmp_buf host;
@@ -130,6 +132,7 @@ void run_block() {
     std::fill(shared.begin(), shared.end(), kPoison);
     waiting = 0;
     ready.clear();
+    for (auto& lane : executed) lane.clear();
     for (Thread& thread : threads) {
         thread.place = "the start";
         thread.copies.clear();
@@ -184,12 +187,19 @@ cudaError_t launch(dim3 grid, dim3 block, std::size_t shared_bytes, const std::f
     const std::size_t tensor_fences = fences.size();
     fences.push_back(fence(shared.data(), kFenceBytes));
     fences.push_back(fence(shared.data() + kFenceBytes + shared_bytes, kFenceBytes));
+    const unsigned middle = (grid.z / 2 * grid.y + grid.y / 2) * grid.x + grid.x / 2;
     for (unsigned i = 0; i < grid.x * grid.y * grid.z && message.empty(); ++i) {
+        if (only_middle && i != middle) continue;
         blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
         run_block();
     }
     fences.resize(tensor_fences);
     return last_error = message.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+void count(const char* instruction) {
+    const std::size_t thread = current - threads.data();
+    if (thread < kWarpSize) ++executed[thread][instruction];
 }
 
 int device_sm() { return sm; }
@@ -220,6 +230,7 @@ void collective(std::uint32_t mask, const char* instruction, void* operand, cons
     const std::size_t rank = current - threads.data();
     const std::size_t warp = rank / kWarpSize * kWarpSize;
     if (!(mask >> rank % kWarpSize & 1)) fail("%s: the mask leaves out the lane itself", instruction);
+    count(instruction);
     current->place = instruction;
     current->mask = mask;
     current->operand = operand;
@@ -243,6 +254,7 @@ void collective(std::uint32_t mask, const char* instruction, void* operand, cons
 }
 
 void begin_copy(void* to, const void* from, std::size_t bytes) {
+    count("cp.async");
     require_shared(to, bytes, "cp.async");
     check_access(from, bytes, "cp.async of");
     if (reinterpret_cast<std::uintptr_t>(from) % bytes) fail("cp.async: %p is not aligned to %zu bytes", from, bytes);
@@ -293,14 +305,30 @@ extern "C" {
 void emulator_configure(std::int32_t sm, std::uint32_t seed) {
     emulator::sm = sm;
     emulator::fences.clear();
+    emulator::only_middle = false;
     emulator::random_number.seed(seed);
 }
 
 // Forbid kernels to touch this memory, until the next emulator_configure.
 void emulator_fence(const void* begin, std::size_t bytes) { emulator::fences.push_back(emulator::fence(begin, bytes)); }
 
-// Bytes of shared memory that the last launch asked for.
+// Run the block in the middle of the grid alone, until the next emulator_configure.
+void emulator_run_middle() { emulator::only_middle = true; }
+
+// Blocks, threads of a block, and bytes of shared memory that the last launch asked for.
+std::uint32_t emulator_blocks() { return gridDim.x * gridDim.y * gridDim.z; }
+std::uint32_t emulator_threads() { return blockDim.x * blockDim.y * blockDim.z; }
 std::size_t emulator_shared_bytes() { return emulator::shared_size; }
+
+// How often the first warp of the last block executed an instruction of this name.
+std::uint32_t emulator_executed(const char* instruction) {
+    std::uint32_t most = 0;
+    for (const auto& lane : emulator::executed) {
+        const auto found = lane.find(instruction);
+        if (found != lane.end()) most = std::max(most, found->second);
+    }
+    return most;
+}
 
 // Called by kernels compiled with -fsanitize=kernel-address,alignment,bounds, which report every access.
 #define ACCESS(bytes)                                                                                 \

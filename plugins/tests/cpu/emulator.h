@@ -23,6 +23,9 @@ inline constexpr std::uint32_t kFullMask = 0xffffffffu;
 // Run `thread` once for every thread of the grid, block after block.
 cudaError_t launch(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
 
+// Note that the thread in flight executes an instruction.
+void count(const char* instruction);
+
 // Fail unless the device of this launch has at least compute capability `sm`.
 void require_sm(int sm, const char* instruction);
 int device_sm();

@@ -23,7 +23,10 @@ inline std::uint32_t pack_half2(float low, float high) {
     return bits;
 }
 
-inline float exp2(float x) { return std::exp2(x); }
+inline float exp2(float x) {
+    emulator::count("ex2");
+    return std::exp2(x);
+}
 
 inline float reciprocal(float x) { return 1 / x; }
 
