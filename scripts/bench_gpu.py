@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from scripts.kernel_model import DEVICES, Device, bounds, largest, rows_of
 from tests.gpu import device
 
 SHAPES = ((64, 4),) if device.EMULATED else ((64, 80), (128, 40), (256, 20))
@@ -185,35 +186,28 @@ def unfold(batch: int, head_dim: int, side: int) -> Call:
     return call
 
 
-def roofline(bench: Bench, channels: int, side: int, batch: int) -> str:
-    """A row: what one query of one head costs the mma kernel, and what two of the units need for all, at full rate."""
-    head_dim = channels // HEADS
-    logits = (STRIDE + KERNEL_SIZE) * 8 * (STRIDE + 1)
-    exponentials_per_us = 16 * bench.properties.multi_processor_count * max_clock_mhz()
-    queries = batch * HEADS * side**2
-    bytes_us = (batch * 4 * channels * side**2) * 2 / bench.bytes_per_us
-    cells = [
-        f"{channels} ch, {side}x{side}",
-        batch,
-        4 * head_dim * 2,
-        logits * (2 * head_dim + 8),
-        2 * KERNEL_SIZE**2 * head_dim,
-        logits,
-        KERNEL_SIZE**2,
-        f"{bytes_us:.1f}",
-        f"{queries * logits / exponentials_per_us:.1f}",
-    ]
-    return markdown_row(cells)
+def this_device(bench: Bench) -> Device:
+    """The GPU as the model of the kernels' time wants it: at its highest clock, memory at the speed of a copy."""
+    name, clock = nvidia_smi("name", "clocks.max.sm").split(", ")
+    architecture = f"sm_{device.compute_capability()}"
+    tensor = next((known.tensor for known in DEVICES if known.architecture == architecture), 0)
+    multiprocessors, gb_per_s = bench.properties.multi_processor_count, bench.bytes_per_us / 1e3
+    return Device(name, architecture, multiprocessors, float(clock.split()[0]) / 1e3, gb_per_s, tensor, "", "")
 
 
-def max_clock_mhz() -> float:
-    """The highest clock of the multiprocessors."""
-    return float(nvidia_smi("clocks.max.sm").split()[0])
+def model_us(gpu: Device, m: Measurement) -> tuple[str, float] | None:
+    """The unit that bounds a kernel of ours by the model, and its time; None for what was not counted."""
+    if not m.name.startswith(OURS):
+        return None
+    _, layout, kernel = m.name.split()
+    shape = f"{m.channels} ch, {m.side}x{m.side}, stride {STRIDE}"
+    rows = [row for row in rows_of(gpu, f"local_attention_{kernel} {m.dtype} {layout}") if row.shape == shape]
+    return largest(bounds(gpu, rows[0], m.batch)) if rows else None
 
 
 def nvidia_smi(*fields: str) -> str:
     if device.EMULATED:
-        return "1 (emulated)"
+        return ", ".join("1 (emulated)" for _ in fields)
     query = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -228,22 +222,25 @@ def markdown_row(cells: list[Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def show(found: list[Measurement]) -> None:
+def show(found: list[Measurement], gpu: Device) -> None:
     """One table a shape and batch."""
     first = found[0]
     flex_cold = next((np.median(m.cold_us) for m in found if m.name.startswith("Flex") and m.cold_us), None)
     print(f"\n{first.channels} ch, {first.side}x{first.side}, batch {first.batch}\n")
-    print("| | dtype | cold us | of the floor | warm us | FlexAttention / this, cold |")
-    print("|---|---|---|---|---|---|")
+    print("| | dtype | cold us | of the floor | warm us | model us | FlexAttention / this, cold |")
+    print("|---|---|---|---|---|---|---|")
     for m in found:
         if m.error:
-            print(markdown_row([m.name, m.dtype, m.error, "", "", ""]))
+            print(markdown_row([m.name, m.dtype, m.error, "", "", "", ""]))
             continue
         cold = float(np.median(m.cold_us))
         ratio = "" if flex_cold is None else f"{flex_cold / cold:.1f}"
         late = f", {m.starved} late" if m.starved else ""
         share = f"{m.floor_us:.1f} us, {m.floor_us / cold:.0%}"
-        print(markdown_row([m.name, m.dtype, spread(m.cold_us) + late, share, spread(m.warm_us), ratio]), flush=True)
+        unit, time = model_us(gpu, m) or ("", 0.0)
+        model = f"{time:.1f}, {unit}" if unit else ""
+        cells = [m.name, m.dtype, spread(m.cold_us) + late, share, spread(m.warm_us), model, ratio]
+        print(markdown_row(cells), flush=True)
 
 
 def main() -> None:
@@ -263,6 +260,7 @@ def main() -> None:
             acmix(library, *problem, *WAYS[0])
         return
     bench = Bench(options.samples)
+    gpu = this_device(bench)
     machine = {
         "gpu, driver": nvidia_smi("name", "driver_version"),
         "torch": torch.__version__,
@@ -279,7 +277,7 @@ def main() -> None:
             bench.measure(name, channels, side, batch, dtype, prepare)
             for name, dtype, prepare in candidates(library, channels, side, batch, competitors=not options.only)
         ]
-        show(rows)
+        show(rows, gpu)
         found += rows
         if options.json:
             part = options.json.with_suffix(".part")
@@ -291,11 +289,6 @@ def main() -> None:
     print(
         f"\nMedian [10th to 90th percentile] of {options.samples}; filling one element takes {spread(empty)} us, cold."
     )
-    print("\nThe mma kernel, for a query of a head; last, all queries at copy speed, and at 16 exps a clock and SM.\n")
-    print("| | batch | bytes | MACs | needed | exps | needed | bytes, us | exps, us |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for problem in problems:
-        print(roofline(bench, *problem))
     print("\n" + "; ".join(f"{name} {value}" for name, value in machine.items()))
     if wrong := [m for m in found if m.error and m.name.startswith(OURS)]:
         sys.exit(f"error: {len(wrong)} of the kernels' measurements failed, first {wrong[0].name}: {wrong[0].error}")

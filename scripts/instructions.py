@@ -25,10 +25,10 @@ from acmix_deploy.errors import CheckFailed, MissingComponent
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.spec import Operator
-from acmix_deploy.plugin.build import SOURCES
 from acmix_deploy.plugin.toolchain import Cuda, find_cuda
 from scripts import resources
 from tests.plugin import kernels
+from tests.plugin.kernels import PLUGINS
 
 TABLE = Path(__file__).resolve().parents[1] / "plugins" / "instructions.csv"
 ARCHITECTURES = (87, 90, 110, 120)
@@ -339,11 +339,19 @@ def compile_kernels(cuda: Cuda, architecture: int, wanted: Iterable[Kernel]) -> 
         file.write_text(source)
         cubin = file.with_suffix(".cubin")
         # -lineinfo changes no instruction; the rest is what CMake passes that could.
-        flags = ["-O3", "-DNDEBUG", "-std=c++17", "-lineinfo", f"-arch=sm_{architecture}", "-I", SOURCES / "include"]
+        flags = [
+            "-O3",
+            "-DNDEBUG",
+            "-std=c++17",
+            "-lineinfo",
+            f"-arch=sm_{architecture}",
+            "-I",
+            PLUGINS / "include",
+        ]
         resources.run([cuda.nvcc, *flags, "-cubin", file, "-o", cubin], cuda)
         found = parse(kernels.run([nvdisasm, "-c", "-gi", cubin]))
     code = dict(zip(resources.readable(list(found)), found.values(), strict=True))
-    sources = {header: Source((SOURCES / "include/acmix" / header).read_text(encoding="utf-8")) for header in headers}
+    sources = {header: Source((PLUGINS / "include/acmix" / header).read_text(encoding="utf-8")) for header in headers}
     return {kernel: Code(code[kernel.instance], kernel.header, sources[kernel.header]) for kernel in wanted}
 
 

@@ -86,15 +86,14 @@ def largest(times: dict[str, float]) -> tuple[str, float]:
 
 
 def rows_of(device: Device, kernel: str) -> list[Row]:
+    """What was counted of a kernel for the device's architecture, by shape; nothing for an architecture not counted."""
     return [row for row in read_table()[1] if row.architecture == device.architecture and row.kernel == kernel]
 
 
 def main() -> None:
     kernels = sorted({row.kernel for row in read_table()[1]})
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--kernel", choices=kernels, default="local_attention_mma float16 NHWC", help="default: %(default)s"
-    )
+    parser.add_argument("--kernel", choices=kernels, default=KERNEL, help="default: %(default)s")
     kernel = parser.parse_args().kernel
     print(f"{kernel}: microseconds that each unit needs, and the largest. A model, not a measurement.")
     for device in DEVICES:

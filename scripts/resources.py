@@ -14,8 +14,8 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from acmix_deploy.errors import CheckFailed, MissingComponent
-from acmix_deploy.plugin.build import SOURCES
 from acmix_deploy.plugin.toolchain import Cuda, find_cmake, find_cuda
+from tests.plugin.kernels import PLUGINS
 
 TABLE = Path(__file__).resolve().parents[1] / "plugins" / "resources.csv"
 
@@ -52,7 +52,10 @@ def measure(cuda: Cuda, architectures: str) -> list[Resources]:
             "ACMIX_TENSORRT": "OFF",
         }
         cmake = find_cmake()
-        run([cmake, "-S", SOURCES, "-B", folder, *(f"-D{name}={value}" for name, value in settings.items())], cuda)
+        run(
+            [cmake, "-S", PLUGINS, "-B", folder, *(f"-D{name}={value}" for name, value in settings.items())],
+            cuda,
+        )
         jobs = str(len(os.sched_getaffinity(0)))
         # The report of one file must not be mixed with another's.
         report = run([cmake, "--build", folder, "--parallel", jobs, "--", "--output-sync=target"], cuda)

@@ -37,11 +37,12 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// The address that lies `count` times `bytes` behind `from`, in one instruction.
+// The address in global memory that lies `count` times `bytes` behind `from`, in one instruction.
 template <class T>
 __device__ __forceinline__ T* advance(T* from, std::uint32_t count, std::uint32_t bytes) {
     T* to;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(count), "r"(bytes), "l"(from));
+    __builtin_assume(__isGlobal(to));
     return to;
 }
 
