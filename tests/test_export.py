@@ -199,12 +199,18 @@ def test_a_frozen_axis_is_named_and_nothing_is_written(tmp_path: Path, module: n
         assert export(module, path, input_shape=SHAPE).found.exporter == "dynamo"
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, exporter: str, change) -> None:
-    """Let an exporter's file be changed before it is checked."""
+def poison(
+    monkeypatch: pytest.MonkeyPatch, exporter: str, change, files: dict[str, onnx.ModelProto] | None = None
+) -> None:
+    """Let an exporter's file be changed before it is checked; it is the one in ``files`` where there is one."""
     original = getattr(export_module, exporter)
+    files = {} if files is None else files
 
     def poisoned(*arguments: object) -> onnx.ModelProto:
-        model = original(*arguments)
+        if exporter not in files:
+            files[exporter] = original(*arguments)
+        model = onnx.ModelProto()
+        model.CopyFrom(files[exporter])
         change(model)
         return model
 
@@ -280,6 +286,12 @@ def test_which_rows_count_as_the_same() -> None:
         assert export_module._same_rows(rows, other, 1e-4) == expected
 
 
+@pytest.fixture(scope="module")
+def files_of_scale() -> dict[str, onnx.ModelProto]:
+    """By exporter, as they are made."""
+    return {}
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -291,9 +303,9 @@ def test_which_rows_count_as_the_same() -> None:
     ],
 )
 def test_a_wrong_file_is_found_out_by_running_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change, why: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_of_scale: dict[str, onnx.ModelProto], change, why: str
 ) -> None:
-    poison(monkeypatch, "_dynamo", change)
+    poison(monkeypatch, "_dynamo", change, files_of_scale)
     path = tmp_path / "model.onnx"
     result = export(Scale(), path, input_shape=SHAPE, dynamic=AXES).found
     assert result.exporter == "torchscript"
@@ -301,7 +313,7 @@ def test_a_wrong_file_is_found_out_by_running_it(
     assert_same(path, Scale(), SHAPE)
     path.unlink()
     sidecar(path).unlink()
-    poison(monkeypatch, "_torchscript", change)
+    poison(monkeypatch, "_torchscript", change, files_of_scale)
     with pytest.raises(
         CheckFailed, match=f"dynamo exporter's file is wrong: .*{why}.*torchscript exporter's file.*{why}"
     ):

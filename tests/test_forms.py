@@ -225,7 +225,7 @@ def test_export_for_targets(checkpoint, capsys):
     build = f"  acmix-deploy build model.fp16.tensorrt-11.onnx --plugin libacmix_plugin.so -o {engine}"
     assert build in report.next_steps
     assert f"  acmix-deploy verify model.fused.onnx {engine}" in report.next_steps
-    assert main([*EXPORT, "--for", "jetpack-6.2", "--target", "plain", "--json"]) == 0
+    assert main([*EXPORT, "--opset", "17", "--for", "jetpack-6.2", "--target", "plain", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["target"]["form"] == "plain"
     assert not any("plugin" in step for step in report["next_steps"])
@@ -327,7 +327,7 @@ def test_a_wrong_target_file_fails(checkpoint, monkeypatch, capsys):
         return formed
 
     monkeypatch.setattr("acmix_deploy.forms.to_form", broken)
-    assert "model.fp16.tensorrt-11.onnx" in fails(capsys, 1, *EXPORT, "--for", "tensorrt-11")
+    assert "model.fp16.tensorrt-11.onnx" in fails(capsys, 1, *EXPORT, "--opset", "17", "--for", "tensorrt-11")
     assert not exported(checkpoint).passed
 
 
@@ -363,7 +363,7 @@ def test_fuse_for_a_target(tmp_path, monkeypatch, capsys):
 def test_bad_input(checkpoint, capsys, command, words):
     if "new.onnx" in command:
         x = torch.rand(1, 3, 10, 12)
-        export(randomised(ACmix(3, 16, head=2)), x, checkpoint / "new.onnx", exporter="dynamo")
+        export(randomised(ACmix(3, 16, head=2)), x, checkpoint / "new.onnx", opset=18)
     assert words in fails(capsys, 2, *command)
     assert not [*checkpoint.glob("*jetpack*"), *checkpoint.glob("x.onnx")]
 

@@ -118,14 +118,14 @@ def test_foreign_modules_are_replaced_where_they_stand(surroundings):
 
 
 @pytest.mark.parametrize(
-    ("exporter", "dynamic", "block"),
+    ("exporter", "dynamic", "block", "surroundings"),
     [
-        ("torchscript", True, published),
-        ("dynamo", False, published),
-        ("dynamo", True, own),
+        *(("torchscript", True, published, surroundings) for surroundings in SURROUNDINGS),
+        *(("dynamo", False, published, surroundings) for surroundings in SURROUNDINGS),
+        ("dynamo", True, own, BetweenNorms),
+        *(pytest.param("dynamo", True, own, larger, marks=pytest.mark.soak) for larger in (InBottleneck, Attending)),
     ],
 )
-@pytest.mark.parametrize("surroundings", SURROUNDINGS)
 def test_blocks_fuse_where_they_stand(tmp_path, surroundings, exporter, dynamic, block):
     """With linspace, axes are free by TorchScript alone: dynamo freezes its length."""
     model, x = lived_in(surroundings(block)), torch.randn(2, 3, 12, 16)

@@ -249,11 +249,21 @@ def test_modules_are_replaced(spelling, options):
 
 
 @pytest.mark.parametrize(
-    ("exporter", "dynamic"),
-    [("dynamo", AXES), ("torchscript", AXES), ("torchscript", ())],
-    ids=["dynamo-dynamic", "torchscript-dynamic", "torchscript-static"],
+    ("exporter", "dynamic", "spelling"),
+    [
+        pytest.param(
+            exporter,
+            dynamic,
+            spelling,
+            id=f"{spelling.__name__}-{exporter}-{'dynamic' if dynamic else 'static'}",
+            # Free axes take dynamo its time, and make its graphs others only where these are sliced.
+            marks=[pytest.mark.soak] * (exporter == "dynamo" and bool(dynamic) and spelling is not SlicedFirst),
+        )
+        for exporter in ("dynamo", "torchscript")
+        for dynamic in (AXES, ())
+        for spelling in SPELLINGS
+    ],
 )
-@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_graphs_are_fused(tmp_path, spelling, dynamic, exporter):
     """Between other layers, with a BatchNorm that exporters fold into the shifts."""
     block = spelling(6, 4, stride=2)

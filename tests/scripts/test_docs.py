@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from acmix_deploy import cli
+from acmix_deploy import cli, plan
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
@@ -42,7 +42,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stem = nn.Conv2d(3, 16, 3, stride=64, padding=1)
     model = nn.Sequential(stem, *(ACmix(16, 16) for _ in range(3))).eval()
     torch.save(model, folder / "model.pt")
-    export(model, folder / "model.onnx")
+    export(model, folder / "model.onnx", opset=17)
     fuse(folder / "model.onnx", folder / "model.fused.onnx", expect=3)
     pytest.importorskip("cv2", reason="needs opencv")
     shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
@@ -82,6 +82,7 @@ def test_commands_and_code_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.1)
+    monkeypatch.setattr(plan, "DEFAULT_OPSET", 17)  # by the faster exporter
     namespace: dict[str, object] = {}
     for language, content in blocks(page, "python", "console"):
         if language == "python":

@@ -40,11 +40,11 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
     folder = tmp_path_factory.mktemp("limits")
     model = load(CHECKPOINT)
     module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
-    export(module, folder / "plain.onnx", input_shape=SHAPE, opset=19, divisor=32, metadata=model.metadata)
+    export(module, folder / "plain.onnx", input_shape=SHAPE, opset=17, divisor=32, metadata=model.metadata)
     fuse(folder / "plain.onnx", folder / "float32.onnx", expect=3)
     to_fp16(folder / "float32.onnx", folder / "float16.onnx")
-    calibration, unseen = (shapes.write(folder / str(seed), seed, 64) for seed in (11, 2))
-    quantize(folder / "float32.onnx", folder / "int8.onnx", calibration=calibration, limit=32)
+    calibration, unseen = (shapes.write(folder / str(seed), seed, count) for seed, count in ((11, 16), (2, 48)))
+    quantize(folder / "float32.onnx", folder / "int8.onnx", calibration=calibration)
     scenes = Scenes("images", list(placed_batches(find(unseen).paths, [SHAPE])), {})
     sessions = {name: open_session(folder / f"{name}.onnx") for name in ("plain", *DETECTION_LIMITS)}
     run = {

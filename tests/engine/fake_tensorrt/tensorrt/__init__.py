@@ -16,6 +16,7 @@ import os
 import pathlib
 import signal
 import time
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -320,18 +321,22 @@ class _Model:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         return {value.name: self.dims(value) for value in (*inferred.input, *inferred.output)}
 
+    @cached_property
+    def session(self) -> Any:
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(self.proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
     def compute(self, cuda: Any, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         import numpy as np
-        import onnxruntime
         from onnx import helper
 
         def array(name: str) -> Any:
             dtype = helper.tensor_dtype_to_np_dtype(self.tensors[name].type.tensor_type.elem_type)
             return np.frombuffer(cuda.block(addresses[name]), dtype)
 
-        session = onnxruntime.InferenceSession(self.proto.SerializeToString(), providers=["CPUExecutionProvider"])
         feed = {name: array(name)[: int(np.prod(shapes[name]))].reshape(shapes[name]) for name in self.inputs}
-        for value, result in zip(self.graph.output, session.run(None, feed), strict=True):
+        for value, result in zip(self.graph.output, self.session.run(None, feed), strict=True):
             array(value.name)[: result.size] = result.ravel()
 
 
