@@ -64,7 +64,7 @@ struct MmaShape {
         if (architecture < 800) return 1;
         if (!kFolded) return architecture > 900 ? 1 : 2;
         if (kStride == 2 || kHeadDim > 32) return architecture < 900 ? 3 : 2;
-        if (kHeadDim == 32) return architecture > 900 ? 3 : 4;
+        if (kHeadDim == 32) return architecture < 900 ? 4 : 3;
         return (kNhwc ? 7 : 6) - (architecture > 900 ? 2 : 0);
     }
 
