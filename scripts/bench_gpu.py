@@ -39,6 +39,8 @@ WAYS = (
     ("float16", "NCHW", "simt"),
     ("float32", "NCHW", "simt"),
 )
+CLOCK_KHZ = 13
+"""CUdevice_attribute: the highest clock of the multiprocessors."""
 GRAPH_LAUNCHES = 1 if device.EMULATED else 20
 SAMPLES = 1 if device.EMULATED else 100
 
@@ -188,16 +190,16 @@ def unfold(batch: int, head_dim: int, side: int) -> Call:
 
 def this_device(bench: Bench) -> Device:
     """The GPU as the model of the kernels' time wants it: at its highest clock, memory at the speed of a copy."""
-    name, clock = nvidia_smi("name", "clocks.max.sm").split(", ")
     architecture = f"sm_{device.compute_capability()}"
     tensor = next((known.tensor for known in DEVICES if known.architecture == architecture), 0)
     multiprocessors, gb_per_s = bench.properties.multi_processor_count, bench.bytes_per_us / 1e3
-    return Device(name, architecture, multiprocessors, float(clock.split()[0]) / 1e3, gb_per_s, tensor, "", "")
+    ghz = (device.attribute(CLOCK_KHZ) or 0) / 1e6
+    return Device(bench.properties.name, architecture, multiprocessors, ghz, gb_per_s, tensor, "", "")
 
 
 def model_us(gpu: Device, m: Measurement) -> tuple[str, float] | None:
-    """The unit that bounds a kernel of ours by the model, and its time; None for what was not counted."""
-    if not m.name.startswith(OURS):
+    """The unit that bounds a kernel of ours by the model, and its time; None for what was not counted, or no clock."""
+    if not m.name.startswith(OURS) or not gpu.ghz:
         return None
     _, layout, kernel = m.name.split()
     shape = f"{m.channels} ch, {m.side}x{m.side}, stride {STRIDE}"
@@ -277,12 +279,12 @@ def main() -> None:
             bench.measure(name, channels, side, batch, dtype, prepare)
             for name, dtype, prepare in candidates(library, channels, side, batch, competitors=not options.only)
         ]
-        show(rows, gpu)
         found += rows
         if options.json:
             part = options.json.with_suffix(".part")
             part.write_text(json.dumps({"machine": machine, "found": [asdict(m) for m in found]}))
             part.replace(options.json)
+        show(rows, gpu)
 
     nothing = torch.zeros(1, device=device.DEVICE)
     empty, _ = bench.cold(nothing.zero_)

@@ -64,7 +64,7 @@ def steps(out: Path) -> list[Step]:
     def bench(*options: str | Path) -> list[str | Path]:
         return [sys.executable, "-m", "scripts.bench_gpu", *options]
 
-    ncu = device.cuda_tool("ncu")
+    ncu = None if device.EMULATED else device.cuda_tool("ncu")
     launches = ["--clock-control", "none", "--kernel-name", "regex:local_attention", "--launch-count", "2"]
     report = ["--set", "full", "--page", "raw", "--csv", "--log-file", out / "ncu.csv", "--export", out / "ncu.ncu-rep"]
     profile = [str(ncu), *launches, *report, *bench("--once", "--batch", "32")]
@@ -142,7 +142,8 @@ def speeds(path: Path) -> list[str]:
             + (row["error"] or f"{median(row['cold_us']):.1f}, {median(row['warm_us']):.1f}")
             for row in rows
         ]
-        lines.append(f"{shape}, us cold, warm, floor {rows[0]['floor_us']:.1f}: {'; '.join(cells)}")
+        floor = f"floor in {rows[0]['dtype']} {rows[0]['floor_us']:.1f}"
+        lines.append(f"{shape}, us cold, warm, {floor}: {'; '.join(cells)}")
     return lines
 
 

@@ -45,7 +45,7 @@ class Device:
     ghz: float
     gb_per_s: float
     tensor: int
-    """Multiply-adds of halves that mma.sync does in a clock of a multiprocessor."""
+    """Multiply-adds of halves that mma.sync does in a clock of a multiprocessor; 0 for not known."""
     source: str
     tensor_source: str
 
@@ -74,7 +74,8 @@ def bounds(device: Device, row: Row, batch: int) -> dict[str, float]:
     blocks = row.blocks * batch
     most = math.ceil(blocks / device.multiprocessors) / blocks  # part of the work that one multiprocessor has
     clocks = {name: getattr(row, name) / rate.number for name, rate in RATES.items()}
-    clocks["tensor"] = row.tensor * 16 * 8 * 16 / device.tensor
+    if device.tensor:
+        clocks["tensor"] = row.tensor * 16 * 8 * 16 / device.tensor
     times = {name: count * row.queries / 16 * batch * most / device.ghz / 1e3 for name, count in clocks.items()}
     times["issue"] = times.pop("total")
     return times | {"memory": row.bytes * batch / device.gb_per_s / 1e3}

@@ -148,9 +148,10 @@ def between_conversions(layers: Sequence[Layer]) -> Iterator[str]:
 
 
 def in_planes(layers: Sequence[Layer]) -> Iterator[str]:
-    """In words: each plugin that reads half precision plane by plane, though it offers channels in groups of 8."""
+    """In words: each plugin of a block that reads halves plane by plane, though it offers channels in groups of 8."""
     for layer in layers:
-        if PLUGIN_LAYER.search(layer.kind) and layer.inputs and _PLANES_OF_HALVES.match(layer.inputs[0]):
+        ours = PLUGIN_LAYER.search(layer.kind) and any(map(FUSED_NODE.search, (layer.name, *layer.nodes)))
+        if ours and layer.inputs and _PLANES_OF_HALVES.match(layer.inputs[0]):
             yield (
                 f"the plugin {layer.name} ({layer.median_ms:.3f} ms) reads '{layer.inputs[0]}': for its neighbours "
                 "TensorRT did not choose 'Channel major FP16 format where channel % 8 == 0', for which the plugin's "

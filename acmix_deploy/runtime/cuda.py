@@ -61,7 +61,7 @@ class _Owned:
     def close(self) -> None:
         """Give it back; what CUDA says is left out, since after a kernel that failed every call repeats the failure."""
         if self.handle is not None:
-            with suppress(CheckFailed):
+            with suppress(CheckFailed, MissingComponent):
                 _call(self._give_back, self.handle)
             self.handle = None
 

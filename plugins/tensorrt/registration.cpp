@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -128,11 +129,13 @@ class Registration {
     // 8.6.0 deregisterCreator has another place in the registry's virtual table.
     void take_back() {
         if (loaded.version == 8600) return;
+        const std::lock_guard lock(mutex_);
         for (CreatorInterface* const creator : registered_) loaded.registry->deregisterCreator(*creator);
         registered_.clear();
     }
 
  private:
+    std::mutex mutex_;  // two runtimes may load plans at once
     std::vector<CreatorInterface*> registered_;
 };
 

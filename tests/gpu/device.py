@@ -36,18 +36,23 @@ DEVICE = "cpu" if EMULATED else "cuda"
 BUILD = PLUGINS.parent / "build" / "gpu"
 
 
-def compute_capability() -> int | None:
-    """That of the first GPU, 90 for sm_90; None where there is no GPU."""
+def attribute(number: int) -> int | None:
+    """A CUdevice_attribute of the first GPU; None where there is no GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    device, value = ctypes.c_int(), ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
         return None
-    for number, attribute in ((major, 75), (minor, 76)):
-        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-    return major.value * 10 + minor.value
+    driver.cuDeviceGetAttribute(ctypes.byref(value), number, device)
+    return value.value
+
+
+def compute_capability() -> int | None:
+    """That of the first GPU, 90 for sm_90; None where there is no GPU."""
+    major, minor = attribute(75), attribute(76)
+    return None if major is None or minor is None else major * 10 + minor
 
 
 def missing() -> str:

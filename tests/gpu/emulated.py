@@ -32,4 +32,4 @@ def current_stream() -> SimpleNamespace:
 
 
 def get_device_properties(device: int) -> SimpleNamespace:
-    return SimpleNamespace(L2_cache_size=1 << 16, multi_processor_count=1)
+    return SimpleNamespace(name="emulated", L2_cache_size=1 << 16, multi_processor_count=1)

@@ -14,9 +14,12 @@ from acmix_deploy.operators.spec import Operator
 from tests import ROOT
 from tests.operators.parts import every_operator
 
-GENERATED = {f"plugins/{name}" for name in native_sources()} | {"plugins/resources.csv"}
-ELSEWHERE = ("docs/*", "README.md", "CHANGELOG.md", "tests/*", "scripts/bench_gpu.py", "acmix_deploy/families/*/*.py")
-"""Prose, tests, the benchmark of the kernels and the family that uses it."""
+GENERATED = {f"plugins/{name}" for name in native_sources()} | {"plugins/resources.csv", "plugins/instructions.csv"}
+ELSEWHERE = (
+    *("docs/*", "README.md", "CHANGELOG.md", "tests/*", "acmix_deploy/families/*/*.py"),
+    *("scripts/bench_gpu.py", "scripts/instructions.py", "scripts/kernel_model.py"),
+)
+"""Prose, tests, the family that uses it, and what times and counts the kernels."""
 
 
 def listed(operator: Operator) -> set[str]:

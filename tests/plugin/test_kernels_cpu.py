@@ -107,9 +107,10 @@ def test_every_entry(library, operator):
     rows = library.entries(operator)
     expected = [(*way, head_dim) for way in ways_of(operator) for head_dim in HEAD_DIMS]
     assert [(row["dtype"], row["layout"], row["kernel"], row["head_dim"]) for row in rows] == expected
-    windows = itertools.product(operator.kernel_limits["kernel_size"], operator.kernel_limits["stride"])
-    for row, (index, window) in itertools.product(rows, enumerate(windows)):
-        of_entry(library, operator, row, row["head_dim"] - 8 * (index // 2 % 2), *window)
+    windows = list(itertools.product(operator.kernel_limits["kernel_size"], operator.kernel_limits["stride"]))
+    for index, (row, window) in enumerate(itertools.product(rows, windows)):
+        padding = 8 * ((index + index // len(windows)) % 2)
+        of_entry(library, operator, row, row["head_dim"] - padding, *window)
 
 
 @every_operator
@@ -154,6 +155,14 @@ def test_logits_that_rise_or_fall(library, dtype, layout, kernel, step, size):
     value[:] = np.random.default_rng(0).standard_normal(value.shape)
     qkv = np.concatenate([query, key, value])[None].astype(dtype)
     attributes = {"num_heads": 1, "kernel_size": 7, "stride": 1, "scale": step / (size * head_dim)}
+    check(library, LOCAL_ATTENTION, [qkv, None], {"layout": layout, "kernel": kernel}, **attributes)
+
+
+@every_way
+def test_large_halves(library, dtype, layout, kernel):
+    """Logits whose product with the scale is rounded by more than a float of the exponential holds."""
+    qkv = normal(np.random.default_rng(0), dtype, 1, 3 * 64, 4, 9) * np.asarray(1e4, dtype)
+    attributes = {"num_heads": 1, "kernel_size": 7, "stride": 1, "scale": 0.125}
     check(library, LOCAL_ATTENTION, [qkv, None], {"layout": layout, "kernel": kernel}, **attributes)
 
 

@@ -123,8 +123,9 @@ def test_a_plugin_that_reads_planes_of_halves_is_named() -> None:
     assert found.startswith(f"the plugin acmix_0.attention (0.034 ms) reads '{planes}'")
     for fine in (groups, "Row major linear FP32"):
         assert list(in_planes([plugin.model_copy(update={"inputs": (fine, planes)})])) == []
-    conv = layer("conv", "CaskConvolution").model_copy(update={"inputs": (planes,)})
-    assert list(in_planes([conv, plugin])) == []
+    others = [layer("acmix_0.qkv", "CaskConvolution"), layer("EfficientNMS_0", "PluginV2")]
+    others = [other.model_copy(update={"inputs": (planes,)}) for other in others]
+    assert list(in_planes([*others, plugin])) == []
 
 
 SHAPE = (1, 3, 64, 64)

@@ -26,6 +26,10 @@ def test_each_unit_has_its_rate():
     assert bounds(DEVICE, ROW, batch=3)["issue"] == pytest.approx(30)
 
 
+def test_tensor_cores_of_no_known_rate_bound_nothing():
+    assert "tensor" not in bounds(replace(DEVICE, tensor=0), ROW, batch=1)
+
+
 def test_multiprocessors_idle_where_the_grid_is_small():
     assert bounds(DEVICE, replace(ROW, blocks=5), batch=1)["issue"] == pytest.approx(20)
     assert bounds(DEVICE, replace(ROW, blocks=11), batch=1)["issue"] == pytest.approx(10 * 20 / 11)

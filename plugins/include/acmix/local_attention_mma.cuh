@@ -1,8 +1,8 @@
 // Local attention on tensor cores, for halves.
 //
 // A warp owns 16 queries, 2 rows of 8, and walks twice down the rows of keys that their windows touch: once for the
-// logits, which it holds in registers, and once for the sum of the values. A row of keys is 8 columns for every query
-// column and 8 for the margins: two or three 16x8 products with the queries. A query sees neighbouring columns, of
+// logits, which it holds in registers, and once for the sum of the values. A row of keys is 8 * stride columns for the
+// queries and 8 for the margins: two or three 16x8 products with the queries. A query sees neighbouring columns, of
 // which up to 8 differ modulo 8. So of the columns of the products that are equal modulo 8 at most one is the query's
 // own: the others are dropped before the exponential, and stand as zeros beside its weight afterwards.
 //
@@ -25,6 +25,7 @@ inline constexpr int kMargin = 4;     // columns left of the first query
 static_assert(*std::prev(std::end(Definition<LocalAttention>::kKernelSizes)) / 2 <= kMargin,
               "8 * (stride + 1) columns hold the margins of 8 queries");
 
+// Registers alone depend on it, and the host asks for none.
 #ifdef __CUDA_ARCH__
 inline constexpr int kArchitecture = __CUDA_ARCH__;
 #else
@@ -71,7 +72,9 @@ struct MmaShape {
     __host__ __device__ static constexpr int block_rows(int warps) {
         return (kWarpRows * warps - 1) * kStride + kKernelSize;
     }
-    static constexpr int kTurns = ceil_div(block_rows(kWarps), kWarps);  // of a warp that loads rows
+    // Turns in which a warp loads rows. All but the last are full, whatever the number of warps.
+    static constexpr int kTurns = ceil_div(block_rows(kWarps), kWarps);
+    static_assert(block_rows(kWarps) <= 32, "each row of keys is known to one lane");
 
     // Whether the warp's queries of row i see row `row` of its keys.
     __host__ __device__ static constexpr bool sees(int i, int row) {
@@ -236,7 +239,7 @@ __global__ __launch_bounds__(
     const int tile_y = static_cast<int>(blockIdx.y) * kWarpRows * plan.warps;
     const int out_x = tile * kTileWidth + quad, out_y = tile_y + warp * kWarpRows;
     const int window_x = tile * kTileWidth * kStride - kMargin, window_y = tile_y * kStride - kKernelSize / 2;
-    // Each lane knows where one of these rows lies in the image, lane 0 the first that the warp sees.
+    // Each lane knows where one of these rows lies in the image, lane 0 the first that the warp sees, in a circle.
     const int first_row = warp * kWarpRows * kStride;
     const int pixel_row = reflect(window_y + ((first_row + lane) & 31), height);
 
@@ -413,7 +416,7 @@ __global__ __launch_bounds__(
     if constexpr (!Shape::kTogether) place_logits();
 
     // Rows: softmax. Numerators become halves in the columns of their own tiles, denominators come by a matrix of ones.
-    float shift[kWarpRows];
+    float largest[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
         float maximum = -INFINITY;
@@ -427,7 +430,7 @@ __global__ __launch_bounds__(
         }
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-        shift[i] = -maximum * plan.scale;
+        largest[i] = maximum;
     }
     std::uint32_t mask[kTiles], weight[kRows][kTiles][kWarpRows];
 #pragma unroll
@@ -443,8 +446,8 @@ __global__ __launch_bounds__(
             const int kept = j / kWarpRows, i = j % kWarpRows;
             const float (&of)[4] = logits[row][kept];
             const std::uint32_t pair_of = Shape::sees(i, row)
-                                              ? ptx::pack_half2(ptx::exp2(fmaf(of[i * 2], plan.scale, shift[i])),
-                                                                ptx::exp2(fmaf(of[i * 2 + 1], plan.scale, shift[i])))
+                                              ? ptx::pack_half2(ptx::exp2((of[i * 2] - largest[i]) * plan.scale),
+                                                                ptx::exp2((of[i * 2 + 1] - largest[i]) * plan.scale))
                                               : 0;
             if constexpr (Shape::kFolded) {
 #pragma unroll
@@ -485,6 +488,7 @@ __global__ __launch_bounds__(
             }
         }
         if (!Shape::kTogether) release(stage);
+        __syncwarp();
 
         // Epilogue: the slice's results.
 #pragma unroll

@@ -141,7 +141,7 @@ struct Definition<OutlookAttention> {
         {{"num_heads", 1, {{&P::num_heads, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
         {{"height * width", 1, {{&P::height, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true},
         {{"3 * num_heads * head_dim * width", 3, {{&P::num_heads, 1}, {&P::head_dim, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true},
-        {{"num_heads * kernel_size^4 * width", 1, {{&P::num_heads, 1}, {&P::kernel_size, 4}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true}};
+        {{"num_heads * kernel_size^4 * width", 1, {{&P::num_heads, 1}, {&P::kernel_size, 4}, {&P::width, 1}}, 1, false}, {"1976660141", 1976660141, {}, 1, false}, true}};
 };
 
 using Operators = List<LocalAttention, OutlookAttention>;

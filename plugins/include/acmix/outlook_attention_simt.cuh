@@ -30,7 +30,8 @@ __global__ void outlook_attention_simt_kernel(OutlookAttention problem, OutlookP
     constexpr int kMargin = kKernelSize / 2, kPlaces = kKernelSize * kKernelSize;
 
     // Prologue: the pixel.
-    const int height = problem.height, width = problem.width, shift = problem.stride - 1;
+    const int height = problem.height, width = problem.width;
+    const int shift = problem.stride - 1;  // strides are 1 and 2: what is left of a division, and the division
     const Group group;
     const int pixel = static_cast<int>(blockIdx.x) * Group::kPixelsPerBlock + group.pixel;
     if (pixel >= height * width || group.channel >= problem.head_dim) return;
