@@ -146,6 +146,6 @@ def test_the_compiler_spills_where_it_must(cuda, tmp_path, monkeypatch):
         "#include <cuda_runtime.h>\n__global__ void __launch_bounds__(1024) spill(const float* x, float* y, int n) "
         f"{{ {cells}; __syncthreads(); y[0] = {total}; }}\n"
     )
-    monkeypatch.setattr(resources, "SOURCES", tmp_path)
+    monkeypatch.setattr(resources, "PLUGINS", tmp_path)
     (row,) = resources.measure(cuda, "87")
     assert row.spill_bytes > 0
