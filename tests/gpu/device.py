@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acmix_deploy import driver
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.plugin.toolchain import find_cuda
@@ -39,14 +40,9 @@ BUILD = PLUGINS.parent / "build" / "gpu"
 def attribute(number: int) -> int | None:
     """A CUdevice_attribute of the first GPU; None where there is no GPU."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        return driver.made(ctypes.c_int, "cuDeviceGetAttribute", number, driver.first_device()).value
+    except (OSError, driver.DriverError):
         return None
-    device, value = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    driver.cuDeviceGetAttribute(ctypes.byref(value), number, device)
-    return value.value
 
 
 def compute_capability() -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from scripts.instructions import Row
-from scripts.kernel_model import DEVICES, Device, bounds, largest, main, rows_of
+from scripts.kernel_model import DEVICES, KERNEL, Device, bounds, largest, main, rows_of
 
 DEVICE = Device("device", "sm_90", multiprocessors=10, ghz=1.0, gb_per_s=100, tensor=1024, source="", tensor_source="")
 ROW = Row(
@@ -28,6 +28,14 @@ def test_each_unit_has_its_rate():
 
 def test_tensor_cores_of_no_known_rate_bound_nothing():
     assert "tensor" not in bounds(replace(DEVICE, tensor=0), ROW, batch=1)
+
+
+def test_what_the_page_says_of_memory():
+    """It is the slowest at batch 32, or within a tenth of it, but on the H200."""
+    for device in DEVICES:
+        times = [bounds(device, row, batch=32) for row in rows_of(device, KERNEL)]
+        assert times
+        assert all(each["memory"] > 0.9 * max(each.values()) for each in times) == (device.name != "H200")
 
 
 def test_multiprocessors_idle_where_the_grid_is_small():
