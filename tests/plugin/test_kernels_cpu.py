@@ -166,6 +166,20 @@ def test_large_halves(library, dtype, layout, kernel):
     check(library, LOCAL_ATTENTION, [qkv, None], {"layout": layout, "kernel": kernel}, **attributes)
 
 
+@pytest.mark.parametrize("layout", kernels.LAYOUTS)
+def test_what_is_not_finite_stays_near(library, layout):
+    """It spoils at most 10 outputs beyond those whose windows see it, as acmix/launch.h says."""
+    limits, farthest = LOCAL_ATTENTION.kernel_limits, 0
+    for kernel_size, stride, x in itertools.product(limits["kernel_size"], limits["stride"], range(24, 32)):
+        qkv = np.zeros((1, 24, 6, 56), np.float16)
+        qkv[:, 16:, 3, x] = np.nan
+        attributes = {"num_heads": 1, "kernel_size": kernel_size, "stride": stride, "scale": 1.0}
+        y = library.launch(LOCAL_ATTENTION, qkv, None, **attributes, layout=layout, kernel="mma")
+        spoilt = np.flatnonzero(np.isnan(y).any((0, 1, 2)))
+        farthest = max(farthest, *(np.abs(spoilt * stride - x) - kernel_size // 2) / stride)
+    assert farthest == 10
+
+
 @pytest.mark.parametrize(("dtype", "layout", "kernel"), ways_of(OUTLOOK_ATTENTION))
 @pytest.mark.parametrize("step", [100.0, -100.0])
 def test_outlook_logits_that_rise_or_fall(library, dtype, layout, kernel, step):

@@ -43,7 +43,7 @@ Found<Problem> find(const Problem&, std::int32_t sm = kAnySm, const Kernel* want
 
 // Runs a problem on the current device, on the stream alone. Returns an empty string when the launch was accepted, also
 // for a batch of 0, else one sentence; allocates nothing when it was. Inputs hold finite numbers: what is not finite
-// may spoil outputs up to 10 pixels beyond the windows that see it.
+// may spoil up to 10 outputs beyond those whose windows see it.
 template <class Problem>
 std::string launch(const Problem&, const void* const* inputs, void* y, cudaStream_t, const Kernel* wanted = nullptr);
 
