@@ -1,4 +1,4 @@
-"""What tests run every family on: ``EXAMPLES`` in each family's ``examples.py``."""
+"""What tests run every family on: ``EXAMPLES`` in each family's ``examples.py``, one for each variant of its block."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class Examples:
     """Of the heights and widths that it takes, all from 8."""
     without_gradient: Mapping[str, slice] = field(default_factory=dict)
     """Of 8 channels, what no result depends on, by the name of the parameter: it adds the same to all logits."""
+    variant: str = ""
+    """Which of the family's blocks, where there are several."""
 
 
 def with_part(block: nn.Module, path: str, part: nn.Module | Tensor) -> nn.Module:

@@ -37,6 +37,7 @@ from tests.families.parts import (
 )
 
 FLOAT32 = TOLERANCES["float32"].floor
+VARIANT = family_parts.variants_of(GATED_ACMIX)[0]
 assert_fused = partial(family_parts.assert_fused, GATED_ACMIX)
 
 
@@ -236,7 +237,7 @@ def test_an_impostor_is_left_alone_and_named(options: dict[str, Any], reason: st
     ids=str,
 )
 def test_a_port_fuses(tmp_path: Path, exporter: str, dynamic: tuple[str, ...], options: dict[str, Any]) -> None:
-    model = Model(GATED_ACMIX, Port(**options))
+    model = Model(VARIANT, Port(**options))
     source = export(
         model, torch.randn(2 if dynamic else 1, 3, 5, 7), tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic
     )
@@ -248,7 +249,7 @@ def test_a_port_fuses(tmp_path: Path, exporter: str, dynamic: tuple[str, ...], o
 
 
 def test_a_batch_norm_that_the_exporter_left(tmp_path: Path) -> None:
-    model, x = Model(GATED_ACMIX, Port(tokens="batch first")), torch.randn(1, 3, 5, 7)
+    model, x = Model(VARIANT, Port(tokens="batch first")), torch.randn(1, 3, 5, 7)
     program = torch.onnx.export(model, (x,), dynamo=True, opset_version=18, optimize=False, verbose=False)
     program.save(tmp_path / "plain.onnx")
     assert "BatchNormalization" in {node.op_type for node in program.model_proto.graph.node}
@@ -256,7 +257,7 @@ def test_a_batch_norm_that_the_exporter_left(tmp_path: Path) -> None:
 
 
 def test_every_axis_free_and_sequence_first(tmp_path: Path) -> None:
-    model = Model(GATED_ACMIX, GatedACmix(8, 2, sequence_first=True))
+    model = Model(VARIANT, GatedACmix(8, 2, sequence_first=True))
     source = export(model, torch.randn(2, 3, 6, 5), tmp_path / "plain.onnx", dynamic=AXES)
     assert_fused(model, source, *(torch.randn(size) for size in ((1, 3, 6, 5), (3, 3, 4, 7), (2, 3, 1, 2))))
 
@@ -264,7 +265,7 @@ def test_every_axis_free_and_sequence_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sequence_first", [False, True])
 def test_attention_has_the_form_that_runtimes_fuse(tmp_path: Path, sequence_first: bool) -> None:
     """q [B, heads, N, d] x k^T, Softmax over the last axis, x v, and back to [B, N, C]."""
-    model = Model(GATED_ACMIX, GatedACmix(8, 2, sequence_first=sequence_first))
+    model = Model(VARIANT, GatedACmix(8, 2, sequence_first=sequence_first))
     x = torch.randn(2, 3, 6, 5)
     assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
     graph = gs.import_onnx(onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "fused.onnx")))
@@ -291,7 +292,7 @@ def test_onnxruntime_makes_one_multi_head_attention_of_it(tmp_path: Path) -> Non
     from onnxruntime.transformers.fusion_mha_dit import FusionMultiHeadAttentionDiT
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    model, x = Model(GATED_ACMIX, GatedACmix(8, 2)), torch.randn(1, 3, 6, 5)
+    model, x = Model(VARIANT, GatedACmix(8, 2)), torch.randn(1, 3, 6, 5)
     assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
     fused = onnx.load(tmp_path / "fused.onnx")
     softmax = next(node for node in fused.graph.node if node.op_type == "Softmax")
@@ -312,7 +313,7 @@ def test_onnxruntime_makes_one_multi_head_attention_of_it(tmp_path: Path) -> Non
 
 
 def test_alone_in_a_batch_sequence_first_is_one_convolution(tmp_path: Path) -> None:
-    model, x = Model(GATED_ACMIX, Port()), torch.randn(1, 3, 6, 5)
+    model, x = Model(VARIANT, Port()), torch.randn(1, 3, 6, 5)
     assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
     kinds = operators(tmp_path / "fused.onnx")
     assert (kinds.count("Softmax"), kinds.count("Conv")) == (0, 4)
@@ -321,13 +322,13 @@ def test_alone_in_a_batch_sequence_first_is_one_convolution(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("options", "_", "reason"), NEAR_MISSES, ids=str)
 def test_near_misses_do_not_fuse(tmp_path: Path, options: dict[str, Any], _: str, reason: str) -> None:
-    model, x = Model(GATED_ACMIX, Port(**{"tokens": "batch first", **options})), torch.randn(2, 3, 5, 7)
+    model, x = Model(VARIANT, Port(**{"tokens": "batch first", **options})), torch.randn(2, 3, 5, 7)
     assert_left_alone_in_a_graph(GATED_ACMIX, model, export(model, x, tmp_path / "plain.onnx"), x, reason)
 
 
 def test_values_of_another_width(tmp_path: Path) -> None:
     port, x = Port(own_qkv=True), torch.randn(2, 3, 5, 7)
     port.value, port.out = nn.Linear(8, 16), nn.Linear(16, 8)
-    model = Model(GATED_ACMIX, port)
+    model = Model(VARIANT, port)
     (block,) = fuse(export(model, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx").found.blocks
     assert block.reason == "its values are of another width than its queries and keys"

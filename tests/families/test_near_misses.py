@@ -15,11 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.export import export
-from acmix_deploy.families import FAMILIES
 from acmix_deploy.fusion import fuse
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
-from tests.families.parts import example
+from tests.families.parts import VARIANTS, example
 
 SAME = 1e-4  # relative L2; a block that is fused wrongly is off by much more
 OPERATORS = {
@@ -28,7 +27,7 @@ OPERATORS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
 def block(request, tmp_path_factory):
     """A block as it is exported, its parameters all random, and the shape of its input."""
     module, x = example(request.param)

@@ -33,6 +33,7 @@ from tests.families.parts import (
 )
 
 FLOAT32 = TOLERANCES["float32"].floor
+VARIANT = family_parts.variants_of(WINDOWED_ACMIX)[0]
 assert_fused = partial(family_parts.assert_fused, WINDOWED_ACMIX)
 
 
@@ -285,7 +286,7 @@ IN_GRAPHS = [*SPELLINGS, {"scale": 1.0}, {"residual": True}]
 def test_a_port_fuses(tmp_path: Any, exporter: str, dynamic: tuple[str, ...], options: dict[str, Any]) -> None:
     port = Port(**options)
     size = (13, 9) if options.get("pad") == "masked" else (2 * port.window, port.window)
-    model = Model(WINDOWED_ACMIX, port)
+    model = Model(VARIANT, port)
     source = export(
         model, torch.randn(2 if dynamic else 1, 3, *size), tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic
     )
@@ -303,7 +304,7 @@ def test_a_port_fuses(tmp_path: Any, exporter: str, dynamic: tuple[str, ...], op
 
 
 def test_every_axis_free_with_attention_alone(tmp_path: Any) -> None:
-    model = Model(WINDOWED_ACMIX, WindowedACmix(8, 3, 2, norm=False, position_bias=False))
+    model = Model(VARIANT, WindowedACmix(8, 3, 2, norm=False, position_bias=False))
     source = export(model, torch.randn(2, 3, 9, 16), tmp_path / "plain.onnx", dynamic=AXES)
     sizes = [(1, 9, 16), (3, 14, 21), (2, 5, 4), (1, 8, 6)]
     assert_fused(model, source, *(torch.randn(n, 3, h, w) for n, h, w in sizes))
@@ -319,7 +320,7 @@ def test_a_block_on_its_own(tmp_path: Any) -> None:
 @pytest.mark.parametrize("table", [True, False])
 def test_attention_has_the_form_that_runtimes_fuse(tmp_path: Any, size: tuple[int, int], table: bool) -> None:
     """q [B, heads, N, d] x k^T, at most one Add, Softmax over the last axis, x v, and back to [B, N, C]."""
-    model = Model(WINDOWED_ACMIX, WindowedACmix(8, 7, 2, position_bias=table))
+    model = Model(VARIANT, WindowedACmix(8, 7, 2, position_bias=table))
     source = export(model, torch.randn(1, 3, *size), tmp_path / "plain.onnx")
     assert_fused(model, source)
     graph = gs.import_onnx(onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "fused.onnx")))
@@ -340,6 +341,6 @@ def test_attention_has_the_form_that_runtimes_fuse(tmp_path: Any, size: tuple[in
 
 @pytest.mark.parametrize(("options", "_", "reason"), NEAR_MISSES, ids=str)
 def test_near_misses_do_not_fuse(tmp_path: Any, options: dict[str, Any], _: str | None, reason: str | None) -> None:
-    model = Model(WINDOWED_ACMIX, Port(**options))
+    model = Model(VARIANT, Port(**options))
     x = torch.randn(1, 3, 14, 21)
     assert_left_alone_in_a_graph(WINDOWED_ACMIX, model, export(model, x, tmp_path / "plain.onnx"), x, reason)

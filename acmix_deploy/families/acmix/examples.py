@@ -24,12 +24,14 @@ def _curved(channels: int) -> nn.Module:
 
 DIFFERS = "differs from ACmix"
 
-EXAMPLES = Examples(
-    _block,
-    near_misses=[
-        NearMiss(lambda c: ZeroPadded(c, c, 5, head=2), DIFFERS, "relative residual"),
-        NearMiss(_curved, "no 1x1 convolution from 2", "linear in the coordinates"),
-        NearMiss(lambda c: softmax_over(_block(c), 3), DIFFERS, "Softmax runs over 12 values"),
-    ],
-    without_gradient={"conv_p.bias": slice(0, 4)},
+EXAMPLES = (
+    Examples(
+        _block,
+        near_misses=[
+            NearMiss(lambda c: ZeroPadded(c, c, 5, head=2), DIFFERS, "relative residual"),
+            NearMiss(_curved, "no 1x1 convolution from 2", "linear in the coordinates"),
+            NearMiss(lambda c: softmax_over(_block(c), 3), DIFFERS, "Softmax runs over 12 values"),
+        ],
+        without_gradient={"conv_p.bias": slice(0, 4)},
+    ),
 )

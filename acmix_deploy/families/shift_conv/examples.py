@@ -25,11 +25,13 @@ def _trained(channels: int) -> nn.Module:
     return with_part(block, "shifts", block.shifts + 0.1)
 
 
-EXAMPLES = Examples(
-    lambda c: ShiftConv(c, c),
-    near_misses=[
-        NearMiss(lambda c: Reflected(c, c), None, "something else"),
-        NearMiss(_rectified, "neither a 1x1 convolution nor a shift", None),
-        NearMiss(_trained, "add several maps at one place", None),
-    ],
+EXAMPLES = (
+    Examples(
+        lambda c: ShiftConv(c, c),
+        near_misses=[
+            NearMiss(lambda c: Reflected(c, c), None, "something else"),
+            NearMiss(_rectified, "neither a 1x1 convolution nor a shift", None),
+            NearMiss(_trained, "add several maps at one place", None),
+        ],
+    ),
 )

@@ -18,13 +18,15 @@ def _reflected(channels: int) -> nn.Module:
 
 DIFFERS = "differs from SwinACmix"
 
-EXAMPLES = Examples(
-    lambda c: SwinACmix(c, 4, 2, shift_size=2),
-    as_others_have_it=_block,
-    near_misses=[
-        NearMiss(_reflected, DIFFERS, "with padding 1"),
-        NearMiss(lambda c: softmax_over(_block(c), -2), DIFFERS, "does not run over the keys"),
-    ],
-    channels_last=True,
-    divisor=4,
+EXAMPLES = (
+    Examples(
+        lambda c: SwinACmix(c, 4, 2, shift_size=2),
+        as_others_have_it=_block,
+        near_misses=[
+            NearMiss(_reflected, DIFFERS, "with padding 1"),
+            NearMiss(lambda c: softmax_over(_block(c), -2), DIFFERS, "does not run over the keys"),
+        ],
+        channels_last=True,
+        divisor=4,
+    ),
 )

@@ -19,12 +19,14 @@ def _block(channels: int) -> WindowedACmix:
 
 DIFFERS = "differs from WindowedACmix"
 
-EXAMPLES = Examples(
-    _block,
-    near_misses=[
-        NearMiss(lambda c: PaddingAttended(c, 7, 2), DIFFERS, "only pad the map are attended"),
-        NearMiss(lambda c: softmax_over(_block(c), -2), DIFFERS, "does not run over the keys"),
-    ],
-    channels_last=True,
-    without_gradient={"qkv.bias": slice(8, 16)},
+EXAMPLES = (
+    Examples(
+        _block,
+        near_misses=[
+            NearMiss(lambda c: PaddingAttended(c, 7, 2), DIFFERS, "only pad the map are attended"),
+            NearMiss(lambda c: softmax_over(_block(c), -2), DIFFERS, "does not run over the keys"),
+        ],
+        channels_last=True,
+        without_gradient={"qkv.bias": slice(8, 16)},
+    ),
 )
