@@ -31,7 +31,7 @@ from acmix_deploy.graph import (
 )
 from acmix_deploy.operators.reassembly import REASSEMBLY
 
-_MOVING = RESHAPING | {"Concat", "DepthToSpace", "Expand", "Gather", "Resize", "Slice", "Split", "Tile"}
+_MOVING = RESHAPING | {"Concat", "DepthToSpace", "Expand", "Gather", "Pad", "Resize", "Slice", "Split", "Tile"}
 _ARITHMETIC = RESHAPING | {"Add", "Div", "Mul", "Sub"}
 _PRODUCTS = frozenset({"Einsum", "MatMul", "Mul"})
 _RESIDUAL = 1e-4  # of sums evaluated in float32, relative L2
@@ -77,6 +77,8 @@ def match(graph: gs.Graph, pad: gs.Node, *, before_resize: bool) -> Match:
     if _are_logits(graph, sums[-1]):
         raise NoMatch("its sums are logits", Reached.NOTHING)
     x = pad.inputs[0]
+    if (node := producer(x)) is not None and node.op == "Pad":
+        raise NoMatch(f"it is padded by {node.name}", Reached.NOTHING)
     if before_resize and (node := producer(x)) is not None and node.op == "Resize":
         x = node.inputs[0]
     if not isinstance(x, gs.Variable) or any(x is weight for weight in weights):
@@ -85,7 +87,9 @@ def match(graph: gs.Graph, pad: gs.Node, *, before_resize: bool) -> Match:
     if pad.attrs.get("mode", "constant") != "constant" or (border is not None and border.any()):
         raise NoMatch("its map is not surrounded by zeros")
     region = region_between(graph, x, sums[-1], given=weights[0])
-    outside = {tensor.name: tensor for tensor in (*region.outside, *weights)}
+    moves = [tensor for weight in weights[1:] for tensor in weight.inputs[0].inputs if isinstance(tensor, gs.Variable)]
+    inside = {tensor.name for node in region.nodes for tensor in node.outputs} - {weight.name for weight in weights}
+    outside = {tensor.name: tensor for tensor in (*region.outside, *weights, *moves) if tensor.name not in inside}
     stored = [weight.dtype for layer in layers if (weight := constant_value(layer.inputs[1])) is not None]
     dtype = np.dtype(next(iter(stored), x.dtype or np.float32))
     return Match(Region(x, region.y, [*outside.values()], region.nodes), weights, sums, tail, dtype)

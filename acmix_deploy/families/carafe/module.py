@@ -24,12 +24,21 @@ class Carafe(nn.Module):
         scale: u, at least 2.
         k_up: K, odd.
         k_enc: side of the kernel of ``enc``, odd.
+        out_channels: of a 1x1 convolution ``out`` behind it, which many copies have; None for none.
 
     Raises:
         UserError: for other numbers.
     """
 
-    def __init__(self, channels: int, c_mid: int = 64, scale: int = 2, k_up: int = 5, k_enc: int = 3) -> None:
+    def __init__(
+        self,
+        channels: int,
+        c_mid: int = 64,
+        scale: int = 2,
+        k_up: int = 5,
+        k_enc: int = 3,
+        out_channels: int | None = None,
+    ) -> None:
         super().__init__()
         if min(channels, c_mid) < 1 or scale < 2 or k_up < 3 or k_enc < 1 or k_up % 2 == 0 or k_enc % 2 == 0:
             raise UserError(
@@ -49,10 +58,13 @@ class Carafe(nn.Module):
                 conv=nn.Conv2d(c_mid, weights, k_enc, padding=k_enc // 2, bias=False), bn=nn.BatchNorm2d(weights)
             )
         )
+        self.pix_shf = nn.PixelShuffle(scale)
+        self.out = nn.Conv2d(channels, out_channels, 1) if out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        w = F.pixel_shuffle(self.enc(self.comp(x)), self.scale).softmax(1)
-        return self._reassemble(x, w)
+        w = self.pix_shf(self.enc(self.comp(x))).softmax(1)
+        y: Tensor = self.out(self._reassemble(x, w))
+        return y
 
     def _reassemble(self, x: Tensor, w: Tensor) -> Tensor:
         """The weighted sums [B, C, u*H, u*W] for weights [B, K*K, u*H, u*W]."""

@@ -60,14 +60,13 @@ class Involution(nn.Module):
         between = channels // reduction_ratio
         self.conv1 = nn.Sequential(
             OrderedDict(
-                conv=nn.Conv2d(channels, between, 1, bias=False),
-                bn=nn.BatchNorm2d(between),
-                activate=nn.ReLU(),
+                conv=nn.Conv2d(channels, between, 1, bias=False), bn=nn.BatchNorm2d(between), act=nn.ReLU()
             )
         )
         self.conv2 = nn.Sequential(
             OrderedDict(conv=nn.Conv2d(between, kernel_size**2 * (channels // group_channels), 1))
         )
+        self.unfold = nn.Unfold(kernel_size, dilation, dilation * (kernel_size // 2), stride)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -76,11 +75,8 @@ class Involution(nn.Module):
         squares = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
         w = self.conv2(self.conv1(squares))
         h_out, w_out = w.shape[2:]
-        window = {"dilation": self.dilation, "padding": self.dilation * (self.kernel_size // 2), "stride": self.stride}
-        neighbours = F.unfold(x, self.kernel_size, **window)
-        places = self.kernel_size**2
-        by_group = neighbours.reshape(batch, -1, self.group_channels, places, h_out, w_out)
-        summed = (w.reshape(batch, -1, 1, places, h_out, w_out) * by_group).sum(3)
+        by_group = self.unfold(x).reshape(batch, -1, self.group_channels, self.kernel_size**2, h_out, w_out)
+        summed = (w.reshape(batch, -1, 1, self.kernel_size**2, h_out, w_out) * by_group).sum(3)
         return summed.reshape(batch, channels, h_out, w_out)
 
     def _check_size(self, height: int, width: int) -> None:
