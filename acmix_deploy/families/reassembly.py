@@ -48,6 +48,8 @@ class Match:
     """The same of the sums, the region's result last."""
     tail: list[gs.Node]
     """The nodes between ``sums``."""
+    zeros: bool
+    """Whether the map is surrounded by zeros."""
     dtype: np.dtype[Any]
     """Of the result."""
 
@@ -84,15 +86,14 @@ def match(graph: gs.Graph, pad: gs.Node, *, before_resize: bool) -> Match:
     if not isinstance(x, gs.Variable) or any(x is weight for weight in weights):
         raise NoMatch("it is weighed by itself", Reached.NOTHING)
     border = constant_value(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2].name else None
-    if pad.attrs.get("mode", "constant") != "constant" or (border is not None and border.any()):
-        raise NoMatch("its map is not surrounded by zeros")
+    zeros = pad.attrs.get("mode", "constant") == "constant" and (border is None or not border.any())
     region = region_between(graph, x, sums[-1], given=weights[0])
     moves = [tensor for weight in weights[1:] for tensor in weight.inputs[0].inputs if isinstance(tensor, gs.Variable)]
     inside = {tensor.name for node in region.nodes for tensor in node.outputs} - {weight.name for weight in weights}
     outside = {tensor.name: tensor for tensor in (*region.outside, *weights, *moves) if tensor.name not in inside}
     stored = [weight.dtype for layer in layers if (weight := constant_value(layer.inputs[1])) is not None]
     dtype = np.dtype(next(iter(stored), x.dtype or np.float32))
-    return Match(Region(x, region.y, [*outside.values()], region.nodes), weights, sums, tail, dtype)
+    return Match(Region(x, region.y, [*outside.values()], region.nodes), weights, sums, tail, zeros, dtype)
 
 
 def reduce(found: Match, request: Request, *, upsamples: bool) -> Reduced:
@@ -117,6 +118,8 @@ def reduce(found: Match, request: Request, *, upsamples: bool) -> Reduced:
             stride, upsampling = _resampling(x.shape[2:], result.shape[2:])
             if (len(w), *w.shape[2:]) != (len(x), *result.shape[2:]) or not stride or (upsampling > 1) != upsamples:
                 continue
+            if not found.zeros:
+                raise NoMatch("its map is not surrounded by zeros")
             try:
                 settings = _measured(found, request, weight, found.sums[place], stride, upsampling)
             except NoMatch as reason:

@@ -2,24 +2,25 @@
 
 A runtime without a plugin runs this. Output pixels that read one pixel of x are a cell, u x u of them where there is
 upsampling, one where there is a stride. Cells are cut into tiles of TILE x TILE, dilation apart from each other, so that
-a tile sees S x S pixels of x, S = (TILE - 1) * s + K. They are gathered once, rows of c numbers, and a product with a
-banded matrix, the weights of each cell shifted by its place in the tile, weighs and sums them. A pixel is copied
-(S / TILE)^2 times where unfold copies it K^2 times. The band is Pad, Reshape and Slice alone: a shift by the place is
-another length of the rows. Other ways to make it were not faster, see docs/benchmarks.md.
+a tile sees S x S pixels of x, S = (TILE - 1) * s + K. They are gathered once, rows of c numbers. The weights of a cell are zeros there but at its own K x K pixels, so that a
+product of matrices weighs and sums for all of them. A pixel is copied (S / TILE)^2 times where unfold copies it K^2
+times. Other ways to spread the weights were slower, see docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from acmix_deploy.operators.function_builder import FunctionBuilder, Value
 from acmix_deploy.operators.reassembly import REASSEMBLY
 from acmix_deploy.targets import OPSETS
 
-TILE = 4
-"""Side of a tile in cells; 3 and 4 were fastest on ONNX Runtime, see docs/benchmarks.md."""
+TILE = 3
+"""Side of a tile in cells; 3 was as fast as 4 on ONNX Runtime, with fewer nodes, see docs/benchmarks.md."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +77,24 @@ def function_body(opset: int = OPSETS[0], tile: int = TILE) -> onnx.FunctionProt
     seen_rows = f.reshape(f("Where", inside, pixel * groups + group.axes(1, 2, 3, 4), zeros), -1)
     seen = f.reshape(f("Gather", with_zeros, seen_rows, axis=1), -1, window * window, group_channels)
 
-    # K^2 weights per output pixel, in the order [t_h, t_w, u, u, column of the tile, row of the tile].
+    # K^2 weights per output pixel, for each place of the tile those of [t_h, t_w, u, u], each with zeros around them.
     part = f.range(up)
-    row = (rows.cell * up).axes(1, 2, 3, 4) + part.axes(0, 1, 3, 4, 5)
-    column = (columns.cell * up).axes(0, 2, 3, 5) + part.axes(0, 1, 2, 4, 5)
+    row = (f("Transpose", rows.cell, perm=[1, 0]) * up).axes(1, 3, 4, 5) + part.axes(0, 1, 2, 3, 5)
+    column = (f("Transpose", columns.cell, perm=[1, 0]) * up).axes(0, 2, 4, 5) + part
+    at_place = f.reshape(row * (columns.cells * up) + column, tile * tile, -1)
     by_pixel = f("Transpose", f.reshape(w, 0, groups, kernel * kernel, -1), perm=[0, 1, 3, 2])
-    weight_rows = f.reshape(row * (columns.cells * up) + column, -1)
-    weights = f.reshape(f("Gather", by_pixel, weight_rows, axis=2), -1, kernel, kernel)
+    placed = []
+    for place, (down, right) in enumerate(itertools.product(range(tile), repeat=2)):
+        weights = f("Gather", by_pixel, f("Gather", at_place, place), axis=2)
+        margins = np.array([0, 0, down, right, 0, 0, tile - 1 - down, tile - 1 - right], np.int64)
+        placed.append(f("Pad", f.reshape(weights, -1, 1, kernel, kernel), f("Mul", stride, margins)))
+    band = f.reshape(f("Concat", *placed, axis=1), -1, tile_pixels, window * window)
 
-    # Padded to rows of S and to S + s of them. What is read with strides that are s rows and s columns shorter from cell
-    # to cell has moved by that much in each, and what moves out of a row or of a cell is zeros.
-    padded = f("Pad", weights, f.shape(0, 0, 0, 0, stride * tile, stride * (tile - 1)))
-    length = (window + stride) * window * tile  # of a column of the tile
-    by_tile = f("Slice", f.reshape(padded, -1, length * tile), [0], ((length - stride) * tile).axes(0), [1])
-    by_column = f.reshape(by_tile, -1, tile, length - stride)
-    banded = f("Slice", by_column, [0], (window * window * tile).axes(0), [2])
-
-    sums = f("MatMul", f.reshape(banded, -1, tile_pixels, window * window), seen)
+    sums = f("MatMul", band, seen)
     in_tiles = f.reshape(sums, batch, -1, group_channels)
     tile_of = rows.tile_of.axes(1) * columns.tiles + columns.tile_of
-    place = tile_of * tile_pixels + (columns.place * tile + rows.place.axes(1))  # [cells, cells]
-    out = place.axes(1, 3) + ((part * up).axes(1, 2) + part) * (tile * tile)  # [cells, u, cells, u]
+    first = tile_of * tile_pixels + (rows.place.axes(1) * tile + columns.place)  # [cells, cells]
+    out = first.axes(1, 3) + ((part * up).axes(1, 2) + part) * (tile * tile)  # [cells, u, cells, u]
     y_rows = f.reshape(f.reshape(out, -1, 1) + group * (tiles * tile_pixels), -1)
     in_order = f.reshape(f("Gather", in_tiles, y_rows, axis=1), 0, -1, channels)
     y = f.reshape(f("Transpose", in_order, perm=[0, 2, 1]), 0, 0, rows.cells * up, columns.cells * up)
