@@ -48,6 +48,15 @@ REASSEMBLY = Operator(
     tolerances=TOLERANCES,
     kernels=(Kernel("simt", (("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC"))),),
     kernel_limits={"kernel_size": (3, 5, 7, 9), "stride": (1, 2), "upsampling": (1, 2, 3, 4)},
+    kernel_maxima={
+        "B": KERNEL_MAXIMA["B"],
+        "G*c": KERNEL_MAXIMA["B"],
+        "H*W*u^2": _MOST,
+        "G*c*W*u": _MOST,
+        # NHWC pads the 9 weights of a single group, at the least, to 16.
+        "G*K^2*W*u": _MOST * 9 // 16,
+        "K*D": 65535,
+    },
 )
 
 
