@@ -32,6 +32,8 @@ from acmix_deploy.graph import (
 from acmix_deploy.operators.reassembly import REASSEMBLY
 
 _MOVING = RESHAPING | {"Concat", "DepthToSpace", "Expand", "Gather", "Pad", "Resize", "Slice", "Split", "Tile"}
+_REPEATING = frozenset({"Expand", "Resize", "Tile"})
+_SHUFFLING = frozenset({"DepthToSpace", "Transpose"})
 _ARITHMETIC = RESHAPING | {"Add", "Div", "Mul", "Sub"}
 _PRODUCTS = frozenset({"Einsum", "MatMul", "Mul"})
 _RESIDUAL = 1e-4  # of sums evaluated in float32, relative L2
@@ -54,18 +56,19 @@ class Match:
     """Of the result."""
 
 
-def match(graph: gs.Graph, pad: gs.Node, *, before_resize: bool) -> Match:
+def match(graph: gs.Graph, pad: gs.Node, *, upsamples: bool) -> Match:
     """The weighted sum of what a Pad node surrounds, by structure alone.
 
     Args:
         graph: the graph.
         pad: the node.
-        before_resize: whether the map is the one before a Resize in front of the Pad.
+        upsamples: whether something in it repeats or shuffles pixels, as an upsampling does; the map is then the one
+            before a Resize in front of the Pad.
 
     Raises:
         NoMatch: saying what is missing.
     """
-    moved, product = _first_reader(graph, pad.outputs[0])
+    moved, product, moves = _first_reader(graph, pad.outputs[0])
     if product.op not in _PRODUCTS or len(product.inputs) != 2:
         raise NoMatch("it is not unfolded and multiplied", Reached.NOTHING)
     operands = [tensor for tensor in product.inputs if tensor is not moved]
@@ -81,16 +84,19 @@ def match(graph: gs.Graph, pad: gs.Node, *, before_resize: bool) -> Match:
     x = pad.inputs[0]
     if (node := producer(x)) is not None and node.op == "Pad":
         raise NoMatch(f"it is padded by {node.name}", Reached.NOTHING)
-    if before_resize and (node := producer(x)) is not None and node.op == "Resize":
-        x = node.inputs[0]
+    if upsamples:
+        if (node := producer(x)) is not None and node.op == "Resize":
+            x, moves = node.inputs[0], moves | {"Resize"}
+        if not moves & _REPEATING and not {node.op for node in tail} & _SHUFFLING:
+            raise NoMatch("nothing in it upsamples", Reached.NOTHING)
     if not isinstance(x, gs.Variable) or any(x is weight for weight in weights):
         raise NoMatch("it is weighed by itself", Reached.NOTHING)
     border = constant_value(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2].name else None
     zeros = pad.attrs.get("mode", "constant") == "constant" and (border is None or not border.any())
     region = region_between(graph, x, sums[-1], given=weights[0])
-    moves = [tensor for weight in weights[1:] for tensor in weight.inputs[0].inputs if isinstance(tensor, gs.Variable)]
+    read = [tensor for weight in weights[1:] for tensor in weight.inputs[0].inputs if isinstance(tensor, gs.Variable)]
     inside = {tensor.name for node in region.nodes for tensor in node.outputs} - {weight.name for weight in weights}
-    outside = {tensor.name: tensor for tensor in (*region.outside, *weights, *moves) if tensor.name not in inside}
+    outside = {tensor.name: tensor for tensor in (*region.outside, *weights, *read) if tensor.name not in inside}
     stored = [weight.dtype for layer in layers if (weight := constant_value(layer.inputs[1])) is not None]
     dtype = np.dtype(next(iter(stored), x.dtype or np.float32))
     return Match(Region(x, region.y, [*outside.values()], region.nodes), weights, sums, tail, zeros, dtype)
@@ -129,10 +135,12 @@ def reduce(found: Match, request: Request, *, upsamples: bool) -> Reduced:
     raise reasons[0] if reasons else NoMatch("it has no map of weights for a map of sums", Reached.NOTHING)
 
 
-def _first_reader(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Variable, gs.Node]:
-    """The one node that does more than move what ``tensor`` holds, and its operand. Raises NoMatch."""
+def _first_reader(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Variable, gs.Node, set[str]]:
+    """The one node that does more than move what ``tensor`` holds, after its operand, and types of the nodes that do no
+    more. Raises NoMatch."""
     results = {output.name for output in graph.outputs}
     readers: dict[int, tuple[gs.Variable, gs.Node]] = {}
+    moves: set[str] = set()
     seen, left = {tensor.name}, [tensor]
     while left:
         tensor = left.pop()
@@ -142,12 +150,13 @@ def _first_reader(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Variable, gs
             if node.op in _MOVING:
                 new = [output for output in node.outputs if output.name not in seen]
                 seen.update(output.name for output in new)
+                moves.add(node.op)
                 left += new
             elif node.op != "Shape":
                 readers[id(node)] = tensor, node
     if len(readers) != 1:
         raise NoMatch("it is read by several nodes", Reached.NOTHING)
-    return next(iter(readers.values()))
+    return *next(iter(readers.values())), moves
 
 
 def _origins(tensor: gs.Tensor) -> Iterator[gs.Variable]:

@@ -12,7 +12,7 @@ from acmix_deploy.operators.reassembly.body import function_body
 CARAFE = Family(
     name="carafe",
     anchors=("Pad",),
-    match=partial(reassembly.match, before_resize=True),
+    match=partial(reassembly.match, upsamples=True),
     reduce=partial(reassembly.reduce, upsamples=True),
     operators=((REASSEMBLY, function_body),),
     tolerances=REASSEMBLY.tolerances,

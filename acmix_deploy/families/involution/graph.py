@@ -12,7 +12,7 @@ from acmix_deploy.operators.reassembly.body import function_body
 INVOLUTION = Family(
     name="involution",
     anchors=("Pad",),
-    match=partial(reassembly.match, before_resize=False),
+    match=partial(reassembly.match, upsamples=False),
     reduce=partial(reassembly.reduce, upsamples=False),
     operators=((REASSEMBLY, function_body),),
     tolerances=REASSEMBLY.tolerances,
