@@ -82,8 +82,8 @@ def match(graph: gs.Graph, pad: gs.Node, *, upsamples: bool) -> Match:
     if _are_logits(graph, sums[-1]):
         raise NoMatch("its sums are logits", Reached.NOTHING)
     x = pad.inputs[0]
-    if (node := producer(x)) is not None and node.op == "Pad":
-        raise NoMatch(f"it is padded by {node.name}", Reached.NOTHING)
+    if (margins := constant_value(pad.inputs[1])) is not None and not margins.any():
+        raise NoMatch("it pads nothing", Reached.NOTHING)
     if upsamples:
         if (node := producer(x)) is not None and node.op == "Resize":
             x, moves = node.inputs[0], moves | {"Resize"}
