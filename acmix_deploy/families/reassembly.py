@@ -1,9 +1,9 @@
 """Weighted sums of neighbours in an ONNX graph, with weights that the graph computes. No PyTorch here.
 
-One is looked for from the Pad that surrounds a map with zeros: downstream, over all that only moves values, to a product
-with something computed, and to the sum behind that. How the map is unfolded does not matter, nor how the weights are
-made: they stay as they are. Which neighbour has which weight is measured, and the whole compared on random numbers with
-the operator's definition.
+One is looked for from the Pad that surrounds a map with zeros: downstream, over all that only moves values, to a
+product with something computed, and to the sum behind that. How the map is unfolded does not matter, nor how the weights
+are made: they stay as they are. Which neighbour has which weight is measured, and the whole compared on random numbers
+with the operator's definition.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def _origins(tensor: gs.Tensor) -> Iterator[gs.Variable]:
 
 def _sums(graph: gs.Graph, product: gs.Node) -> tuple[list[gs.Variable], list[gs.Node]]:
     """The sum of a product and what it becomes by movement, and the nodes between these. Raises NoMatch."""
-    sums, tail, summed = [product.outputs[0]], [], product.op != "Mul"
+    sums, summed = [product.outputs[0]], product.op != "Mul"
+    tail: list[gs.Node] = []
     for _, node in way_down(graph, product.outputs[0]):
         if node.op == "ReduceSum":
             sums, tail, summed = [node.outputs[0]], [], True
@@ -202,7 +203,8 @@ def _resampling(size: tuple[int, ...], out: tuple[int, ...]) -> tuple[int, int]:
 def _measured(
     found: Match, request: Request, weight: gs.Variable, result: gs.Variable, stride: int, upsampling: int
 ) -> dict[str, Any]:
-    """The operator's attributes: of which pixel the first weight is tells them. Raises NoMatch where it is another sum."""
+    """The operator's attributes: they follow from the pixel that the first weight is for. Raises NoMatch where it is
+    another sum."""
     x_name, moved = found.region.x.name, {tensor.name for tensor in found.weights}
     others = {name: value for name, value in request.values.items() if name not in moved}
     x_shape, w_shape = request.values[x_name].shape, request.values[weight.name].shape
@@ -251,9 +253,7 @@ def _measured(
     return settings
 
 
-def _defined(
-    x: Array, w: Array, groups: int, kernel_size: int, stride: int, upsampling: int, dilation: int
-) -> Array:
+def _defined(x: Array, w: Array, groups: int, kernel_size: int, stride: int, upsampling: int, dilation: int) -> Array:
     """What the operator computes."""
     margin = dilation * (kernel_size // 2)
     padded = np.pad(x, [(0, 0), (0, 0), (margin, margin), (margin, margin)])
@@ -265,9 +265,9 @@ def _defined(
         for row in range(kernel_size)
         for column in range(kernel_size)
     )
-    total = next(terms)
+    total: Array = next(terms)
     for term in terms:
-        total += term
+        total = total + term
     return total.reshape(len(x), x.shape[1], *w.shape[2:])
 
 
@@ -275,9 +275,8 @@ def _written(found: Match, request: Request, weight: gs.Variable, place: int, se
     """The reduced form as a graph of its own, new nodes and tensors called ``request.name.``..."""
     write = Writer(found.region.x, request.name, request.opset, found.dtype)
     parser = {name: REASSEMBLY.attribute(name).default for name in ("plugin_version", "plugin_namespace")}
-    y = write.add(
-        REASSEMBLY.op_type, "sum", found.region.x, weight, domain=REASSEMBLY.domain, **settings, **parser
-    )
+    attributes: dict[str, Any] = {**settings, **parser}
+    y = write.add(REASSEMBLY.op_type, "sum", found.region.x, weight, domain=REASSEMBLY.domain, **attributes)
     for number, (node, before) in enumerate(zip(found.tail[place:], found.sums[place:], strict=False)):
         inputs = [y if tensor is before else tensor for tensor in node.inputs]
         y = write.add(node.op, f"moved_{number}", *inputs, **node.attrs)

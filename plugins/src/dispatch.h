@@ -51,8 +51,10 @@ std::string outside(const Problem& problem) {
 template <class Problem>
 std::int32_t padded_size(const Problem& problem) {
     constexpr Member<Problem> kPadded = Definition<Problem>::kPadded;
-    if constexpr (kPadded == nullptr) return 0;
-    else return problem.*kPadded;
+    if constexpr (kPadded == nullptr)
+        return 0;
+    else
+        return problem.*kPadded;
 }
 
 template <class Problem>

@@ -49,7 +49,7 @@ def example(variant: Variant, *, as_others_have_it: bool = False) -> tuple[Any, 
 
 
 class Model(nn.Module):
-    """A block between convolutions, as in a detector: [B, 3, H, W] to [B, 4, H, W], with a residual where sizes allow."""
+    """A block between convolutions, with a residual where sizes allow, as in a detector: from 3 channels to 4."""
 
     def __init__(self, variant: Variant, block: nn.Module | None = None, *, channels: int = 8) -> None:
         super().__init__()

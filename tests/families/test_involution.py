@@ -38,7 +38,7 @@ def conv(before: int, after: int, act: nn.Module | None, *, norm: bool = True) -
 
 
 class Written(nn.Module):
-    """Involution in the words of those who paste it: ``sums`` is how they weigh, the other words what else they vary."""
+    """Involution in the words of those who paste it: ``sums`` is how they weigh, the others what else they vary."""
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class Carafe(nn.Module):
             )
         )
         self.pix_shf = nn.PixelShuffle(scale)
-        self.out = nn.Conv2d(channels, out_channels, 1) if out_channels else nn.Identity()
+        self.out: nn.Module = nn.Conv2d(channels, out_channels, 1) if out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.pix_shf(self.enc(self.comp(x))).softmax(1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from acmix_deploy.families.carafe.graph import CARAFE
 from acmix_deploy.families.carafe.module import Carafe
-from acmix_deploy.families.layers import conv_layers, with_activations
+from acmix_deploy.families.layers import ConvLayer, conv_layers, with_activations
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 
 
@@ -25,9 +25,7 @@ def _propose(module: nn.Module) -> Proposal:
     sizes = [(across // k_up, k_up) for k_up in range(3, across // 2 + 1, 2) if across % k_up == 0]
     if across**2 != weights or not sizes:
         raise NotABlock(f"{weights} weights a pixel are not u*u times K*K for an odd K")
-    candidates = [
-        _assemble(channels, own, scale, k_up) for scale, k_up in sizes for own in with_activations(layers)
-    ]
+    candidates = [_assemble(channels, own, scale, k_up) for scale, k_up in sizes for own in with_activations(layers)]
     x = torch.randn(2, channels, 5, 6, generator=torch.Generator().manual_seed(0))
     return Proposal(candidates, x)
 
@@ -38,12 +36,12 @@ def _resembles(module: nn.Module) -> bool:
     return convs in (2, 3) and any(isinstance(child, nn.PixelShuffle) for child in children)
 
 
-def _assemble(channels: int, layers: Sequence[nn.Sequential], scale: int, k_up: int) -> Carafe:
+def _assemble(channels: int, layers: Sequence[ConvLayer], scale: int, k_up: int) -> Carafe:
     """A Carafe of these layers themselves, no copies."""
     with torch.device("meta"):  # neither memory nor random numbers for what is replaced at once
         block = Carafe(channels, 1, scale, k_up)
-    block.comp, block.enc = layers[:2]
-    block.out = layers[2] if layers[2:] else nn.Identity()
+    block.comp, block.enc = (layer.module for layer in layers[:2])
+    block.out = layers[2].module if layers[2:] else nn.Identity()
     return block
 
 

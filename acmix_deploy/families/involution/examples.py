@@ -18,7 +18,9 @@ class ByColumns(nn.Unfold):
     """Neighbours column by column, whose weights are row by row."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).unflatten(1, (-1, 3, 3)).transpose(2, 3).flatten(1, 3)
+        neighbours = super().forward(x)
+        by_row = neighbours.reshape(len(x), -1, 3, 3, neighbours.shape[2])
+        return by_row.transpose(2, 3).reshape(neighbours.shape)
 
 
 class Bounded(nn.Unfold):
@@ -49,7 +51,5 @@ EXAMPLES = (
             _near_miss(Bounded, None),
         ],
     ),
-    Examples(
-        lambda channels: Involution(channels, 5, 2, group_channels=8), divisor=2, resizes=True, variant="strided"
-    ),
+    Examples(lambda channels: Involution(channels, 5, 2, group_channels=8), divisor=2, resizes=True, variant="strided"),
 )

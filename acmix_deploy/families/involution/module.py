@@ -40,7 +40,11 @@ class Involution(nn.Module):
         dilation: int = 1,
     ) -> None:
         super().__init__()
-        if min(channels, group_channels, reduction_ratio) < 1 or channels % group_channels or channels < reduction_ratio:
+        if (
+            min(channels, group_channels, reduction_ratio) < 1
+            or channels % group_channels
+            or channels < reduction_ratio
+        ):
             raise UserError(
                 f"Involution got channels={channels}, group_channels={group_channels}, "
                 f"reduction_ratio={reduction_ratio}; channels is a multiple of group_channels and at least "
@@ -59,9 +63,7 @@ class Involution(nn.Module):
 
         between = channels // reduction_ratio
         self.conv1 = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(channels, between, 1, bias=False), bn=nn.BatchNorm2d(between), act=nn.ReLU()
-            )
+            OrderedDict(conv=nn.Conv2d(channels, between, 1, bias=False), bn=nn.BatchNorm2d(between), act=nn.ReLU())
         )
         self.conv2 = nn.Sequential(
             OrderedDict(conv=nn.Conv2d(between, kernel_size**2 * (channels // group_channels), 1))
@@ -77,7 +79,8 @@ class Involution(nn.Module):
         h_out, w_out = w.shape[2:]
         by_group = self.unfold(x).reshape(batch, -1, self.group_channels, self.kernel_size**2, h_out, w_out)
         summed = (w.reshape(batch, -1, 1, self.kernel_size**2, h_out, w_out) * by_group).sum(3)
-        return summed.reshape(batch, channels, h_out, w_out)
+        y: Tensor = summed.reshape(batch, channels, h_out, w_out)
+        return y
 
     def _check_size(self, height: int, width: int) -> None:
         if height % self.stride or width % self.stride:

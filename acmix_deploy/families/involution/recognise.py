@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from acmix_deploy.families.involution.graph import INVOLUTION
 from acmix_deploy.families.involution.module import Involution
-from acmix_deploy.families.layers import conv_layers, with_activations
+from acmix_deploy.families.layers import ConvLayer, conv_layers, with_activations
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 
 _COMMON_KERNELS = (7, 3, 5, 9)  # tried where a block does not tell its window
@@ -43,13 +43,11 @@ def _resembles(module: nn.Module) -> bool:
 
 def _geometries(module: nn.Module) -> Iterator[tuple[int, int, int]]:
     """Kernel size, stride and dilation: as an unfold layer says or attributes may say, else usual ones."""
-    declared = [
-        [_one(getattr(source, name, None)) for name in ("kernel_size", "stride", "dilation")]
-        for source in (*(child for child in module.children() if isinstance(child, nn.Unfold)), module)
-    ]
+    sources = (*(child for child in module.children() if isinstance(child, nn.Unfold)), module)
     kernels, strides, dilations = (
-        [size for size in sizes if size] for sizes in zip(*declared, strict=True)
-    )  # what is declared first
+        [size for source in sources if (size := _one(getattr(source, name, None)))]
+        for name in ("kernel_size", "stride", "dilation")
+    )
     yield from itertools.product(
         dict.fromkeys((*kernels, *_COMMON_KERNELS)),
         dict.fromkeys((*strides, *_COMMON_STRIDES)),
@@ -64,12 +62,12 @@ def _one(size: object) -> int | None:
 
 
 def _assemble(
-    channels: int, layers: Sequence[nn.Sequential], kernel_size: int, stride: int, group_channels: int, dilation: int
+    channels: int, layers: Sequence[ConvLayer], kernel_size: int, stride: int, group_channels: int, dilation: int
 ) -> Involution:
     """An Involution of these layers themselves, no copies."""
     with torch.device("meta"):  # neither memory nor random numbers for what is replaced at once
         block = Involution(channels, kernel_size, stride, group_channels, 1, dilation)
-    block.conv1, block.conv2 = layers
+    block.conv1, block.conv2 = (layer.module for layer in layers)
     return block
 
 

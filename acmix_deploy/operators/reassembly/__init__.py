@@ -1,4 +1,4 @@
-"""AcmixReassembly: what Involution (arXiv 2103.06255) and CARAFE (arXiv 1905.02188) do with the weights they predict."""
+"""AcmixReassembly: unfold, weigh and sum, as Involution (arXiv 2103.06255) and CARAFE (arXiv 1905.02188) do."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """AcmixReassembly in standard ONNX operators: the function body that travels with every node.
 
 A runtime without a plugin runs this. Output pixels that read one pixel of x are a cell, u x u of them where there is
-upsampling, one where there is a stride. Cells are cut into tiles of TILE x TILE, dilation apart from each other, so that
-a tile sees S x S pixels of x, S = (TILE - 1) * s + K. They are gathered once, rows of c numbers. The weights of a cell are zeros there but at its own K x K pixels, so that a
-product of matrices weighs and sums for all of them. A pixel is copied (S / TILE)^2 times where unfold copies it K^2
-times. Other ways to spread the weights were slower, see docs/benchmarks.md.
+upsampling, one where there is a stride. A tile is TILE x TILE cells that are the dilation apart, and sees S x S pixels
+of x, S = (TILE - 1) * s + K. They are gathered once, rows of c numbers. The weights of a cell are zeros but at its own
+K x K of them, so that a product of matrices weighs and sums for all cells. A pixel is copied (S / TILE)^2 times where
+unfold copies it K^2 times. Other ways to spread the weights were slower, see docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def function_body(opset: int = OPSETS[0], tile: int = TILE) -> onnx.FunctionProt
     rows, columns = (_axis(f, x, w, axis, tile, window, kernel, stride, up, dilation) for axis in (2, 3))
     group = f.range(groups)
     tiles = rows.tiles * columns.tiles
-    cell_pixels = up * up
-    tile_pixels = cell_pixels * (tile * tile)
+    tile_pixels = up * up * (tile * tile)
 
     # One row per pixel of x and group, and one of zeros behind them.
     pixels = f.reshape(f("Transpose", f.reshape(x, 0, 0, -1), perm=[0, 2, 1]), 0, -1, group_channels)
@@ -130,6 +129,4 @@ def _axis(
     inside = f("And", f("GreaterOrEqual", seen, 0), f("Less", seen, size))
     each = f.range(cells)
     of_first = each // dilation  # place among the cells that are multiples of the dilation apart
-    return _Axis(
-        cells, tiles, cell, seen, inside, each % dilation * stretches + of_first // tile, of_first % tile
-    )
+    return _Axis(cells, tiles, cell, seen, inside, each % dilation * stretches + of_first // tile, of_first % tile)

@@ -34,10 +34,11 @@ def reassembly(
     margin = dilation * (kernel_size // 2)
     padded = F.pad(x.double(), [margin] * 4)
     rows, columns = (torch.arange(n, device=x.device) * stride // upsampling for n in (out_h, out_w))
-    weights = w.double().unflatten(1, (groups, 1, kernel_size, kernel_size))
+    weights = w.double().reshape(len(w), groups, 1, kernel_size, kernel_size, out_h, out_w)
     y = padded.new_zeros(len(x), x.shape[1], out_h, out_w)
     for row in range(kernel_size):
         for column in range(kernel_size):
             seen = padded[:, :, (rows + dilation * row)[:, None], columns + dilation * column]
-            y += (seen.unflatten(1, (groups, -1)) * weights[:, :, :, row, column]).flatten(1, 2)
+            by_group = seen.reshape(len(x), groups, -1, out_h, out_w)
+            y += (by_group * weights[:, :, :, row, column]).flatten(1, 2)
     return y

@@ -10,8 +10,9 @@ namespace acmix {
 template <Dtype kDtype, Layout kLayout>
 struct ReassemblyPlan {
     Strides<Element<kDtype>, kLayout> x, w, y;
-    Divisor width, upsampling;
-    std::int32_t pixels, parts;  // of the output; and runs of up to kVector channels in a group
+    Divisor by_width, by_upsampling;
+    std::int32_t width, pixels;  // of the output
+    std::int32_t parts;          // runs of up to kVector channels in a group
 };
 
 // Neighbouring threads take neighbouring addresses: pixels in NCHW, in NHWC first a few runs of channels.
@@ -43,13 +44,12 @@ __global__ void reassembly_simt_kernel(Reassembly problem, ReassemblyPlan<kDtype
     const int channel = group * problem.group_channels + first;
     // NHWC reads whole words where every run of channels is one.
     const bool whole = kLayout == Layout::kNhwc ? problem.group_channels % kVector == 0 : channels == kVector;
-    const int out_y = plan.width.quotient(pixel), out_x = pixel - out_y * (problem.width * problem.upsampling /
-                                                                          problem.stride);
-    const int center_y = plan.upsampling.quotient(out_y * problem.stride);
-    const int center_x = plan.upsampling.quotient(out_x * problem.stride);
+    const int out_y = plan.by_width.quotient(pixel), out_x = pixel - out_y * plan.width;
+    const int center_y = plan.by_upsampling.quotient(out_y * problem.stride);
+    const int center_x = plan.by_upsampling.quotient(out_x * problem.stride);
     const T* const image = plan.x.at(x + blockIdx.z * plan.x.image, channel, 0);
-    const T* const weights = plan.w.below(
-        plan.w.at(w + blockIdx.z * plan.w.image, group * kKernelSize * kKernelSize, out_x), out_y);
+    const T* const weights =
+        plan.w.below(plan.w.at(w + blockIdx.z * plan.w.image, group * kKernelSize * kKernelSize, out_x), out_y);
 
     // Rows: of the window.
     float sum[kVector] = {};
@@ -99,14 +99,14 @@ cudaError_t reassembly_simt(const Reassembly& problem, const void* const* inputs
     const dim3 grid(ceil_div(height * width, Block::kPixels), ceil_div(problem.groups * parts, Block::kParts),
                     problem.batch);
     return with_constant<3, 5, 7, 9>(problem.kernel_size, [&](auto kernel_size) {
-        const ReassemblyPlan<kDtype, kLayout> plan{
-            {channels, problem.height, problem.width},
-            {padded(problem.groups * kernel_size * kernel_size), height, width},
-            {channels, height, width},
-            Divisor(width),
-            Divisor(problem.upsampling),
-            height * width,
-            parts};
+        const ReassemblyPlan<kDtype, kLayout> plan{{channels, problem.height, problem.width},
+                                                   {padded(problem.groups * kernel_size * kernel_size), height, width},
+                                                   {channels, height, width},
+                                                   Divisor(width),
+                                                   Divisor(problem.upsampling),
+                                                   width,
+                                                   height * width,
+                                                   parts};
         return ptx::launch(reassembly_simt_kernel<kDtype, kLayout, kernel_size>, grid, dim3(Block::kThreads), 0, stream,
                            problem, plan, static_cast<const T*>(x), static_cast<const T*>(w), static_cast<T*>(y));
     });
