@@ -1,9 +1,9 @@
 """Weighted sums of neighbours in an ONNX graph, with weights that the graph computes. No PyTorch here.
 
 One is looked for from the Pad that surrounds a map with zeros: downstream, over all that only moves values, to a
-product with something computed, and to the sum behind that. How the map is unfolded does not matter, nor how the weights
-are made: they stay as they are. Which neighbour has which weight is measured, and the whole compared on random numbers
-with the operator's definition.
+product with something computed, and to the sum behind that. How the map is unfolded does not matter, nor how the
+weights are made: they stay as they are. Which neighbour has which weight is measured, and the whole compared on random
+numbers with the operator's definition.
 """
 
 from __future__ import annotations

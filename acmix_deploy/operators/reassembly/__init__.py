@@ -52,8 +52,8 @@ REASSEMBLY = Operator(
         "B": KERNEL_MAXIMA["B"],
         "G*c": KERNEL_MAXIMA["B"],
         "H*W*u^2": _MOST,
-        "G*c*W*u": _MOST,
-        # NHWC pads the 9 weights of a single group, at the least, to 16.
+        # NHWC pads a single channel to 8, and the 9 weights of a single group, at the least, to 16.
+        "G*c*W*u": _MOST // 8,
         "G*K^2*W*u": _MOST * 9 // 16,
         "K*D": 65535,
     },
