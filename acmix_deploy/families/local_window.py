@@ -320,8 +320,11 @@ def measure(found: Found, result: gs.Variable, values: Feeds, compute: Compute) 
     except NoMatch as error:
         if error.reached == Reached.WHOLE:
             raise
+        try:
+            rows, unit = _rows(probe, k, q)
+        except NoMatch:
+            raise error from None
         q, k = k, q
-        rows, unit = _rows(probe, q, k)
     heads = rows.order.shape[1]
     d = len(q) // heads
     if len(q) != len(k) or len(q) % heads:
@@ -380,13 +383,16 @@ def _rows(probe: Probe, q: Index, k: Index) -> tuple[_Rows, float]:
             f"its Softmax runs over {taps} values, no odd K*K that fits a {height}x{width} map", Reached.WHOLE
         )
     read = raw.reshape(-1, taps).astype(np.float64) / _LOUD
-    there = np.isfinite(read) & (np.abs(read) > 1e-6)
-    low, high = (pick(np.where(there, np.abs(read), fill), 1) for pick, fill in ((np.min, np.inf), (np.max, 0.0)))
+    finite = np.where(np.isfinite(read), np.abs(read), 0.0)
+    there = finite > 1e-3 * finite.max(1, keepdims=True)  # others are of padding
+    low, high = np.where(there, finite, np.inf).min(1), finite.max(1)
     unit = low.min()  # of the first pixel, whose number is 1
     wrong = NoMatch(f"its logits have shape {[*raw.shape]}: not one K x K window per pixel and head")
     if not (there.any(1).all() and (high < low * (1 + 1e-4)).all()):
         raise wrong
     numbers = np.rint(low / unit).astype(np.int64)
+    if np.abs(low / unit - numbers).max() > 0.3:
+        raise NoMatch("its logits are not scale * q.k with one scale for all heads")
     queries, counts = np.unique(numbers - 1, return_counts=True)
     if len(set(counts.tolist())) != 1 or queries[-1] >= probe.pixels:
         raise wrong
@@ -484,7 +490,8 @@ def sampled(rows: _Rows) -> Index:
 
 
 def _position(rows: _Rows, qk: Index, neighbours: Index, scale: float) -> Array:
-    """P [d, 2] from what is left of logits beside scale * q.k, which is scale * q.(P l_i - P l_n), by least squares.
+    """P [d, 2] from what is left of logits beside scale * q.k, which is -scale * q.P l_n, by least squares. What is the
+    same for all taps of a query drops out of the softmax.
 
     In a half-precision file P l may be stored rounded, and neighbours differ by little more than that on a large map:
     there the residual only has to be small, and the comparison of the whole block decides.
@@ -494,7 +501,7 @@ def _position(rows: _Rows, qk: Index, neighbours: Index, scale: float) -> Array:
     y, x = np.meshgrid(np.linspace(-1, 1, probe.height), np.linspace(-1, 1, probe.width), indexing="ij")
     place = np.tile(np.stack([x, y]).reshape(2, -1), probe.batch)
     near = neighbours[queries]
-    moved = place[:, rows.queries[queries], None] - place[:, near]  # [2, queries, taps]
+    moved = _centred(-place[:, near])  # [2, queries, taps]
     gram = np.einsum("aqt,bqt->qab", moved, moved)
     seen, asked, left, size = [], [], [], 0.0
     # As many queries as P has rows, at least, so that they determine it: a tiny map needs several rounds.
@@ -506,7 +513,7 @@ def _position(rows: _Rows, qk: Index, neighbours: Index, scale: float) -> Array:
         products = np.stack([(query * keys[near[:, t]]).sum(-1) for t in range(near.shape[1])], -1)
         logits = rows.logits(content)[queries]
         size += float(np.square(logits).sum())
-        left.append(logits - products)
+        left.append(_centred(logits - products))
         # For one query the logits are linear in u = scale * P^T q, two unknowns; all queries together give P.
         target = np.einsum("aqt,qnt->qna", moved, left[-1])
         asked.append(np.linalg.solve(gram[:, None], target[..., None])[..., 0].reshape(-1, 2))
@@ -518,10 +525,16 @@ def _position(rows: _Rows, qk: Index, neighbours: Index, scale: float) -> Array:
     half = any(part.weight.dtype != np.float32 for part in probe.found.projections)
     check_residual(
         residual,
-        "scale * q.k, and q.(P l_i - P l_n) beside it, linear in the coordinates",
+        "scale * q.(k - P l), linear in the coordinates l of the keys",
         _ROUNDED_POSITION if half else RESIDUAL,
     )
     return np.asarray(weight)
+
+
+def _centred(array: Array) -> Array:
+    """Without the mean over the taps, its last axis."""
+    centred: Array = array - array.mean(-1, keepdims=True)
+    return centred
 
 
 def _values(rows: _Rows, neighbours: Index, result: gs.Variable) -> tuple[Index, Array, Index]:
