@@ -140,7 +140,7 @@ def _runs(
         content = (x @ probe.weight.T + probe.bias).astype(np.float32) if from_x else probe.random(random)
         weights = random.standard_normal((*rows.order.shape, window.kernel_size**2)) / window.kernel_size
         weights = weights.astype(np.float32)
-        (result,) = probe.run([y], content, {**rows.weights(weights), probe.found.x.name: probe.maps(x)})
+        (result,) = probe.run([y], content, {**rows.weights(weights), probe.found.x.name: probe.x(x)})
         by_query = result.transpose(0, 2, 3, 1).reshape(len(rows.queries), -1)[queries].astype(np.float64)
         attended = window.gain * window.attend(content, weights, queries).reshape(len(queries), -1)
         yield content, x, by_query, attended

@@ -92,7 +92,7 @@ class LocalAttention(nn.Module):
             self._check(height, width)
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
         if self.position is not None:
-            k = k - self.position(coordinates(k)).unsqueeze(1)
+            k = k - self.position(coordinates(x)).unsqueeze(1)
         rows, columns = (self._neighbours(size, x.device) for size in (height, width))
         inside = (rows.inside[:, None, :, None] & columns.inside[None, :, None, :]).flatten(2)  # [H, W, K * K]
         keys, values = (_windows(part, rows.index, columns.index) for part in (k, v))
