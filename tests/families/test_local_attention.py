@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from acmix_deploy.families.local_attention.graph import LOCAL_ATTENTION
 from acmix_deploy.families.local_attention.module import LocalAttention
 from acmix_deploy.operators.neighborhood_attention import Border
 from acmix_deploy.operators.spec import TOLERANCES
+from acmix_deploy.runtime.inputs import AXES
 from tests.families import parts as family_parts
-from tests.families.parts import randomised, relative_l2
+from tests.families.parts import export, randomised, relative_l2
 
 FLOAT32 = TOLERANCES["float32"].floor
 assert_fused = partial(family_parts.assert_fused, LOCAL_ATTENTION)
@@ -247,9 +249,9 @@ class Inside(nn.Module):
 PORTS: dict[str, dict[str, Any]] = {
     "unfold": {},
     "one projection, matmul": {"projections": "one", "product": "matmul", "proj": True},
-    "einsum, slices": {"product": "einsum", "neighbours": "slices", "kernel_size": 5},
+    "einsum, slices": {"product": "einsum", "neighbours": "slices"},
     "tensor unfold, no scale": {"neighbours": "tensor unfold", "scale": 1.0, "heads": 1},
-    "masked": {"border": Border.MASKED, "projections": "one"},
+    "masked": {"border": Border.MASKED, "projections": "one", "kernel_size": 5},
     "dilated": {"dilation": 2, "neighbours": "slices", "bias": "window"},
     "biases, masked, dilated": {"border": Border.MASKED, "dilation": 2, "bias": "table", "proj": True},
 }
@@ -265,3 +267,42 @@ def test_ports_in_modules(options: dict[str, Any]) -> None:
     assert report.geometry is not None
     assert report.geometry["border"] == options.get("border", Border.ZEROS)
     assert relative_l2(model(x), expected) < FLOAT32
+
+
+class Around(nn.Module):
+    """A block between convolutions, which takes maps channels last or not."""
+
+    def __init__(self, block: nn.Module, *, channels_last: bool = False) -> None:
+        super().__init__()
+        self.before, self.block, self.after = nn.Conv2d(3, 8, 1), block, nn.Conv2d(8, 4, 1)
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x).relu()
+        y = self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.block(x)
+        return self.after(x + y)
+
+
+@every_port
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_ports_in_graphs(options: dict[str, Any], exporter: str, tmp_path: Path) -> None:
+    model, inputs = randomised(Around(Port(**options))), [torch.randn(b, 3, *size) for b, *size in SIZES]
+    if exporter == "torchscript" and options.get("neighbours") == "tensor unfold":
+        pytest.skip("PyTorch's TorchScript exporter does not know the sizes of what it unfolds")
+    for dynamic in ((), AXES) if exporter == "torchscript" else (AXES,):
+        source = export(model, inputs[0], tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic)
+        block, *_ = assert_fused(model, source, *inputs[: None if dynamic else 1]).blocks
+        assert block.settings["border"] == options.get("border", Border.ZEROS)
+        assert block.settings["dilation"] == options.get("dilation", 1)
+
+
+SIZES = [(2, 9, 12), (1, 12, 8), (3, 16, 16)]
+
+
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_windows_that_stay_inside_in_graphs(exporter: str, tmp_path: Path) -> None:
+    """Such code holds for one size, as it is exported."""
+    model, x = randomised(Around(Inside(), channels_last=True)), torch.randn(2, 3, 9, 12)
+    source = export(model, x, tmp_path / "plain.onnx", exporter=exporter)
+    (block,) = assert_fused(model, source, x).blocks
+    assert block.settings["border"] == Border.SHIFTED
