@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -47,12 +46,6 @@ def sizes(draw, operator: Operator, side: int, choices: Mapping[str, Sequence[in
         least = -(-Axis.parse(operator.least(letter, drawn)).length(drawn) // step)
         drawn[letter] = step * draw(st.integers(least, max(least, side // step)))
     return {operator.axes[letter]: size for letter, size in drawn.items()}
-
-
-def windows_of(operator: Operator) -> list[dict[str, int]]:
-    """All that the native kernels take beside heads: each kernel size with each stride, border and so on."""
-    choices = {name: values for name, values in operator.kernel_limits.items() if name != "head_dim"}
-    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def attributes_of(operator: Operator, sizes: Mapping[str, int], **others: float) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import HEAD_DIMS, Operator
 from acmix_deploy.runtime.metrics import deviation
-from tests.operators.parts import attributes_of, every_operator, oracle, sizes, windows_of
+from tests.operators.parts import attributes_of, every_operator, oracle, sizes
 from tests.plugin import kernels
-from tests.plugin.kernels import Array, Kernels, Refused
+from tests.plugin.kernels import Array, Kernels, Refused, windows_of
 
 MISSING = kernels.missing_compiler()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
