@@ -39,11 +39,21 @@ template Found<LocalAttention> find(const LocalAttention&, std::int32_t, const K
 template std::string launch(const LocalAttention&, const void* const*, void*, cudaStream_t, const Kernel*);
 
 template <Dtype, Layout, int>
+cudaError_t neighborhood_attention_mma(const NeighborhoodAttention&, const void* const*, void*, cudaStream_t);
+template <Dtype, Layout, int>
 cudaError_t neighborhood_attention_simt(const NeighborhoodAttention&, const void* const*, void*, cudaStream_t);
 
 template <>
 Span<Entry<NeighborhoodAttention>> table() {
     static constexpr Entry<NeighborhoodAttention> kRows[] = {
+        {Dtype::kFloat16, Layout::kNchw, 16, Kernel::kMma, 75, neighborhood_attention_mma<Dtype::kFloat16, Layout::kNchw, 16>},
+        {Dtype::kFloat16, Layout::kNchw, 32, Kernel::kMma, 75, neighborhood_attention_mma<Dtype::kFloat16, Layout::kNchw, 32>},
+        {Dtype::kFloat16, Layout::kNchw, 64, Kernel::kMma, 75, neighborhood_attention_mma<Dtype::kFloat16, Layout::kNchw, 64>},
+        {Dtype::kFloat16, Layout::kNchw, 128, Kernel::kMma, 75, neighborhood_attention_mma<Dtype::kFloat16, Layout::kNchw, 128>},
+        {Dtype::kFloat16, Layout::kNhwc, 16, Kernel::kMma, 75, neighborhood_attention_mma<Dtype::kFloat16, Layout::kNhwc, 16>},
+        {Dtype::kFloat16, Layout::kNhwc, 32, Kernel::kMma, 75, neighborhood_attention_mma<Dtype::kFloat16, Layout::kNhwc, 32>},
+        {Dtype::kFloat16, Layout::kNhwc, 64, Kernel::kMma, 75, neighborhood_attention_mma<Dtype::kFloat16, Layout::kNhwc, 64>},
+        {Dtype::kFloat16, Layout::kNhwc, 128, Kernel::kMma, 75, neighborhood_attention_mma<Dtype::kFloat16, Layout::kNhwc, 128>},
         {Dtype::kFloat32, Layout::kNchw, 16, Kernel::kSimt, 0, neighborhood_attention_simt<Dtype::kFloat32, Layout::kNchw, 16>},
         {Dtype::kFloat32, Layout::kNchw, 32, Kernel::kSimt, 0, neighborhood_attention_simt<Dtype::kFloat32, Layout::kNchw, 32>},
         {Dtype::kFloat32, Layout::kNchw, 64, Kernel::kSimt, 0, neighborhood_attention_simt<Dtype::kFloat32, Layout::kNchw, 64>},

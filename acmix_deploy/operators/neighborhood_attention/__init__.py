@@ -62,7 +62,10 @@ NEIGHBORHOOD_ATTENTION = Operator(
         *TENSORRT_ATTRIBUTES,
     ),
     tolerances=TOLERANCES,
-    kernels=(Kernel("simt", (("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC"))),),
+    kernels=(
+        Kernel("mma", (("float16", "NCHW"), ("float16", "NHWC")), min_sm=75),
+        Kernel("simt", (("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC"))),
+    ),
     kernel_limits={
         "kernel_size": (3, 5, 7, 9),
         "border": tuple(map(int, Border)),

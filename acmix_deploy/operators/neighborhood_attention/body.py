@@ -133,9 +133,10 @@ def function_body(opset: int = OPSETS[0], tile: int = TILE) -> onnx.FunctionProt
 
     # [t_h, t_w, T, T, S, S]: the entry of the bias, that behind the last, which hides the key, for one not seen.
     entries = kernel * 2 - 1
-    seen = f("And", h.seen.axes(1, 3, 5), w.seen.axes(0, 2, 4))
-    entry = h.offset.axes(1, 3, 5) * entries + w.offset.axes(0, 2, 4)
-    entry = f.reshape(f("Where", seen, entry, entries * entries), -1)
+    last = entries * entries
+    row = f("Where", h.seen, h.offset * entries, last)
+    column = f("Where", w.seen, w.offset, last)
+    entry = f.reshape(f("Min", row.axes(1, 3, 5) + column.axes(0, 2, 4), last), -1)
     hidden = f("CastLike", f.constant(np.array(-np.inf, np.float32)), qkv)
     table = f("Concat", f.reshape(bias, heads, -1), f("Expand", hidden, f.shape(heads, 1)), axis=1)
     added = f.reshape(f("Gather", table, entry, axis=1), -1, places, keys_of_tile)
