@@ -19,6 +19,7 @@ from acmix_deploy.families import BlockReport
 from acmix_deploy.families.family import Family
 from acmix_deploy.faults import FaultId
 from acmix_deploy.graph import Reached
+from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.torch import OnCpu
 
 _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # what Ultralytics sets on a layer: index, inputs, class name, size
@@ -66,7 +67,7 @@ class Recogniser:
     block: type[nn.Module]
     """The family's own module."""
     geometry: tuple[str, ...]
-    """Its constructor's arguments, each an integer attribute of the block."""
+    """Its constructor's arguments, each an attribute of the block: an integer, or None, which is not reported."""
     propose: Callable[[nn.Module], Proposal]
     """What a module may be replaced by. Raises NotABlock."""
     resembles: Callable[[nn.Module], bool]
@@ -103,13 +104,14 @@ class Recogniser:
                     replacements[module], report.repaired = self._replacement(module)
                     report.status = "replaced"
                 block = replacements.get(module, module)
-                report.geometry = {name: int(getattr(block, name)) for name in self.geometry}
-            except NotABlock as reason:
+                arguments = ((name, getattr(block, name)) for name in self.geometry)
+                report.geometry = {name: int(value) for name, value in arguments if value is not None}
+            except NotABlock as why:
                 seen = self._resembles(module)
                 if not seen:
                     continue
-                report.status, report.reason, report.fault = "left alone", str(reason), reason.fault
-                report.reached = max(seen, reason.reached)
+                report.status, report.reason, report.fault = "left alone", str(why), why.fault
+                report.reached = max(seen, why.reached)
             reports[module] = report
 
         containers = {module for module in reports if any(part in reports for part in list(module.modules())[1:])}
@@ -174,16 +176,20 @@ class Recogniser:
         limit = self.family.tolerances["float16" if half else "float32"].limit()
         differences = []
         for block in proposal.candidates:
-            results = _run(block, proposal, dtype)
+            arguments = ", ".join(f"{name}={getattr(block, name)}" for name in self.geometry)
+            candidate = f"{self.block.__name__}({arguments})"
+            try:
+                results = _run(block, proposal, dtype)
+            except Exception as error:  # parts of another stride or padding than the block's own
+                differences.append(f"it takes {[*proposal.x.shape]}, and {candidate} does not: {reason(error)}")
+                continue
             distance = float(np.max([*map(relative_l2, results, expected)]))  # NaN where one is
             if distance <= limit:
                 break
-            arguments = ", ".join(f"{name}={getattr(block, name)}" for name in self.geometry)
             differences.append(
-                f"on random input it differs from {self.block.__name__}({arguments}) by a relative L2 of "
-                f"{distance:.1e} (limit {limit:.0e})"
+                f"on random input it differs from {candidate} by a relative L2 of {distance:.1e} (limit {limit:.0e})"
                 if math.isfinite(distance)
-                else f"it gives {_shapes(expected)} where {self.block.__name__}({arguments}) gives {_shapes(results)}"
+                else f"it gives {_shapes(expected)} where {candidate} gives {_shapes(results)}"
             )
         else:
             raise NotABlock((*proposal.refusals, differences[0])[0], Reached.WHOLE, proposal.fault)
