@@ -43,6 +43,7 @@ bench: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m scripts.docs
+	$(BIN)/python -m scripts.pictures
 
 lint: $(READY)
 	$(BIN)/ruff check .

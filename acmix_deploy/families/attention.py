@@ -37,7 +37,7 @@ denormal number in float32, which processors are slow with."""
 
 RESIDUAL = 1e-3  # of logits, relative; evaluated in float32, so that a real block leaves about 1e-6
 _MASKED_BELOW = -50.0  # what a graph adds to hide a key; exp of it is lost in float32
-_MOVING = RESHAPING | {"Expand", "Gather", "Pad", "Slice", "Split"}
+MOVING = RESHAPING | {"Expand", "Gather", "Pad", "Slice", "Split"}
 
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": operator.floordiv,
@@ -180,7 +180,7 @@ def attention_at(graph: gs.Graph, softmax: gs.Node) -> Attention:
 def next_node(graph: gs.Graph, tensor: gs.Tensor, reached: Reached = Reached.NOTHING) -> tuple[gs.Node, gs.Tensor]:
     """The next node downstream that does more than move values, and its operand. Raises NoMatch where ways part."""
     for operand, node in way_down(graph, tensor):
-        if node.op not in _MOVING:
+        if node.op not in MOVING:
             return node, operand
     raise NoMatch(f"the intermediate {tensor.name} is read by several nodes or is an output of the graph", reached)
 
@@ -188,7 +188,7 @@ def next_node(graph: gs.Graph, tensor: gs.Tensor, reached: Reached = Reached.NOT
 def origins(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
     """``tensor``, and what its values were before each movement, nearest first."""
     yield tensor
-    while (node := producer(tensor)) is not None and node.op in _MOVING:
+    while (node := producer(tensor)) is not None and node.op in MOVING:
         tensor = node.inputs[0]
         yield tensor
 

@@ -10,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from acmix_deploy import cli, plan
 from acmix_deploy.export import export
@@ -20,7 +22,7 @@ from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.plan import Plan
 from acmix_deploy.report.model import ExportReport
-from scripts import docs, shapes
+from scripts import docs, pictures, shapes
 from tests import ROOT
 from tests.gate import parts as gate_parts
 
@@ -119,6 +121,30 @@ def lines_without_figures(output: str) -> set[str]:
 def test_generated_parts_are_current() -> None:
     stale = docs.differing()
     assert not stale, f"run `make docs`: {[path.name for path in stale]}"
+
+
+def test_pictures_are_graphs(tmp_path: Path) -> None:
+    """Of two ways to one sum: what keeps all values is left out, what pads or picks is joined, branches are not."""
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            padded = nn.functional.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 2:]
+            return padded.relu().flatten(2).reshape(padded.shape) + x.sigmoid()
+
+    export(Block(), tmp_path / "block.onnx", input_shape=(1, 2, 4, 4), opset=17)
+    drawn = pictures.picture(gs.import_onnx(onnx.load(tmp_path / "block.onnx")))
+    edges = [line.split() for line in drawn.splitlines() if "-->" in line]
+    names = dict(re.findall(r"^  (n\d+)\W+(.*?)\"", drawn, re.M))
+    found = {(names[start], tuple(sorted(names[end] for end in ends if end != "&"))) for start, _, *ends in edges}
+    assert found == {
+        ("x", ("Pad, Slice x2", "Sigmoid")), ("Pad, Slice x2", ("Relu",)), ("Relu", ("Add",)), ("Sigmoid", ("Add",)),
+        ("Add", ("y",)),
+    }  # fmt: skip
+
+
+@pytest.mark.soak
+def test_pictures_are_current() -> None:
+    assert pictures.PAGE.read_text(encoding="utf-8") == pictures.page(), "run `make docs`"
 
 
 def test_every_verb_and_option_is_described() -> None:
