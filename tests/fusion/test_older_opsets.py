@@ -71,17 +71,19 @@ def test_a_matrix_that_others_read_stays(read, axes, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant",
+    [variant for variant in VARIANTS if "Softmax" in variant.family.anchors],
+    ids=lambda variant: variant.name,
+)
 def test_a_softmax_over_queries_and_keys_is_left_alone(variant, tmp_path):
     """One axis earlier: then the last two are one."""
     model, x = Model(variant), torch.randn(1, 3, 8, 12)
     source = export(model, x, tmp_path / "plain.onnx", opset=12, dynamic=AXES)
     changed = onnx.load(source)
-    softmaxes = [node for node in changed.graph.node if node.op_type == "Softmax"]
-    if not softmaxes:
-        pytest.skip("it has no Softmax")
-    for node in softmaxes:
-        node.attribute[0].i -= 1
+    for node in changed.graph.node:
+        if node.op_type == "Softmax":
+            node.attribute[0].i -= 1
     onnx.save(changed, source)
     expected = outputs(source, x)
     assert fuse(source, tmp_path / "fused.onnx", expect=0).found.opset == 17
