@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmix_deploy.families.layout import ChannelsLast
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
 from acmix_deploy.families.swin_acmix.module import SwinACmix, relative_positions
@@ -34,7 +35,7 @@ def _propose(module: nn.Module) -> Proposal:
     calls = _calls(module, window_size, random)
     faults: dict[FaultId, bool] = {
         "no-bias": dep_conv.bias is None,
-        "traced-batch": _freezes_the_batch(module, x, calls[-1]),
+        "traced-batch": any(_freezes_the_batch(one, x, calls[-1]) for one in (module, ChannelsLast(module))),
     }
     return Proposal(
         candidates=[_assemble(module, layers, table, window_size, scale) for scale in dict.fromkeys((*scales, usual))],
@@ -146,4 +147,5 @@ RECOGNISER = Recogniser(
     geometry=("dim", "window_size", "num_heads", "shift_size"),
     propose=_propose,
     resembles=_resembles,
+    channels_last=True,
 )
