@@ -35,7 +35,7 @@ def _propose(module: nn.Module) -> Proposal:
     calls = _calls(module, window_size, random)
     faults: dict[FaultId, bool] = {
         "no-bias": dep_conv.bias is None,
-        "traced-batch": any(_freezes_the_batch(one, x, calls[-1]) for one in (module, ChannelsLast(module))),
+        "traced-batch": _freezes_the_batch(module, x, calls[-1]),
     }
     return Proposal(
         candidates=[_assemble(module, layers, table, window_size, scale) for scale in dict.fromkeys((*scales, usual))],
@@ -112,14 +112,20 @@ def _freezes_the_batch(module: nn.Module, x: Tensor, call: tuple[Any, ...]) -> b
     module = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about that number
-        try:
-            traced: Any = torch.jit.trace(lambda x: module(x, *call), x[:1], check_trace=False)  # type: ignore[no-untyped-call]
-        except Exception:  # the module's own: it says so itself when it is run
-            return False
-        try:
-            return bool(traced(x).shape != x.shape)
-        except RuntimeError:
-            return True
+        for original in (module, ChannelsLast(module)):
+            try:
+                traced: Any = torch.jit.trace(_with(original, call), x[:1], check_trace=False)  # type: ignore[no-untyped-call]
+            except Exception:  # the module's own: it says so itself when it is run
+                continue
+            try:
+                return bool(traced(x).shape != x.shape)
+            except RuntimeError:
+                return True
+    return False
+
+
+def _with(module: nn.Module, call: tuple[Any, ...]) -> Callable[[Tensor], Any]:
+    return lambda x: module(x, *call)
 
 
 def _assemble(
