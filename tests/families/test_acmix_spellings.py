@@ -243,11 +243,11 @@ def test_spellings_fuse(name, exporter, free, tmp_path):
 @pytest.mark.parametrize(
     ("options", "branch"),
     [({"fc_bias": True, "rates": "per channel"}, "grouped"), ({"residual": "before"}, "grouped"),
-     ({"residual": "queries", "stride": 2, "projections": "chunk"}, "grouped"), ({"fault": "over x"}, "dense")],
+     ({"residual": "queries", "stride": 2, "projections": "chunk"}, "dense"), ({"fault": "over x"}, "dense")],
     ids=str,
 )  # fmt: skip
 def test_the_form_of_the_convolution_is_told_as_it_is(options, branch, tmp_path):
-    """Over q, k and v wherever all of it is, x itself apart."""
+    """Over q, k and v wherever all of it is, group by group, x itself apart."""
     model, x = spelled(**options), x_of(options, 2, 8, 12)
     source = export(model, x, tmp_path / "plain.onnx", dynamic=AXES)
     (block,) = assert_fused(FAMILY, model, source, x, x_of(options, 1, 6, 10), conv_branch="grouped").blocks
