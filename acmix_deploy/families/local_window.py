@@ -36,12 +36,15 @@ from acmix_deploy.operators.neighborhood_attention import Border
 
 Index = npt.NDArray[np.int64]
 
+LOUDER = float(2**40)
+"""Beside it nothing matters that a graph adds to results."""
+
 _PRODUCTS = frozenset({"Einsum", "MatMul", "Mul"})
 _LONGEST_WAY = 24  # nodes from the weighted sum to the block's end; exporters need 6 to 14
 _MOST_READERS = 512  # nodes behind a Softmax that are looked at for one that weighs values; a window of 7x7 has 150
 _LARGEST_ID = 2**20  # numbers that float32 tells apart after two roundings
-_LOUD, _LOUDER = float(2**30), float(2**40)  # beside it nothing that a graph adds matters
 _AXES = {False: (0, 1, 2, 3), True: (0, 3, 1, 2)}  # of a map: batch, channels, height, width, if these are last
+_LOUD = float(2**30)  # beside it nothing matters that a graph adds to logits
 _SOFT = 0.125  # keys, where it is what a graph adds that matters
 _ROUNDED_POSITION = 5e-2  # of the logits; P l stored in half precision
 
@@ -443,8 +446,10 @@ def _rows(probe: Probe, q: Index, k: Index) -> tuple[_Rows, float]:
     low, high = np.where(there, finite, np.inf).min(1), finite.max(1)
     unit = low.min()  # of the first pixel, whose number is 1
     wrong = NoMatch(f"its logits, {[*raw.shape]}, are not scale * q.k in one K x K window per pixel and head")
-    if not (there.any(1).all() and (high < low * (1 + 1e-4)).all()):
+    if not there.any(1).all():
         raise wrong
+    if (high > low * (1 + 1e-4)).any():
+        raise NoMatch("its logits are not scale * q.k: those of equal keys differ")
     numbers = np.rint(low / unit).astype(np.int64)
     if np.abs(low / unit - numbers).max() > 0.3:
         raise NoMatch("its logits are not scale * q.k with one scale for all heads")
@@ -649,17 +654,17 @@ def _values(rows: _Rows, neighbours: Index, result: gs.Variable) -> tuple[Index,
         for one in range(3):
             own = np.flatnonzero(kind == one)
             content[rows.queries[own]] = kinds[0][one]
-            weights[own, :, here[own]] = _LOUDER * kinds[1][one]
+            weights[own, :, here[own]] = LOUDER * kinds[1][one]
         x = probe.x(np.zeros((probe.pixels, probe.cin), np.float32))
         (maps,) = probe.run([result], content, {**rows.weights(weights), probe.found.x.name: x})
         layout = layout or _layout(maps.shape, probe, rows.stride, heads)
         channels = layout.index("C")
-        by_query = np.moveaxis(maps, channels, -1).reshape(count, -1).astype(np.float64) / _LOUDER
+        by_query = np.moveaxis(maps, channels, -1).reshape(count, -1).astype(np.float64) / LOUDER
         for one in range(3):
             read[one].append(by_query[kind == one])
     gain, channel, head = (np.concatenate(one).mean(0) for one in read)
     if not (np.abs(gain) > 1e-9).all():
-        raise NoMatch("some channels of its result do not depend on the attention")
+        raise NoMatch("its result is not linear in the attention, or in some channels does not depend on it")
     channel, head = channel / gain - 1, head / gain - 2
     v, of = np.rint(channel).astype(np.int64), np.rint(head).astype(np.int64).reshape(heads, -1)
     if (

@@ -1,10 +1,10 @@
-"""ACmix in the spellings of others: what computes a block's numbers is one, in modules and in graphs, however written."""
+"""ACmix in the spellings of others: what computes its numbers is one, in modules and in graphs, however written."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from acmix_deploy.families.acmix.graph import ACMIX as FAMILY
 from acmix_deploy.runtime.inputs import AXES
-from tests.families.parts import assert_fused, assert_left_alone_in_a_graph, export, operators, randomised
+from tests.families.parts import assert_fused, assert_left_alone_in_a_graph, export, randomised
 
 
 class Spelled(nn.Module):
@@ -63,10 +63,14 @@ class Spelled(nn.Module):
         self.tail = (
             nn.Sequential(nn.Conv2d(planes, planes, 1, bias=False), nn.BatchNorm2d(planes), nn.SiLU()) if tail else None
         )
+        if fault == "over x":
+            self.beside = nn.Conv2d(planes, planes, 3, padding=1)
         if fault == "norm on logits":
             self.norm = nn.BatchNorm2d(head * window**2)
 
     def project(self, x: Tensor) -> list[Tensor]:
+        if self.fault == "curved keys":
+            return [self.conv1(x), self.conv2(x.relu()), self.conv3(x)]
         if self.projections == "three":
             return [self.conv1(x), self.conv2(x), self.conv3(x)]
         if self.projections == "linear":
@@ -114,10 +118,16 @@ class Spelled(nn.Module):
                 total = total + weight.unsqueeze(2) * near.view(b, n, d, h, w)
             return total.reshape(b, n * d, h, w)
         if self.attention == "einsum":
-            size = self.window
-            k, v = (self.padded(t).unfold(2, size, s).unfold(3, size, s).reshape(b, n, d, h, w, area) for t in (k, v))
+            k, v = (torch.stack(self.slices(t), -1).view(b, n, d, h, w, area) for t in (k, v))
             logits = torch.einsum("bndhw,bndhwt->bnhwt", q.view(b, n, d, h, w), k)
             return torch.einsum("bnhwt,bndhwt->bndhw", logits.softmax(-1), v).reshape(b, n * d, h, w)
+        if self.attention == "Tensor.unfold":
+            k, v = (self.padded(t).view(b, n * d, h * s + self.window - 1, w * s + self.window - 1) for t in (k, v))
+            k, v = (t.unfold(2, self.window, s).unfold(3, self.window, s) for t in (k, v))
+            k, v = (t.reshape(b, n, d, h, w, area).permute(0, 1, 3, 4, 5, 2) for t in (k, v))  # as einops would
+            weights = (k * q.view(b, n, d, h, w).permute(0, 1, 3, 4, 2).unsqueeze(4)).sum(-1).softmax(-1)
+            y = (weights.unsqueeze(-1) * v).sum(4)
+            return y.permute(0, 1, 4, 2, 3).reshape(b, n * d, h, w)
         k, v = (F.unfold(self.padded(t), self.window, stride=s) for t in (k, v))
         if self.attention == "matmul":
             k, v = (t.view(b, n, d, area, h * w).permute(0, 4, 1, 2, 3) for t in (k, v))
@@ -155,6 +165,8 @@ class Spelled(nn.Module):
         attended, convolved = self.attend(q, k, v), self.convolve(q, k, v, self.fc, self.dep_conv)
         if hasattr(self, "fc2"):
             convolved = (convolved + self.convolve(q, k, v, self.fc2, self.dep_conv2)) / 2
+        if self.fault == "over x":
+            convolved = convolved + self.beside(x)
         if len(self.norms):
             attended, convolved = self.norms[0](attended), self.norms[1](convolved)
         if self.rates != "none":
@@ -164,7 +176,7 @@ class Spelled(nn.Module):
             y = x + attended
             y = (y.tanh() if self.fault == "within the sum" else y) + convolved
         elif self.residual == "queries":
-            y = attended + convolved + q
+            y = attended + convolved + q[:, :, :: self.stride, :: self.stride]
         else:
             y = attended + convolved
         return self.tail(y) if self.tail else y
@@ -190,7 +202,8 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "no rates": {"rates": "none"},
     "bias of fc": {"fc_bias": True},
     "two convolutions averaged": {"second": 3},
-    "Tensor.unfold and einsum": {"attention": "einsum"},
+    "einsum": {"attention": "einsum"},
+    "Tensor.unfold": {"attention": "Tensor.unfold"},
     "matmul": {"attention": "matmul"},
     "split sums": {"attention": "split"},
     "strided": {"stride": 2, "norms": True, "fc_bias": True, "projections": "chunk"},
@@ -198,24 +211,67 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "head_dim 8": {"head": 1, "window": 5},
     "head_dim 1": {"head": 8},
 }
-BY_DYNAMO = ("split, values first", "layers behind", "matmul")
-"""Of dynamo's graphs with free axes these are tried at each run, the others by `make soak`."""
+QUICK = ("split, values first", "layers behind", "matmul")
+"""Those that are also tried by dynamo at each run, with free axes; the others by `make soak`."""
+STATIC = [(name, "torchscript") for name in ("Tensor.unfold", "linear", "split sums", "strided")]
+"""What is tried with fixed axes at each run."""
+EXPORTS = [
+    pytest.param(
+        name, exporter, free, id=f"{name}-{exporter}-{'dynamic' if free else 'static'}",
+        marks=() if (free if exporter == "torchscript" else free and name in QUICK) or (name, exporter) in STATIC
+        else pytest.mark.soak,
+    )
+    for name in SPELLINGS for exporter in ("torchscript", "dynamo") for free in (False, True)
+    if (name, exporter, free) != ("Tensor.unfold", "torchscript", True)  # which this exporter does not take
+]  # fmt: skip
 
 
 def x_of(options: dict[str, Any], *size: int) -> Tensor:
     return torch.randn(size[0], options.get("planes", 8), *size[1:], generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("dynamic", [(), AXES], ids=["static", "dynamic"])
-@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_spellings_fuse(name, exporter, dynamic, tmp_path, request):
-    if exporter == "dynamo" and not (dynamic and name in BY_DYNAMO) and not request.config.getoption("--soak", False):
-        pytest.skip("dynamo")
+@pytest.mark.parametrize(("name", "exporter", "free"), EXPORTS)
+def test_spellings_fuse(name, exporter, free, tmp_path):
     options = SPELLINGS[name]
     model, x = spelled(**options), x_of(options, 2, 8, 12)
-    source = export(
-        model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic, divisor=options.get("stride", 1)
+    axes: Any = AXES if free else ()
+    divisor = options.get("stride", 1)
+    source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=axes, divisor=divisor)
+    assert_fused(FAMILY, model, source, x, *([x_of(options, 1, 6, 10)] if free else []))
+
+
+@pytest.mark.parametrize(
+    ("options", "branch"),
+    [({"fc_bias": True, "rates": "per channel"}, "grouped"), ({"residual": "before"}, "grouped"),
+     ({"residual": "queries", "stride": 2, "projections": "chunk"}, "dense"), ({"fault": "over x"}, "dense")],
+    ids=str,
+)  # fmt: skip
+def test_the_form_of_the_convolution_is_told_as_it_is(options, branch, tmp_path):
+    """Over q, k and v wherever all of it is, group by group, x itself apart."""
+    model, x = spelled(**options), x_of(options, 2, 8, 12)
+    source = export(model, x, tmp_path / "plain.onnx", dynamic=AXES)
+    (block,) = assert_fused(FAMILY, model, source, x, x_of(options, 1, 6, 10), conv_branch="grouped").blocks
+    assert block.settings["conv_branch"] == branch
+    assert ("by_head_dim" in " ".join(n.name for n in onnx.load(tmp_path / "fused.onnx").graph.node)) == (
+        branch == "grouped"
     )
-    others = [x_of(options, 1, 6, 10)] if dynamic else []
-    assert_fused(FAMILY, model, source, x, *others)
+
+
+NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
+    "rates made of x": ({"fault": "gate"}, "no 3x3 convolution"),
+    "norm on the logits": ({"fault": "norm on logits"}, "those of equal keys differ"),
+    "softmax over rows": ({"fault": "another axis", "projections": "chunk"}, "Softmax runs over"),
+    "ReLU between fc and dep_conv": ({"fault": "between", "fc_bias": True}, "no 3x3 convolution"),
+    "5x5 beside 3x3": ({"second": 5}, "no 3x3 convolution"),
+    "convolution of a reflected map": ({"fault": "reflected convolution", "norms": True}, "no 3x3 convolution"),
+    "tanh within the sum": ({"fault": "within the sum", "residual": "before"}, "not linear in the attention"),
+    "ReLU before the projection of keys": ({"fault": "curved keys"}, "not from 1x1 convolutions of x"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_in_graphs(name, tmp_path):
+    options, reason = NEAR_MISSES[name]
+    model, x = spelled(**options), x_of(options, 2, 8, 12)
+    source = export(model, x, tmp_path / "plain.onnx", dynamic=AXES)
+    assert_left_alone_in_a_graph(FAMILY, model, source, x, reason)
