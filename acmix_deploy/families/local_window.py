@@ -317,7 +317,8 @@ class _Rows:
     def logits(self, content: Array) -> Array:
         """[queries, heads, taps]: what ``content`` adds to logits; 0 where that is not finite."""
         with np.errstate(invalid="ignore"):  # what is hidden is -inf in both
-            return np.nan_to_num(self._read(content) - self.added, nan=0.0, posinf=0.0, neginf=0.0)
+            moved: Array = np.nan_to_num(self._read(content) - self.added, nan=0.0, posinf=0.0, neginf=0.0)
+        return moved
 
     @cached_property
     def added(self) -> Array:
@@ -568,8 +569,8 @@ def _bias(rows: _Rows, offsets: Index, kernel_size: int) -> Array:
     seen, side = ~rows.hidden[:, 0], 2 * kernel_size - 1
     added = np.where(rows.hidden, 0.0, rows.added)
     counts = np.bincount(offsets[seen], minlength=side**2)
-    table = np.stack([np.bincount(offsets[seen], head[seen], side**2) for head in np.moveaxis(added, 1, 0)])
-    table /= np.maximum(counts, 1)
+    sums = [np.bincount(offsets[seen], head[seen], side**2) for head in np.moveaxis(added, 1, 0)]
+    table: Array = np.stack(sums) / np.maximum(counts, 1)
     left = np.abs(added - np.moveaxis(table[:, offsets], 0, 1))[np.broadcast_to(seen[:, None], added.shape)]
     if left.max() > RESIDUAL * np.abs(table).max():
         raise NoMatch("what it adds to its logits depends on more than the offset of a tap")

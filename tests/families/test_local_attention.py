@@ -306,3 +306,23 @@ def test_windows_that_stay_inside_in_graphs(exporter: str, tmp_path: Path) -> No
     source = export(model, x, tmp_path / "plain.onnx", exporter=exporter)
     (block,) = assert_fused(model, source, x).blocks
     assert block.settings["border"] == Border.SHIFTED
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_windows_that_stay_inside_in_modules(channels_last: bool) -> None:
+    """Whether maps are channels last, or permuted by the module."""
+
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Inside()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    block, x = randomised(Inside() if channels_last else Permuted()), torch.randn(2, 9, 12, 8)
+    x = x if channels_last else x.permute(0, 3, 1, 2)
+    expected = block(x)
+    model, (report,) = canonicalise(nn.Sequential(block))
+    assert (report.status, report.family) == ("replaced", "local_attention"), report.reason
+    assert relative_l2(model(x), expected) < FLOAT32

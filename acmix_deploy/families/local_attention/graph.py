@@ -7,6 +7,7 @@ result, or adds to it, stays as it is. What it computes is measured (``families/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -89,11 +90,11 @@ def _write(write: AttentionWriter, found: Found, window: Window, request: Reques
 
 
 def _attention(
-    write: AttentionWriter, operator: Operator, operands: list[gs.Tensor], attributes: dict[str, float]
+    write: AttentionWriter, operator: Operator, operands: list[gs.Tensor], attributes: dict[str, Any]
 ) -> gs.Variable:
     """The node of an operator, with what TensorRT's parser reads of it."""
     names = ("plugin_version", "plugin_namespace")
-    of_parser = {name: operator.attribute(name).default for name in names}
+    of_parser: dict[str, Any] = {name: operator.attribute(name).default for name in names}
     return write.add(operator.op_type, "attention", *operands, domain=operator.domain, **attributes, **of_parser)
 
 

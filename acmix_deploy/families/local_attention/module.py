@@ -95,7 +95,7 @@ class LocalAttention(nn.Module):
             k = k - self.position(coordinates(x)).unsqueeze(1)
         rows, columns = (self._neighbours(size, x.device) for size in (height, width))
         inside = (rows.inside[:, None, :, None] & columns.inside[None, :, None, :]).flatten(2)  # [H, W, K * K]
-        keys, values = (_windows(part, rows.index, columns.index) for part in (k, v))
+        keys, values = (_windows(part, rows.pixel, columns.pixel) for part in (k, v))
         if self.border == Border.ZEROS:
             keys, values = keys * inside, values * inside
         logits = self._logits(q, keys)
@@ -109,7 +109,8 @@ class LocalAttention(nn.Module):
 
     def _logits(self, q: Tensor, keys: Tensor) -> Tensor:
         """Products of q [B, N, d, H, W] and keys [B, N, d, H, W, K * K], scaled."""
-        return (self.scale * q.unsqueeze(-1) * keys).sum(2)
+        logits: Tensor = (self.scale * q.unsqueeze(-1) * keys).sum(2)
+        return logits
 
     @property
     def _border(self) -> str:
@@ -154,8 +155,8 @@ class LocalAttention(nn.Module):
 class _Neighbours(NamedTuple):
     """Of each pixel along an axis, its K neighbours: [size, K] each."""
 
-    index: Tensor
-    """The pixel there; where there is none, another."""
+    pixel: Tensor
+    """Its place; where there is none, another's."""
     inside: Tensor
     """Whether it is on the map."""
     offset: Tensor
@@ -165,5 +166,5 @@ class _Neighbours(NamedTuple):
 def _windows(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Of maps [..., H, W] the rows [h, K] and columns [w, K]: [..., h, w, K * K]."""
     taken = maps.index_select(-2, rows.flatten()).index_select(-1, columns.flatten())
-    windows = taken.unflatten(-1, columns.shape).unflatten(-3, rows.shape)
+    windows = taken.reshape(*maps.shape[:-2], *rows.shape, *columns.shape)
     return windows.transpose(-3, -2).flatten(-2)

@@ -192,6 +192,7 @@ def _assemble(
     head_dim = parts.channels // heads
     declared = getattr(module, "scale", None)
     factors = [declared] if isinstance(declared, float) and declared > 0 else []
+    table = None if parts.table is None else _bias(parts.table.detach(), heads, window.kernel_size)
     for qkv, factor in itertools.product(_orders(parts, heads), dict.fromkeys((*factors, head_dim**-0.5, 1.0))):
         with torch.device("meta"):  # neither memory nor random numbers for what is replaced at once
             block = LocalAttention(
@@ -206,23 +207,22 @@ def _assemble(
                 projection=parts.proj is not None,
             )
         weight, bias = qkv
-        gain = factor / block.scale
-        if not math.isclose(gain, 1.0):
-            gains = torch.ones_like(weight[:, :1])
-            gains[: parts.channels] = gain
-            weight, bias = weight * gains, bias * gains[:, 0]
-        if parts.position is not None:
+        if not math.isclose(factor, block.scale):
+            gains = torch.ones_like(bias)
+            gains[: parts.channels] = factor / block.scale
+            weight, bias = weight * gains.unsqueeze(1), bias * gains
+        if parts.position is not None and block.position is not None:
             block.position.weight = parts.position.weight
             if parts.position.bias is not None and border == Border.ZEROS:  # those outside the map are without it
                 bias = bias.clone()
                 bias[parts.channels : 2 * parts.channels] -= parts.position.bias.detach().repeat(heads)
         block.qkv.weight, block.qkv.bias = nn.Parameter(weight[:, :, None, None]), nn.Parameter(bias)
-        if parts.table is not None:
-            block.rpb = nn.Parameter(_bias(parts.table.detach(), heads, window.kernel_size))
+        if table is not None:
+            block.rpb = nn.Parameter(table)
         if parts.proj is not None:
-            weight = parts.proj.weight.detach().flatten(1)
-            block.proj = nn.Conv2d(*reversed(weight.shape), 1, bias=parts.proj.bias is not None, device="meta")
-            block.proj.weight, block.proj.bias = nn.Parameter(weight[:, :, None, None]), parts.proj.bias
+            project = parts.proj.weight.detach().flatten(1)
+            block.proj = nn.Conv2d(project.shape[1], len(project), 1, device="meta")
+            block.proj.weight, block.proj.bias = nn.Parameter(project[:, :, None, None]), parts.proj.bias
         yield block
 
 
@@ -238,11 +238,11 @@ def _orders(parts: _Parts, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
             yield torch.cat([weights[i] for i in order]), torch.cat([biases[i] for i in order])
         return
     sizes = {"3": 3, "N": heads, "d": parts.channels // heads}
-    for order in _ORDERS:
-        letters = order.split()
+    for layout in _ORDERS:
+        letters = layout.split()
         rows = torch.arange(3 * parts.channels).reshape([sizes[letter] for letter in letters])
         index = rows.permute([letters.index(letter) for letter in "3Nd"]).flatten()
-        straight = order == _ORDERS[0]
+        straight = layout == _ORDERS[0]
         yield (weights[0], biases[0]) if straight else (weights[0][index], biases[0][index])
 
 
