@@ -15,6 +15,7 @@ from acmix_deploy.families.carafe.graph import CARAFE
 from acmix_deploy.families.family import Family
 from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
 from acmix_deploy.families.involution.graph import INVOLUTION
+from acmix_deploy.families.local_attention.graph import LOCAL_ATTENTION
 from acmix_deploy.families.outlook.graph import OUTLOOK
 from acmix_deploy.families.shift_conv.graph import SHIFT_CONV
 from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     OUTLOOK,
     WINDOWED_ACMIX,
     GATED_ACMIX,
+    LOCAL_ATTENTION,
     CARAFE,
     INVOLUTION,
 )
