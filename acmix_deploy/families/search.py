@@ -165,7 +165,7 @@ class Recogniser:
         proposal = self.propose(module)
         own_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
         try:
-            expected, faults = _run_original(module, proposal, own_dtype)
+            expected, faults = run_original(module, proposal, own_dtype)
         except Exception as error:
             failure = f"its own forward fails: {type(error).__name__}: {str(error).splitlines()[0]}"
             raise NotABlock("; ".join([*proposal.refusals, failure]), Reached.WHOLE, proposal.fault) from error
@@ -203,7 +203,7 @@ def _run(module: nn.Module, proposal: Proposal, dtype: torch.dtype) -> list[Tens
     return results
 
 
-def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
+def run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
     """The block's own results, in the widest type that it runs in, and the faults seen. Raises what the block does."""
     failures: dict[torch.dtype, Exception] = {}
     results = {}
