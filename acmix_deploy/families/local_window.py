@@ -8,17 +8,18 @@ and sums them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.attention import RESIDUAL, Compute, check_residual, layers_above, linear
+from acmix_deploy.families.attention import MASKED_BELOW, RESIDUAL, Compute, check_residual, layers_above, linear
 from acmix_deploy.graph import (
     RESHAPING,
     Array,
@@ -31,8 +32,8 @@ from acmix_deploy.graph import (
     producer,
     way_down,
 )
+from acmix_deploy.operators.neighborhood_attention import Border
 
-Border = Literal["reflect"]
 Index = npt.NDArray[np.int64]
 
 LOUDER = float(2**40)
@@ -42,6 +43,7 @@ _PRODUCTS = frozenset({"Einsum", "MatMul", "Mul"})
 _LONGEST_WAY = 24  # nodes from the weighted sum to the block's end; exporters need 6 to 14
 _MOST_READERS = 512  # nodes behind a Softmax that are looked at for one that weighs values; a window of 7x7 has 150
 _LARGEST_ID = 2**20  # numbers that float32 tells apart after two roundings
+_AXES = {False: (0, 1, 2, 3), True: (0, 3, 1, 2)}  # of a map: batch, channels, height, width, if these are last
 _LOUD = float(2**30)  # beside it nothing matters that a graph adds to logits
 _SOFT = 0.125  # keys, where it is what a graph adds that matters
 _ROUNDED_POSITION = 5e-2  # of the logits; P l stored in half precision
@@ -52,15 +54,18 @@ class Projection:
     """A layer that is linear in the channels of a map."""
 
     x: gs.Variable
-    """The map, [B, Cin, H, W]."""
+    """The map."""
+    x_last: bool
+    """Whether it is [B, H, W, Cin], not [B, Cin, H, W]."""
     source: gs.Variable
-    """What the layer reads: the map, moved or not."""
+    """What the layer reads: the map, moved and padded or not."""
     result: gs.Variable
     weight: Array
     """[Cout, Cin]."""
     bias: Array
     """[Cout]."""
     channels_last: bool
+    """Of the layer."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Found:
 
     softmax: gs.Node
     x: gs.Variable
+    x_last: bool
+    """Whether it is [B, H, W, C], not [B, C, H, W]."""
     projections: list[Projection]
     """Of x, to queries, keys and values: one, or several of which each knows its own channels."""
     products: list[tuple[gs.Node, list[frozenset[int]]]]
@@ -79,8 +86,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Window:
-    """What an attention computes: ``softmax_n(scale q_i . (k_n - P l_n)) v_n`` over the K x K neighbours n of pixel i,
-    with l = (x, y) in [-1, 1]^2."""
+    """What an attention computes: ``softmax_n(scale q_i . (k_n - P l_n) + bias[n - i]) v_n`` over the K x K neighbours
+    n of pixel i, with l = (x, y) in [-1, 1]^2."""
 
     q: tuple[Array, Array]
     """Weight [N, d, Cin] and bias [N, d]."""
@@ -92,9 +99,15 @@ class Window:
     scale: float
     kernel_size: int
     stride: int
-    border: Border
+    dilation: int
+    border: Border | None
+    """What is around the map; None for its reflection."""
     position_weight: Array
     """P, [d, 2]."""
+    bias: Array
+    """[N, 2K - 1, 2K - 1], by relative offset in steps of the dilation, plus K - 1."""
+    layout: str
+    """Of the result, by its axes: ``BCHW``, ``BHWC``, ``BCP`` or ``BPC`` with P = H * W."""
     rows: _Rows
     channels: Index
     """[3, N, d]: those of q, k and v among the projections'."""
@@ -126,7 +139,7 @@ def find(graph: gs.Graph, softmax: gs.Node) -> Found:
         raise NoMatch(f"its logits come from {named}, not from 1x1 convolutions of {x.name}", _kind(near))
     projections = [_projection(layer) for layer in own] + reading
     unique = {projection.result.name: projection for projection in projections if projection}
-    return Found(softmax, x, [*unique.values()], products, weighed)
+    return Found(softmax, x, reading[0].x_last, [*unique.values()], products, weighed)
 
 
 def way_to_result(graph: gs.Graph, found: Found) -> list[tuple[gs.Variable, gs.Node]]:
@@ -170,10 +183,13 @@ def _projection(layer: gs.Node) -> Projection | None:
         return None
     weight = pointwise_weight(layer)
     if weight is not None:
-        return Projection(source, source, layer.outputs[0], weight[:, :, 0, 0], conv_bias(layer), channels_last=False)
+        x = source
+        while (node := producer(x)) is not None and node.op == "Pad" and isinstance(node.inputs[0], gs.Variable):
+            x = node.inputs[0]
+        return Projection(x, False, source, layer.outputs[0], weight[:, :, 0, 0], conv_bias(layer), False)
     own = linear(layer) if layer.op in ("Gemm", "MatMul") else None
-    x = _map_above(source)
-    return Projection(x, source, own.result, own.weight, own.bias, channels_last=True) if own and x else None
+    above = _map_above(source)
+    return Projection(above or source, not above, source, own.result, own.weight, own.bias, True) if own else None
 
 
 def _map_above(tokens: gs.Variable) -> gs.Variable | None:
@@ -232,9 +248,9 @@ class Probe:
     def __init__(self, found: Found, values: Feeds, compute: Compute) -> None:
         shape = values[found.x.name].shape
         if len(shape) != 4:
-            raise NoMatch(f"{found.x.name} has shape {[*shape]}, not [B, C, H, W]", Reached.KIND)
+            raise NoMatch(f"{found.x.name} has shape {[*shape]}, which is not that of maps", Reached.KIND)
         self.found, self.values, self.compute = found, values, compute
-        self.batch, self.cin, self.height, self.width = shape
+        self.batch, self.cin, self.height, self.width = (shape[axis] for axis in _AXES[found.x_last])
         self.weight = np.concatenate([part.weight for part in found.projections]).astype(np.float64)
         self.bias = np.concatenate([part.bias for part in found.projections]).astype(np.float64)
         widths = np.cumsum([0, *(len(part.weight) for part in found.projections)])
@@ -243,27 +259,34 @@ class Probe:
         self._places = self._read_places()
 
     def _read_places(self) -> dict[str, Index]:
-        """By result of a layer that is channels last: the pixel that each of its tokens is."""
-        last = [part for part in self.found.projections if part.channels_last]
-        if not last:
+        """By result of a layer that does not read x as it is: the pixel that each of its places is, or -1."""
+        x = self.found.x
+        moved = [part for part in self.found.projections if part.source is not x or part.channels_last]
+        if not moved:
             return {}
-        index = np.arange(self.pixels, dtype=np.float32).reshape(self.batch, 1, self.height, self.width)
-        maps = np.repeat(index, self.cin, 1)
-        arrays = self.compute([part.source for part in last], self.values | {self.found.x.name: maps})
-        return {part.result.name: array[..., 0].astype(np.int64) for part, array in zip(last, arrays, strict=True)}
+        index = np.repeat(1 + np.arange(self.pixels, dtype=np.float32), self.cin).reshape(-1, self.cin)
+        arrays = self.compute([part.source for part in moved], self.values | {x.name: self.x(index)})
+        return {
+            part.result.name: (array[..., 0] if part.channels_last else array[:, 0]).astype(np.int64) - 1
+            for part, array in zip(moved, arrays, strict=True)
+        }
 
-    def maps(self, array: Array) -> Array:
-        """[B * H * W, C] -> [B, C, H, W]"""
-        maps: Array = array.reshape(self.batch, self.height, self.width, -1).transpose(0, 3, 1, 2)
-        return maps
+    def x(self, array: Array) -> Array:
+        """[B * H * W, Cin] as x is laid out."""
+        maps: Array = array.reshape(self.batch, self.height, self.width, -1)
+        return np.ascontiguousarray(maps if self.found.x_last else maps.transpose(0, 3, 1, 2))
 
     def run(self, tensors: list[gs.Variable], content: Array, more: Feeds) -> list[Array]:
         """Tensors of the graph for projections set to ``content``, and others to ``more``."""
         feeds = dict(more)
         for part, start in zip(self.found.projections, self.starts, strict=False):
             own = content[:, start : start + len(part.weight)]
-            name = part.result.name
-            feeds[name] = own[self._places[name]] if part.channels_last else self.maps(own)
+            places = self._places.get(part.result.name)
+            if places is None:
+                feeds[part.result.name] = self.x(own)
+            else:
+                tokens = np.where(places[..., None] >= 0, own[places], 0)
+                feeds[part.result.name] = tokens if part.channels_last else np.moveaxis(tokens, -1, 1)
         set_to = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         return self.compute(tensors, self.values | set_to)
 
@@ -292,7 +315,23 @@ class _Rows:
         return int(self.probe.found.softmax.attrs.get("axis", -1))
 
     def logits(self, content: Array) -> Array:
-        """[queries, heads, taps]"""
+        """[queries, heads, taps]: what ``content`` adds to logits; 0 where that is not finite."""
+        with np.errstate(invalid="ignore"):  # what is hidden is -inf in both
+            moved: Array = np.nan_to_num(self._read(content) - self.added, nan=0.0, posinf=0.0, neginf=0.0)
+        return moved
+
+    @cached_property
+    def added(self) -> Array:
+        """[queries, heads, taps]: the logits of zeros."""
+        return self._read(self.probe.blank())
+
+    @cached_property
+    def hidden(self) -> Array:
+        """[queries, heads, taps]: whether a tap takes no part in the softmax."""
+        hidden: Array = ~(self.added > self.added.max(-1, keepdims=True) + MASKED_BELOW)
+        return hidden
+
+    def _read(self, content: Array) -> Array:
         (raw,) = self.probe.run([self.probe.found.softmax.inputs[0]], content, {})
         return np.moveaxis(raw, self.axis, -1).reshape(-1, self.raw[-1])[self.order].astype(np.float64)
 
@@ -308,7 +347,7 @@ def measure(found: Found, result: gs.Variable, values: Feeds, compute: Compute) 
 
     Args:
         found: the attention.
-        result: what its result becomes, [B, N * d, H / stride, W / stride]: each channel times a factor, and anything
+        result: what its result becomes, in a layout of :class:`Window`: each channel times a factor, and anything
             added that does not depend on the weights of the taps. Whether that holds is not looked at.
         values: of x, and of what else is needed from outside.
         compute: tensors of the graph from the values of others, in float32.
@@ -336,16 +375,31 @@ def measure(found: Found, result: gs.Variable, values: Feeds, compute: Compute) 
     scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
     q, k, neighbours = _pairs(rows, q, k, scale)
     kernel_size = math.isqrt(neighbours.shape[1])
-    border = _border(rows, neighbours, kernel_size)
+    neighbours, offsets, border, dilation = _border(rows, neighbours, kernel_size)
+    bias = _bias(rows, offsets, kernel_size)
     position = _position(rows, np.stack([q, k]), neighbours, scale)
-    v, gain, order = _values(rows, neighbours, result)
+    v, gain, order, layout = _values(rows, neighbours, result)
     if v.shape != q.shape:
         raise NoMatch(f"its values have {v.shape[1]} channels a head, its queries and keys {d}")
     channels = np.stack([q[order], k[order], v])
     rows = _Rows(probe, rows.raw, rows.order[:, order], rows.queries, rows.stride)
     own_q, own_k, own_v = ((probe.weight[part], probe.bias[part]) for part in channels)
     return Window(
-        own_q, own_k, own_v, gain, scale, kernel_size, rows.stride, border, position, rows, channels, neighbours
+        q=own_q,
+        k=own_k,
+        v=own_v,
+        gain=gain,
+        scale=scale,
+        kernel_size=kernel_size,
+        stride=rows.stride,
+        dilation=dilation,
+        border=border,
+        position_weight=position,
+        bias=bias[order],
+        layout=layout,
+        rows=rows,
+        channels=channels,
+        neighbours=neighbours,
     )
 
 
@@ -376,21 +430,23 @@ def _rows(probe: Probe, q: Index, k: Index) -> tuple[_Rows, float]:
     content = probe.blank()
     content[:, q] = 1 + np.arange(probe.pixels)[:, None]
     content[:, k] = _LOUD
-    (raw,) = probe.run([probe.found.softmax.inputs[0]], content, {})
+    logits = [probe.found.softmax.inputs[0]]
+    raw, added = (probe.run(logits, one, {})[0].astype(np.float64) for one in (content, probe.blank()))
     height, width = probe.height, probe.width
-    raw = np.moveaxis(raw, probe.found.softmax.attrs.get("axis", -1), -1)
+    with np.errstate(invalid="ignore"):  # what is hidden is -inf in both
+        raw = np.moveaxis(raw - added, probe.found.softmax.attrs.get("axis", -1), -1)
     taps = raw.shape[-1]
     kernel_size = math.isqrt(taps)
     if kernel_size**2 != taps or kernel_size % 2 == 0 or not 3 <= kernel_size < 2 * min(height, width):
         raise NoMatch(
             f"its Softmax runs over {taps} values, no odd K*K that fits a {height}x{width} map", Reached.WHOLE
         )
-    read = raw.reshape(-1, taps).astype(np.float64) / _LOUD
+    read = raw.reshape(-1, taps) / _LOUD
     finite = np.where(np.isfinite(read), np.abs(read), 0.0)
     there = finite > 1e-3 * finite.max(1, keepdims=True)  # others are of padding
     low, high = np.where(there, finite, np.inf).min(1), finite.max(1)
     unit = low.min()  # of the first pixel, whose number is 1
-    wrong = NoMatch(f"its logits have shape {[*raw.shape]}: not one K x K window per pixel and head")
+    wrong = NoMatch(f"its logits, {[*raw.shape]}, are not scale * q.k in one K x K window per pixel and head")
     if not there.any(1).all():
         raise wrong
     if (high > low * (1 + 1e-4)).any():
@@ -457,30 +513,68 @@ def _pairs(rows: _Rows, q: Index, k: Index, scale: float) -> tuple[Index, Index,
     return q[pairs[..., 0]], k[pairs[..., 1]], neighbours
 
 
-def _border(rows: _Rows, neighbours: Index, kernel_size: int) -> Border:
-    """What is around the map. Raises NoMatch where a query's taps are not its K x K neighbours."""
-    expected = reflected(rows.probe, kernel_size, rows.stride)
-    if not np.array_equal(np.sort(neighbours, 1), np.sort(expected, 1)):
-        inside = (neighbours >= 0).all()
-        raise NoMatch(
-            f"its logits are not scale * q.k over a reflected K x K neighbourhood: "
-            f"{'other pixels are read' if inside else 'the map is padded otherwise'}",
-            Reached.WHOLE,
-        )
-    return "reflect"
+def _border(rows: _Rows, neighbours: Index, kernel_size: int) -> tuple[Index, Index, Border | None, int]:
+    """What is around the map, and how far taps are apart. Raises NoMatch where they are no K x K window.
+
+    Returns:
+        The pixel of each query's tap, -1 for none; its offset [queries, taps], which is (2K - 1) * row + column in the
+        table of biases; the border; the dilation.
+    """
+    probe, hidden = rows.probe, rows.hidden
+    if (hidden != hidden[:, :1]).any():
+        raise NoMatch("its heads see other pixels")
+    neighbours = np.where(hidden[:, 0], -1, neighbours)
+    outside = bool((neighbours < 0).any())
+    borders = (Border.MASKED if hidden.any() else Border.ZEROS,) if outside else (None, Border.SHIFTED)
+    middle = rows.queries.searchsorted(probe.height // 2 * probe.width + probe.width // 2)
+    near = neighbours[min(middle, len(neighbours) - 1)]
+    columns = np.unique(near[near >= 0] % probe.width)
+    for border, dilation in itertools.product(borders, np.unique(np.diff(columns)).tolist()):
+        expected, offsets = window(probe, kernel_size, rows.stride, dilation, border)
+        taps = {column.tobytes(): index for index, column in enumerate(np.ascontiguousarray(expected.T))}
+        places = [taps.get(column.tobytes(), -1) for column in np.ascontiguousarray(neighbours.T)]
+        if -1 not in places and len({*places}) == len(places):
+            return neighbours, offsets[:, places], border, dilation
+    around = "the map is padded otherwise" if outside else "other pixels are read"
+    raise NoMatch(f"its logits are not scale * q.k over a K x K neighbourhood: {around}", Reached.WHOLE)
 
 
-def reflected(probe: Probe, kernel_size: int, stride: int) -> Index:
-    """[queries, K * K]: the pixels of each query's window, with the map reflected at its border."""
-    reach = kernel_size // 2
-    index = np.arange(probe.pixels).reshape(probe.batch, probe.height, probe.width)
-    padded = np.pad(index, [(0, 0), (reach, reach), (reach, reach)], mode="reflect")
-    taps = [
-        padded[:, y : y + probe.height : stride, x : x + probe.width : stride]
-        for y in range(kernel_size)
-        for x in range(kernel_size)
-    ]
-    return np.stack(taps, -1).reshape(-1, kernel_size**2)
+def window(probe: Probe, kernel_size: int, stride: int, dilation: int, border: Border | None) -> tuple[Index, Index]:
+    """Of each query and tap [queries, K * K] the pixel, -1 outside of the map, and the offset in a table of biases."""
+    taps = np.arange(kernel_size)
+
+    def along(size: int) -> tuple[Index, Index]:
+        """Pixels and offsets along one axis, [size / stride, K]."""
+        place = np.arange(0, size, stride)[:, None]
+        if border == Border.SHIFTED:
+            remainder, own = place % dilation, place // dilation
+            members = (size - 1 - remainder) // dilation + 1
+            steps = np.clip(own - kernel_size // 2, 0, np.maximum(members - kernel_size, 0)) + taps
+            return np.where(steps < members, remainder + steps * dilation, -1), steps - own + kernel_size - 1
+        seen = place + (taps - kernel_size // 2) * dilation
+        if border is None:
+            seen = size - 1 - np.abs(size - 1 - np.abs(seen))
+        return np.where((seen >= 0) & (seen < size), seen, -1), np.broadcast_to(taps + kernel_size // 2, seen.shape)
+
+    (y, dy), (x, dx) = (along(size) for size in (probe.height, probe.width))
+    row, column = y[None, :, None, :, None], x[None, None, :, None, :]
+    image = np.arange(probe.batch)[:, None, None, None, None] * (probe.height * probe.width)
+    pixels = np.where((row >= 0) & (column >= 0), image + row * probe.width + column, -1)
+    offsets = np.broadcast_to(dy[:, None, :, None] * (2 * kernel_size - 1) + dx[:, None, :], pixels.shape)
+    return pixels.reshape(-1, kernel_size**2), offsets.reshape(-1, kernel_size**2)
+
+
+def _bias(rows: _Rows, offsets: Index, kernel_size: int) -> Array:
+    """What is added to the logits, [N, 2K - 1, 2K - 1] by offset. Raises NoMatch where it depends on more than that."""
+    seen, side = ~rows.hidden[:, 0], 2 * kernel_size - 1
+    added = np.where(rows.hidden, 0.0, rows.added)
+    counts = np.bincount(offsets[seen], minlength=side**2)
+    sums = [np.bincount(offsets[seen], head[seen], side**2) for head in np.moveaxis(added, 1, 0)]
+    table: Array = np.stack(sums) / np.maximum(counts, 1)
+    left = np.abs(added - np.moveaxis(table[:, offsets], 0, 1))[np.broadcast_to(seen[:, None], added.shape)]
+    if left.max() > RESIDUAL * np.abs(table).max():
+        raise NoMatch("what it adds to its logits depends on more than the offset of a tap")
+    return table.reshape(-1, side, side)
 
 
 def sampled(rows: _Rows) -> Index:
@@ -505,10 +599,10 @@ def _position(rows: _Rows, qk: Index, neighbours: Index, scale: float) -> Array:
     heads, d = qk.shape[1:]
     y, x = np.meshgrid(np.linspace(-1, 1, probe.height), np.linspace(-1, 1, probe.width), indexing="ij")
     place = np.tile(np.stack([x, y]).reshape(2, -1), probe.batch)
-    near = neighbours[queries]
-    moved = _centred(-place[:, near])  # [2, queries, taps]
-    gram = np.einsum("aqt,bqt->qab", moved, moved)
-    seen, asked, left, size = [], [], [], 0.0
+    near, seen = neighbours[queries], ~rows.hidden[queries, :1]
+    inside = near >= 0
+    moved = _centred(np.where(inside, -place[:, near], 0), seen[:, 0])  # [2, queries, taps]
+    gram, sums, size, square = np.zeros((d, 2, d, 2)), np.zeros((d, 2)), 0.0, 0.0
     # As many queries as P has rows, at least, so that they determine it: a tiny map needs several rounds.
     for _ in range(math.ceil(2 * d / (len(queries) * heads))):
         content = probe.random(random)
@@ -517,16 +611,16 @@ def _position(rows: _Rows, qk: Index, neighbours: Index, scale: float) -> Array:
         keys = content[:, qk[1]].astype(np.float64)
         products = np.stack([(query * keys[near[:, t]]).sum(-1) for t in range(near.shape[1])], -1)
         logits = rows.logits(content)[queries]
-        size += float(np.square(logits).sum())
-        left.append(_centred(logits - products))
-        # For one query the logits are linear in u = scale * P^T q, two unknowns; all queries together give P.
-        target = np.einsum("aqt,qnt->qna", moved, left[-1])
-        asked.append(np.linalg.solve(gram[:, None], target[..., None])[..., 0].reshape(-1, 2))
-        seen.append(query)
-    queried = np.stack(seen)
-    weight, *_ = np.linalg.lstsq(queried.reshape(-1, d), np.concatenate(asked), rcond=None)
-    expected = np.einsum("rqnd,da,aqt->rqnt", queried, weight, moved, optimize=True)
-    residual = float(np.linalg.norm(left - expected) / (np.linalg.norm(left) + 1e-2 * math.sqrt(size)))
+        left = _centred(logits - np.where(inside[:, None], products, 0), seen)
+        # Linear in P: left = the sum over d and the two coordinates of query * P * moved.
+        gram += np.einsum("qnd,qne,aqt,bqt->daeb", query, query, moved, moved, optimize=True)
+        sums += np.einsum("qnd,qnt,aqt->da", query, left, moved, optimize=True)
+        size += float(np.square(np.where(seen, logits, 0)).sum())
+        square += float(np.square(left).sum())
+    flat = gram.reshape(2 * d, -1)
+    weight = np.linalg.solve(flat + 1e-12 * np.trace(flat) * np.eye(2 * d), sums.ravel()).reshape(d, 2)
+    explained = (weight * (2 * sums - np.einsum("daeb,eb->da", gram, weight))).sum()
+    residual = math.sqrt(max(square - explained, 0) / (square + 1e-4 * size))
     half = any(part.weight.dtype != np.float32 for part in probe.found.projections)
     check_residual(
         residual,
@@ -536,14 +630,16 @@ def _position(rows: _Rows, qk: Index, neighbours: Index, scale: float) -> Array:
     return np.asarray(weight)
 
 
-def _centred(array: Array) -> Array:
-    """Without the mean over the taps, its last axis."""
-    centred: Array = array - array.mean(-1, keepdims=True)
+def _centred(array: Array, seen: Array) -> Array:
+    """Without the mean over the taps that are ``seen``, its last axis; 0 at others."""
+    mean = np.where(seen, array, 0).sum(-1, keepdims=True) / seen.sum(-1, keepdims=True)
+    centred: Array = np.where(seen, array - mean, 0)
     return centred
 
 
-def _values(rows: _Rows, neighbours: Index, result: gs.Variable) -> tuple[Index, Array, Index]:
-    """The channels of values [N, d] in the order of the result's, the factor of each, and the head of each N.
+def _values(rows: _Rows, neighbours: Index, result: gs.Variable) -> tuple[Index, Array, Index, str]:
+    """The channels of values [N, d] in the order of the result's, the factor of each, the head of each N, and the
+    result's layout.
 
     Each query weighs the pixel that it is at, where values tell their channel and weights their head.
     """
@@ -552,6 +648,7 @@ def _values(rows: _Rows, neighbours: Index, result: gs.Variable) -> tuple[Index,
     here = (neighbours == rows.queries[:, None]).argmax(1)
     kinds = (1.0, 1.0 + np.arange(probe.starts[-1]), 1.0), (1.0, 1.0, 2.0 + np.arange(heads))
     read: list[list[Array]] = [[], [], []]
+    layout = ""
     for turn in range(1 if count >= 3 else 3):
         kind = (np.arange(count) + turn) % 3
         content, weights = probe.blank(), np.zeros((count, heads, neighbours.shape[1]))
@@ -559,12 +656,11 @@ def _values(rows: _Rows, neighbours: Index, result: gs.Variable) -> tuple[Index,
             own = np.flatnonzero(kind == one)
             content[rows.queries[own]] = kinds[0][one]
             weights[own, :, here[own]] = LOUDER * kinds[1][one]
-        x = np.zeros((probe.batch, probe.cin, probe.height, probe.width), np.float32)
+        x = probe.x(np.zeros((probe.pixels, probe.cin), np.float32))
         (maps,) = probe.run([result], content, {**rows.weights(weights), probe.found.x.name: x})
-        size = (probe.batch, probe.height // rows.stride, probe.width // rows.stride)
-        if maps.ndim != 4 or (maps.shape[0], *maps.shape[2:]) != size or maps.shape[1] % heads:
-            raise NoMatch(f"its result has shape {[*maps.shape]}, not [B, N * d, H / {rows.stride}, W / {rows.stride}]")
-        by_query = maps.transpose(0, 2, 3, 1).reshape(count, -1).astype(np.float64) / LOUDER
+        layout = layout or _layout(maps.shape, probe, rows.stride, heads)
+        channels = layout.index("C")
+        by_query = np.moveaxis(maps, channels, -1).reshape(count, -1).astype(np.float64) / LOUDER
         for one in range(3):
             read[one].append(by_query[kind == one])
     gain, channel, head = (np.concatenate(one).mean(0) for one in read)
@@ -579,4 +675,15 @@ def _values(rows: _Rows, neighbours: Index, result: gs.Variable) -> tuple[Index,
         or not 0 <= v.min() <= v.max() < probe.starts[-1]
     ):
         raise NoMatch("the channels of its result are not those of one head after another", Reached.WHOLE)
-    return v.reshape(heads, -1), gain, of[:, 0]
+    return v.reshape(heads, -1), gain, of[:, 0], layout
+
+
+def _layout(shape: tuple[int, ...], probe: Probe, stride: int, heads: int) -> str:
+    """Of a result with this shape. Raises NoMatch where it is none that is known."""
+    sizes = {"B": probe.batch, "H": probe.height // stride, "W": probe.width // stride}
+    sizes["P"] = sizes["H"] * sizes["W"]
+    for layout in ("BHWC", "BCHW", "BPC", "BCP") if probe.found.x_last else ("BCHW", "BHWC", "BCP", "BPC"):
+        fits = len(shape) == len(layout) and shape[layout.index("C")] % heads == 0
+        if fits and all(sizes.get(axis, size) == size for axis, size in zip(layout, shape, strict=True)):
+            return layout
+    raise NoMatch(f"its result has shape {[*shape]}, not [B, N * d, H / {stride}, W / {stride}]")

@@ -73,7 +73,7 @@ def test_both_forms_of_the_convolution(tmp_path, conv_branch, convolutions):
     more=st.tuples(st.integers(0, 6), st.integers(0, 6)),
     dynamic=st.sampled_from([(), AXES]),
     fold=st.booleans(),
-    opset=st.sampled_from([13, 16, 17]),
+    opset=st.sampled_from([11, 12, 13, 16, 17]),
     conv_bias=st.booleans(),
     conv_branch=st.sampled_from(["dense", "grouped"]),
 )
@@ -160,7 +160,7 @@ class OnLinspace(nn.Module):
 
 @pytest.mark.parametrize("dynamic", [(), AXES], ids=["static", "dynamic"])
 @pytest.mark.parametrize("fold", [False, True], ids=["unfolded", "folded"])
-@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("opset", [12, 13, 17])
 def test_published_code_as_it_is(tmp_path, dynamic, fold, opset):
     """In front of a convolution: what the exporter makes float64 spreads to all that follows, weights and output too.
 

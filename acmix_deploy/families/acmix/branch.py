@@ -141,7 +141,7 @@ def _kernel(window: Window, y: gs.Variable, inputs: _Inputs) -> Array:
             for channel, slot in waiting:
                 maps[pixels[slot], channel] = LOUDER
             x = maps if inputs.of_x else np.zeros((probe.pixels, probe.cin), np.float32)
-            (result,) = probe.run([y], inputs.content(maps), {**blank, probe.found.x.name: probe.maps(x)})
+            (result,) = probe.run([y], inputs.content(maps), {**blank, probe.found.x.name: probe.x(x)})
             for channel, slot in waiting:
                 for i, a in heard[slot][0]:
                     for j, b in heard[slot][1]:
@@ -178,7 +178,7 @@ def _rest(window: Window, y: gs.Variable, inputs: _Inputs, convolve: Callable[[A
         x = maps if inputs.of_x else random.standard_normal((probe.pixels, probe.cin), np.float32)
         weights = random.standard_normal((*rows.order.shape, window.kernel_size**2)) / window.kernel_size
         content = inputs.content(maps)
-        feeds = {**rows.weights(weights), probe.found.x.name: probe.maps(x)}
+        feeds = {**rows.weights(weights), probe.found.x.name: probe.x(x)}
         (result,) = probe.run([y], content, feeds)
         result = result.transpose(0, 2, 3, 1).reshape(len(rows.queries), -1)[queries].astype(np.float64)
         attended = window.attend(content, weights.astype(np.float32), queries).reshape(len(queries), -1)

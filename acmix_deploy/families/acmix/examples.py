@@ -28,7 +28,7 @@ EXAMPLES = (
     Examples(
         _block,
         near_misses=[
-            NearMiss(lambda c: ZeroPadded(c, c, 5, head=2), DIFFERS, "the map is padded otherwise"),
+            NearMiss(lambda c: ZeroPadded(c, c, 5, head=2), DIFFERS, "relative residual"),
             NearMiss(_curved, "no 1x1 convolution from 2", "linear in the coordinates"),
             NearMiss(lambda c: softmax_over(_block(c), 3), DIFFERS, "Softmax runs over 12 values"),
         ],

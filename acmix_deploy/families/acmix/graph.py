@@ -43,23 +43,32 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     """
     found = find(graph, softmax)
     refusal = NoMatch("its result is not added to that of a convolution", Reached.KIND)
-    own = {id(producer(part.result)) for part in found.projections}
-    for tensor, node in way_to_result(graph, found):
-        if node.op != "Add" or not _comes_from(node.inputs[node.inputs[0] is tensor], found.x):
+    way = way_to_result(graph, found)
+    known = {id(producer(part.result)) for part in found.projections} | {id(node) for _, node in way}
+    convolved = False
+    for tensor, node in way:
+        if node.op != "Add":
+            continue
+        convolved = convolved or _convolves(node.inputs[node.inputs[0] is tensor], found.x, known)
+        if not convolved:
             continue
         try:
-            region = region_between(graph, found.x, node.outputs[0])
+            return Match(region_between(graph, found.x, node.outputs[0]), found)
         except NoMatch as error:
             refusal = max(refusal, error, key=lambda reason: reason.reached)
-            continue
-        if any(inner.op == "Conv" and id(inner) not in own for inner in region.nodes):
-            return Match(region, found)
     raise refusal
 
 
 def reduce(found: Match, request: Request, conv_branch: ConvBranch = "dense") -> Reduced:
     """The block in its reduced form. Raises NoMatch where it computes something else than ACmix."""
     window = measure_window(found.attention, found.region.y, request.values, request.compute)
+    if window.border is not None or window.dilation > 1 or window.bias.any() or window.layout != "BCHW":
+        around = "reflected" if window.border is None else window.border.name.lower()
+        biases = "with" if window.bias.any() else "without"
+        raise NoMatch(
+            f"its attention has a border that is {around}, dilation {window.dilation}, {biases} biases; ACmix's is "
+            "reflected, 1, without"
+        )
     branch = measure(window, found.region.y)
     if branch.grouped is None or (branch.kept.any() and window.stride != 1):
         conv_branch = "dense"
@@ -135,17 +144,18 @@ def _scaled(write: Writer, label: str, tensor: gs.Variable, factors: Array) -> g
     return write.add("Mul", label, tensor, write.constant(f"{label}.value", np.asarray(factor)))
 
 
-def _comes_from(tensor: gs.Tensor, x: gs.Variable) -> bool:
-    """Whether a tensor is ``x``, or computed from it by a few nodes."""
-    ways, seen = [tensor], {tensor.name}
+def _convolves(tensor: gs.Tensor, x: gs.Variable, known: set[int]) -> bool:
+    """Whether a tensor is computed from ``x``, by a few nodes with a convolution that is none of ``known``."""
+    ways, seen, found = [tensor] if tensor is not x else [], {tensor.name}, False
     while ways and len(seen) < _LONGEST_BRANCH:
-        if (tensor := ways.pop(0)) is x:
-            return True
-        node = producer(tensor)
-        read = [] if node is None or node.op == "Shape" else [one for one in reads(node) if one.name not in seen]
+        node = producer(ways.pop(0))
+        if node is None or node.op == "Shape":
+            continue
+        found = found or (node.op == "Conv" and id(node) not in known)
+        read = [one for one in reads(node) if one.name not in seen]
         seen.update(one.name for one in read)
-        ways += read
-    return False
+        ways += (one for one in read if one is not x)
+    return found and x.name in seen
 
 
 ACMIX = Family(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -33,10 +34,22 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     conv_weight,
+    producer,
     region_between,
     way_down,
 )
 from acmix_deploy.operators.spec import TOLERANCES
+
+
+class Norm(NamedTuple):
+    """A LayerNorm over the channels."""
+
+    result: gs.Variable
+    scale: Array
+    """[C]."""
+    shift: Array
+    """[C]."""
+    epsilon: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Match:
     conv: gs.Node
     carried: gs.Tensor
     """The result of the attention where it is added to that of the convolution."""
-    norm: gs.Node | None
+    norm: Norm | None
     proj: Linear
 
 
@@ -77,12 +90,8 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
         or {1} != {*conv.attrs.get("strides", np.array([1])), *conv.attrs.get("dilations", np.array([1]))}
     ):
         raise NoMatch(f"{conv.name} is not a depthwise convolution with an odd square kernel that keeps the map size")
-    node, _ = next_node(graph, total.outputs[0], Reached.PARTS)
-    norm = node if node.op == "LayerNormalization" else None
-    if norm:
-        if norm.attrs.get("axis", -1) not in (-1, 3) or any(constant_value(one) is None for one in norm.inputs[1:]):
-            raise NoMatch(f"{norm.name} does not normalise over the channels alone")
-        node, _ = next_node(graph, norm.outputs[0], Reached.PARTS)
+    norm = _norm(total.outputs[0])
+    node, _ = next_node(graph, norm.result if norm else total.outputs[0], Reached.PARTS)
     proj = linear(node) if node.op in ("MatMul", "Gemm") else None
     if proj is None:
         raise NoMatch(f"what it adds is not projected, perhaps after a LayerNorm, but goes to {node.name}")
@@ -108,10 +117,11 @@ def reduce(found: Match, request: Request) -> Reduced:
     attended = _attend(writer, x, heads, window, table, channels_first, (batch, height, width), divides, request)
     y = writer.add("Add", "sum", attended, _convolve(writer, found, channels_first))
     if found.norm:
-        stored = (constant_value(tensor) for tensor in found.norm.inputs[1:])
-        parameters = [writer.constant(f"norm.{i}", values) for i, values in enumerate(stored) if values is not None]
-        epsilon = found.norm.attrs.get("epsilon", 1e-5)
-        y = writer.add("LayerNormalization", "norm", y, *parameters, axis=-1, epsilon=epsilon)
+        parameters = (
+            writer.constant("norm.scale", found.norm.scale),
+            writer.constant("norm.shift", found.norm.shift),
+        )
+        y = writer.add("LayerNormalization", "norm", y, *parameters, axis=-1, epsilon=found.norm.epsilon)
     y = writer.linear("y", y, found.proj.weight, found.proj.bias)
     (original,) = request.compute([found.region.y], request.values)
     if original.ndim == 3:
@@ -297,6 +307,39 @@ def _conv_behind(tensor: gs.Tensor) -> gs.Node | None:
         return None
     weight = conv_weight(conv)
     return conv if conv.attrs.get("group", 1) == len(weight) > 1 == weight.shape[1] else None
+
+
+def _norm(total: gs.Variable) -> Norm | None:
+    """The LayerNorm that reads ``total``: one node, or below opset 17 those that it is spelt with. Raises NoMatch."""
+    readers = {user.op: user for user in total.outputs if user.op != "Shape"}
+    if norm := readers.get("LayerNormalization"):
+        stored = [constant_value(tensor) for tensor in norm.inputs[1:]]
+        scale, shift = stored[0], stored[1] if len(stored) > 1 else np.zeros(1)
+        if norm.attrs.get("axis", -1) not in (-1, 3) or scale is None or shift is None:
+            raise NoMatch(f"{norm.name} does not normalise over the channels alone")
+        return Norm(norm.outputs[0], scale, np.broadcast_to(shift, scale.shape), norm.attrs.get("epsilon", 1e-5))
+    if set(readers) != {"ReduceMean", "Sub"}:
+        return None
+    divided = next((user for user in readers["Sub"].outputs[0].outputs if user.op == "Div"), None)
+    root = producer(divided.inputs[1]) if divided else None
+    sum_of_two = producer(root.inputs[0]) if root is not None and root.op == "Sqrt" else None
+    if divided is None or sum_of_two is None or sum_of_two.op != "Add":
+        return None
+    epsilon = next(
+        (value for tensor in sum_of_two.inputs if (value := constant_value(tensor)) is not None), np.zeros(1)
+    )
+    result, parameters = divided.outputs[0], []
+    for op, neutral in (("Mul", 1.0), ("Add", 0.0)):
+        user = result.outputs[0] if len(result.outputs) == 1 else None
+        stored_here = (
+            constant_value(user.inputs[user.inputs[0] is result]) if user is not None and user.op == op else None
+        )
+        if user is not None and stored_here is not None:
+            result = user.outputs[0]
+        parameters.append(np.array([neutral]) if stored_here is None else stored_here)
+    width = max(len(np.atleast_1d(values)) for values in parameters)
+    scale, shift = (np.broadcast_to(values, width) for values in parameters)
+    return Norm(result, scale, shift, float(epsilon.reshape(-1)[0]))
 
 
 def _end(graph: gs.Graph, node: gs.Node, proj: Linear) -> gs.Variable:
