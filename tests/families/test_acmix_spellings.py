@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.graph import ACMIX as FAMILY
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.forms import refused
 from acmix_deploy.runtime.inputs import AXES
 from tests.families.parts import (
     assert_fused,
@@ -267,6 +268,15 @@ def test_the_form_of_the_convolution_is_told_as_it_is(options, branch, tmp_path)
     assert ("by_head_dim" in " ".join(n.name for n in onnx.load(tmp_path / "fused.onnx").graph.node)) == (
         branch == "grouped"
     )
+
+
+@pytest.mark.parametrize(("planes", "head", "refusal"), [(9, 3, "head_dim 3"), (10, 2, "head_dim 5"), (16, 2, "")])
+def test_any_head_dim_fuses_and_what_the_plugin_refuses_is_named(planes, head, refusal, tmp_path):
+    options = {"planes": planes, "head": head}
+    model, x = spelled(**options), x_of(options, 2, 8, 12)
+    assert_fused(FAMILY, model, export(model, x, tmp_path / "plain.onnx", dynamic=AXES), x)
+    found = refused(onnx.load(tmp_path / "fused.onnx"))
+    assert found == ({"acmix_0.attention": refusal} if refusal else {})
 
 
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
