@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field
 
 from acmix_deploy.families.acmix.graph import ACMIX
+from acmix_deploy.families.cafm.graph import CAFM
 from acmix_deploy.families.family import Family
 from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
 from acmix_deploy.families.outlook.graph import OUTLOOK
@@ -22,7 +23,7 @@ from acmix_deploy.faults import FaultId
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES: tuple[Family[Any], ...] = (ACMIX, SWIN_ACMIX, SHIFT_CONV, OUTLOOK, WINDOWED_ACMIX, GATED_ACMIX)
+FAMILIES: tuple[Family[Any], ...] = (ACMIX, SWIN_ACMIX, SHIFT_CONV, OUTLOOK, WINDOWED_ACMIX, GATED_ACMIX, CAFM)
 
 
 class BlockReport(BaseModel):
