@@ -35,6 +35,9 @@ METRICS = (
 )
 """Of those that Nsight Compute collects, the ones to print: a line for each pattern."""
 
+WINDOW = {"kernel_size": "K", "stride": "s", "dilation": "D", "border": "border"}
+"""What an operator may have of a window, and how it is printed."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -121,7 +124,8 @@ def errors(path: Path) -> list[str]:
         # NaN, which no comparison holds for, is worse than any number.
         worst = max(found, key=lambda row: row["error"] if row["error"] == row["error"] else float("inf"))
         wrong = sum(not row["error"] <= row["limit"] for row in found)
-        sizes = "head_dim {head_dim} K {kernel_size} s {stride} {height}x{width}".format(**worst)
+        window = " ".join(f"{letter} {worst[size]}" for size, letter in WINDOW.items() if size in worst)
+        sizes = f"head_dim {worst['head_dim']} {window} {worst['height']}x{worst['width']}"
         figures = f"largest error {worst['error']:.1e} of {worst['limit']:.1e} at {sizes}"
         lines.append(f"{name}: {len(found)} launches, {wrong} wrong, {figures}")
     return lines

@@ -24,6 +24,7 @@ import numpy as np
 from acmix_deploy.errors import CheckFailed, MissingComponent
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import shapes
+from acmix_deploy.operators.neighborhood_attention import Border
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.plugin.toolchain import Cuda, find_cuda
 from scripts import resources
@@ -51,8 +52,10 @@ JUMPS = ("BRA", "CALL")
 
 
 HEADS = 4
-WINDOWS = {"local_attention": 7, "outlook_attention": 3}
-"""kernel_size by operator: that of the detectors' ACmix blocks, and of VOLO."""
+WINDOWS = {"local_attention": 7, "neighborhood_attention": 7, "outlook_attention": 3}
+"""kernel_size by operator: that of the detectors' ACmix blocks, of NATTEN's networks, and of VOLO."""
+LOADERS = {"local_attention": "Loader", "neighborhood_attention": "NeighborhoodLoader"}
+"""The class of a kernel on tensor cores that brings keys and values."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Kernel:
         """Attributes and axes, by their names in the definition."""
         shape = self.shape
         sizes = {"num_heads": HEADS, "kernel_size": WINDOWS[self.operator.name], "stride": shape.stride}
+        sizes |= {"dilation": 1, "border": Border.SHIFTED}
         return {**sizes, "batch": 1, "head_dim": shape.channels // HEADS, "height": shape.side, "width": shape.side}
 
     @property
@@ -107,10 +111,9 @@ class Kernel:
     def instance(self) -> str:
         """An expression of C++, spelt as the demangled symbol is."""
         dtype, layout = f"(Dtype){kernels.DTYPES.index(self.dtype)}", f"(Layout){kernels.LAYOUTS.index(self.layout)}"
-        head_dim, stride, kernel_size = (self.sizes[name] for name in ("head_dim", "stride", "kernel_size"))
-        values = (
-            (layout, head_dim, stride, kernel_size) if self.name == "mma" else (dtype, layout, head_dim, kernel_size)
-        )
+        strides = [self.sizes["stride"]] * (self.name == "mma" and "stride" in self.operator.axes.values())
+        types = [layout] if self.name == "mma" else [dtype, layout]
+        values = (*types, self.sizes["head_dim"], *strides, self.sizes["kernel_size"])
         return f"{self.operator.name}_{self.name}_kernel<{', '.join(map(str, values))}>"
 
     @property
@@ -118,9 +121,10 @@ class Kernel:
         """Declarations of C++ by which the bounds of its loops have values."""
         if self.name == "simt":
             return f"constexpr int kKernelSize = {self.sizes['kernel_size']};"
-        arguments = self.instance[self.instance.index("<") :]
-        layout = arguments[1:].partition(",")[0]
-        return f"using Shape = MmaShape{arguments}; constexpr int kWords = Loader<{layout}, Shape>::kWords;"
+        sizes = ", ".join(str(self.sizes[name]) for name in ("head_dim", "stride", "kernel_size"))
+        layout = self.instance[self.instance.index("<") + 1 :].partition(",")[0]
+        loader = LOADERS[self.operator.name]
+        return f"using Shape = MmaShape<{layout}, {sizes}>; constexpr int kWords = {loader}<{layout}, Shape>::kWords;"
 
     def __str__(self) -> str:
         return f"{self.operator.name}_{self.name} {self.dtype} {self.layout}"

@@ -13,20 +13,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Axis:
-    """A length: ``3*N*d``, ``N*K^4``, ``H/s``, which must leave no rest, or ``ceil(H/s)``."""
+    """A length: ``3*N*d``, ``N*K^4``, ``2*K-1``, ``H/s``, which must leave no rest, or ``ceil(H/s)``."""
 
     coefficient: int
     powers: dict[str, int]
     """By letter; a negative one divides."""
     divisor: int
     rounds_up: bool
+    less: int = 0
+    """What is subtracted in the end."""
 
     @staticmethod
     @functools.cache
     def parse(text: str) -> Axis:
         """Read an expression. Raises ValueError for what is none."""
-        rounds_up = text.startswith("ceil(") and text.endswith(")")
-        product, _, quotient = (text[5:-1] if rounds_up else text).partition("/")
+        whole, minus, less = text.partition("-")
+        if minus and not less.isdigit():
+            raise ValueError(f"{text!r} is no length")
+        rounds_up = whole.startswith("ceil(") and whole.endswith(")")
+        product, _, quotient = (whole[5:-1] if rounds_up else whole).partition("/")
         numbers, powers = {1: 1, -1: 1}, {}
         for sign, factors in ((1, product.split("*")), (-1, quotient.split("*") if quotient else [])):
             for factor in factors:
@@ -37,7 +42,7 @@ class Axis:
                     powers[base] = sign * int(power or 1)
                 else:
                     raise ValueError(f"{text!r} is no length")
-        return Axis(numbers[1], powers, numbers[-1], rounds_up)
+        return Axis(numbers[1], powers, numbers[-1], rounds_up, int(less or 0))
 
     @property
     def divides(self) -> bool:
@@ -52,12 +57,12 @@ class Axis:
                 over *= sizes[letter] ** power
             else:
                 under *= sizes[letter] ** -power
-        return -(-over // under) if self.rounds_up else over // under
+        return (-(-over // under) if self.rounds_up else over // under) - self.less
 
     def solve(self, length: int, sizes: Mapping[str, int]) -> dict[str, int]:
         """The one letter that has no size yet, as it follows from the length; empty where none does."""
         unknown = [letter for letter in self.powers if letter not in sizes]
-        if self.divides or len(unknown) != 1 or self.powers[unknown[0]] != 1:
+        if self.divides or self.less or len(unknown) != 1 or self.powers[unknown[0]] != 1:
             return {}
         size, rest = divmod(length, self.length({**sizes, unknown[0]: 1}))
         return {} if rest else {unknown[0]: size}

@@ -127,11 +127,14 @@ def _problem(operator: Operator) -> str:
         f'{{"{name}", &P::{name}, {_constant(name)}s}}' if name in limits else f'{{"{name}", &P::{name}}}'
         for name in operator.axes.values()
     ]
+    letter, where = operator.minima_where or ("", 0)
+    only = f", &P::{operator.axes[letter]}, {where:d}" if letter else ""
     bounds = [
-        *((value, least, "false") for value, least in operator.minima.items()),
+        *((value, least, f"false{only}") for value, least in operator.minima.items()),
         *((value, str(most), "true") for value, most in operator.kernel_maxima.items()),
     ]
-    bound_rows = (f"{{{_axis(operator, value)}, {_axis(operator, limit)}, {upper}}}" for value, limit, upper in bounds)
+    bound_rows = (f"{{{_axis(operator, value)}, {_axis(operator, limit)}, {rest}}}" for value, limit, rest in bounds)
+    named = [value for attribute in numbers for value in attribute.names or ()]
     return _PROBLEM.format(
         formula=operator.formula,
         tensors=_lines(f"//   {tensor.name} [{', '.join(tensor.axes)}]: {tensor.meaning}" for tensor in tensors),
@@ -146,6 +149,7 @@ def _problem(operator: Operator) -> str:
         ),
         constants=_lines(
             [
+                *(f"    static constexpr std::int32_t {_constant(value.name)} = {value:d};" for value in named),
                 *(
                     f"    static constexpr std::int32_t {_constant(name)}s[] = {{{', '.join(map(str, values))}}};"
                     for name, values in limits.items()
@@ -237,10 +241,11 @@ def _tensor(tensor: Tensor) -> str:
 
 def _axis(operator: Operator, text: str) -> str:
     axis = Axis.parse(text)
-    spaced = re.sub(r"[*/]", r" \g<0> ", text)
+    spaced = re.sub(r"[-*/]", r" \g<0> ", text)
     named = re.sub(r"\w+", lambda word: operator.axes.get(word[0], word[0]), spaced)
     factors = ", ".join(f"{{&P::{operator.axes[letter]}, {power}}}" for letter, power in axis.powers.items())
     fields = [f'"{named}"', str(axis.coefficient), f"{{{factors}}}", str(axis.divisor), str(axis.rounds_up).lower()]
+    fields += [str(axis.less)] * bool(axis.less)
     return f"{{{', '.join(fields)}}}"
 
 

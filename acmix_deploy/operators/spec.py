@@ -7,7 +7,9 @@ them from an :class:`Operator` and does not repeat them.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Literal
 
 
@@ -29,6 +31,8 @@ class Attribute:
     default: int | float | str
     meaning: str
     minimum: int | None = None
+    names: type[IntEnum] | None = None
+    """What its values are called, where they are kinds and no amounts."""
 
 
 LARGEST_LIMIT = 0.25
@@ -101,7 +105,8 @@ class Operator:
     version: int
     formula: str
     axes: dict[str, str]
-    """What the letters in shapes stand for; a name that is an attribute's stands for its value. B is the batch."""
+    """What the letters in shapes and limits stand for; a name that is an attribute's stands for its value. B is the
+    batch."""
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     attributes: tuple[Attribute, ...]
@@ -114,6 +119,8 @@ class Operator:
     """The largest values that the native kernels can count."""
     minima: dict[str, str] = field(default_factory=dict)
     """The smallest sizes for which the operator is defined, where that is not 1."""
+    minima_where: tuple[str, int] | None = None
+    """The letter and its value for which alone the minima hold; None where they always do."""
 
     @property
     def name(self) -> str:
@@ -124,6 +131,11 @@ class Operator:
     def dtypes(self) -> tuple[str, ...]:
         """Element types that inputs and outputs may have; all of a node's tensors share one."""
         return tuple(self.tolerances)
+
+    def least(self, letter: str, sizes: Mapping[str, int]) -> str:
+        """The smallest size of a letter, as :class:`Axis` reads it, where other letters have these sizes."""
+        where = self.minima_where
+        return self.minima.get(letter, "1") if where is None or sizes[where[0]] == where[1] else "1"
 
     def attribute(self, name: str) -> Attribute:
         """The attribute called ``name``. Raises KeyError for an unknown name."""

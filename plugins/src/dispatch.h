@@ -39,6 +39,7 @@ std::string outside(const Problem& problem) {
         }
     }
     for (const Bound<Problem>& bound : Operator::kBounds) {
+        if (bound.where != nullptr && problem.*bound.where != bound.is) continue;
         const std::int64_t value = length(bound.value, problem), limit = length(bound.limit, problem);
         if (value < 1 || (bound.upper ? value <= limit : value >= limit)) continue;
         return unsupported(std::string(bound.value.text) + " " + std::to_string(value),

@@ -51,7 +51,7 @@ Solvable<Problem> solvable(const Axis<Problem>& axis, Problem known) {
         if (factor.power < 0) return {};
         if (known.*factor.size == 0 && factor.power == 1) found.size = factor.size;
     }
-    if (found.size == nullptr || axis.divisor != 1) return {};
+    if (found.size == nullptr || axis.divisor != 1 || axis.less != 0) return {};
     known.*found.size = 1;
     found.parts = length(axis, known);
     return found;
@@ -140,7 +140,8 @@ class Expressions {
                 product = apply(Operation::kPROD, size(factor.size), product);
             }
         }
-        return apply(axis.rounds_up ? Operation::kCEIL_DIV : Operation::kFLOOR_DIV, over, under);
+        const Expression all = apply(axis.rounds_up ? Operation::kCEIL_DIV : Operation::kFLOOR_DIV, over, under);
+        return axis.less == 0 ? all : builder_.operation(Operation::kSUB, *all, *constant(axis.less));
     }
 
  private:

@@ -1,15 +1,16 @@
 // Asks a plugin library, in a process without TensorRT: which tensor formats does a node accept, does what an engine
 // file keeps of it come back the same, what does it compute, and where does it say what is wrong?
 //
-//   formats LIBRARY OP_TYPE NUM_HEADS KERNEL_SIZE STRIDE SHAPE SHAPE SHAPE    one line for each accepted combination
-//   plan LIBRARY OP_TYPE                                                      one line for each question
-//   log LIBRARY OP_TYPE                                                       one line for each error
-//   namespace LIBRARY OP_TYPE                                                 a creator's and a node's after null
-//   timing_cache_id LIBRARY OP_TYPE
-//   enqueue LIBRARY OP_TYPE NUM_HEADS KERNEL_SIZE STRIDE SHAPE SHAPE SHAPE TYPE FORMAT FILE FILE FILE
-//                                                                             one line for each step and its result
+//   formats LIBRARY OP_TYPE ATTRIBUTES SHAPE ...          one line for each accepted combination
+//   plan LIBRARY OP_TYPE ATTRIBUTES                       one line for each question
+//   log LIBRARY OP_TYPE                                   one line for each error
+//   namespace LIBRARY OP_TYPE ATTRIBUTES                  a creator's and a node's after null
+//   timing_cache_id LIBRARY OP_TYPE ATTRIBUTES
+//   enqueue LIBRARY OP_TYPE ATTRIBUTES TYPE FORMAT SHAPE ... FILE ...
+//                                                         one line for each step and its result
 //
-// A SHAPE is 1,192,8,8 with -1 for what is dynamic. Each FILE holds a tensor as it lies in memory; the last, which the
+// ATTRIBUTES are num_heads=4,scale=0.3 with a point in what is no integer. A SHAPE is 1,192,8,8 with -1 for what is
+// dynamic; one for each tensor, the output last. Each FILE holds a tensor as it lies in memory; the last, which the
 // output overwrites, also what is there before.
 #include <NvInfer.h>
 #include <dlfcn.h>
@@ -63,10 +64,33 @@ PluginTensorDesc tensor(const std::string& shape) {
     return description;
 }
 
+struct Attributes {
+    std::vector<std::string> names;
+    std::vector<int32_t> words;  // integers, or the bits of floats
+    std::vector<PluginField> fields;
+
+    explicit Attributes(const std::string& text) {
+        std::istringstream parts(text);
+        for (std::string part; std::getline(parts, part, ',');) {
+            const std::size_t equals = part.find('=');
+            const std::string value = part.substr(equals + 1);
+            names.push_back(part.substr(0, equals));
+            const bool real = value.find('.') != std::string::npos;
+            const float number = std::strtof(value.c_str(), nullptr);
+            words.push_back(std::atoi(value.c_str()));
+            if (real) std::memcpy(&words.back(), &number, sizeof number);
+            fields.push_back({nullptr, nullptr, real ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, 1});
+        }
+        for (std::size_t i = 0; i < fields.size(); ++i) fields[i].name = names[i].c_str(), fields[i].data = &words[i];
+    }
+};
+
+using Tensors = std::vector<PluginTensorDesc>;
+
 // A profile as it comes with free axes: only the ends of their ranges, here one and the same, say what they may be.
-std::vector<DynamicPluginTensorDesc> free_axes(const PluginTensorDesc* tensors) {
-    std::vector<DynamicPluginTensorDesc> profile(3);
-    for (int32_t i = 0; i < 3; ++i) {
+std::vector<DynamicPluginTensorDesc> free_axes(const Tensors& tensors) {
+    std::vector<DynamicPluginTensorDesc> profile(tensors.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
         profile[i].desc = tensors[i];
         profile[i].min = profile[i].max = tensors[i].dims;
         if (tensors[i].dims.nbDims != 4) continue;
@@ -76,63 +100,67 @@ std::vector<DynamicPluginTensorDesc> free_axes(const PluginTensorDesc* tensors) 
 }
 
 #if NV_TENSORRT_MAJOR >= 10
-bool supports(IPluginV3& plugin, const std::vector<PluginTensorDesc>& tensors, int32_t position) {
+bool supports(IPluginV3& plugin, const Tensors& tensors, int32_t position) {
     std::vector<DynamicPluginTensorDesc> dynamic(tensors.size());
     for (std::size_t i = 0; i < tensors.size(); ++i) dynamic[i].desc = tensors[i];
     auto* const build = static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
-    return build->supportsFormatCombination(position, dynamic.data(), 2, 1);
+    return build->supportsFormatCombination(position, dynamic.data(), static_cast<int32_t>(tensors.size()) - 1, 1);
 }
 
-void enqueue(IPluginV3& plugin, const PluginTensorDesc* tensors, const void* const* inputs, void* const* outputs) {
+void enqueue(IPluginV3& plugin, const Tensors& tensors, const void* const* inputs, void* const* outputs) {
+    const auto count = static_cast<int32_t>(tensors.size()) - 1;
     const std::vector<DynamicPluginTensorDesc> profile = free_axes(tensors);
     auto* const build = static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
-    std::printf("configurePlugin %d\n", build->configurePlugin(profile.data(), 2, profile.data() + 2, 1));
+    std::printf("configurePlugin %d\n", build->configurePlugin(profile.data(), count, &profile.back(), 1));
     const auto runtime_of = [](IPluginV3& node) {
         return static_cast<IPluginV3OneRuntime*>(node.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     };
     IPluginV3OneRuntime& runtime = *runtime_of(*runtime_of(plugin)->attachToContext(nullptr));
-    std::printf("onShapeChange %d\n", runtime.onShapeChange(tensors, 2, tensors + 2, 1));
-    std::printf("enqueue %d\n", runtime.enqueue(tensors, tensors + 2, inputs, outputs, nullptr, nullptr));
+    std::printf("onShapeChange %d\n", runtime.onShapeChange(tensors.data(), count, &tensors.back(), 1));
+    std::printf("enqueue %d\n", runtime.enqueue(tensors.data(), &tensors.back(), inputs, outputs, nullptr, nullptr));
 }
 #else
-bool supports(IPluginV2& plugin, const std::vector<PluginTensorDesc>& tensors, int32_t position) {
-    return static_cast<IPluginV2DynamicExt&>(plugin).supportsFormatCombination(position, tensors.data(), 2, 1);
+bool supports(IPluginV2& plugin, const Tensors& tensors, int32_t position) {
+    const auto count = static_cast<int32_t>(tensors.size()) - 1;
+    return static_cast<IPluginV2DynamicExt&>(plugin).supportsFormatCombination(position, tensors.data(), count, 1);
 }
 
-void enqueue(IPluginV2& plugin, const PluginTensorDesc* tensors, const void* const* inputs, void* const* outputs) {
+void enqueue(IPluginV2& plugin, const Tensors& tensors, const void* const* inputs, void* const* outputs) {
+    const auto count = static_cast<int32_t>(tensors.size()) - 1;
     const std::vector<DynamicPluginTensorDesc> profile = free_axes(tensors);
     auto& node = *static_cast<IPluginV2DynamicExt&>(plugin).clone();
-    node.configurePlugin(profile.data(), 2, profile.data() + 2, 1);
-    std::printf("enqueue %d\n", node.enqueue(tensors, tensors + 2, inputs, outputs, nullptr, nullptr));
+    node.configurePlugin(profile.data(), count, &profile.back(), 1);
+    std::printf("enqueue %d\n", node.enqueue(tensors.data(), &tensors.back(), inputs, outputs, nullptr, nullptr));
 }
 #endif
 
 // Runs the node on the tensors in the files.
 template <class Plugin>
-void enqueue_files(Plugin& plugin, PluginTensorDesc (&tensors)[3], const char* type, const char* format, char** files) {
-    std::vector<char> bytes[3];
-    for (int32_t i = 0; i < 3; ++i) {
+void enqueue_files(Plugin& plugin, Tensors tensors, const char* type, const char* format, char** files) {
+    std::vector<std::vector<char>> bytes(tensors.size());
+    std::vector<void*> data;
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
         tensors[i].type = static_cast<DataType>(std::atoi(type));
         tensors[i].format =
             tensors[i].dims.nbDims == 4 ? static_cast<TensorFormat>(std::atoi(format)) : TensorFormat::kLINEAR;
         std::ifstream file(files[i], std::ios::binary);
         bytes[i].assign(std::istreambuf_iterator<char>(file), {});
+        data.push_back(bytes[i].data());
     }
-    const void* const inputs[] = {bytes[0].data(), bytes[1].data()};
-    void* const outputs[] = {bytes[2].data()};
-    enqueue(plugin, tensors, inputs, outputs);
-    std::ofstream(files[2], std::ios::binary).write(bytes[2].data(), static_cast<std::streamsize>(bytes[2].size()));
+    enqueue(plugin, tensors, data.data(), &data.back());
+    std::ofstream(files[tensors.size() - 1], std::ios::binary)
+        .write(bytes.back().data(), static_cast<std::streamsize>(bytes.back().size()));
 }
 
 // Prints every accepted combination of "type:format", asking as TensorRT does: tensors after `position` are garbage.
 template <class Plugin>
-void print_accepted(Plugin& plugin, std::vector<PluginTensorDesc> tensors, std::size_t position, std::string line) {
+void print_accepted(Plugin& plugin, Tensors tensors, std::size_t position, std::string line) {
     if (position == tensors.size()) return void(std::puts(line.c_str()));
     for (int32_t type = 0; type < EnumMax<DataType>(); ++type) {
         for (int32_t format = 0; format < EnumMax<TensorFormat>(); ++format) {
             tensors[position].type = static_cast<DataType>(type);
             tensors[position].format = static_cast<TensorFormat>(format);
-            std::vector<PluginTensorDesc> known = tensors;
+            Tensors known = tensors;
             for (std::size_t i = position + 1; i < known.size(); ++i) std::memset(&known[i], 0x5a, sizeof known[i]);
             if (!supports(plugin, known, static_cast<int32_t>(position))) continue;
             print_accepted(plugin, tensors, position + 1,
@@ -179,14 +207,8 @@ void log_errors(const char* library, Creator& creator) {
 int main(int argc, char** argv) {
     Creator& creator = find_creator(argv[2], argv[3]);
     if (std::strcmp(argv[1], "log") == 0) return log_errors(argv[2], creator), 0;
-    int32_t num_heads = argc > 4 ? std::atoi(argv[4]) : 4, kernel_size = argc > 5 ? std::atoi(argv[5]) : 5;
-    int32_t stride = argc > 6 ? std::atoi(argv[6]) : 2;
-    float scale = 0.3f;
-    const PluginField attributes[] = {{"num_heads", &num_heads, PluginFieldType::kINT32, 1},
-                                      {"kernel_size", &kernel_size, PluginFieldType::kINT32, 1},
-                                      {"stride", &stride, PluginFieldType::kINT32, 1},
-                                      {"scale", &scale, PluginFieldType::kFLOAT32, 1}};
-    PluginFieldCollection fields{4, attributes};
+    const Attributes attributes(argv[4]);
+    PluginFieldCollection fields{static_cast<int32_t>(attributes.fields.size()), attributes.fields.data()};
 #if NV_TENSORRT_MAJOR >= 10
     const auto create = [&](TensorRTPhase phase, const PluginFieldCollection* from) {
         return creator.createPlugin("", from, phase);
@@ -197,12 +219,16 @@ int main(int argc, char** argv) {
 #endif
     if (plugin == nullptr) return std::puts("not created"), 1;
     if (std::strcmp(argv[1], "formats") == 0) {
-        print_accepted(*plugin, {tensor(argv[7]), tensor(argv[8]), tensor(argv[9])}, 0, "");
+        Tensors tensors;
+        for (int i = 5; i < argc; ++i) tensors.push_back(tensor(argv[i]));
+        print_accepted(*plugin, tensors, 0, "");
         return 0;
     }
     if (std::strcmp(argv[1], "enqueue") == 0) {
-        PluginTensorDesc tensors[] = {tensor(argv[7]), tensor(argv[8]), tensor(argv[9])};
-        enqueue_files(*plugin, tensors, argv[10], argv[11], argv + 12);
+        Tensors tensors;
+        const int count = (argc - 7) / 2;
+        for (int i = 7; i < 7 + count; ++i) tensors.push_back(tensor(argv[i]));
+        enqueue_files(*plugin, tensors, argv[5], argv[6], argv + 7 + count);
         return 0;
     }
 #if NV_TENSORRT_MAJOR >= 10

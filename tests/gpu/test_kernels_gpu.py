@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 
 from acmix_deploy.operators import OPERATORS
-from acmix_deploy.operators.axes import shapes
+from acmix_deploy.operators.axes import Axis, shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import HEAD_DIMS, Operator
 from tests.gpu import device
 from tests.gpu.device import DeviceKernels, Placed
+from tests.plugin.kernels import windows_of
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(bool(device.missing()), reason=device.missing())
@@ -39,9 +40,9 @@ WAYS = [
     for dtype, layout in kernel.formats
 ]
 WINDOWS = [
-    pytest.param(operator, way, *window, id="-".join(map(str, (operator.name, *way.values(), *window))))
+    pytest.param(operator, way, window, id="-".join(map(str, (operator.name, *way.values(), *window.values()))))
     for operator, way in WAYS
-    for window in itertools.product(*(operator.kernel_limits[name][FEW] for name in ("kernel_size", "stride")))
+    for window in windows_of(operator)[FEW]
 ]
 
 
@@ -59,7 +60,8 @@ class Launch:
     @staticmethod
     def of(library: DeviceKernels, operator: Operator, entry: dict[str, Any], offset: int = 0, **fields: int) -> Launch:
         """Random inputs; the rest of ``fields``: 2 images, 3 heads, the logits divided by sqrt(head_dim)."""
-        sizes = {"batch": 2, "num_heads": 3, "kernel_size": 7, "stride": 1} | fields
+        defaults = {"batch": 2, "num_heads": 3, "kernel_size": 7, "stride": 1, "dilation": 1, "border": 3} | fields
+        sizes = {name: defaults[name] for name in operator.axes.values()}
         *inputs, y = (Placed.empty(shape, entry["dtype"], entry["layout"], offset) for shape in shapes(operator, sizes))
         launch = Launch(library, operator, entry, {**sizes, "scale": sizes["head_dim"] ** -0.5}, inputs, y)
         launch.randomise()
@@ -75,15 +77,16 @@ class Launch:
         """y, launched on the current stream."""
         inputs = [placed.tensor for placed in self.inputs]
         problem = device.problem_for(self.operator, self.entry, self.fields)
-        given = inputs if position else [inputs[0], None]
+        given: list[Any] = inputs if position else [inputs[0], None]
         self.library.launch(self.operator, problem, given, self.y.tensor, self.entry["kernel"])
         return self.y.tensor
 
     def expected(self, position: bool = True) -> Any:
         """y of the oracle."""
-        first, second = (placed.tensor for placed in self.inputs)
-        attributes = {name: self.fields[name] for name in ("num_heads", "kernel_size", "stride", "scale")}
-        return device.oracle(self.operator, [first, second if position else torch.zeros_like(second)], attributes)
+        inputs = [placed.tensor for placed in self.inputs]
+        given = inputs if position else [inputs[0], torch.zeros_like(inputs[1])]
+        names = [attribute.name for attribute in self.operator.attributes if attribute.kind != "string"]
+        return device.oracle(self.operator, given, {name: self.fields[name] for name in names})
 
     def check(self, position: bool = True) -> None:
         """Fail unless the kernel agrees with the oracle and wrote y alone, all of it."""
@@ -119,26 +122,31 @@ def rows(
             yield entry, head_dim
 
 
-def check_rows(
-    library: DeviceKernels, operator: Operator, way: Mapping[str, str], kernel_size: int, stride: int
-) -> None:
-    """Odd sizes, the smallest map there is, which is all border, and one whose rows are whole words of memory."""
-    least = -(-(kernel_size // 2 + 1) // stride)
-    wrong = []
+def check_rows(library: DeviceKernels, operator: Operator, way: Mapping[str, str], window: Mapping[str, int]) -> None:
+    """Odd sizes, the smallest map there is, which is all border, and one whose rows are whole words of memory.
+
+    Where there is a dilation, the pixels of the smallest map are apart.
+    """
+    stride, wrong = window.get("stride", 1), []
+
+    def least(dilation: int) -> int:
+        of = {letter: {"dilation": dilation, **window}.get(name, 1) for letter, name in operator.axes.items()}
+        return -(-Axis.parse(operator.least("H", of)).length(of) // stride)
+
+    maps = ((max(9, least(1)), 17, 1), (least(2), least(2), 2), (max(11, least(1)), 8 * -(-least(1) // 8), 1))
     for entry, head_dim in rows(library, operator, way):
-        window = {"head_dim": head_dim, "kernel_size": kernel_size, "stride": stride}
-        for height, width in ((9, 17), (least, least), (11, 8)):
-            launch = Launch.of(library, operator, entry, height=height * stride, width=width * stride, **window)
+        for height, width, dilation in maps:
+            sizes = {"head_dim": head_dim, "height": height * stride, "width": width * stride, "dilation": dilation}
             try:
-                launch.check()
+                Launch.of(library, operator, entry, **sizes, **window).check()
             except AssertionError as error:
                 wrong.append(str(error))
     assert not wrong, f"{len(wrong)} launches: " + "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("operator", "way", "kernel_size", "stride"), WINDOWS)
-def test_every_row_at_every_window(library, operator, way, kernel_size, stride):
-    check_rows(library, operator, way, kernel_size, stride)
+@pytest.mark.parametrize(("operator", "way", "window"), WINDOWS)
+def test_every_row_at_every_window(library, operator, way, window):
+    check_rows(library, operator, way, window)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +155,7 @@ def test_every_row_at_every_window(library, operator, way, kernel_size, stride):
 @pytest.mark.parametrize("stride", LOCAL_ATTENTION.kernel_limits["stride"])
 def test_every_row_as_on_sm_75(turing_library, way, stride):
     """Before sm_80 tensor cores multiply in two steps of half the depth, and nothing is copied in the background."""
-    check_rows(turing_library, LOCAL_ATTENTION, way, 7, stride)
+    check_rows(turing_library, LOCAL_ATTENTION, way, {"kernel_size": 7, "stride": stride})
 
 
 def test_without_position(library):

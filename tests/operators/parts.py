@@ -38,13 +38,12 @@ def function_body(operator: Operator) -> Callable[..., onnx.FunctionProto]:
 @st.composite
 def sizes(draw, operator: Operator, side: int, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Sizes by name for which the operator is defined: out of ``choices``, the others up to ``side``."""
-    letters = {name: letter for letter, name in operator.axes.items()}
-    drawn = {letters[name]: draw(st.sampled_from(values)) for name, values in choices.items()}
+    drawn = {letter: draw(st.sampled_from(choices[name])) for letter, name in operator.axes.items() if name in choices}
     axes = [Axis.parse(axis) for tensor in (*operator.inputs, *operator.outputs) for axis in tensor.axes]
     for letter in [letter for letter in operator.axes if letter not in drawn]:
         exact = [axis.powers for axis in axes if axis.divides and not axis.rounds_up and axis.powers.get(letter) == 1]
         step = next((drawn[divisor] for powers in exact for divisor, power in powers.items() if power < 0), 1)
-        least = -(-Axis.parse(operator.minima.get(letter, "1")).length(drawn) // step)
+        least = -(-Axis.parse(operator.least(letter, drawn)).length(drawn) // step)
         drawn[letter] = step * draw(st.integers(least, max(least, side // step)))
     return {operator.axes[letter]: size for letter, size in drawn.items()}
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acmix_deploy.operators.axes import Axis, quantities, shapes
-from acmix_deploy.operators.local_attention import LOCAL_ATTENTION, body
+from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION, Border
 from acmix_deploy.operators.spec import HEAD_DIMS
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
@@ -33,8 +34,13 @@ CHOICES = {
     "head_dim": [1, 2, 3, 5, 8],
     "kernel_size": [3, 3, 5, 7, 9],
     "stride": [1, 1, 2, 3, 4],
+    "dilation": [1, 1, 2, 3],
+    "border": [*Border],
 }
-BODIES = {LOCAL_ATTENTION.name: [partial(body.function_body, tile=tile) for tile in (3, 4, 8)]}
+BODIES = {
+    operator.name: [partial(function_body(operator), tile=tile) for tile in (3, 4, 8)]
+    for operator in (LOCAL_ATTENTION, NEIGHBORHOOD_ATTENTION)
+}
 """Of the operators whose bodies have a setting."""
 
 
@@ -69,6 +75,7 @@ def test_body_equals_oracle(operator, data):
 def test_oracle_computes_where_its_inputs_are(operator):
     """Kernels on a GPU are compared with it there."""
     size = {"batch": 1, "num_heads": 2, "head_dim": 3, "height": 6, "width": 8, "kernel_size": 3, "stride": 2}
+    size |= {"dilation": 2, "border": Border.SHIFTED}
     *inputs, y = (torch.empty(shape, device="meta") for shape in shapes(operator, size))
     computed = oracle_of(operator)(*inputs, **attributes_of(operator, size, scale=1.0))
     assert (computed.device, computed.dtype, computed.shape) == (y.device, torch.float64, y.shape)
@@ -108,7 +115,7 @@ def test_native_kernels_hold_the_definition(operator):
     assert operator.attribute("plugin_version").default == str(operator.version)
 
 
-@pytest.mark.parametrize("text", ["", "N+1", "ceil(H/s", "N*N", "H//s", "2.5*N"])
+@pytest.mark.parametrize("text", ["", "N+1", "ceil(H/s", "N*N", "H//s", "2.5*N", "2*K-", "2*K-N", "H-1/s"])
 def test_what_is_no_length(text):
     with pytest.raises(ValueError, match="is no length"):
         Axis.parse(text)
@@ -117,8 +124,10 @@ def test_what_is_no_length(text):
 def test_lengths():
     sizes = {"H": 9, "s": 2, "K": 3, "N": 5}
     lengths = {"7": 7, "3*N": 15, "N*K^4": 405, "H/s": 4, "ceil(H/s)": 5, "ceil(K/2)": 2, "2*H/3": 6}
+    lengths |= {"2*K-1": 5, "ceil(H/s)-2": 3}
     assert {text: Axis.parse(text).length(sizes) for text in lengths} == lengths
     assert Axis.parse("3*N*d").solve(30, sizes) == {"d": 2}
     assert Axis.parse("3*N*d").solve(31, sizes) == {}
     assert Axis.parse("x*d").solve(30, sizes) == {}
     assert Axis.parse("y/s").solve(30, sizes) == {}
+    assert Axis.parse("2*y-1").solve(5, sizes) == {}

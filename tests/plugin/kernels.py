@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -110,6 +111,12 @@ def problem_type(operator: Operator) -> type[ctypes.Structure]:
         *((name, ctypes.c_float) for name in floats),
     ]
     return type(operator.op_type, (ctypes.Structure,), {"_fields_": fields})
+
+
+def windows_of(operator: Operator) -> list[dict[str, int]]:
+    """All that the native kernels take beside heads: each kernel size with each stride, border and so on."""
+    choices = {name: values for name, values in operator.kernel_limits.items() if name != "head_dim"}
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 class Refused(Exception):

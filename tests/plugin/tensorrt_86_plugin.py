@@ -1,6 +1,6 @@
 """Asks TensorRT 8.6, without a GPU, whether the plugin's creators do what an engine needs of them. For Python 3.10.
 
-python tensorrt_86_plugin.py LIBRARY OP_TYPE    prints one JSON object
+python tensorrt_86_plugin.py LIBRARY OP_TYPE ATTRIBUTES    prints one JSON object, as ATTRIBUTES is one; scale is last
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-library, op_type = sys.argv[1:]
+library, op_type, attributes = sys.argv[1:]
 registry = trt.get_plugin_registry()
 before = registry.get_plugin_creator(op_type, "1", "")
 ctypes.CDLL(library)
@@ -31,7 +31,8 @@ def node(**attributes: Any) -> Any:
     return creator.create_plugin("node", trt.PluginFieldCollection(fields))
 
 
-good = {"num_heads": 4, "kernel_size": 5, "stride": 2, "scale": 0.25}
+good = json.loads(attributes)
+layout = f"<4si{'i' * (len(good) - 1)}f"
 plugin = node(**good)
 plan = bytes(plugin.serialize())
 read = creator.deserialize_plugin("node", plan)
@@ -48,7 +49,7 @@ bad_attributes = [
     {"num_heads": 1.0},
     {"num_heads": [1, 2]},
     {"kernel_size": 4},
-    {"stride": 3},
+    *({name: 0} for name in good if name != "scale"),
     {"scale": float("nan")},
     {"scale": 1},
 ]
@@ -58,10 +59,10 @@ json.dump(
         "registered before": before is not None,
         "fields": [field.name for field in creator.field_names],
         "type": [plugin.plugin_type, plugin.plugin_version, plugin.plugin_namespace, plugin.num_outputs],
-        "plan": struct.unpack("<4siiiif", plan)[1:],
+        "plan": struct.unpack(layout, plan)[1:],
         "clone equal": bytes(plugin.clone().serialize()) == plan,
         "read equal": read is not None and bytes(read.serialize()) == plan,
-        "defaults": struct.unpack("<4siiiif", bytes(node().serialize()))[2:],
+        "defaults": struct.unpack(layout, bytes(node().serialize()))[2:],
         "bad plans accepted": [name for name, bad in bad_plans.items() if creator.deserialize_plugin("node", bad)],
         "bad attributes accepted": [bad for bad in bad_attributes if node(**bad)],
     },

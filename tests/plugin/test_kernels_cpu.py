@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,14 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION, Border
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import HEAD_DIMS, Operator
 from acmix_deploy.runtime.metrics import deviation
 from tests.operators.parts import attributes_of, every_operator, oracle, sizes
 from tests.plugin import kernels
-from tests.plugin.kernels import Array, Kernels, Refused
+from tests.plugin.kernels import Array, Kernels, Refused, windows_of
 
 MISSING = kernels.missing_compiler()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -72,7 +75,7 @@ def test_equals_oracle(library, operator, data):
     dtype, layout, kernel = data.draw(st.sampled_from(ways_of(operator)))
     seeds = st.integers(0, 999)
     launch = {"layout": layout, "kernel": kernel, "sm": data.draw(st.sampled_from([75, 90])), "seed": data.draw(seeds)}
-    choices = {**operator.kernel_limits, "batch": [1, 2], "num_heads": [1, 2, 3]}
+    choices = {**operator.kernel_limits, "batch": [1, 2], "num_heads": [1, 2, 3], "dilation": [1, 1, 2, 3]}
     size = data.draw(sizes(operator, 16, choices))
     scale = data.draw(st.sampled_from([1.0, -1.0, 0.0])) * size["head_dim"] ** -0.5
     attributes = attributes_of(operator, size, scale=scale)
@@ -88,14 +91,12 @@ def of_entry(
     operator: Operator,
     entry: dict[str, Any],
     head_dim: int,
-    kernel_size: int,
-    stride: int,
+    window: Mapping[str, int],
     **launch: Any,
 ) -> None:
     """Check a row of the table, with rows of pixels that NCHW copies in words."""
     random = np.random.default_rng(0)
-    size = {"batch": 1, "num_heads": 1, "head_dim": head_dim, "height": 6, "width": 12}
-    size |= {"kernel_size": kernel_size, "stride": stride}
+    size = {"batch": 1, "num_heads": 1, "head_dim": head_dim, "height": 10, "width": 12, "dilation": 1, **window}
     inputs = [normal(random, entry["dtype"], *shape) for shape in shapes(operator, size)[: len(operator.inputs)]]
     way = {**launch, "layout": entry["layout"], "kernel": entry["kernel"]}
     check(library, operator, inputs, way, **attributes_of(operator, size, scale=head_dim**-0.5))
@@ -107,18 +108,19 @@ def test_every_entry(library, operator):
     rows = library.entries(operator)
     expected = [(*way, head_dim) for way in ways_of(operator) for head_dim in HEAD_DIMS]
     assert [(row["dtype"], row["layout"], row["kernel"], row["head_dim"]) for row in rows] == expected
-    windows = list(itertools.product(operator.kernel_limits["kernel_size"], operator.kernel_limits["stride"]))
+    windows = windows_of(operator)
     for index, (row, window) in enumerate(itertools.product(rows, windows)):
         padding = 8 * ((index + index // len(windows)) % 2)
-        of_entry(library, operator, row, row["head_dim"] - padding, *window)
+        of_entry(library, operator, row, row["head_dim"] - padding, window)
 
 
 @every_operator
 @pytest.mark.parametrize("offsets", [(1, 0), (0, 1)], ids=["input", "output"])
 def test_misaligned_tensors(library, operator, offsets):
     """NCHW takes any address; NHWC refuses what its 16-byte words cannot be read from."""
+    window = next(window for window in windows_of(operator) if window["kernel_size"] == 5)
     for row, padding in itertools.product(library.entries(operator), (0, 8)):
-        run = partial(of_entry, library, operator, row, row["head_dim"] - padding, 5, 1, offsets=offsets)
+        run = partial(of_entry, library, operator, row, row["head_dim"] - padding, window, offsets=offsets)
         if row["layout"] == "NCHW":
             run()
         else:
@@ -189,6 +191,108 @@ def test_outlook_logits_that_rise_or_fall(library, dtype, layout, kernel, step):
     check(library, OUTLOOK_ATTENTION, [logits, values], {"layout": layout, "kernel": kernel}, **attributes)
 
 
+def window_along(pixel: int, size: int, kernel_size: int, dilation: int, border: Border) -> list[int]:
+    """The pixels on the map that one sees along an axis."""
+    alike = [*range(pixel % dilation, size, dilation)]
+    first = alike.index(pixel) - kernel_size // 2
+    if border == Border.SHIFTED:
+        first = min(max(first, 0), len(alike) - kernel_size)
+    return alike[max(first, 0) : first + kernel_size]
+
+
+every_neighborhood_way = pytest.mark.parametrize(
+    ("dtype", "layout", "kernel", "border"),
+    [
+        pytest.param(*way, border, id="-".join((*way, border.name.lower())))
+        for way, border in itertools.product(ways_of(NEIGHBORHOOD_ATTENTION), Border)
+    ],
+)
+
+
+def neighborhood(border: Border, dtype: str, heads: int, head_dim: int, *size: int, **others: Any) -> Any:
+    """Inputs on a map of ``size``, [B, H, W], and attributes: K = 3, dilation 2 unless others are given."""
+    batch, height, width = size
+    attributes = {"num_heads": heads, "kernel_size": 3, "dilation": 2, "border": border, "scale": 1.0, **others}
+    sizes = {"batch": batch, "head_dim": head_dim, "height": height, "width": width, **attributes}
+    random = np.random.default_rng(0)
+    return [normal(random, dtype, *shape) for shape in shapes(NEIGHBORHOOD_ATTENTION, sizes)[:3]], attributes
+
+
+@every_neighborhood_way
+def test_a_neighborhood_is_all_that_is_read(library, dtype, layout, kernel, border):
+    """What lies outside a pixel's window reaches it as little as other heads, images and their biases do.
+
+    Tensor cores weigh the neighbours of a whole tile, some with 0: what is there is finite.
+    """
+    poison = np.nan if kernel == "simt" else 100
+    (qkv, weight, bias), attributes = neighborhood(border, dtype, 3, 8, 3, 7, 9)
+    way = {**attributes, "layout": layout, "kernel": kernel}
+    before = library.launch(NEIGHBORHOOD_ATTENTION, qkv, weight, bias, **way).reshape(3, 3, 8, 7, 9)
+    bias[[0, 2]] = np.nan
+    if border != Border.SHIFTED:
+        bias[:, [0, -1]] = bias[:, :, [0, -1]] = np.nan
+    for row, column in ((0, 0), (0, 4), (3, 8), (6, 1), (6, 8), (3, 4)):
+        hidden = np.ones((7, 9), bool)
+        rows, columns = (window_along(*axis, 3, 2, border) for axis in ((row, 7), (column, 9)))
+        hidden[np.ix_(rows, columns)] = False
+        poisoned = qkv.reshape(3, 3, 3, 8, 7, 9).copy()  # image, part, head, ...
+        poisoned[..., hidden] = poison
+        poisoned[[0, 2]] = poisoned[:, :, [0, 2]] = np.nan
+        after = library.launch(NEIGHBORHOOD_ATTENTION, poisoned.reshape(qkv.shape), weight, bias, **way)
+        assert np.array_equal(after.reshape(before.shape)[1, 1, :, row, column], before[1, 1, :, row, column])
+
+
+@every_neighborhood_way
+@pytest.mark.parametrize("step", [1000.0, -1000.0])
+def test_neighborhood_logits_that_rise_or_fall(library, dtype, layout, kernel, border, step):
+    (qkv, weight, bias), attributes = neighborhood(border, dtype, 1, 16, 1, 7, 9, scale=step / 16)
+    qkv[:, :16], qkv[:, 16:32] = 1, np.arange(63).reshape(7, 9)
+    check(library, NEIGHBORHOOD_ATTENTION, [qkv, 0 * weight, bias], {"layout": layout, "kernel": kernel}, **attributes)
+
+
+@every_neighborhood_way
+def test_bias_decides(library, dtype, layout, kernel, border):
+    """Large biases, and logits that without them say another thing."""
+    (qkv, weight, bias), attributes = neighborhood(border, dtype, 2, 8, 1, 11, 10, kernel_size=5)
+    inputs = [qkv, weight, bias * np.asarray(1000, dtype)]
+    check(library, NEIGHBORHOOD_ATTENTION, inputs, {"layout": layout, "kernel": kernel}, **attributes)
+
+
+@every_neighborhood_way
+def test_smallest_maps(library, dtype, layout, kernel, border):
+    """A single pixel, and where windows just fit; a dilation beyond the map leaves each pixel alone."""
+    least = 6 if border == Border.SHIFTED else 1
+    for height, width in ((least, least), (least, least + 3), (least + 1, least)):
+        inputs, attributes = neighborhood(border, dtype, 1, 8, 1, height, width)
+        check(library, NEIGHBORHOOD_ATTENTION, inputs, {"layout": layout, "kernel": kernel}, **attributes)
+    if border == Border.MASKED:
+        inputs, attributes = neighborhood(border, dtype, 1, 8, 1, 4, 5, dilation=65535)
+        y = library.launch(NEIGHBORHOOD_ATTENTION, *inputs, **attributes, layout=layout, kernel=kernel)
+        assert np.array_equal(y, inputs[0][:, 16:])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kernel_size": 7, "dilation": 1}, "got height 6, supported at least 7"),
+        ({"dilation": 3}, "got height 6, supported at least 9"),
+        ({"dilation": 65536}, "got height 6, supported at least 196608"),
+        ({"dilation": 65536, "border": Border.ZEROS}, "got dilation 65536, supported at most 65535"),
+        ({"kernel_size": 7, "dilation": 1, "border": Border.MASKED}, None),
+        ({"dilation": 0}, "got a size that is not positive"),
+    ],
+)
+def test_sizes_of_a_neighborhood(library, change, reason):
+    """The window of the shifted border alone wants a map as large as it is."""
+    border = change.pop("border", Border.SHIFTED)
+    inputs, attributes = neighborhood(border, "float32", 1, 8, 1, 6, 7, **change)
+    if reason is None:
+        return check(library, NEIGHBORHOOD_ATTENTION, inputs, {}, **attributes)
+    with pytest.raises(Refused) as refused:
+        library.launch(NEIGHBORHOOD_ATTENTION, *inputs, **attributes)
+    assert str(refused.value).startswith(f"unsupported: {reason}")
+
+
 @every_way
 @pytest.mark.parametrize("kernel_size", LOCAL_ATTENTION.kernel_limits["kernel_size"])
 @pytest.mark.parametrize("larger", [0, 7])
@@ -221,14 +325,21 @@ def test_fastest_kernel_that_the_device_runs(library):
     assert np.array_equal(library.launch(LOCAL_ATTENTION, qkv, None, **attributes, sm=72), simt)
 
 
-@every_operator
+UNSUPPORTED = {"kernel_size": (1, 4, 11), "stride": (3,), "border": (4,), "head_dim": (12, 136)}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("kernel_size", 1), ("kernel_size", 4), ("kernel_size", 11), ("stride", 3), ("head_dim", 12), ("head_dim", 136)],
+    ("operator", "name", "value"),
+    [
+        pytest.param(operator, name, value, id=f"{operator.name}-{name}-{value}")
+        for operator in OPERATORS
+        for name in operator.kernel_limits
+        for value in UNSUPPORTED[name]
+    ],
 )
 def test_unsupported_value(library, operator, name, value):
     size = {"batch": 1, "num_heads": 1, "head_dim": 8, "height": 12, "width": 12, "kernel_size": 3, "stride": 1}
-    size[name] = value
+    size |= {"dilation": 1, "border": Border.ZEROS, name: value}
     inputs = [np.zeros(shape, np.float16) for shape in shapes(operator, size)[: len(operator.inputs)]]
     with pytest.raises(Refused) as refused:
         library.launch(operator, *inputs, **attributes_of(operator, size, scale=1.0))
@@ -267,3 +378,5 @@ def test_empty_batch(library):
     qkv, logits, values = (np.zeros((0, channels, 8, 8), np.float16) for channels in (24, 81, 8))
     assert library.launch(LOCAL_ATTENTION, qkv, None, **attributes).shape == (0, 8, 8, 8)
     assert library.launch(OUTLOOK_ATTENTION, logits, values, **attributes).shape == (0, 8, 8, 8)
+    inputs, attributes = neighborhood(Border.ZEROS, "float16", 1, 8, 0, 8, 8)
+    assert library.launch(NEIGHBORHOOD_ATTENTION, *inputs, **attributes).shape == (0, 8, 8, 8)

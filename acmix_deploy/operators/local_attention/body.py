@@ -16,6 +16,7 @@ import onnx
 
 from acmix_deploy.operators.function_builder import FunctionBuilder, Value
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.operators.position import key_offset
 from acmix_deploy.targets import OPSETS
 
 TILE = 4
@@ -80,7 +81,7 @@ def function_body(opset: int = OPSETS[0], tile: int = TILE) -> onnx.FunctionProt
 
     # One row per pixel, then per (part, head): row = (pixel * 3 + part) * heads + head.
     pixels = f("Transpose", f.reshape(qkv, 0, 0, -1), perm=[0, 2, 1])
-    rows = f.reshape(pixels - _key_offset(f, qkv, position_weight, height, width, heads), 0, -1, head_dim)
+    rows = f.reshape(pixels - key_offset(f, qkv, position_weight, height, width, heads), 0, -1, head_dim)
 
     head = f.range(heads)
 
@@ -110,27 +111,6 @@ def function_body(opset: int = OPSETS[0], tile: int = TILE) -> onnx.FunctionProt
     y = f.reshape(maps, 0, 0, h.out, w.out)
 
     return f.function(LOCAL_ATTENTION, opset, y)
-
-
-def _key_offset(
-    f: FunctionBuilder, qkv: Value, position_weight: Value, height: Value, width: Value, heads: Value
-) -> Value:
-    """P*l for the keys and zero for queries and values: [H*W, 3*C], computed in float32, of qkv's type."""
-    weight = f("Cast", position_weight, to=onnx.TensorProto.FLOAT)
-
-    def term(size: Value, column: int) -> Value:
-        """Coordinates along one axis times the column of P that belongs to it: [size, d]."""
-        pixel = f("Cast", f.range(size), to=onnx.TensorProto.FLOAT)
-        last = f("Cast", size - 1, to=onnx.TensorProto.FLOAT)
-        coordinate = f("Div", pixel + pixel, last) - f.constant(np.array(1, np.float32))
-        return coordinate.axes(1) * f("Gather", weight, column, axis=1)
-
-    position = term(width, 0).axes(0) + term(height, 1).axes(1)
-    is_key = f.constant(np.array([0, 1, 0], np.float32).reshape(3, 1, 1))
-    per_part = position.axes(2, 3) * is_key
-    per_head = f("Expand", per_part, f.shape(1, 1, 1, heads, 1))
-    channels = f("Gather", f("Shape", qkv), 1)
-    return f("CastLike", f.reshape(per_head, -1, channels), qkv)
 
 
 def _neighbourhood_mask(

@@ -58,7 +58,7 @@ struct Factor {
     int power = 1;  // negative: divides
 };
 
-// A length: coefficient * factors / divisor. Division leaves no rest, or is rounded up.
+// A length: coefficient * factors / divisor - less. Division leaves no rest, or is rounded up.
 template <class Problem>
 struct Axis {
     const char* text;
@@ -66,6 +66,7 @@ struct Axis {
     Factor<Problem> factors[5];  // up to the first without a size
     std::int32_t divisor = 1;
     bool rounds_up = false;
+    std::int32_t less = 0;
 
     constexpr const Factor<Problem>* begin() const { return factors; }
     constexpr const Factor<Problem>* end() const {
@@ -85,6 +86,8 @@ template <class Problem>
 struct Bound {
     Axis<Problem> value, limit;
     bool upper;
+    Member<Problem> where = nullptr;  // given, it holds only where this is `is`
+    std::int32_t is = 0;
 };
 
 struct Quotient {
@@ -106,8 +109,8 @@ constexpr Quotient quotient(const Axis<Problem>& axis, const Problem& problem) {
 template <class Problem>
 constexpr std::int64_t length(const Axis<Problem>& axis, const Problem& problem) {
     const Quotient parts = quotient(axis, problem);
-    if (parts.under == 0) return 0;
-    return (parts.over + (axis.rounds_up ? parts.under - 1 : 0)) / parts.under;
+    if (parts.over == 0 || parts.under == 0) return 0;
+    return (parts.over + (axis.rounds_up ? parts.under - 1 : 0)) / parts.under - axis.less;
 }
 
 // visit(attribute) for each attribute, in the order in which they are written.

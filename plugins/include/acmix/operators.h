@@ -77,6 +77,85 @@ struct Definition<LocalAttention> {
         {{"3 * num_heads * head_dim * width", 3, {{&P::num_heads, 1}, {&P::head_dim, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true}};
 };
 
+// qkv = [q | k | v], each [B, N*d, H, W]; y_i = softmax_n(scale * q_i . (k_n - P l_n) + bias_in) v_n, where n runs over the K x K pixels around i that are D apart and l = (x, y) in [-1, 1]^2; bias_in is entry (n - i) / D + K - 1 of its head, row y and column x; beyond the map are zeros with a logit of bias_in (border 1), or nothing (2), or nothing and the window moves inside the pixels i + D m (3)
+//   qkv [B, 3*N*d, H, W]: queries, keys and values, each N heads of d channels
+//   position_weight [d, 2]: P; zeros where there is no position term
+//   bias [N, 2*K-1, 2*K-1]: by relative offset; zeros where there is none
+//   y [B, N*d, H, W]: attended values
+struct NeighborhoodAttention {
+    Dtype dtype;
+    Layout layout;
+    std::int32_t batch;  // B
+    std::int32_t num_heads;  // N
+    std::int32_t head_dim;  // d
+    std::int32_t height;  // H
+    std::int32_t width;  // W
+    std::int32_t kernel_size;  // K
+    std::int32_t dilation;  // D
+    std::int32_t border;  // b
+    float scale;
+};
+
+template <>
+struct Definition<NeighborhoodAttention> {
+    using P = NeighborhoodAttention;
+    static constexpr const char* kOpType = "AcmixNeighborhoodAttention";
+    static constexpr const char* kVersion = "1";
+    static constexpr std::int32_t kZeros = 1;
+    static constexpr std::int32_t kMasked = 2;
+    static constexpr std::int32_t kShifted = 3;
+    static constexpr std::int32_t kKernelSizes[] = {3, 5, 7, 9};
+    static constexpr std::int32_t kBorders[] = {1, 2, 3};
+    static constexpr std::int32_t kHeadDims[] = {8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128};
+    static constexpr Size<P> kSizes[] = {
+        {"batch", &P::batch},
+        {"num_heads", &P::num_heads},
+        {"head_dim", &P::head_dim, kHeadDims},
+        {"height", &P::height},
+        {"width", &P::width},
+        {"kernel_size", &P::kernel_size, kKernelSizes},
+        {"dilation", &P::dilation},
+        {"border", &P::border, kBorders}};
+    static constexpr std::tuple kAttributes{
+        Attribute<P, std::int32_t>{"num_heads", &P::num_heads, 1, 1},
+        Attribute<P, std::int32_t>{"kernel_size", &P::kernel_size, 7, 3},
+        Attribute<P, std::int32_t>{"dilation", &P::dilation, 1, 1},
+        Attribute<P, std::int32_t>{"border", &P::border, 1, 1},
+        Attribute<P, float>{"scale", &P::scale, 1.0f, std::numeric_limits<float>::lowest()}};
+    static constexpr Axis<P> kQkv[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"3 * num_heads * head_dim", 3, {{&P::num_heads, 1}, {&P::head_dim, 1}}, 1, false},
+        {"height", 1, {{&P::height, 1}}, 1, false},
+        {"width", 1, {{&P::width, 1}}, 1, false}};
+    static constexpr Axis<P> kPositionWeight[] = {
+        {"head_dim", 1, {{&P::head_dim, 1}}, 1, false},
+        {"2", 2, {}, 1, false}};
+    static constexpr Axis<P> kBias[] = {
+        {"num_heads", 1, {{&P::num_heads, 1}}, 1, false},
+        {"2 * kernel_size - 1", 2, {{&P::kernel_size, 1}}, 1, false, 1},
+        {"2 * kernel_size - 1", 2, {{&P::kernel_size, 1}}, 1, false, 1}};
+    static constexpr Axis<P> kY[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"num_heads * head_dim", 1, {{&P::num_heads, 1}, {&P::head_dim, 1}}, 1, false},
+        {"height", 1, {{&P::height, 1}}, 1, false},
+        {"width", 1, {{&P::width, 1}}, 1, false}};
+    static constexpr Tensor<P> kInputs[] = {
+        {"qkv", kQkv},
+        {"position_weight", kPositionWeight},
+        {"bias", kBias}};
+    static constexpr Tensor<P> kOutputs[] = {
+        {"y", kY}};
+    static constexpr Bound<P> kBounds[] = {
+        {{"height", 1, {{&P::height, 1}}, 1, false}, {"kernel_size * dilation", 1, {{&P::kernel_size, 1}, {&P::dilation, 1}}, 1, false}, false, &P::border, 3},
+        {{"width", 1, {{&P::width, 1}}, 1, false}, {"kernel_size * dilation", 1, {{&P::kernel_size, 1}, {&P::dilation, 1}}, 1, false}, false, &P::border, 3},
+        {{"batch", 1, {{&P::batch, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"height", 1, {{&P::height, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"num_heads", 1, {{&P::num_heads, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"height * width", 1, {{&P::height, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true},
+        {{"3 * num_heads * head_dim * width", 3, {{&P::num_heads, 1}, {&P::head_dim, 1}, {&P::width, 1}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true},
+        {{"dilation", 1, {{&P::dilation, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true}};
+};
+
 // y = fold(softmax_from(scale * logits) unfold(values)), windows of K x K pixels with zero padding K // 2 around every s-th pixel; channel (n*K^2 + to)*K^2 + from of logits is the weight in head n with which place 'from' of a window adds to its place 'to'
 //   logits [B, N*K^4, ceil(H/s), ceil(W/s)]: attention logits of every window, N heads
 //   values [B, N*d, H, W]: N heads of d channels
@@ -144,11 +223,12 @@ struct Definition<OutlookAttention> {
         {{"num_heads * kernel_size^4 * width", 1, {{&P::num_heads, 1}, {&P::kernel_size, 4}, {&P::width, 1}}, 1, false}, {"1976660141", 1976660141, {}, 1, false}, true}};
 };
 
-using Operators = List<LocalAttention, OutlookAttention>;
+using Operators = List<LocalAttention, NeighborhoodAttention, OutlookAttention>;
 
 }  // namespace acmix
 
 extern "C" {
 ACMIX_EXPORT const char* acmix_local_attention(const acmix::LocalAttention* problem, int kernel, const void* qkv, const void* position_weight, void* y, cudaStream_t stream);
+ACMIX_EXPORT const char* acmix_neighborhood_attention(const acmix::NeighborhoodAttention* problem, int kernel, const void* qkv, const void* position_weight, const void* bias, void* y, cudaStream_t stream);
 ACMIX_EXPORT const char* acmix_outlook_attention(const acmix::OutlookAttention* problem, int kernel, const void* logits, const void* values, void* y, cudaStream_t stream);
 }

@@ -36,10 +36,10 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 // out, which no query that is stored ever sees, stay inside the axis.
 __device__ __forceinline__ int reflect(int i, int size) { return max(min(abs(i), 2 * (size - 1) - abs(i)), 0); }
 
-// From -1 at the first pixel of an axis to 1 at the last.
+// From -1 at the first pixel of an axis to 1 at the last; -1 where it is the only one.
 struct Coordinate {
     float step;
-    __host__ __device__ explicit Coordinate(int size) : step(2.0f / static_cast<float>(size - 1)) {}
+    __host__ __device__ explicit Coordinate(int size) : step(2.0f / static_cast<float>(size > 1 ? size - 1 : 1)) {}
     __device__ __forceinline__ float operator()(int pixel) const { return static_cast<float>(pixel) * step - 1.0f; }
 };
 

@@ -2,9 +2,10 @@
 // access beyond them.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
+#include <iterator>
 #include <vector>
 
 #include "acmix/launch.h"
@@ -19,11 +20,18 @@ void require(cudaError_t error, const char* what) {
     std::exit(1);
 }
 
-// `count` elements, none of them special in either dtype.
+// The elements of a tensor, none of them special in either dtype.
 class Memory {
  public:
-    Memory(Dtype dtype, std::size_t count) {
-        const std::size_t bytes = count * (dtype == Dtype::kFloat16 ? 2 : 4);
+    template <class Problem>
+    Memory(const Problem& problem, const Tensor<Problem>& tensor) {
+        std::size_t bytes = problem.dtype == Dtype::kFloat16 ? 2 : 4;
+        for (const Axis<Problem>& axis : tensor.axes) {
+            const bool padded =
+                problem.layout == Layout::kNhwc && tensor.axes.size == 4 && &axis == tensor.axes.begin() + 1;
+            const auto size = static_cast<std::size_t>(length(axis, problem));
+            bytes *= padded ? (size + 7) / 8 * 8 : size;
+        }
         std::vector<unsigned char> pattern(bytes);
         for (std::size_t i = 0; i < bytes; ++i) pattern[i] = static_cast<unsigned char>(32 + i * 7 % 29);
         require(cudaMalloc(&data_, bytes), "cudaMalloc");
@@ -37,16 +45,15 @@ class Memory {
     void* data_ = nullptr;
 };
 
-template <class Problem>
-Memory memory(const Tensor<Problem>& tensor, const Problem& problem) {
-    std::size_t count = 1;
-    for (const Axis<Problem>& axis : tensor.axes) {
-        const bool padded =
-            problem.layout == Layout::kNhwc && tensor.axes.size == 4 && &axis == tensor.axes.begin() + 1;
-        const auto size = static_cast<std::size_t>(length(axis, problem));
-        count *= padded ? (size + 7) / 8 * 8 : size;
+// visit(problem) for all that kernels take beside heads: each kernel size with each stride, border and so on.
+template <class Problem, class Visit>
+void for_each_window(Problem problem, const Size<Problem>* size, const Visit& visit) {
+    if (size == std::end(Definition<Problem>::kSizes)) return visit(problem);
+    if (size->choices.size == 0 || size->at == &Problem::head_dim) return for_each_window(problem, size + 1, visit);
+    for (const std::int32_t choice : size->choices) {
+        problem.*size->at = choice;
+        for_each_window(problem, size + 1, visit);
     }
-    return Memory(problem.dtype, count);
 }
 
 template <class Problem>
@@ -54,30 +61,28 @@ void run_table() {
     using Operator = Definition<Problem>;
     int launches = 0;
     for (const Entry<Problem>& entry : table<Problem>()) {
-        for (const std::int32_t kernel_size : Operator::kKernelSizes) {
-            for (const std::int32_t stride : Operator::kStrides) {
-                for (const std::int32_t head_dim : {entry.head_dim - 8, entry.head_dim}) {
-                    for (const std::int32_t width : {10, 12}) {
-                        Problem problem{entry.dtype, entry.layout};
-                        problem.batch = 2;
-                        problem.num_heads = 1;
-                        problem.head_dim = head_dim;
-                        problem.height = 10;
-                        problem.width = width;
-                        problem.kernel_size = kernel_size;
-                        problem.stride = stride;
-                        problem.scale = 0.1f;
-                        const Memory first = memory(Operator::kInputs[0], problem);
-                        const Memory second = memory(Operator::kInputs[1], problem);
-                        const Memory y = memory(Operator::kOutputs[0], problem);
-                        const void* const inputs[] = {first.data(), second.data()};
-                        require(entry.launch(problem, inputs, y.data(), nullptr), "launch");
-                        require(cudaDeviceSynchronize(), "kernel");
-                        ++launches;
+        Problem each{entry.dtype, entry.layout};
+        for (const Size<Problem>& size : Operator::kSizes) each.*size.at = 1;
+        each.batch = 2;
+        each.height = 10;
+        each.scale = 0.1f;
+        for_each_window(each, Operator::kSizes, [&](Problem problem) {
+            for (const std::int32_t head_dim : {entry.head_dim - 8, entry.head_dim}) {
+                for (const std::int32_t width : {10, 12}) {
+                    problem.head_dim = head_dim;
+                    problem.width = width;
+                    std::deque<Memory> tensors;
+                    std::vector<const void*> inputs;
+                    for (const Tensor<Problem>& tensor : Operator::kInputs) {
+                        inputs.push_back(tensors.emplace_back(problem, tensor).data());
                     }
+                    const Memory y(problem, Operator::kOutputs[0]);
+                    require(entry.launch(problem, inputs.data(), y.data(), nullptr), "launch");
+                    require(cudaDeviceSynchronize(), "kernel");
+                    ++launches;
                 }
             }
-        }
+        });
     }
     std::printf("%s: %d launches\n", Operator::kOpType, launches);
 }
