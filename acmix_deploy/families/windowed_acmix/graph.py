@@ -327,8 +327,8 @@ def _norm(total: gs.Variable) -> Norm | None:
     variance = producer(root.inputs[0]) if root is not None and root.op == "Sqrt" else None
     if divided is None or variance is None or variance.op != "Add":
         return None
-    stored = [value for tensor in variance.inputs if (value := constant_value(tensor)) is not None]
-    epsilon = float(stored[0].reshape(-1)[0]) if stored else 0.0
+    numbers = [value for tensor in variance.inputs if (value := constant_value(tensor)) is not None]
+    epsilon = float(numbers[0].reshape(-1)[0]) if numbers else 0.0
     result, parameters = _past_casts(divided.outputs[0]), [np.ones(1), np.zeros(1)]
     for index, op in enumerate(("Mul", "Add")):
         user = result.outputs[0] if len(result.outputs) == 1 else None
