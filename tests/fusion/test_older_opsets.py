@@ -26,6 +26,17 @@ def test_every_family_fuses(variant, opset, dynamic, tmp_path):
     assert report.opset == 17
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_half_precision_fuses(variant, tmp_path):
+    """Exporters keep parts of it in float32, between Casts."""
+    model, x = Model(variant), torch.randn(2, 3, 8, 12)
+    exact = model(x)
+    eager = relative_l2(model.half()(x.half()), exact)
+    fuse(export(model, x.half(), tmp_path / "plain.onnx", opset=12), tmp_path / "fused.onnx", expect=1)
+    limit = variant.family.tolerances["float16"].limit(eager)
+    assert relative_l2(outputs(tmp_path / "fused.onnx", x.half()), exact) < limit
+
+
 def graph_of(*nodes, opset=11, shape=("batch", 3, "height", 5)):
     """Of nodes from x to y."""
     inputs, results = (
