@@ -411,11 +411,12 @@ def _roles(probe: Probe) -> tuple[Index, Index]:
     unit, numbers = (probe.run(operands, content, {}) for content in (ones, numbered))
     read: list[set[int]] = [set(), set()]
     for index, (one, number) in enumerate(zip(unit, numbers, strict=True)):
-        there = np.abs(one) > _LOUD * 1e-6
+        there = np.isfinite(one) & np.isfinite(number) & (np.abs(one) > _LOUD * 1e-6)
         ids = np.rint(number[there] / one[there]).astype(np.int64) - 1
         read[index % 2].update(np.unique(ids).tolist())
-    if read[0] & read[1] or not max(map(max, read)) < starts[-1]:
-        raise NoMatch("its queries and keys are made of the same channels")
+    both = read[0] | read[1]
+    if not read[0] or not read[1] or read[0] & read[1] or min(both) < 0 or max(both) >= starts[-1]:
+        raise NoMatch("its queries and keys are not made of channels of their own")
     return np.array(sorted(read[0])), np.array(sorted(read[1]))
 
 
