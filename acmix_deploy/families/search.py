@@ -77,7 +77,7 @@ class Recogniser:
     """What a published block has for children beside those with parameters; None where its parts alone leave a doubt
     whose block it is."""
     channels_last: bool = False
-    """Whether the block takes [B, H, W, C]: then a module that takes [B, C, H, W] and permutes within is one too."""
+    """Whether the block takes [B, H, W, C], not [B, C, H, W]. A module that takes the other is one too, permuted."""
     called: str = ""
     """What the name of such a class has in it, in lower case and without underscores, if names tell a person so."""
 
@@ -107,7 +107,7 @@ class Recogniser:
                     replacements[module], report.repaired = self._replacement(module)
                     report.status = "replaced"
                 block = replacements.get(module, module)
-                block = block.block if isinstance(block, ChannelsFirst) else block
+                block = block.block if isinstance(block, (ChannelsFirst, ChannelsLast)) else block
                 arguments = ((name, getattr(block, name)) for name in self.geometry)
                 report.geometry = {name: int(value) for name, value in arguments if value is not None}
             except NotABlock as why:
@@ -171,15 +171,16 @@ class Recogniser:
         proposal = self.propose(module)
         own_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
         reasons, failures = [*proposal.refusals], []
-        for original in (module, ChannelsLast(module)) if self.channels_last else (module,):
+        turned, back = (ChannelsLast, ChannelsFirst) if self.channels_last else (ChannelsFirst, ChannelsLast)
+        for original in (module, turned(module)):
             try:
-                expected, faults = _run_original(original, proposal, own_dtype)
+                expected, faults = run_original(original, proposal, own_dtype)
             except Exception as error:
                 failures.append(error)
                 continue
             block, difference = self._equal(proposal, expected)
             if block:
-                block = block if original is module else ChannelsFirst(block)
+                block = block if original is module else back(block)
                 return self._dressed(block, module), [*faults, *proposal.repaired]
             reasons.append(difference)
         if len(reasons) > len(proposal.refusals):
@@ -225,7 +226,7 @@ def _run(module: nn.Module, proposal: Proposal, dtype: torch.dtype) -> list[Tens
     return results
 
 
-def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
+def run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
     """The block's own results, in the widest type that it runs in, and the faults seen. Raises what the block does."""
     failures: dict[torch.dtype, Exception] = {}
     results = {}

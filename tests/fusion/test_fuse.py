@@ -315,14 +315,6 @@ class ValuesOfAnother(ACmix):
         return super()._attend(q, k, k + 0.001 * v)
 
 
-class SharedQueries(ACmix):
-    """Adds the queries to the result: fusing would compute them twice."""
-
-    def forward(self, x):
-        q, k, v = self.conv1(x), self.conv2(x), self.conv3(x)
-        return self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v) + q
-
-
 class LeakedAttention(ACmix):
     """Also returns the attended values before they are weighted."""
 
@@ -333,11 +325,10 @@ class LeakedAttention(ACmix):
 
 
 NEAR_MISSES = {
-    Dilated: "relative residual",
+    Dilated: "over a reflected K x K neighbourhood: other pixels are read",
     EvenWindow: "Softmax runs over 16 values",
-    UnevenScale: "relative residual",
-    ValuesOfAnother: "something else",
-    SharedQueries: "also read by",
+    UnevenScale: "with one scale for all heads",
+    ValuesOfAnother: "no 3x3 convolution of x with zero padding: relative residual",
     LeakedAttention: "not added to that of a convolution",
 }
 
@@ -380,8 +371,9 @@ def test_graph_without_attention(tmp_path):
 
 
 def test_recovered_weights_are_exact():
-    """What the algebra is given comes from measurements; P and the scale are as exact as float32 allows."""
+    """What is measured is as exact as float32 allows."""
     from acmix_deploy.families.acmix import graph as acmix_graph
+    from acmix_deploy.families.local_window import measure
     from acmix_deploy.graph import evaluate
 
     block, x = randomised(ACmix(4, 8, head=2)), torch.randn(1, 4, 9, 8)
@@ -391,10 +383,16 @@ def test_recovered_weights_are_exact():
     softmax = next(node for node in graph.nodes if node.op == "Softmax")
     found = acmix_graph.match(graph, softmax)
     values = {found.region.x.name: x.numpy()}
-    weights = acmix_graph.recover(found, values, lambda tensors, feeds: evaluate(graph, tensors, feeds))
-    np.testing.assert_allclose(weights.position_weight, block.conv_p.weight.detach()[:, :, 0, 0], rtol=2e-6, atol=1e-6)
-    assert (weights.num_heads, weights.kernel_size, weights.stride) == (2, 7, 1)
-    assert (weights.rate1, weights.rate2) == (block.rate1.item(), block.rate2.item())
+    window = measure(found.attention, found.region.y, values, lambda tensors, feeds: evaluate(graph, tensors, feeds))
+    position = block.conv_p.weight.detach()[:, :, 0, 0]
+    np.testing.assert_allclose(window.position_weight, position, rtol=2e-6, atol=1e-6)
+    assert (window.channels.shape, window.kernel_size, window.stride) == ((3, 2, 4), 7, 1)
+    np.testing.assert_allclose(window.gain, block.rate1.item(), rtol=1e-6)
+    for (weight, bias), conv in zip(
+        (window.q, window.k, window.v), (block.conv1, block.conv2, block.conv3), strict=True
+    ):
+        assert np.array_equal(weight.reshape(8, 4), conv.weight.detach()[:, :, 0, 0])
+        assert np.array_equal(bias.reshape(8), conv.bias.detach())
 
 
 # Reasons: one for an anchor, that of the family which came closest.
@@ -420,18 +418,6 @@ class OneProjection(nn.Module):
         return self.proj((weights[:, None] * windows[1]).sum(2).reshape(b, c, h, w))
 
 
-class OneProjectionACmix(ACmix):
-    """The block with one convolution where the published one has three."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.qkv = nn.Conv2d(self.conv1.in_channels, 3 * self.conv1.out_channels, 1)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, 1)
-        return self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v)
-
-
 class PixelAttention(nn.Module):
     """Attention over all pixels beside a depthwise convolution, as in YOLO11: no variant of ACmix."""
 
@@ -449,20 +435,15 @@ class PixelAttention(nn.Module):
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize(
     ("module", "words"),
-    [(OneProjection(), "its logits come from {}, not from two 1x1 convolutions of one tensor"),
-     (OneProjectionACmix(8, 8, 3, head=2), "its logits come from {}, not from two 1x1 convolutions of one tensor"),
-     (PixelAttention(), "")],
-    ids=["attention", "acmix", "pixels"],
+    [(OneProjection(), "its result is not added to that of a convolution"), (PixelAttention(), "")],
+    ids=["local", "of all pixels"],
 )  # fmt: skip
-def test_one_projection_for_queries_and_keys(tmp_path, module, words, exporter):
+def test_attention_alone(tmp_path, module, words, exporter):
     source = export(
         family_parts.randomised(module), torch.randn(1, 8, 9, 7), tmp_path / "plain.onnx", exporter=exporter
     )
     blocks = fuse(source, tmp_path / "fused.onnx").found.blocks
-    convolution = next(node.name for node in onnx.load(source).graph.node if node.op_type == "Conv")
-    assert [(block.family, block.reason) for block in blocks] == (
-        [("acmix", words.format(convolution))] if words else []
-    )
+    assert [(block.family, block.reason) for block in blocks] == ([("acmix", words)] if words else [])
 
 
 def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
@@ -484,7 +465,7 @@ def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
     near = ZeroPadded(4, 8, 5, head=2)
     source = export(randomised(near), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")
     (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
-    assert "relative residual" in block.reason, "what acmix measured tells as much, and acmix comes first"
+    assert "padded otherwise" in block.reason, "what acmix measured tells as much, and acmix comes first"
     refuse(swin_acmix=("closest", Reached.REDUCED))
     (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
     assert (block.family, block.reason) == ("swin_acmix", "closest")
