@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import onnx
@@ -224,19 +225,18 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "head_dim 8": {"head": 1, "window": 5},
     "head_dim 1": {"head": 8},
 }
-QUICK = ("split, values first", "layers behind", "matmul")
-"""Those that are also tried by dynamo at each run, with free axes; the others by `make soak`."""
-STATIC = [(name, "torchscript") for name in ("Tensor.unfold", "linear", "split sums", "strided")]
-"""What is tried with fixed axes at each run."""
+SOAK = ("queries added", "rates by softmax", "one projection reshaped", "no rates", "head_dim 8", "head_dim 1")
+QUICK = [
+    *((name, "torchscript", True) for name in SPELLINGS if name not in SOAK),
+    *((name, "torchscript", False) for name in ("Tensor.unfold", "linear", "strided")),
+    *((name, "dynamo", True) for name in ("split, values first", "matmul")),
+]
+"""What is tried at each run, name, exporter and whether axes are free; `make soak` tries the others."""
 EXPORTS = [
-    pytest.param(
-        name, exporter, free, id=f"{name}-{exporter}-{'dynamic' if free else 'static'}",
-        marks=() if (free if exporter == "torchscript" else free and name in QUICK) or (name, exporter) in STATIC
-        else pytest.mark.soak,
-    )
-    for name in SPELLINGS for exporter in ("torchscript", "dynamo") for free in (False, True)
-    if (name, exporter, free) != ("Tensor.unfold", "torchscript", True)  # which this exporter does not take
-]  # fmt: skip
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.soak)
+    for case in itertools.product(SPELLINGS, ("torchscript", "dynamo"), (False, True))
+    if case != ("Tensor.unfold", "torchscript", True)  # which this exporter does not take
+]
 
 
 def x_of(options: dict[str, Any], *size: int) -> Tensor:
