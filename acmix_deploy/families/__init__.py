@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field
 
 from acmix_deploy.families.acmix.graph import ACMIX
+from acmix_deploy.families.cafm.graph import CAFM
 from acmix_deploy.families.carafe.graph import CARAFE
 from acmix_deploy.families.family import Family
 from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     OUTLOOK,
     WINDOWED_ACMIX,
     GATED_ACMIX,
+    CAFM,
     LOCAL_ATTENTION,
     CARAFE,
     INVOLUTION,

@@ -28,6 +28,7 @@ from acmix_deploy.graph import (
     Reached,
     constant_value,
     conv_bias,
+    conv_weight,
     pointwise_weight,
     producer,
     way_down,
@@ -133,7 +134,8 @@ def find(graph: gs.Graph, softmax: gs.Node) -> Found:
         raise NoMatch("its values do not come from 1x1 convolutions of one tensor", _kind(near))
     own = [layer for layer in layers if (projection := _projection(layer)) and projection.x is x]
     products = _products(nodes, own)
-    if not products or not _spreads(nodes, own):
+    padded = any((node := producer(part.source)) is not None and node.op == "Pad" for part in reading)
+    if not products or not (padded or _spreads(nodes, own)):
         named = " and ".join(layer.name for layer in layers) or "no layer"
         near = bool(_products(nodes, layers)) and _spreads(nodes, layers)
         raise NoMatch(f"its logits come from {named}, not from 1x1 convolutions of {x.name}", _kind(near))
@@ -187,6 +189,10 @@ def _projection(layer: gs.Node) -> Projection | None:
         while (node := producer(x)) is not None and node.op == "Pad" and isinstance(node.inputs[0], gs.Variable):
             x = node.inputs[0]
         return Projection(x, False, source, layer.outputs[0], weight[:, :, 0, 0], conv_bias(layer), False)
+    if layer.op == "Conv":  # its result is the map, and q, k and v are channels of it
+        x, channels = layer.outputs[0], len(conv_weight(layer))
+        identity = np.eye(channels, dtype=conv_weight(layer).dtype)
+        return Projection(x, False, x, x, identity, np.zeros(channels), False)
     own = linear(layer) if layer.op in ("Gemm", "MatMul") else None
     above = _map_above(source)
     return Projection(above or source, not above, source, own.result, own.weight, own.bias, True) if own else None
@@ -309,6 +315,8 @@ class _Rows:
     queries: Index
     """The pixel of each query."""
     stride: int
+    added: Array
+    """[queries, heads, taps]: the logits of zeros."""
 
     @property
     def axis(self) -> int:
@@ -316,24 +324,17 @@ class _Rows:
 
     def logits(self, content: Array) -> Array:
         """[queries, heads, taps]: what ``content`` adds to logits; 0 where that is not finite."""
+        (raw,) = self.probe.run([self.probe.found.softmax.inputs[0]], content, {})
+        read = np.moveaxis(raw, self.axis, -1).reshape(-1, self.raw[-1])[self.order].astype(np.float64)
         with np.errstate(invalid="ignore"):  # what is hidden is -inf in both
-            moved: Array = np.nan_to_num(self._read(content) - self.added, nan=0.0, posinf=0.0, neginf=0.0)
+            moved: Array = np.nan_to_num(read - self.added, nan=0.0, posinf=0.0, neginf=0.0)
         return moved
-
-    @cached_property
-    def added(self) -> Array:
-        """[queries, heads, taps]: the logits of zeros."""
-        return self._read(self.probe.blank())
 
     @cached_property
     def hidden(self) -> Array:
         """[queries, heads, taps]: whether a tap takes no part in the softmax."""
         hidden: Array = ~(self.added > self.added.max(-1, keepdims=True) + MASKED_BELOW)
         return hidden
-
-    def _read(self, content: Array) -> Array:
-        (raw,) = self.probe.run([self.probe.found.softmax.inputs[0]], content, {})
-        return np.moveaxis(raw, self.axis, -1).reshape(-1, self.raw[-1])[self.order].astype(np.float64)
 
     def weights(self, weights: Array) -> Feeds:
         """What [queries, heads, taps] are behind the Softmax."""
@@ -382,7 +383,7 @@ def measure(found: Found, result: gs.Variable, values: Feeds, compute: Compute) 
     if v.shape != q.shape:
         raise NoMatch(f"its values have {v.shape[1]} channels a head, its queries and keys {d}")
     channels = np.stack([q[order], k[order], v])
-    rows = _Rows(probe, rows.raw, rows.order[:, order], rows.queries, rows.stride)
+    rows = _Rows(probe, rows.raw, rows.order[:, order], rows.queries, rows.stride, rows.added[:, order])
     own_q, own_k, own_v = ((probe.weight[part], probe.bias[part]) for part in channels)
     return Window(
         q=own_q,
@@ -405,12 +406,11 @@ def measure(found: Found, result: gs.Variable, values: Feeds, compute: Compute) 
 
 def _roles(probe: Probe) -> tuple[Index, Index]:
     """The channels of the two operands that are multiplied to logits."""
-    parts, starts = probe.found.projections, probe.starts
+    starts = probe.starts
     sets = [frozenset().union(*(of[side] for _, of in probe.found.products)) for side in (0, 1)]
     if not sets[0] & sets[1]:
         q, k = ([c for part in sorted(side) for c in range(starts[part], starts[part + 1])] for side in sets)
         return np.array(q), np.array(k)
-    del parts
     operands = [tensor for node, _ in probe.found.products for tensor in node.inputs]
     ones = probe.blank() + np.float32(_LOUD)
     numbered = ones * (np.arange(starts[-1], dtype=np.float32) + 1)
@@ -431,10 +431,13 @@ def _rows(probe: Probe, q: Index, k: Index) -> tuple[_Rows, float]:
     content[:, q] = 1 + np.arange(probe.pixels)[:, None]
     content[:, k] = _LOUD
     logits = [probe.found.softmax.inputs[0]]
-    raw, added = (probe.run(logits, one, {})[0].astype(np.float64) for one in (content, probe.blank()))
+    axis = probe.found.softmax.attrs.get("axis", -1)
+    raw, added = (
+        np.moveaxis(probe.run(logits, one, {})[0].astype(np.float64), axis, -1) for one in (content, probe.blank())
+    )
     height, width = probe.height, probe.width
     with np.errstate(invalid="ignore"):  # what is hidden is -inf in both
-        raw = np.moveaxis(raw - added, probe.found.softmax.attrs.get("axis", -1), -1)
+        raw = raw - added
     taps = raw.shape[-1]
     kernel_size = math.isqrt(taps)
     if kernel_size**2 != taps or kernel_size % 2 == 0 or not 3 <= kernel_size < 2 * min(height, width):
@@ -464,7 +467,8 @@ def _rows(probe: Probe, q: Index, k: Index) -> tuple[_Rows, float]:
         raise wrong
     order = np.argsort(numbers, kind="stable").reshape(len(queries), -1)
     sign = np.sign(read[order[0, 0]][there[order[0, 0]]][0])
-    return _Rows(probe, raw.shape, order, queries, stride), float(sign * (low / numbers).mean())
+    added = added.reshape(-1, taps)[order]
+    return _Rows(probe, raw.shape, order, queries, stride, added), float(sign * (low / numbers).mean())
 
 
 def _pairs(rows: _Rows, q: Index, k: Index, scale: float) -> tuple[Index, Index, Index]:
@@ -531,10 +535,12 @@ def _border(rows: _Rows, neighbours: Index, kernel_size: int) -> tuple[Index, In
     columns = np.unique(near[near >= 0] % probe.width)
     for border, dilation in itertools.product(borders, np.unique(np.diff(columns)).tolist()):
         expected, offsets = window(probe, kernel_size, rows.stride, dilation, border)
-        taps = {column.tobytes(): index for index, column in enumerate(np.ascontiguousarray(expected.T))}
-        places = [taps.get(column.tobytes(), -1) for column in np.ascontiguousarray(neighbours.T)]
-        if -1 not in places and len({*places}) == len(places):
-            return neighbours, offsets[:, places], border, dilation
+        taps: dict[bytes, list[int]] = {}  # on a map of few pixels several taps read the same
+        for index, column in enumerate(np.ascontiguousarray(expected.T)):
+            taps.setdefault(column.tobytes(), []).append(index)
+        places = [taps.get(column.tobytes(), []) for column in np.ascontiguousarray(neighbours.T)]
+        if all(places.count(place) == len(place) for place in places):
+            return neighbours, offsets[:, [place.pop(0) for place in places]], border, dilation
     around = "the map is padded otherwise" if outside else "other pixels are read"
     raise NoMatch(f"its logits are not scale * q.k over a K x K neighbourhood: {around}", Reached.WHOLE)
 

@@ -174,7 +174,7 @@ class Recogniser:
         turned, back = (ChannelsLast, ChannelsFirst) if self.channels_last else (ChannelsFirst, ChannelsLast)
         for original in (module, turned(module)):
             try:
-                expected, faults = _run_original(original, proposal, own_dtype)
+                expected, faults = run_original(original, proposal, own_dtype)
             except Exception as error:
                 failures.append(error)
                 continue
@@ -226,7 +226,7 @@ def _run(module: nn.Module, proposal: Proposal, dtype: torch.dtype) -> list[Tens
     return results
 
 
-def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
+def run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
     """The block's own results, in the widest type that it runs in, and the faults seen. Raises what the block does."""
     failures: dict[torch.dtype, Exception] = {}
     results = {}

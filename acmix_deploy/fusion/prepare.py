@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -138,13 +139,29 @@ def _unflatten(model: onnx.ModelProto) -> None:
     There a Softmax takes all axes from one on together. Where the converter does not know how many there are, it makes
     a matrix of them; here shapes are inferred, and of one axis no matrix is needed.
     """
+    found = [*_matrices(model)]
+    if not found:
+        return
     inferred = shape_inference.infer_shapes(model, data_prop=True).graph
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*inferred.input, *inferred.value_info)}
+    whole: dict[str, onnx.NodeProto] = {}
+    gone: set[str] = set()
+    for flatten, softmax, shape, reshape in found:
+        axes = [[attribute.i for attribute in node.attribute] for node in (flatten, softmax)]
+        if axes == [[ranks.get(flatten.input[0], 0) - 1], [-1]]:
+            gone.update((flatten.output[0], softmax.output[0], shape.output[0]))
+            alone = whole[reshape.output[0]] = onnx.NodeProto()
+            alone.CopyFrom(softmax)
+            alone.input[0], alone.output[0] = flatten.input[0], reshape.output[0]
+    nodes = [node for node in model.graph.node if gone.isdisjoint(node.output)]
+    keep(model.graph.node, [whole.get(node.output[0] if node.output else "", node) for node in nodes])
+
+
+def _matrices(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, ...]]:
+    """Flatten, Softmax or its like, Shape and Reshape wherever a tensor is a matrix for that one operator alone."""
     made = {name: node for node in model.graph.node for name in node.output}
     readers = Counter(name for node in model.graph.node for name in names_read(node))
     readers.update(value.name for value in model.graph.output)
-    whole: dict[str, onnx.NodeProto] = {}
-    gone: set[str] = set()
     for reshape in model.graph.node:
         softmax, shape = (made.get(name) for name in [*reshape.input, "", ""][:2])
         if softmax is None or shape is None or softmax.op_type not in ("Softmax", "LogSoftmax", "Hardmax"):
@@ -152,16 +169,6 @@ def _unflatten(model: onnx.ModelProto) -> None:
         flatten = made.get(softmax.input[0])
         if flatten is None or [reshape.op_type, flatten.op_type, shape.op_type] != ["Reshape", "Flatten", "Shape"]:
             continue
-        axes = [[attribute.i for attribute in node.attribute] for node in (flatten, softmax)]
-        between = (flatten.output[0], softmax.output[0], shape.output[0])
-        if (
-            flatten.input[0] == shape.input[0]
-            and axes == [[ranks.get(shape.input[0], 0) - 1], [-1]]
-            and {readers[name] for name in between} == {1}
-        ):
-            gone.update(between)
-            whole[reshape.output[0]] = onnx.NodeProto()
-            whole[reshape.output[0]].CopyFrom(softmax)
-            whole[reshape.output[0]].input[0], whole[reshape.output[0]].output[0] = shape.input[0], reshape.output[0]
-    nodes = [node for node in model.graph.node if gone.isdisjoint(node.output)]
-    keep(model.graph.node, [whole.get(node.output[0] if node.output else "", node) for node in nodes])
+        parts = (flatten, softmax, shape)
+        if flatten.input[0] == shape.input[0] and all(readers[part.output[0]] == 1 for part in parts):
+            yield *parts, reshape

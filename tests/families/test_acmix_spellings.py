@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import onnx
@@ -10,9 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix_deploy.families import canonicalise
 from acmix_deploy.families.acmix.graph import ACMIX as FAMILY
+from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.forms import refused
 from acmix_deploy.runtime.inputs import AXES
-from tests.families.parts import assert_fused, assert_left_alone_in_a_graph, export, randomised
+from tests.families.parts import (
+    assert_fused,
+    assert_left_alone_in_a_graph,
+    assert_left_alone_in_a_module,
+    export,
+    randomised,
+    relative_l2,
+)
 
 
 class Spelled(nn.Module):
@@ -32,6 +43,7 @@ class Spelled(nn.Module):
         residual: str = "",
         fc_bias: bool = False,
         second: int = 0,
+        shared_fc: bool = False,
         tail: bool = False,
         fault: str = "",
     ) -> None:
@@ -52,7 +64,7 @@ class Spelled(nn.Module):
         mode = "reflect" if fault == "reflected convolution" else "zeros"
         self.dep_conv = nn.Conv2d(9 * d, planes, 3, stride, 1, groups=d, bias=False, padding_mode=mode)
         if second:
-            self.fc2 = nn.Conv2d(3 * head, 9, 1, bias=False)
+            self.fc2 = self.fc if shared_fc else nn.Conv2d(3 * head, 9, 1, bias=False)
             self.dep_conv2 = nn.Conv2d(9 * d, planes, second, stride, second // 2, groups=d)
         shape = {"scalar": (1,), "sigmoid": (1,), "per channel": (1, planes, 1, 1)}.get(rates)
         if shape:
@@ -202,6 +214,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "no rates": {"rates": "none"},
     "bias of fc": {"fc_bias": True},
     "two convolutions averaged": {"second": 3},
+    "two convolutions of one fc averaged": {"second": 3, "shared_fc": True, "fc_bias": True},
     "einsum": {"attention": "einsum"},
     "Tensor.unfold": {"attention": "Tensor.unfold"},
     "matmul": {"attention": "matmul"},
@@ -257,6 +270,15 @@ def test_the_form_of_the_convolution_is_told_as_it_is(options, branch, tmp_path)
     )
 
 
+@pytest.mark.parametrize(("planes", "head", "refusal"), [(9, 3, "head_dim 3"), (10, 2, "head_dim 5"), (16, 2, "")])
+def test_any_head_dim_fuses_and_what_the_plugin_refuses_is_named(planes, head, refusal, tmp_path):
+    options = {"planes": planes, "head": head}
+    model, x = spelled(**options), x_of(options, 2, 8, 12)
+    assert_fused(FAMILY, model, export(model, x, tmp_path / "plain.onnx", dynamic=AXES), x)
+    found = refused(onnx.load(tmp_path / "fused.onnx"))
+    assert found == ({"acmix_0.attention": refusal} if refusal else {})
+
+
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "rates made of x": ({"fault": "gate"}, "no 3x3 convolution"),
     "norm on the logits": ({"fault": "norm on logits"}, "those of equal keys differ"),
@@ -275,3 +297,60 @@ def test_near_misses_in_graphs(name, tmp_path):
     model, x = spelled(**options), x_of(options, 2, 8, 12)
     source = export(model, x, tmp_path / "plain.onnx", dynamic=AXES)
     assert_left_alone_in_a_graph(FAMILY, model, source, x, reason)
+
+
+# Modules.
+
+ONLY_IN_GRAPHS = {"queries added": "differs from ACmix", "two convolutions averaged": "not three 1x1 convolutions"}
+"""What the block's module cannot hold: queries beside its result, and maps of two fc."""
+
+
+@pytest.mark.parametrize("name", [name for name in SPELLINGS if name not in ONLY_IN_GRAPHS])
+def test_spellings_are_replaced(name):
+    options = SPELLINGS[name]
+    model, x = spelled(**options), x_of(options, 2, 8, 12)
+    block, (report,) = canonicalise(model)
+    assert type(block) is ACmix, report
+    assert (report.status, report.family) == ("replaced", "acmix")
+    assert report.geometry == {
+        "in_planes": model.planes, "out_planes": model.planes, "kernel_att": model.window, "head": model.head,
+        "stride": model.stride,
+    }  # fmt: skip
+    assert relative_l2(block(x), model(x)) < FAMILY.tolerances["float32"].floor
+
+
+@pytest.mark.parametrize("name", ONLY_IN_GRAPHS)
+def test_what_modules_cannot_hold_is_named(name):
+    assert_left_alone_in_a_module(FAMILY, Spelled(**SPELLINGS[name]), ONLY_IN_GRAPHS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in NEAR_MISSES if name != "5x5 beside 3x3"])
+def test_near_misses_in_modules(name):
+    assert_left_alone_in_a_module(FAMILY, Spelled(**NEAR_MISSES[name][0]), "")
+
+
+def test_what_a_block_is_made_of_is_kept_or_computed():
+    """Layers behind, rates that are parameters, and weights that are used as they are, are the original's own."""
+    model = spelled(residual="before", tail=True, rates="per channel", fc_bias=True)
+    block, _ = canonicalise(model)
+    assert block.behind is model.tail
+    assert (block.rate1 is model.rate1, block.rate2 is model.rate2) == (True, True)
+    assert (block.conv2.weight is model.conv2.weight, block.fc.bias is model.fc.bias) == (True, True)
+    assert block.kept.tolist() == pytest.approx([1])
+    model = spelled(norms=True, projections="chunk")
+    block, _ = canonicalise(model)
+    assert block.dep_conv.weight is model.dep_conv.weight
+    assert block.rate1.shape == (1, 8, 1, 1)
+    assert block.behind is None
+    assert sum(parameter.numel() for parameter in block.parameters()) > 0
+
+
+def test_a_block_with_all_there_is_survives_the_whole_way(tmp_path):
+    model, x = spelled(residual="before", tail=True, norms=True, fc_bias=True, projections="chunk"), x_of({}, 2, 8, 12)
+    block, _ = canonicalise(model)
+    copied = copy.deepcopy(block)
+    copied.load_state_dict(block.state_dict())
+    assert torch.equal(copied(x), block(x))
+    assert relative_l2(copy.deepcopy(block).half()(x.half()), model(x)) < 1e-2
+    source = export(block, x, tmp_path / "plain.onnx", dynamic=AXES)
+    assert_fused(FAMILY, model, source, x, x_of({}, 1, 6, 10))

@@ -378,3 +378,12 @@ def test_a_norm_over_rows_or_columns_is_left_alone(tmp_path: Any, axis: int) -> 
     model = Model(VARIANT, port)
     source = export(model, x, tmp_path / "plain.onnx")
     assert_left_alone_in_a_graph(WINDOWED_ACMIX, model, source, x, "computes something else")
+
+
+def test_a_norm_with_a_scale_for_each_column_is_left_alone(tmp_path: Any) -> None:
+    port, x = Port(), torch.randn(1, 3, 14, 21)
+    port.norm = SpeltNorm()
+    port.norm.weight = nn.Parameter(torch.zeros(21, 1))
+    model = Model(VARIANT, port)
+    source = export(model, x, tmp_path / "plain.onnx")
+    assert_left_alone_in_a_graph(WINDOWED_ACMIX, model, source, x, "not one number a channel")

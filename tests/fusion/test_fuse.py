@@ -23,6 +23,7 @@ from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.examples import ZeroPadded
 from acmix_deploy.families.acmix.graph import ACMIX
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.families.local_attention.graph import LOCAL_ATTENTION as LOCAL
 from acmix_deploy.fusion import fuse
 from acmix_deploy.graph import NoMatch, Reached
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -325,11 +326,10 @@ class LeakedAttention(ACmix):
 
 
 NEAR_MISSES = {
-    Dilated: "over a reflected K x K neighbourhood: other pixels are read",
+    Dilated: "border that is reflected, dilation 2, without biases",
     EvenWindow: "Softmax runs over 16 values",
     UnevenScale: "with one scale for all heads",
     ValuesOfAnother: "no 3x3 convolution of x with zero padding: relative residual",
-    LeakedAttention: "not added to that of a convolution",
 }
 
 
@@ -338,6 +338,13 @@ def test_near_misses_do_not_fuse(tmp_path, kind):
     block, x = family_parts.randomised(kind(4, 8, 5, head=2)), torch.randn(1, 4, 12, 11)
     source = export(block, x, tmp_path / "plain.onnx")
     assert_left_alone_in_a_graph(ACMIX, block, source, x, NEAR_MISSES[kind])
+
+
+def test_an_attention_that_is_also_an_output_is_left_alone(tmp_path):
+    """As ACmix, and as attention alone: its projections are read by the convolution, too."""
+    block, x = family_parts.randomised(LeakedAttention(4, 8, 5, head=2)), torch.randn(1, 4, 12, 11)
+    source = export(block, x, tmp_path / "plain.onnx")
+    assert_left_alone_in_a_graph(LOCAL, block, source, x, "is also read by")
 
 
 @pytest.mark.parametrize(
@@ -434,16 +441,16 @@ class PixelAttention(nn.Module):
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize(
-    ("module", "words"),
-    [(OneProjection(), "its result is not added to that of a convolution"), (PixelAttention(), "")],
+    ("module", "expected"),
+    [(OneProjection(), [("local_attention", True)]), (PixelAttention(), [])],
     ids=["local", "of all pixels"],
 )  # fmt: skip
-def test_attention_alone(tmp_path, module, words, exporter):
+def test_attention_alone(tmp_path, module, expected, exporter):
     source = export(
         family_parts.randomised(module), torch.randn(1, 8, 9, 7), tmp_path / "plain.onnx", exporter=exporter
     )
     blocks = fuse(source, tmp_path / "fused.onnx").found.blocks
-    assert [(block.family, block.reason) for block in blocks] == ([("acmix", words)] if words else [])
+    assert [(block.family, block.fused) for block in blocks] == expected
 
 
 def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
@@ -465,7 +472,7 @@ def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
     near = ZeroPadded(4, 8, 5, head=2)
     source = export(randomised(near), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")
     (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
-    assert "padded otherwise" in block.reason, "what acmix measured tells as much, and acmix comes first"
+    assert "linear in the coordinates" in block.reason, "what acmix measured tells as much, and acmix comes first"
     refuse(swin_acmix=("closest", Reached.REDUCED))
     (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
     assert (block.family, block.reason) == ("swin_acmix", "closest")

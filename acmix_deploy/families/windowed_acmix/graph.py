@@ -46,9 +46,8 @@ class Norm(NamedTuple):
 
     result: gs.Variable
     scale: Array
-    """[C]."""
+    """[C], or one number; so is the shift."""
     shift: Array
-    """[C]."""
     epsilon: float
 
 
@@ -117,10 +116,12 @@ def reduce(found: Match, request: Request) -> Reduced:
     attended = _attend(writer, x, heads, window, table, channels_first, (batch, height, width), divides, request)
     y = writer.add("Add", "sum", attended, _convolve(writer, found, channels_first))
     if found.norm:
-        parameters = (
-            writer.constant("norm.scale", found.norm.scale),
-            writer.constant("norm.shift", found.norm.shift),
-        )
+        width = found.proj.weight.shape[1]
+        parameters = []
+        for label, values in (("scale", found.norm.scale), ("shift", found.norm.shift)):
+            if values.size not in (1, width):
+                raise NoMatch(f"its norm has a {label} of shape {[*values.shape]}, not one number a channel")
+            parameters.append(writer.constant(f"norm.{label}", np.broadcast_to(values.reshape(-1), width)))
         y = writer.add("LayerNormalization", "norm", y, *parameters, axis=-1, epsilon=found.norm.epsilon)
     y = writer.linear("y", y, found.proj.weight, found.proj.bias)
     (original,) = request.compute([found.region.y], request.values)
@@ -317,29 +318,32 @@ def _norm(total: gs.Variable) -> Norm | None:
         scale, shift = stored[0], stored[1] if len(stored) > 1 else np.zeros(1)
         if norm.attrs.get("axis", -1) not in (-1, 3) or scale is None or shift is None:
             raise NoMatch(f"{norm.name} does not normalise over the channels alone")
-        return Norm(norm.outputs[0], scale, np.broadcast_to(shift, scale.shape), norm.attrs.get("epsilon", 1e-5))
+        return Norm(norm.outputs[0], scale, shift, norm.attrs.get("epsilon", 1e-5))
     if set(readers) != {"ReduceMean", "Sub"}:
         return None
-    divided = next((user for user in readers["Sub"].outputs[0].outputs if user.op == "Div"), None)
+    apart = _past_casts(readers["Sub"].outputs[0])
+    divided = next((user for user in apart.outputs if user.op == "Div"), None)
     root = producer(divided.inputs[1]) if divided else None
-    sum_of_two = producer(root.inputs[0]) if root is not None and root.op == "Sqrt" else None
-    if divided is None or sum_of_two is None or sum_of_two.op != "Add":
+    variance = producer(root.inputs[0]) if root is not None and root.op == "Sqrt" else None
+    if divided is None or variance is None or variance.op != "Add":
         return None
-    epsilon = next(
-        (value for tensor in sum_of_two.inputs if (value := constant_value(tensor)) is not None), np.zeros(1)
-    )
-    result, parameters = divided.outputs[0], []
-    for op, neutral in (("Mul", 1.0), ("Add", 0.0)):
+    numbers = [value for tensor in variance.inputs if (value := constant_value(tensor)) is not None]
+    epsilon = float(numbers[0].reshape(-1)[0]) if numbers else 0.0
+    result, parameters = _past_casts(divided.outputs[0]), [np.ones(1), np.zeros(1)]
+    for index, op in enumerate(("Mul", "Add")):
         user = result.outputs[0] if len(result.outputs) == 1 else None
-        stored_here = (
-            constant_value(user.inputs[user.inputs[0] is result]) if user is not None and user.op == op else None
-        )
-        if user is not None and stored_here is not None:
-            result = user.outputs[0]
-        parameters.append(np.array([neutral]) if stored_here is None else stored_here)
-    width = max(len(np.atleast_1d(values)) for values in parameters)
-    scale, shift = (np.broadcast_to(values, width) for values in parameters)
-    return Norm(result, scale, shift, float(epsilon.reshape(-1)[0]))
+        if user is not None and user.op == op:
+            value = constant_value(user.inputs[user.inputs[0] is result])
+            if value is not None:
+                result, parameters[index] = user.outputs[0], value
+    return Norm(result, parameters[0], parameters[1], epsilon)
+
+
+def _past_casts(tensor: gs.Variable) -> gs.Variable:
+    """``tensor`` behind the Casts that follow it alone, as around what is float32 in half precision."""
+    while len(tensor.outputs) == 1 and tensor.outputs[0].op == "Cast":
+        tensor = tensor.outputs[0].outputs[0]
+    return tensor
 
 
 def _end(graph: gs.Graph, node: gs.Node, proj: Linear) -> gs.Variable:

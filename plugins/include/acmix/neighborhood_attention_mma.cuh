@@ -25,7 +25,8 @@ struct NeighborhoodShape : MmaShape<kLayout, kHeadDim, 1, kKernelSize> {
     // Blocks of a multiprocessor for which registers are kept: as many as spill nothing, by what the compiler does.
     static constexpr int blocks(int architecture) {
         if (architecture < 800 || !Base::kFolded) return 1;
-        return kHeadDim <= 32 ? 3 : Base::kNhwc ? 1 : 2;
+        if (kHeadDim > 32) return Base::kNhwc && kHeadDim == 64 && kKernelSize == 7 ? 1 : 2;
+        return architecture > 900 ? 2 : 3;
     }
 };
 
@@ -279,7 +280,7 @@ __global__ __launch_bounds__(
     const int first_column = along_x.start(query_x) - window_x;
     float key_x[kKept][2];
     bool seen[kKept][2], column_inside[kKept][2], owner[2][kTiles];
-    int column_entry[kKept][2];
+    const __half* column_bias[kKept][2];  // of the first row of the table
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
 #pragma unroll
@@ -290,7 +291,8 @@ __global__ __launch_bounds__(
             seen[kept][e] =
                 static_cast<unsigned>(column - first_column) < kKernelSize && (column_inside[kept][e] || !masked);
             key_x[kept][e] = plan.along_x(along_x.pixel(member));
-            column_entry[kept][e] = seen[kept][e] ? member - query_x + kKernelSize - 1 : 0;
+            column_bias[kept][e] =
+                bias + (head * kEntries * kEntries + (seen[kept][e] ? member - query_x + kKernelSize - 1 : 0));
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) owner[e][t] = column >= t * 8 && column < t * 8 + 8;
         }
@@ -346,7 +348,6 @@ __global__ __launch_bounds__(
 
     // Rows: what the position and the biases add, and what a query does not see.
     const float key_y = plan.along_y(max(pixel_row, 0));
-    const __half* const table = bias + head * kEntries * kEntries;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
         const float row_y = __shfl_sync(~0u, key_y, row);
@@ -361,7 +362,8 @@ __global__ __launch_bounds__(
                 const int kept = j / 2, e = j % 2;
                 float& logit = logits[row][kept][i * 2 + e];
                 const float away = fmaf(position[i * 2], key_x[kept][e], position[i * 2 + 1] * row_y);
-                const float added = to_float(table[row_entry * kEntries + column_entry[kept][e]]) * kLog2E;
+                const float added =
+                    to_float(*ptx::advance(column_bias[kept][e], row_entry, kEntries * sizeof(__half))) * kLog2E;
                 logit = fmaf(row_inside && column_inside[kept][e] ? logit - away : 0.0f, plan.scale, added);
                 logit = row_seen && seen[kept][e] ? logit : -INFINITY;
             }
