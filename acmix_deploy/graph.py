@@ -210,15 +210,15 @@ def conv_bias(conv: gs.Node) -> Array:
     return np.zeros(len(conv_weight(conv))) if value is None else value.astype(np.float64)
 
 
-def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable) -> Region:
-    """The region of the nodes on the ways from x to y.
+def region_between(graph: gs.Graph, x: gs.Variable, y: gs.Variable, given: gs.Variable | None = None) -> Region:
+    """The region of the nodes on the ways from x to y that do not lead over ``given``.
 
     Others may read x, reshaped and transposed or not, but nothing else of what is between.
 
     Raises:
         NoMatch: something between is read from elsewhere or is an output of the graph.
     """
-    above = list(upstream([y], lambda node: False, stop_at={x.name}))
+    above = list(upstream([y], lambda node: False, stop_at={x.name, *([given.name] if given else [])}))
     reached = {x.name}
     nodes = []
     for node in reversed(above):

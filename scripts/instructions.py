@@ -133,6 +133,7 @@ class Kernel:
 KERNELS = tuple(
     Kernel(operator, kernel.name, dtype, layout, shape)
     for operator in OPERATORS
+    if operator.name in WINDOWS
     for kernel in operator.kernels
     for dtype, layout in kernel.formats
     for shape in SHAPES

@@ -16,7 +16,7 @@ from acmix_deploy.plan import Plan, check_form
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="ONNX file, opset 13 to 21")
+    parser.add_argument("model", type=Path, help="ONNX file, opset 11 to 21")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the fused file goes")
     add_options(parser, Plan, "conv_branch", "expect", "target", "form")
 

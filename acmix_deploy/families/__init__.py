@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field
 
 from acmix_deploy.families.acmix.graph import ACMIX
+from acmix_deploy.families.cafm.graph import CAFM
+from acmix_deploy.families.carafe.graph import CARAFE
 from acmix_deploy.families.family import Family
 from acmix_deploy.families.gated_acmix.graph import GATED_ACMIX
+from acmix_deploy.families.involution.graph import INVOLUTION
+from acmix_deploy.families.local_attention.graph import LOCAL_ATTENTION
 from acmix_deploy.families.outlook.graph import OUTLOOK
 from acmix_deploy.families.shift_conv.graph import SHIFT_CONV
 from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
@@ -22,7 +26,18 @@ from acmix_deploy.faults import FaultId
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES: tuple[Family[Any], ...] = (ACMIX, SWIN_ACMIX, SHIFT_CONV, OUTLOOK, WINDOWED_ACMIX, GATED_ACMIX)
+FAMILIES: tuple[Family[Any], ...] = (
+    ACMIX,
+    SWIN_ACMIX,
+    SHIFT_CONV,
+    OUTLOOK,
+    WINDOWED_ACMIX,
+    GATED_ACMIX,
+    CAFM,
+    LOCAL_ATTENTION,
+    CARAFE,
+    INVOLUTION,
+)
 
 
 class BlockReport(BaseModel):

@@ -36,7 +36,8 @@ MASKED = -1e4
 denormal number in float32, which processors are slow with."""
 
 RESIDUAL = 1e-3  # of logits, relative; evaluated in float32, so that a real block leaves about 1e-6
-_MASKED_BELOW = -50.0  # what a graph adds to hide a key; exp of it is lost in float32
+MASKED_BELOW = -50.0
+"""What a graph adds to hide a key; exp of it is lost in float32."""
 MOVING = RESHAPING | {"Expand", "Gather", "Pad", "Slice", "Split"}
 
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
@@ -94,7 +95,7 @@ class Heads(NamedTuple):
     @property
     def hidden(self) -> Array:
         """[L, N, N]: whether a key is masked for a query."""
-        return np.less(self.added, _MASKED_BELOW)
+        return np.less(self.added, MASKED_BELOW)
 
 
 class Fit(NamedTuple):
@@ -302,7 +303,7 @@ def measure(
         return weight[index] * factor, bias[index] * factor
 
     straight = np.broadcast_to(np.arange(d), (len(heads), d))
-    of_ones = (logits(1.0) - added)[added >= _MASKED_BELOW]
+    of_ones = (logits(1.0) - added)[added >= MASKED_BELOW]
     return Heads(
         q=part(rows[0], straight, fitted(of_ones, np.full(of_ones.shape, d), d).scale),
         k=part(rows[1], straight, 1.0),

@@ -37,6 +37,8 @@ class Examples:
     """Whether it takes [B, H, W, C]."""
     divisor: int = 1
     """Of the heights and widths that it takes, all from 8."""
+    resizes: bool = False
+    """Whether its result has another height and width."""
     without_gradient: Mapping[str, slice] = field(default_factory=dict)
     """Of 8 channels, what no result depends on, by the name of the parameter: it adds the same to all logits."""
     variant: str = ""

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from acmix_deploy.families import BlockReport
 from acmix_deploy.families.family import Family
+from acmix_deploy.families.layout import ChannelsFirst, ChannelsLast
 from acmix_deploy.faults import FaultId
 from acmix_deploy.graph import Reached
+from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.torch import OnCpu
 
 _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # what Ultralytics sets on a layer: index, inputs, class name, size
@@ -66,7 +68,7 @@ class Recogniser:
     block: type[nn.Module]
     """The family's own module."""
     geometry: tuple[str, ...]
-    """Its constructor's arguments, each an integer attribute of the block."""
+    """Its constructor's arguments, each an attribute of the block: an integer, or None, which is not reported."""
     propose: Callable[[nn.Module], Proposal]
     """What a module may be replaced by. Raises NotABlock."""
     resembles: Callable[[nn.Module], bool]
@@ -74,6 +76,8 @@ class Recogniser:
     parameterless: tuple[type[nn.Module], ...] | None = None
     """What a published block has for children beside those with parameters; None where its parts alone leave a doubt
     whose block it is."""
+    channels_last: bool = False
+    """Whether the block takes [B, H, W, C], not [B, C, H, W]. A module that takes the other is one too, permuted."""
     called: str = ""
     """What the name of such a class has in it, in lower case and without underscores, if names tell a person so."""
 
@@ -103,13 +107,15 @@ class Recogniser:
                     replacements[module], report.repaired = self._replacement(module)
                     report.status = "replaced"
                 block = replacements.get(module, module)
-                report.geometry = {name: int(getattr(block, name)) for name in self.geometry}
-            except NotABlock as reason:
+                block = block.block if isinstance(block, (ChannelsFirst, ChannelsLast)) else block
+                arguments = ((name, getattr(block, name)) for name in self.geometry)
+                report.geometry = {name: int(value) for name, value in arguments if value is not None}
+            except NotABlock as why:
                 seen = self._resembles(module)
                 if not seen:
                     continue
-                report.status, report.reason, report.fault = "left alone", str(reason), reason.fault
-                report.reached = max(seen, reason.reached)
+                report.status, report.reason, report.fault = "left alone", str(why), why.fault
+                report.reached = max(seen, why.reached)
             reports[module] = report
 
         containers = {module for module in reports if any(part in reports for part in list(module.modules())[1:])}
@@ -164,30 +170,47 @@ class Recogniser:
         """The block of this family that computes what ``module`` does, and what it repairs. Raises NotABlock."""
         proposal = self.propose(module)
         own_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
-        try:
-            expected, faults = _run_original(module, proposal, own_dtype)
-        except Exception as error:
-            failure = f"its own forward fails: {type(error).__name__}: {str(error).splitlines()[0]}"
-            raise NotABlock("; ".join([*proposal.refusals, failure]), Reached.WHOLE, proposal.fault) from error
+        reasons, failures = [*proposal.refusals], []
+        turned, back = (ChannelsLast, ChannelsFirst) if self.channels_last else (ChannelsFirst, ChannelsLast)
+        for original in (module, turned(module)):
+            try:
+                expected, faults = run_original(original, proposal, own_dtype)
+            except Exception as error:
+                failures.append(error)
+                continue
+            block, difference = self._equal(proposal, expected)
+            if block:
+                block = block if original is module else back(block)
+                return self._dressed(block, module), [*faults, *proposal.repaired]
+            reasons.append(difference)
+        if len(reasons) > len(proposal.refusals):
+            raise NotABlock(reasons[0], Reached.WHOLE, proposal.fault)
+        failure = f"its own forward fails: {type(failures[0]).__name__}: {str(failures[0]).splitlines()[0]}"
+        raise NotABlock("; ".join([*reasons, failure]), Reached.WHOLE, proposal.fault) from failures[0]
+
+    def _equal(self, proposal: Proposal, expected: Sequence[Tensor]) -> tuple[nn.Module | None, str]:
+        """The candidate that gives what is expected, else how the likeliest differs."""
         dtype = expected[0].dtype
         half = dtype in (torch.float16, torch.bfloat16)
         limit = self.family.tolerances["float16" if half else "float32"].limit()
         differences = []
         for block in proposal.candidates:
-            results = _run(block, proposal, dtype)
+            arguments = ", ".join(f"{name}={getattr(block, name)}" for name in self.geometry)
+            candidate = f"{self.block.__name__}({arguments})"
+            try:
+                results = _run(block, proposal, dtype)
+            except Exception as error:  # parts of another stride or padding than the block's own
+                differences.append(f"it takes {[*proposal.x.shape]}, and {candidate} does not: {reason(error)}")
+                continue
             distance = float(np.max([*map(relative_l2, results, expected)]))  # NaN where one is
             if distance <= limit:
-                break
-            arguments = ", ".join(f"{name}={getattr(block, name)}" for name in self.geometry)
+                return block, ""
             differences.append(
-                f"on random input it differs from {self.block.__name__}({arguments}) by a relative L2 of "
-                f"{distance:.1e} (limit {limit:.0e})"
+                f"on random input it differs from {candidate} by a relative L2 of {distance:.1e} (limit {limit:.0e})"
                 if math.isfinite(distance)
-                else f"it gives {_shapes(expected)} where {self.block.__name__}({arguments}) gives {_shapes(results)}"
+                else f"it gives {_shapes(expected)} where {candidate} gives {_shapes(results)}"
             )
-        else:
-            raise NotABlock((*proposal.refusals, differences[0])[0], Reached.WHOLE, proposal.fault)
-        return self._dressed(block, module), [*faults, *proposal.repaired]
+        return None, differences[0]
 
 
 def _run(module: nn.Module, proposal: Proposal, dtype: torch.dtype) -> list[Tensor]:
@@ -203,7 +226,7 @@ def _run(module: nn.Module, proposal: Proposal, dtype: torch.dtype) -> list[Tens
     return results
 
 
-def _run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
+def run_original(module: nn.Module, proposal: Proposal, own_dtype: torch.dtype) -> tuple[list[Tensor], list[FaultId]]:
     """The block's own results, in the widest type that it runs in, and the faults seen. Raises what the block does."""
     failures: dict[torch.dtype, Exception] = {}
     results = {}

@@ -67,7 +67,7 @@ def fuse(
     unless it does not load the source either, as for an operator that it does not know; the report says so then.
 
     Args:
-        source: ONNX file of opset 13 to 21, float32 or float16, from any exporter; float64 becomes float32.
+        source: ONNX file of opset 11 to 21, float32 or float16, from any exporter; float64 becomes float32.
         target: where the fused file goes, another path than ``source``.
         conv_branch: form of the convolution branch.
         expect: the number of blocks that must fuse.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import inliner, version_converter
+from onnx import inliner, shape_inference, version_converter
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import DOUBLE, as_float32, check, name_nodes, read
+from acmix_deploy.graph import DOUBLE, as_float32, check, keep, name_nodes, names_read, read
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.runtime.onnxruntime import ir_version
 from acmix_deploy.runtime.reason import reason
@@ -40,7 +42,7 @@ def load(path: Path) -> tuple[onnx.ModelProto, list[str]]:
         raise UserError(f"{path} holds no ONNX graph", "Give the file that an exporter wrote.")
     if opset > OPSETS[-1]:
         raise UserError(
-            f"{path} has opset {opset}; {OPSETS[0]} to {OPSETS[-1]} are supported, and 13 to 16 are converted",
+            f"{path} has opset {opset}; {OPSETS[0]} to {OPSETS[-1]} are supported, and 11 to 16 are converted",
             f"Export it with --opset {OPSETS[-1]} or below.",
         )
     if model.functions:
@@ -114,6 +116,8 @@ def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         dense.graph.initializer.append(onnx.numpy_helper.from_array(stored, tensor.values.name))
     del dense.graph.sparse_initializer[:]
     new = version_converter.convert_version(dense, opset)
+    if any(entry.version < 13 and entry.domain in _STANDARD for entry in model.opset_import):
+        _unflatten(new)
     told = {node.output[0]: node for node in model.graph.node if node.output}
     for node in new.graph.node:
         if before := told.get(node.output[0] if node.output else ""):
@@ -127,3 +131,44 @@ def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     for entry in converted.opset_import:
         entry.version = opset if entry.domain in _STANDARD else entry.version
     return converted
+
+
+def _unflatten(model: onnx.ModelProto) -> None:
+    """Take away, in place, what the converter puts around a Softmax of an opset below 13 that is over the last axis.
+
+    There a Softmax takes all axes from one on together. Where the converter does not know how many there are, it makes
+    a matrix of them; here shapes are inferred, and of one axis no matrix is needed.
+    """
+    found = [*_matrices(model)]
+    if not found:
+        return
+    inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*inferred.input, *inferred.value_info)}
+    whole: dict[str, onnx.NodeProto] = {}
+    gone: set[str] = set()
+    for flatten, softmax, shape, reshape in found:
+        axes = [[attribute.i for attribute in node.attribute] for node in (flatten, softmax)]
+        if axes == [[ranks.get(flatten.input[0], 0) - 1], [-1]]:
+            gone.update((flatten.output[0], softmax.output[0], shape.output[0]))
+            alone = whole[reshape.output[0]] = onnx.NodeProto()
+            alone.CopyFrom(softmax)
+            alone.input[0], alone.output[0] = flatten.input[0], reshape.output[0]
+    nodes = [node for node in model.graph.node if gone.isdisjoint(node.output)]
+    keep(model.graph.node, [whole.get(node.output[0] if node.output else "", node) for node in nodes])
+
+
+def _matrices(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, ...]]:
+    """Flatten, Softmax or its like, Shape and Reshape wherever a tensor is a matrix for that one operator alone."""
+    made = {name: node for node in model.graph.node for name in node.output}
+    readers = Counter(name for node in model.graph.node for name in names_read(node))
+    readers.update(value.name for value in model.graph.output)
+    for reshape in model.graph.node:
+        softmax, shape = (made.get(name) for name in [*reshape.input, "", ""][:2])
+        if softmax is None or shape is None or softmax.op_type not in ("Softmax", "LogSoftmax", "Hardmax"):
+            continue
+        flatten = made.get(softmax.input[0])
+        if flatten is None or [reshape.op_type, flatten.op_type, shape.op_type] != ["Reshape", "Flatten", "Shape"]:
+            continue
+        parts = (flatten, softmax, shape)
+        if flatten.input[0] == shape.input[0] and all(readers[part.output[0]] == 1 for part in parts):
+            yield *parts, reshape

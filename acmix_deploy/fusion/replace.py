@@ -86,7 +86,7 @@ class Fusion:
             self.graph.cleanup()  # what fell away is no anchor of another family
 
     def _leave(self, anchor: gs.Node, family: Family[M], why: NoMatch, least: Reached = Reached.NOTHING) -> None:
-        reached = max(why.reached, least)
+        reached = max(why.reached, least) if why.reached else why.reached
         closest = self._closest.get(anchor.name, (Reached.NOTHING, None))[0]
         if reached > closest:
             block = FusedBlock(name=anchor.name, family=family.name, fused=False, reason=why.reason)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import Axis
-from acmix_deploy.operators.spec import HEAD_DIMS, Attribute, Kernel, Operator, Tensor
+from acmix_deploy.operators.spec import Attribute, Kernel, Operator, Tensor
 
 _WRITTEN = "// Written by `make docs` from acmix_deploy/operators: edit the definitions there.\n// clang-format off"
 
@@ -48,6 +48,7 @@ struct Definition<{type}> {{
     using P = {type};
     static constexpr const char* kOpType = "{op_type}";
     static constexpr const char* kVersion = "{version}";
+    static constexpr Member<P> kPadded = {padded};
 {constants}
 }};
 """
@@ -141,6 +142,7 @@ def _problem(operator: Operator) -> str:
         type=_type(operator),
         op_type=operator.op_type,
         version=operator.version,
+        padded="&P::head_dim" if operator.head_dims[0] else "nullptr",
         fields=_lines(
             [
                 *(f"    std::int32_t {name};  // {letter}" for letter, name in operator.axes.items()),
@@ -174,7 +176,7 @@ def _table(operator: Operator) -> str:
         f"{{{dtype}, {layout}, {head_dim}, Kernel::{_constant(kernel.name)}, {kernel.min_sm}, "
         f"{operator.name}_{kernel.name}<{dtype}, {layout}, {head_dim}>}}"
         for kernel in operator.kernels
-        for dtype, layout, head_dim in _instances(kernel)
+        for dtype, layout, head_dim in _instances(operator, kernel)
     )
     return _TABLE.format(
         launchers=_lines(
@@ -202,7 +204,7 @@ def _declaration(operator: Operator) -> str:
 def _instantiations(operator: Operator, kernel: Kernel) -> str:
     launchers = (
         f"template {_launcher(operator, kernel, f'<{dtype}, {layout}, {head_dim}>')};"
-        for dtype, layout, head_dim in _instances(kernel)
+        for dtype, layout, head_dim in _instances(operator, kernel)
     )
     return _INSTANTIATIONS.format(
         written=_WRITTEN, kernel=f"{operator.name}_{kernel.name}", launchers=_lines(launchers)
@@ -215,12 +217,12 @@ def _launcher(operator: Operator, kernel: Kernel, arguments: str = "") -> str:
     return f"cudaError_t {name}(const {_type(operator)}&, const void* const*, void*, cudaStream_t)"
 
 
-def _instances(kernel: Kernel) -> list[tuple[str, str, int]]:
+def _instances(operator: Operator, kernel: Kernel) -> list[tuple[str, str, int]]:
     """Element type, layout and padded head_dim of each row of the dispatch table."""
     return [
         (f"Dtype::{_constant(dtype)}", f"Layout::{_constant(layout)}", head_dim)
         for dtype, layout in kernel.formats
-        for head_dim in HEAD_DIMS
+        for head_dim in operator.head_dims
     ]
 
 

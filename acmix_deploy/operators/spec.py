@@ -78,7 +78,7 @@ TENSORRT_ATTRIBUTES = (
 """By which TensorRT's parser finds the plugin: ``Operator.version``, and the namespace of its creator."""
 
 HEAD_DIMS = (16, 32, 64, 128)
-"""What kernels are compiled for; another ``head_dim`` is padded to the next."""
+"""What kernels of operators with heads are compiled for; another ``head_dim`` is padded to the next."""
 
 _MOST = 2**31 - 1 - 1024  # a block's threads count past it
 KERNEL_MAXIMA = {"B": 65535, "H": 65535, "N": 65535, "H*W": _MOST, "3*N*d*W": _MOST}
@@ -91,7 +91,8 @@ class Kernel:
 
     name: Literal["simt", "mma"]
     formats: tuple[tuple[str, str], ...]
-    """Element types and layouts, as in ``("float16", "NHWC")``; for each there is one kernel a size in HEAD_DIMS."""
+    """Element types and layouts, as in ``("float16", "NHWC")``; for each there is one kernel a size in
+    ``Operator.head_dims``."""
     min_sm: int = 0
     """Oldest compute capability that runs them, 75 for sm_75."""
 
@@ -126,6 +127,11 @@ class Operator:
     def name(self) -> str:
         """What its folder, its kernels and its function in C are called: the type in lower case, without Acmix."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", self.op_type.removeprefix("Acmix")).lower()
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """What each kernel is compiled for: HEAD_DIMS, or 0 alone where the operator has no ``head_dim``."""
+        return HEAD_DIMS if "head_dim" in self.axes.values() else (0,)
 
     @property
     def dtypes(self) -> tuple[str, ...]:

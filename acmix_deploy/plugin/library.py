@@ -45,7 +45,9 @@ class Entry(BaseModel):
     operator: str = Field(description="type of the operator")
     dtype: str = Field(description="element type")
     layout: str = Field(description="NCHW or NHWC, TensorRT's LINEAR and HWC8")
-    head_dim: int = Field(description="largest head_dim that it takes; smaller ones are padded to it")
+    head_dim: int = Field(
+        description="largest head_dim that it takes; smaller ones are padded to it; 0 where it has none"
+    )
     kernel: str = Field(description="simt or mma, scalar arithmetic or tensor cores")
     min_sm: int = Field(description="oldest architecture that it runs on: 80 stands for sm_80, 0 for any")
 

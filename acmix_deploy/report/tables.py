@@ -229,7 +229,7 @@ def kernels(library: Library) -> Table:
         key = (entry.operator, entry.kernel, entry.dtype, entry.layout, f"sm_{entry.min_sm}" if entry.min_sm else "any")
         sizes.setdefault(key, []).append(entry.head_dim)
     for (operator, kernel, dtype, layout, oldest), found in sizes.items():
-        rows.add_row(operator, kernel, dtype, layout, ", ".join(map(str, sorted(found))), oldest)
+        rows.add_row(operator, kernel, dtype, layout, ", ".join(str(size or "any") for size in sorted(found)), oldest)
     return rows
 
 

@@ -48,11 +48,21 @@ std::string outside(const Problem& problem) {
     return "";
 }
 
+// What an entry has to be compiled for, 0 where the operator has nothing of the kind.
+template <class Problem>
+std::int32_t padded_size(const Problem& problem) {
+    constexpr Member<Problem> kPadded = Definition<Problem>::kPadded;
+    if constexpr (kPadded == nullptr)
+        return 0;
+    else
+        return problem.*kPadded;
+}
+
 template <class Problem>
 Found<Problem> find(const Problem& problem, std::int32_t sm, const Kernel* wanted) {
     if (std::string reason = outside(problem); !reason.empty()) return {nullptr, std::move(reason)};
     for (const Entry<Problem>& entry : table<Problem>()) {
-        if (entry.dtype == problem.dtype && entry.layout == problem.layout && entry.head_dim >= problem.head_dim &&
+        if (entry.dtype == problem.dtype && entry.layout == problem.layout && entry.head_dim >= padded_size(problem) &&
             (wanted == nullptr || entry.kernel == *wanted) && entry.min_sm <= sm) {
             return {&entry, ""};
         }

@@ -96,6 +96,21 @@ Span<Entry<OutlookAttention>> table() {
 template Found<OutlookAttention> find(const OutlookAttention&, std::int32_t, const Kernel*);
 template std::string launch(const OutlookAttention&, const void* const*, void*, cudaStream_t, const Kernel*);
 
+template <Dtype, Layout, int>
+cudaError_t reassembly_simt(const Reassembly&, const void* const*, void*, cudaStream_t);
+
+template <>
+Span<Entry<Reassembly>> table() {
+    static constexpr Entry<Reassembly> kRows[] = {
+        {Dtype::kFloat32, Layout::kNchw, 0, Kernel::kSimt, 0, reassembly_simt<Dtype::kFloat32, Layout::kNchw, 0>},
+        {Dtype::kFloat16, Layout::kNchw, 0, Kernel::kSimt, 0, reassembly_simt<Dtype::kFloat16, Layout::kNchw, 0>},
+        {Dtype::kFloat16, Layout::kNhwc, 0, Kernel::kSimt, 0, reassembly_simt<Dtype::kFloat16, Layout::kNhwc, 0>}};
+    return kRows;
+}
+
+template Found<Reassembly> find(const Reassembly&, std::int32_t, const Kernel*);
+template std::string launch(const Reassembly&, const void* const*, void*, cudaStream_t, const Kernel*);
+
 }  // namespace acmix
 
 extern "C" {
@@ -109,6 +124,10 @@ const char* acmix_neighborhood_attention(const acmix::NeighborhoodAttention* pro
 }
 const char* acmix_outlook_attention(const acmix::OutlookAttention* problem, int kernel, const void* logits, const void* values, void* y, cudaStream_t stream) {
     const void* const inputs[] = {logits, values};
+    return acmix::launch_on_device(problem, kernel, inputs, y, stream);
+}
+const char* acmix_reassembly(const acmix::Reassembly* problem, int kernel, const void* x, const void* w, void* y, cudaStream_t stream) {
+    const void* const inputs[] = {x, w};
     return acmix::launch_on_device(problem, kernel, inputs, y, stream);
 }
 }

@@ -49,12 +49,12 @@ def example(variant: Variant, *, as_others_have_it: bool = False) -> tuple[Any, 
 
 
 class Model(nn.Module):
-    """A block with a residual between convolutions, as in a detector: [B, 3, H, W] to [B, 4, H, W]."""
+    """A block between convolutions, with a residual where sizes allow, as in a detector: from 3 channels to 4."""
 
     def __init__(self, variant: Variant, block: nn.Module | None = None, *, channels: int = 8) -> None:
         super().__init__()
         examples = variant.examples
-        self.channels_last = examples.channels_last
+        self.channels_last, self.resizes = examples.channels_last, examples.resizes
         self.before, self.block = nn.Conv2d(3, channels, 1), block or examples.block(channels)
         self.after = nn.Conv2d(channels, 4, 1)
         randomised(self)
@@ -62,7 +62,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(x).relu()
         y = self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.block(x)
-        return self.after(x + y)
+        return self.after(y if self.resizes else x + y)
 
 
 def randomised(module: nn.Module) -> Any:

@@ -16,6 +16,7 @@ from acmix_deploy.engine.build import build
 from acmix_deploy.families import canonicalise
 from acmix_deploy.families.examples import NearMiss
 from acmix_deploy.families.family import Family
+from acmix_deploy.families.layout import ChannelsFirst
 from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.precision import to_fp16
@@ -25,6 +26,7 @@ from tests.families.parts import (
     VARIANTS,
     Model,
     Variant,
+    assert_fused,
     assert_left_alone_in_a_graph,
     assert_left_alone_in_a_module,
     example,
@@ -102,6 +104,60 @@ def test_a_block_in_the_code_of_others_is_replaced(variant: Variant, dtype: torc
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     limit = variant.family.tolerances["float32"].limit() if dtype == torch.float32 else 1e-2
     assert relative_l2(model[1](x.to(dtype)), expected) < limit
+
+
+def permuting(block: nn.Module, to: tuple[int, ...] = (0, 2, 3, 1), back: tuple[int, ...] = (0, 3, 1, 2)) -> nn.Module:
+    """The block in the code of others, which permutes what it takes, and what it gives."""
+    kind = type(block)
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return kind.forward(self, x.permute(to)).permute(back)
+
+    block.__class__ = type("Theirs", (kind,), {"forward": forward})
+    return block
+
+
+channels_last = pytest.mark.parametrize(
+    "variant", [one for one in VARIANTS if one.examples.channels_last], ids=lambda variant: variant.name
+)
+
+
+@channels_last
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_a_block_that_permutes_maps_is_replaced(variant: Variant, exporter: str, tmp_path: Path) -> None:
+    """From [B, C, H, W] to channels last and back."""
+    block, x = example(variant, as_others_have_it=True)
+    maps = x.permute(0, 3, 1, 2).contiguous()
+    expected = block(x).permute(0, 3, 1, 2)
+    found, (report,) = canonicalise(nn.Sequential(nn.Conv2d(8, 8, 1), permuting(block)))
+    assert (report.class_name, report.status, report.family) == ("Theirs", "replaced", variant.family.name)
+    assert type(found[1]) is ChannelsFirst
+    assert type(found[1].block) is variant.family.recogniser.block
+    assert report.geometry == {name: getattr(found[1].block, name) for name in variant.family.recogniser.geometry}
+    assert relative_l2(found[1](maps), expected) < variant.family.tolerances["float32"].limit()
+    again, (report,) = canonicalise(found)
+    assert (again, report.status, report.name) == (found, "canonical", "1.block")
+    source = export(
+        found.eval(), maps, tmp_path / "plain.onnx", exporter=exporter, dynamic=AXES, divisor=variant.examples.divisor
+    )
+    larger = torch.randn(1, 8, 16, 12)
+    assert_fused(variant.family, found, source, maps, larger)
+
+
+@channels_last
+@pytest.mark.parametrize(
+    ("to", "back"),
+    [((0, 3, 2, 1), (0, 3, 2, 1)), ((0, 2, 3, 1), (0, 3, 2, 1)), ((0, 2, 3, 1), (0, 1, 2, 3))],
+    ids=["turned", "turned behind", "not permuted back"],
+)
+def test_a_block_that_turns_its_maps_is_left_alone(
+    variant: Variant, to: tuple[int, ...], back: tuple[int, ...]
+) -> None:
+    """Height and width change places, before the block or behind it, or the channels stay last."""
+    block = permuting(example(variant)[0], to, back)
+    found, reports = canonicalise(nn.Sequential(block))
+    assert found[0] is block
+    assert {report.status for report in reports} <= {"left alone"}
 
 
 every_near_miss = pytest.mark.parametrize(
@@ -242,9 +298,13 @@ def test_a_block_whose_intermediate_is_also_an_output_is_left_alone(variant: Var
     plain = onnx.shape_inference.infer_shapes(onnx.load(export(model, x, source)))
     fuse(source, tmp_path / "fused.onnx", expect=1)
     stay = {name for node in onnx.load(tmp_path / "fused.onnx").graph.node for name in node.output}
-    typed = {value.name: value for value in plain.graph.value_info}
-    gone = [node.output[0] for node in plain.graph.node if node.op_type != "Constant" and node.output[0] not in stay]
-    plain.graph.output.append(typed[gone[len(gone) // 2]])
+    typed = {value.name: value for value in plain.graph.value_info if value.type.tensor_type.HasField("shape")}
+    made_of_x = {plain.graph.input[0].name}
+    for node in plain.graph.node:
+        if made_of_x.intersection(node.input) and node.op_type != "Shape":
+            made_of_x.update(node.output)
+    gone = [name for node in plain.graph.node for name in node.output if name in made_of_x & typed.keys() - stay]
+    plain.graph.output.append(typed[gone[len(gone) // 3]])
     onnx.save(plain, source)
     assert_left_alone_in_a_graph(variant.family, model, source, x, "is also an output of the graph")
 

@@ -45,14 +45,29 @@ def pixel_by_pixel(block: GatedACmix, x: Tensor) -> Tensor:
     """The definition in float64, one pixel and one head at a time."""
     weights = {name: value.detach().double().numpy() for name, value in block.state_dict().items()}
     maps = x.double().numpy()
-    batch, channels, height, width = maps.shape
-    d, reach = channels // block.num_heads, block.kernel_size // 2
-    sequences = [[(b, i, j) for i in range(height) for j in range(width)] for b in range(batch)]
+    batch, _, height, width = maps.shape
+    d, reach = block.out_channels // block.num_heads, block.kernel_size // 2
+    pixels = [(b, i, j) for b in range(batch) for i in range(height) for j in range(width)]
+    convolved = np.zeros((batch, block.out_channels, height, width))
+    for b, i, j in pixels:
+        for a in range(max(i - reach, 0), min(i + reach + 1, height)):
+            for c in range(max(j - reach, 0), min(j + reach + 1, width)):
+                kernel = weights["conv.0.weight"][:, :, a - i + reach, c - j + reach]
+                convolved[b, :, i, j] += kernel @ maps[b, :, a, c]
+    mean, variance, scale, shift = (
+        weights[f"conv.1.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    convolved = np.maximum((convolved - mean) / np.sqrt(variance + 1e-5) * scale + shift, 0)
+
+    rows, columns = (size // (block.window_size or size) for size in (height, width))
+    where = {(b, i, j): (b, i * rows // height, j * columns // width) for b, i, j in pixels}
     if block.sequence_first:
-        sequences = [[(b, i, j) for b in range(batch)] for i in range(height) for j in range(width)]
-    attended, convolved = np.zeros(maps.shape), np.zeros(maps.shape)
+        where = {(b, i, j): (i % (height // rows), j % (width // columns)) for b, i, j in pixels}
+    sequences = [[place for place in pixels if where[place] == one] for one in sorted({*where.values()})]
+    read = convolved if block.in_series else maps
+    attended = np.zeros(convolved.shape)
     for sequence in sequences:
-        tokens = np.array([maps[b, :, i, j] for b, i, j in sequence])
+        tokens = np.array([read[b, :, i, j] for b, i, j in sequence])
         q, k, v = np.split(tokens @ weights["attention.in_proj_weight"].T + weights["attention.in_proj_bias"], 3, 1)
         heads = []
         for n in range(block.num_heads):
@@ -63,23 +78,13 @@ def pixel_by_pixel(block: GatedACmix, x: Tensor) -> Tensor:
         result = np.concatenate(heads, 1) @ weights["attention.out_proj.weight"].T + weights["attention.out_proj.bias"]
         for (b, i, j), token in zip(sequence, result, strict=True):
             attended[b, :, i, j] = token
-    for b, i, j in (place for sequence in sequences for place in sequence):
-        for a in range(max(i - reach, 0), min(i + reach + 1, height)):
-            for c in range(max(j - reach, 0), min(j + reach + 1, width)):
-                kernel = weights["conv.0.weight"][:, :, a - i + reach, c - j + reach]
-                convolved[b, :, i, j] += kernel @ maps[b, :, a, c]
-    statistics = (
-        weights[f"conv.1.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias")
-    )
-    mean, variance, scale, shift = statistics
-    convolved = np.maximum((convolved - mean) / np.sqrt(variance + 1e-5) * scale + shift, 0)
     hidden = np.maximum(maps.mean((2, 3)) @ weights["gate.2.weight"].T + weights["gate.2.bias"], 0)
     gate = 1 / (1 + np.exp(-(hidden @ weights["gate.4.weight"].T + weights["gate.4.bias"])))
     first, second = (gate[:, index, None, None, None] for index in (0, 1))
     return torch.from_numpy(first * convolved + second * attended)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     heads=st.integers(1, 3),
     head_dim=st.integers(1, 4),
@@ -88,12 +93,29 @@ def pixel_by_pixel(block: GatedACmix, x: Tensor) -> Tensor:
     size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     batch=st.integers(1, 3),
     sequence_first=st.booleans(),
+    in_series=st.booleans(),
+    wider=st.integers(0, 3),
+    window=st.sampled_from([None, 1, 2, 3]),
 )
 def test_is_the_definition(
-    heads: int, head_dim: int, kernel: int, hidden: int, size: tuple[int, int], batch: int, sequence_first: bool
+    heads: int,
+    head_dim: int,
+    kernel: int,
+    hidden: int,
+    size: tuple[int, int],
+    batch: int,
+    sequence_first: bool,
+    in_series: bool,
+    wider: int,
+    window: int | None,
 ) -> None:
-    block = randomised(GatedACmix(heads * head_dim, heads, kernel, hidden, sequence_first=sequence_first))
-    x = torch.randn(batch, heads * head_dim, *size)
+    channels = heads * head_dim + (wider if in_series else 0)
+    block = GatedACmix(
+        channels, heads, kernel, hidden, sequence_first=sequence_first, in_series=in_series,
+        out_channels=heads * head_dim, window_size=window,
+    )  # fmt: skip
+    randomised(block)
+    x = torch.randn(batch, channels, *(side * (window or 1) for side in size))
     expected = pixel_by_pixel(block, x)
     assert relative_l2(copy.deepcopy(block).double()(x.double()), expected) < 1e-12
     assert relative_l2(block(x), expected) < FLOAT32
@@ -113,11 +135,19 @@ def test_tokens_attend_to_their_own_image_alone() -> None:
         ({"num_heads": 0}, "num_heads=0"),
         ({"kernel_size": 2}, "2"),
         ({"hidden": 0}, "=0"),
+        ({"window_size": 0}, "window_size=0"),
+        ({"out_channels": 12}, "out_channels=12"),
+        ({"out_channels": 10, "in_series": True}, "out_channels=10"),
     ],
 )
 def test_the_constructor_refuses_with_the_number(arguments: dict[str, int], number: str) -> None:
     with pytest.raises(UserError, match=number):
         GatedACmix(**{"channels": 8, **arguments})
+
+
+def test_a_map_that_the_windows_do_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match="4x4 pixels do not divide a map of 8x6"):
+        GatedACmix(8, 2, window_size=4)(torch.randn(1, 8, 8, 6))
 
 
 class Port(nn.Module):
@@ -138,17 +168,25 @@ class Port(nn.Module):
         position: bool = False,
         shared: bool = False,
         own_qkv: bool = False,
+        in_series: bool = False,
+        channels: int = 8,
+        window: int | None = None,
+        gate: str = "linear",
     ) -> None:
         super().__init__()
         self.tokens, self.swapped, self.of, self.shared, self.heads = tokens, swapped, of, shared, heads
+        self.in_series, self.ws = in_series, window
         norms = [nn.BatchNorm2d(dim)] if norm else []
-        self.local = nn.Sequential(nn.Conv2d(dim, dim, kernel, padding=kernel // 2), *norms, activation())
+        self.local = nn.Sequential(nn.Conv2d(channels, dim, kernel, padding=kernel // 2), *norms, activation())
         if own_qkv:
             self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         else:
             self.attn = nn.MultiheadAttention(dim, heads, batch_first=tokens == "batch first")
-        self.weights = nn.Sequential(nn.Linear(dim, 5), between(), nn.Linear(5, 2), nn.Sigmoid())
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        first, last = nn.Linear(channels, 5), nn.Linear(5, 2)
+        if gate == "1x1":
+            first, last = nn.Conv2d(channels, 5, 1), nn.Conv2d(5, 2, 1)
+        self.weights = nn.Sequential(first, between(), last, nn.Sigmoid())
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten() if gate == "linear" else nn.Identity())
         self.position = nn.Parameter(torch.zeros(1, dim, 1, 1)) if position else None
 
     def attend(self, x: Tensor) -> Tensor:
@@ -161,6 +199,11 @@ class Port(nn.Module):
             )
             joined = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             return self.out(joined).transpose(1, 2).reshape(b, c, h, w)
+        if self.ws:
+            n = self.ws  # columns before rows, which changes nothing
+            tokens = x.view(b, c, h // n, n, w // n, n).permute(0, 4, 2, 5, 3, 1).reshape(-1, n * n, c)
+            windows = self.attn(tokens, tokens, tokens)[0].reshape(b, w // n, h // n, n, n, c)
+            return windows.permute(0, 5, 2, 4, 1, 3).reshape(b, c, h, w)
         if self.tokens == "rows":
             tokens = x.permute(3, 0, 2, 1).reshape(w, b * h, c)
             return self.attn(tokens, tokens, tokens)[0].reshape(w, b, h, c).permute(1, 3, 2, 0)
@@ -172,8 +215,9 @@ class Port(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         convolved = self.local(x)
-        attended = self.attend(x if self.position is None else x + self.position)
-        weights = self.weights(self.pool(x if self.of == "x" else convolved).flatten(1))
+        read = convolved if self.in_series else x
+        attended = self.attend(read if self.position is None else read + self.position)
+        weights = self.weights(self.pool(x if self.of == "x" else convolved))
         first, second = (weights[:, index].view(-1, 1, 1, 1) for index in (0, 1))
         if self.shared:
             second = 1 - first
@@ -187,7 +231,16 @@ SPELLINGS: list[dict[str, Any]] = [
     {"tokens": "batch first"},
     {"tokens": "sequence first", "swapped": True, "kernel": 1},
     {"tokens": "batch first", "norm": False, "heads": 1, "kernel": 5},
+    {"tokens": "batch first", "in_series": True, "channels": 6, "swapped": True},
+    {"in_series": True, "channels": 6},
+    {"tokens": "batch first", "in_series": True, "window": 8, "gate": "1x1"},
+    {"window": 4},
 ]
+
+
+def model_of(port: Port) -> Model:
+    channels = port.local[0].in_channels
+    return Model(VARIANT, port if channels == 8 else nn.Sequential(nn.Conv2d(8, channels, 1), port))
 
 
 @pytest.mark.parametrize("options", SPELLINGS, ids=str)
@@ -196,15 +249,19 @@ def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
     model, (report,) = GATED_ACMIX.recogniser.canonicalise(nn.Sequential(nn.Identity(), original))
     assert type(model[1]) is GatedACmix, report
     assert (report.name, report.status, report.class_name) == ("1", "replaced", "Port")
+    channels, window = options.get("channels", 8), options.get("window")
     assert report.geometry == {
-        "channels": 8,
+        "channels": channels,
+        "out_channels": 8,
         "num_heads": options.get("heads", 2),
         "kernel_size": options.get("kernel", 3),
         "hidden": 5,
         "sequence_first": "tokens" not in options,
+        "in_series": options.get("in_series", False),
+        **({"window_size": window} if window else {}),
     }
     assert not model[1].training
-    x = torch.randn(2, 8, 7, 5)
+    x = torch.randn(2, channels, *((16, 24) if window else (7, 5)))
     torch.testing.assert_close(model[1](x), original(x), rtol=1e-4, atol=1e-5)
     assert model[1].attention.in_proj_weight is original.attn.in_proj_weight
 
@@ -215,7 +272,11 @@ NEAR_MISSES: list[tuple[dict[str, Any], str, str]] = [
     ({"activation": nn.SiLU}, "differs from GatedACmix", "does not weigh the ReLU of a convolution"),
     ({"shared": True}, "differs from GatedACmix", "weighed by Sub, not by the Sigmoid of a gate"),
     ({"position": True}, "it has parameters beside those", "do not read one tensor"),
-    ({"tokens": "rows"}, "differs from GatedACmix", "neither all pixels of an image"),
+    ({"tokens": "rows"}, "differs from GatedACmix", "not the pixels of an image or of a square window"),
+    ({"in_series": True, "of": "convolved"}, "differs from GatedACmix", "do not read one tensor"),
+    ({"in_series": True, "activation": nn.Identity}, "differs from GatedACmix", "does not weigh the ReLU"),
+    ({"in_series": True, "position": True}, "it has parameters beside those", "do not read one tensor"),
+    ({"in_series": True, "tokens": "rows"}, "differs from GatedACmix", "not the pixels of an image"),
 ]
 
 
@@ -232,18 +293,24 @@ def test_an_impostor_is_left_alone_and_named(options: dict[str, Any], reason: st
             for dynamic in ((), ("batch",))
             for options in [*SPELLINGS, {"own_qkv": True}]
         ),
-        *(("dynamo", dynamic, options) for dynamic in ((), ("batch",)) for options in SPELLINGS[:2]),
+        *(("dynamo", (), options) for options in SPELLINGS[:2]),
+        *(("dynamo", ("batch",), options) for options in [*SPELLINGS[:2], *SPELLINGS[4:]]),
     ],
     ids=str,
 )
 def test_a_port_fuses(tmp_path: Path, exporter: str, dynamic: tuple[str, ...], options: dict[str, Any]) -> None:
-    model = Model(VARIANT, Port(**options))
-    source = export(
-        model, torch.randn(2 if dynamic else 1, 3, 5, 7), tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic
-    )
+    model, size = model_of(Port(**options)), (8, 16) if "window" in options else (5, 7)
+    x = torch.randn(2 if dynamic else 1, 3, *size)
+    source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic)
     # nn.MultiheadAttention freezes the batch in TorchScript; fusing frees it.
-    (found,) = assert_fused(model, source, *(torch.randn(n, 3, 5, 7) for n in ((1, 2, 3) if dynamic else (1,)))).blocks
-    assert (found.settings["num_heads"], found.settings["kernel_size"]) == (model.block.heads, options.get("kernel", 3))
+    (found,) = assert_fused(model, source, *(torch.randn(n, 3, *size) for n in ((1, 2, 3) if dynamic else (1,)))).blocks
+    expected = {
+        "num_heads": options.get("heads", 2),
+        "kernel_size": options.get("kernel", 3),
+        "in_series": options.get("in_series", False),
+        "window_size": options.get("window"),
+    }
+    assert {name: found.settings[name] for name in expected} == expected
     if dynamic:
         assert found.settings["sequence_first"] == ("tokens" not in options and "own_qkv" not in options)
 

@@ -275,9 +275,13 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, dim, 2, 2)
         self.block = block
+        self.of_maps = isinstance(block, OfMaps)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.stem(x).permute(0, 2, 3, 1)
+        maps = self.stem(x)
+        if self.of_maps:
+            return maps + self.block(maps)
+        tokens = maps.permute(0, 2, 3, 1)
         return (tokens + self.block(tokens)).permute(0, 3, 1, 2)
 
 
@@ -512,9 +516,17 @@ def test_rtx_takes_the_plugin_for_the_nodes_that_it_takes(rtx, libraries, files,
 # The whole way.
 
 
-def test_a_checkpoint_for_a_target_without_the_plugin(tmp_path):
+class OfMaps(Published):
+    """Takes and gives [B, C, H, W], and permutes within."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("kind", [Published, OfMaps])
+def test_a_checkpoint_for_a_target_without_the_plugin(tmp_path, kind):
     """Every file without Col2Im and right at batches of 1, 2 and 3."""
-    model = randomised(Net(Published(stride=2)))
+    model = randomised(Net(kind(stride=2)))
     torch.save(model, tmp_path / "model.pt")
     report = deployed(
         tmp_path / "model.pt", tmp_path / "deploy", fp16=True, input_shape=(1, 3, 14, 18), dynamic=["batch"], expect=1,

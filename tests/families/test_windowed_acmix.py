@@ -27,6 +27,7 @@ from tests.families.parts import (
     assert_left_alone_in_a_graph,
     assert_left_alone_in_a_module,
     export,
+    operators,
     outputs,
     randomised,
     relative_l2,
@@ -344,3 +345,45 @@ def test_near_misses_do_not_fuse(tmp_path: Any, options: dict[str, Any], _: str 
     model = Model(VARIANT, Port(**options))
     x = torch.randn(1, 3, 14, 21)
     assert_left_alone_in_a_graph(WINDOWED_ACMIX, model, export(model, x, tmp_path / "plain.onnx"), x, reason)
+
+
+class SpeltNorm(nn.Module):
+    """LayerNorm as files below opset 17 have it."""
+
+    def __init__(self, axis: int = -1, learns: bool = True) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight, self.bias = (nn.Parameter(torch.zeros(8)) if learns else None for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = x - x.mean(self.axis, keepdim=True)
+        normal = apart / torch.sqrt(apart.pow(2).mean(self.axis, keepdim=True) + 1e-2)
+        return normal if self.weight is None or self.bias is None else normal * self.weight + self.bias
+
+
+def test_a_norm_in_its_parts(tmp_path: Any) -> None:
+    x = torch.randn(1, 3, 14, 21)
+    for learns in (True, False):
+        port = Port()
+        port.norm = SpeltNorm(learns=learns)
+        model = Model(VARIANT, port)
+        assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
+        assert operators(tmp_path / "fused.onnx").count("LayerNormalization") == 1
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_norm_over_rows_or_columns_is_left_alone(tmp_path: Any, axis: int) -> None:
+    port, x = Port(), torch.randn(1, 3, 14, 21)
+    port.norm = SpeltNorm(axis)
+    model = Model(VARIANT, port)
+    source = export(model, x, tmp_path / "plain.onnx")
+    assert_left_alone_in_a_graph(WINDOWED_ACMIX, model, source, x, "computes something else")
+
+
+def test_a_norm_with_a_scale_for_each_column_is_left_alone(tmp_path: Any) -> None:
+    port, x = Port(), torch.randn(1, 3, 14, 21)
+    port.norm = SpeltNorm()
+    port.norm.weight = nn.Parameter(torch.zeros(21, 1))
+    model = Model(VARIANT, port)
+    source = export(model, x, tmp_path / "plain.onnx")
+    assert_left_alone_in_a_graph(WINDOWED_ACMIX, model, source, x, "not one number a channel")

@@ -23,6 +23,7 @@ from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.examples import ZeroPadded
 from acmix_deploy.families.acmix.graph import ACMIX
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.families.local_attention.graph import LOCAL_ATTENTION as LOCAL
 from acmix_deploy.fusion import fuse
 from acmix_deploy.graph import NoMatch, Reached
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -73,7 +74,7 @@ def test_both_forms_of_the_convolution(tmp_path, conv_branch, convolutions):
     more=st.tuples(st.integers(0, 6), st.integers(0, 6)),
     dynamic=st.sampled_from([(), AXES]),
     fold=st.booleans(),
-    opset=st.sampled_from([13, 16, 17]),
+    opset=st.sampled_from([11, 12, 13, 16, 17]),
     conv_bias=st.booleans(),
     conv_branch=st.sampled_from(["dense", "grouped"]),
 )
@@ -160,7 +161,7 @@ class OnLinspace(nn.Module):
 
 @pytest.mark.parametrize("dynamic", [(), AXES], ids=["static", "dynamic"])
 @pytest.mark.parametrize("fold", [False, True], ids=["unfolded", "folded"])
-@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("opset", [12, 13, 17])
 def test_published_code_as_it_is(tmp_path, dynamic, fold, opset):
     """In front of a convolution: what the exporter makes float64 spreads to all that follows, weights and output too.
 
@@ -315,14 +316,6 @@ class ValuesOfAnother(ACmix):
         return super()._attend(q, k, k + 0.001 * v)
 
 
-class SharedQueries(ACmix):
-    """Adds the queries to the result: fusing would compute them twice."""
-
-    def forward(self, x):
-        q, k, v = self.conv1(x), self.conv2(x), self.conv3(x)
-        return self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v) + q
-
-
 class LeakedAttention(ACmix):
     """Also returns the attended values before they are weighted."""
 
@@ -333,12 +326,10 @@ class LeakedAttention(ACmix):
 
 
 NEAR_MISSES = {
-    Dilated: "relative residual",
+    Dilated: "border that is reflected, dilation 2, without biases",
     EvenWindow: "Softmax runs over 16 values",
-    UnevenScale: "relative residual",
-    ValuesOfAnother: "something else",
-    SharedQueries: "also read by",
-    LeakedAttention: "not added to that of a convolution",
+    UnevenScale: "with one scale for all heads",
+    ValuesOfAnother: "no 3x3 convolution of x with zero padding: relative residual",
 }
 
 
@@ -347,6 +338,13 @@ def test_near_misses_do_not_fuse(tmp_path, kind):
     block, x = family_parts.randomised(kind(4, 8, 5, head=2)), torch.randn(1, 4, 12, 11)
     source = export(block, x, tmp_path / "plain.onnx")
     assert_left_alone_in_a_graph(ACMIX, block, source, x, NEAR_MISSES[kind])
+
+
+def test_an_attention_that_is_also_an_output_is_left_alone(tmp_path):
+    """As ACmix, and as attention alone: its projections are read by the convolution, too."""
+    block, x = family_parts.randomised(LeakedAttention(4, 8, 5, head=2)), torch.randn(1, 4, 12, 11)
+    source = export(block, x, tmp_path / "plain.onnx")
+    assert_left_alone_in_a_graph(LOCAL, block, source, x, "is also read by")
 
 
 @pytest.mark.parametrize(
@@ -380,8 +378,9 @@ def test_graph_without_attention(tmp_path):
 
 
 def test_recovered_weights_are_exact():
-    """What the algebra is given comes from measurements; P and the scale are as exact as float32 allows."""
+    """What is measured is as exact as float32 allows."""
     from acmix_deploy.families.acmix import graph as acmix_graph
+    from acmix_deploy.families.local_window import measure
     from acmix_deploy.graph import evaluate
 
     block, x = randomised(ACmix(4, 8, head=2)), torch.randn(1, 4, 9, 8)
@@ -391,10 +390,16 @@ def test_recovered_weights_are_exact():
     softmax = next(node for node in graph.nodes if node.op == "Softmax")
     found = acmix_graph.match(graph, softmax)
     values = {found.region.x.name: x.numpy()}
-    weights = acmix_graph.recover(found, values, lambda tensors, feeds: evaluate(graph, tensors, feeds))
-    np.testing.assert_allclose(weights.position_weight, block.conv_p.weight.detach()[:, :, 0, 0], rtol=2e-6, atol=1e-6)
-    assert (weights.num_heads, weights.kernel_size, weights.stride) == (2, 7, 1)
-    assert (weights.rate1, weights.rate2) == (block.rate1.item(), block.rate2.item())
+    window = measure(found.attention, found.region.y, values, lambda tensors, feeds: evaluate(graph, tensors, feeds))
+    position = block.conv_p.weight.detach()[:, :, 0, 0]
+    np.testing.assert_allclose(window.position_weight, position, rtol=2e-6, atol=1e-6)
+    assert (window.channels.shape, window.kernel_size, window.stride) == ((3, 2, 4), 7, 1)
+    np.testing.assert_allclose(window.gain, block.rate1.item(), rtol=1e-6)
+    for (weight, bias), conv in zip(
+        (window.q, window.k, window.v), (block.conv1, block.conv2, block.conv3), strict=True
+    ):
+        assert np.array_equal(weight.reshape(8, 4), conv.weight.detach()[:, :, 0, 0])
+        assert np.array_equal(bias.reshape(8), conv.bias.detach())
 
 
 # Reasons: one for an anchor, that of the family which came closest.
@@ -420,18 +425,6 @@ class OneProjection(nn.Module):
         return self.proj((weights[:, None] * windows[1]).sum(2).reshape(b, c, h, w))
 
 
-class OneProjectionACmix(ACmix):
-    """The block with one convolution where the published one has three."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.qkv = nn.Conv2d(self.conv1.in_channels, 3 * self.conv1.out_channels, 1)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, 1)
-        return self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v)
-
-
 class PixelAttention(nn.Module):
     """Attention over all pixels beside a depthwise convolution, as in YOLO11: no variant of ACmix."""
 
@@ -448,21 +441,16 @@ class PixelAttention(nn.Module):
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize(
-    ("module", "words"),
-    [(OneProjection(), "its logits come from {}, not from two 1x1 convolutions of one tensor"),
-     (OneProjectionACmix(8, 8, 3, head=2), "its logits come from {}, not from two 1x1 convolutions of one tensor"),
-     (PixelAttention(), "")],
-    ids=["attention", "acmix", "pixels"],
+    ("module", "expected"),
+    [(OneProjection(), [("local_attention", True)]), (PixelAttention(), [])],
+    ids=["local", "of all pixels"],
 )  # fmt: skip
-def test_one_projection_for_queries_and_keys(tmp_path, module, words, exporter):
+def test_attention_alone(tmp_path, module, expected, exporter):
     source = export(
         family_parts.randomised(module), torch.randn(1, 8, 9, 7), tmp_path / "plain.onnx", exporter=exporter
     )
     blocks = fuse(source, tmp_path / "fused.onnx").found.blocks
-    convolution = next(node.name for node in onnx.load(source).graph.node if node.op_type == "Conv")
-    assert [(block.family, block.reason) for block in blocks] == (
-        [("acmix", words.format(convolution))] if words else []
-    )
+    assert [(block.family, block.fused) for block in blocks] == expected
 
 
 def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
@@ -484,7 +472,7 @@ def test_an_anchor_has_one_reason(tmp_path, monkeypatch):
     near = ZeroPadded(4, 8, 5, head=2)
     source = export(randomised(near), torch.randn(1, 4, 12, 11), tmp_path / "plain.onnx")
     (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
-    assert "relative residual" in block.reason, "what acmix measured tells as much, and acmix comes first"
+    assert "linear in the coordinates" in block.reason, "what acmix measured tells as much, and acmix comes first"
     refuse(swin_acmix=("closest", Reached.REDUCED))
     (block,) = fuse(source, tmp_path / "fused.onnx").found.blocks
     assert (block.family, block.reason) == ("swin_acmix", "closest")

@@ -22,9 +22,10 @@ import pytest
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import Axis, shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
-from acmix_deploy.operators.spec import HEAD_DIMS, Operator
+from acmix_deploy.operators.spec import Operator
 from tests.gpu import device
 from tests.gpu.device import DeviceKernels, Placed
+from tests.operators.parts import attributes_of, example_of
 from tests.plugin.kernels import windows_of
 
 torch = pytest.importorskip("torch")
@@ -62,11 +63,11 @@ class Launch:
 
     @staticmethod
     def of(library: DeviceKernels, operator: Operator, entry: dict[str, Any], offset: int = 0, **fields: int) -> Launch:
-        """Random inputs; the rest of ``fields``: 2 images, 3 heads, the logits divided by sqrt(head_dim)."""
-        defaults = {"batch": 2, "num_heads": 3, "kernel_size": 7, "stride": 1, "dilation": 1, "border": 3} | fields
-        sizes = {name: defaults[name] for name in operator.axes.values()}
+        """Random inputs; the rest of ``fields``: 2 images, 3 heads or groups, K 7, the logits over sqrt(head_dim)."""
+        usual = {"batch": 2, "num_heads": 3, "groups": 3, "kernel_size": 7, "border": 3} | fields
+        sizes = example_of(operator, **usual)
         *inputs, y = (Placed.empty(shape, entry["dtype"], entry["layout"], offset) for shape in shapes(operator, sizes))
-        launch = Launch(library, operator, entry, {**sizes, "scale": sizes["head_dim"] ** -0.5}, inputs, y)
+        launch = Launch(library, operator, entry, sizes | attributes_of(operator, sizes), inputs, y)
         launch.randomise()
         return launch
 
@@ -88,8 +89,7 @@ class Launch:
         """y of the oracle."""
         inputs = [placed.tensor for placed in self.inputs]
         given = inputs if position else [inputs[0], torch.zeros_like(inputs[1])]
-        names = [attribute.name for attribute in self.operator.attributes if attribute.kind != "string"]
-        return device.oracle(self.operator, given, {name: self.fields[name] for name in names})
+        return device.oracle(self.operator, given, attributes_of(self.operator, self.fields, **self.fields))
 
     def check(self, position: bool = True) -> None:
         """Fail unless the kernel agrees with the oracle and wrote y alone, all of it."""
@@ -111,7 +111,7 @@ class Launch:
 
 def entries(library: DeviceKernels, operator: Operator) -> list[dict[str, Any]]:
     rows = [entry for entry in library.entries if entry["operator"] == operator.op_type]
-    return [entry for entry in rows if entry["head_dim"] in HEAD_DIMS[FEW]]
+    return [entry for entry in rows if entry["head_dim"] in operator.head_dims[FEW]]
 
 
 def rows(
@@ -119,7 +119,7 @@ def rows(
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Each row of the dispatch table, of one way or all, with each head_dim that it serves: itself and those padded."""
     all_of_it = [entry for entry in entries(library, operator) if way.items() <= entry.items()]
-    for entry, head_dim in itertools.product(all_of_it, operator.kernel_limits["head_dim"]):
+    for entry, head_dim in itertools.product(all_of_it, operator.kernel_limits.get("head_dim", (0,))):
         alike = [e["head_dim"] for e in all_of_it if all(e[k] == entry[k] for k in ("dtype", "layout", "kernel"))]
         if entry["head_dim"] == min((size for size in alike if size >= head_dim), default=None):
             yield entry, head_dim

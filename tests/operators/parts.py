@@ -38,7 +38,10 @@ def function_body(operator: Operator) -> Callable[..., onnx.FunctionProto]:
 @st.composite
 def sizes(draw, operator: Operator, side: int, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Sizes by name for which the operator is defined: out of ``choices``, the others up to ``side``."""
-    drawn = {letter: draw(st.sampled_from(choices[name])) for letter, name in operator.axes.items() if name in choices}
+    known = {name: values for name, values in choices.items() if name in operator.axes.values()}
+    if {"stride", "upsampling"} <= {*operator.axes.values()}:  # one of the two is 1
+        known[draw(st.sampled_from(["stride", "upsampling"]))] = [1]
+    drawn = {letter: draw(st.sampled_from(known[name])) for letter, name in operator.axes.items() if name in known}
     axes = [Axis.parse(axis) for tensor in (*operator.inputs, *operator.outputs) for axis in tensor.axes]
     for letter in [letter for letter in operator.axes if letter not in drawn]:
         exact = [axis.powers for axis in axes if axis.divides and not axis.rounds_up and axis.powers.get(letter) == 1]
@@ -49,9 +52,16 @@ def sizes(draw, operator: Operator, side: int, choices: Mapping[str, Sequence[in
 
 
 def attributes_of(operator: Operator, sizes: Mapping[str, int], **others: float) -> dict[str, Any]:
-    """The attributes that are no sizes are given by name."""
+    """The attributes that are no sizes are given by name, ``scale`` by default as attention has it."""
+    others = {"scale": sizes.get("head_dim", 1) ** -0.5, **others}
     names = [attribute.name for attribute in operator.attributes if attribute.kind != "string"]
     return {name: others[name] if name in others else sizes[name] for name in names}
+
+
+def example_of(operator: Operator, **sizes: int) -> dict[str, int]:
+    """All sizes by name: these, as far as the operator has them, two parts of 8 channels, the others 1."""
+    usual = {"num_heads": 2, "groups": 2, "head_dim": 8, "group_channels": 8, **sizes}
+    return {name: usual.get(name, 1) for name in operator.axes.values()}
 
 
 def one_node_model(

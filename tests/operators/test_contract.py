@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from acmix_deploy.operators.axes import Axis, quantities, shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION, Border
-from acmix_deploy.operators.spec import HEAD_DIMS
+from acmix_deploy.operators.reassembly import REASSEMBLY
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.targets import OPSETS
@@ -21,6 +21,7 @@ from tests.operators.parts import (
     TYPES,
     attributes_of,
     every_operator,
+    example_of,
     function_body,
     one_node_model,
     oracle,
@@ -34,12 +35,15 @@ CHOICES = {
     "head_dim": [1, 2, 3, 5, 8],
     "kernel_size": [3, 3, 5, 7, 9],
     "stride": [1, 1, 2, 3, 4],
+    "groups": [1, 2, 3],
+    "group_channels": [1, 2, 5],
+    "upsampling": [1, 2, 3],
     "dilation": [1, 1, 2, 3],
     "border": [*Border],
 }
 BODIES = {
-    operator.name: [partial(function_body(operator), tile=tile) for tile in (3, 4, 8)]
-    for operator in (LOCAL_ATTENTION, NEIGHBORHOOD_ATTENTION)
+    operator.name: [partial(function_body(operator), tile=tile) for tile in (1, 3, 4, 8)]
+    for operator in (LOCAL_ATTENTION, NEIGHBORHOOD_ATTENTION, REASSEMBLY)
 }
 """Of the operators whose bodies have a setting."""
 
@@ -53,7 +57,7 @@ def test_body_equals_oracle(operator, data):
     dtype = data.draw(st.sampled_from([*TYPES]))
     opset = data.draw(st.sampled_from([OPSETS[0], 18, OPSETS[-1]]))
     random = np.random.default_rng(data.draw(st.integers(0, 99)))
-    attributes = attributes_of(operator, size, scale=size["head_dim"] ** -0.5)
+    attributes = attributes_of(operator, size)
     given_shapes = shapes(operator, size)[: len(operator.inputs)]
     inputs = [random.standard_normal(shape).astype(dtype) for shape in given_shapes]
     free = {"B", "H", "W"} if data.draw(st.booleans()) else set()
@@ -74,8 +78,7 @@ def test_body_equals_oracle(operator, data):
 @every_operator
 def test_oracle_computes_where_its_inputs_are(operator):
     """Kernels on a GPU are compared with it there."""
-    size = {"batch": 1, "num_heads": 2, "head_dim": 3, "height": 6, "width": 8, "kernel_size": 3, "stride": 2}
-    size |= {"dilation": 2, "border": Border.SHIFTED}
+    size = example_of(operator, height=6, width=8, kernel_size=3, stride=2, border=Border.SHIFTED)
     *inputs, y = (torch.empty(shape, device="meta") for shape in shapes(operator, size))
     computed = oracle_of(operator)(*inputs, **attributes_of(operator, size, scale=1.0))
     assert (computed.device, computed.dtype, computed.shape) == (y.device, torch.float64, y.shape)
@@ -107,7 +110,7 @@ def test_sizes_follow_from_the_inputs(operator, data):
 @every_operator
 def test_native_kernels_hold_the_definition(operator):
     """Each head_dim fits a compiled one, and where types are chosen later TensorRT asks for float32 NCHW."""
-    assert max(operator.kernel_limits["head_dim"]) <= max(HEAD_DIMS)
+    assert max(operator.kernel_limits.get("head_dim", [0])) <= max(operator.head_dims)
     formats = [one for kernel in operator.kernels for one in kernel.formats]
     assert ("float32", "NCHW") in formats
     assert {dtype for dtype, _ in formats} == set(operator.dtypes)

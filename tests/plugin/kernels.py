@@ -116,7 +116,8 @@ def problem_type(operator: Operator) -> type[ctypes.Structure]:
 def windows_of(operator: Operator) -> list[dict[str, int]]:
     """All that the native kernels take beside heads: each kernel size with each stride, border and so on."""
     choices = {name: values for name, values in operator.kernel_limits.items() if name != "head_dim"}
-    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    windows = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    return [window for window in windows if 1 in (window.get("stride", 1), window.get("upsampling", 1))]
 
 
 class Refused(Exception):

@@ -18,9 +18,9 @@ from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION, Border
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
-from acmix_deploy.operators.spec import HEAD_DIMS, Operator
+from acmix_deploy.operators.spec import Operator
 from acmix_deploy.runtime.metrics import deviation
-from tests.operators.parts import attributes_of, every_operator, oracle, sizes
+from tests.operators.parts import attributes_of, every_operator, example_of, oracle, sizes
 from tests.plugin import kernels
 from tests.plugin.kernels import Array, Kernels, Refused, windows_of
 
@@ -65,6 +65,15 @@ def ways_of(operator: Operator) -> list[tuple[str, str, str]]:
     return [(dtype, layout, kernel.name) for kernel in operator.kernels for dtype, layout in kernel.formats]
 
 
+UNLIMITED = {
+    "batch": [1, 2],
+    "num_heads": [1, 2, 3],
+    "groups": [1, 2, 3],
+    "group_channels": [1, 4, 8, 12, 16, 40],
+    "dilation": [1, 1, 2, 3],
+}
+"""Sizes of which kernels take all."""
+
 every_way = pytest.mark.parametrize(("dtype", "layout", "kernel"), ways_of(LOCAL_ATTENTION))
 
 
@@ -75,9 +84,9 @@ def test_equals_oracle(library, operator, data):
     dtype, layout, kernel = data.draw(st.sampled_from(ways_of(operator)))
     seeds = st.integers(0, 999)
     launch = {"layout": layout, "kernel": kernel, "sm": data.draw(st.sampled_from([75, 90])), "seed": data.draw(seeds)}
-    choices = {**operator.kernel_limits, "batch": [1, 2], "num_heads": [1, 2, 3], "dilation": [1, 1, 2, 3]}
+    choices = {**operator.kernel_limits, **UNLIMITED}
     size = data.draw(sizes(operator, 16, choices))
-    scale = data.draw(st.sampled_from([1.0, -1.0, 0.0])) * size["head_dim"] ** -0.5
+    scale = data.draw(st.sampled_from([1.0, -1.0, 0.0])) * size.get("head_dim", 1) ** -0.5
     attributes = attributes_of(operator, size, scale=scale)
     random = np.random.default_rng(data.draw(seeds))
     inputs = [normal(random, dtype, *shape) for shape in shapes(operator, size)[: len(operator.inputs)]]
@@ -90,28 +99,29 @@ def of_entry(
     library: Kernels,
     operator: Operator,
     entry: dict[str, Any],
-    head_dim: int,
+    padding: int,
     window: Mapping[str, int],
     **launch: Any,
 ) -> None:
     """Check a row of the table, with rows of pixels that NCHW copies in words."""
     random = np.random.default_rng(0)
-    size = {"batch": 1, "num_heads": 1, "head_dim": head_dim, "height": 10, "width": 12, "dilation": 1, **window}
+    heads = {"num_heads": 1, "groups": 1, "head_dim": entry["head_dim"] - padding}
+    size = example_of(operator, **heads, height=10, width=12, **window)
     inputs = [normal(random, entry["dtype"], *shape) for shape in shapes(operator, size)[: len(operator.inputs)]]
     way = {**launch, "layout": entry["layout"], "kernel": entry["kernel"]}
-    check(library, operator, inputs, way, **attributes_of(operator, size, scale=head_dim**-0.5))
+    check(library, operator, inputs, way, **attributes_of(operator, size))
 
 
 @every_operator
 def test_every_entry(library, operator):
     """The kernels behind a row are compiled apart for each kernel size and stride; heads are full or padded."""
     rows = library.entries(operator)
-    expected = [(*way, head_dim) for way in ways_of(operator) for head_dim in HEAD_DIMS]
+    expected = [(*way, head_dim) for way in ways_of(operator) for head_dim in operator.head_dims]
     assert [(row["dtype"], row["layout"], row["kernel"], row["head_dim"]) for row in rows] == expected
     windows = windows_of(operator)
     for index, (row, window) in enumerate(itertools.product(rows, windows)):
         padding = 8 * ((index + index // len(windows)) % 2)
-        of_entry(library, operator, row, row["head_dim"] - padding, window)
+        of_entry(library, operator, row, padding, window)
 
 
 @every_operator
@@ -120,7 +130,7 @@ def test_misaligned_tensors(library, operator, offsets):
     """NCHW takes any address; NHWC refuses what its 16-byte words cannot be read from."""
     window = next(window for window in windows_of(operator) if window["kernel_size"] == 5)
     for row, padding in itertools.product(library.entries(operator), (0, 8)):
-        run = partial(of_entry, library, operator, row, row["head_dim"] - padding, window, offsets=offsets)
+        run = partial(of_entry, library, operator, row, padding, window, offsets=offsets)
         if row["layout"] == "NCHW":
             run()
         else:
@@ -344,7 +354,7 @@ def test_fastest_kernel_that_the_device_runs(library):
     assert np.array_equal(library.launch(LOCAL_ATTENTION, qkv, None, **attributes, sm=72), simt)
 
 
-UNSUPPORTED = {"kernel_size": (1, 4, 11), "stride": (3,), "border": (4,), "head_dim": (12, 136)}
+UNSUPPORTED = {"kernel_size": (1, 4, 11), "stride": (3,), "border": (4,), "head_dim": (12, 136), "upsampling": (5,)}
 
 
 @pytest.mark.parametrize(
@@ -357,11 +367,10 @@ UNSUPPORTED = {"kernel_size": (1, 4, 11), "stride": (3,), "border": (4,), "head_
     ],
 )
 def test_unsupported_value(library, operator, name, value):
-    size = {"batch": 1, "num_heads": 1, "head_dim": 8, "height": 12, "width": 12, "kernel_size": 3, "stride": 1}
-    size |= {"dilation": 1, "border": Border.ZEROS, name: value}
+    size = example_of(operator, height=12, width=12, **{"kernel_size": 3, name: value})
     inputs = [np.zeros(shape, np.float16) for shape in shapes(operator, size)[: len(operator.inputs)]]
     with pytest.raises(Refused) as refused:
-        library.launch(operator, *inputs, **attributes_of(operator, size, scale=1.0))
+        library.launch(operator, *inputs, **attributes_of(operator, size))
     supported = ", ".join(map(str, operator.kernel_limits[name]))
     assert str(refused.value) == f"unsupported: got {name} {value}, supported {supported}"
 

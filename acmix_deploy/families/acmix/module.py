@@ -17,8 +17,11 @@ class ACmix(nn.Module):
 
     ``y = rate1 * attention(q, k, v) + rate2 * dep_conv(fc(q, k, v))``, from [B, in_planes, H, W] to
     [B, out_planes, H / stride, W / stride], in any floating-point type. Parameters have the names and shapes of the
-    authors' ``ResNet/test_bottleneck.py``. As there, ``dep_conv`` has no bias; one that a state dict brings is taken
-    over, and rates stored as scalars are widened to shape (1,).
+    authors' ``ResNet/test_bottleneck.py``. As there, ``fc`` and ``dep_conv`` have no bias; one that a state dict brings
+    is taken over. Its rates may be of one element, which become of shape (1,), or of ``out_planes``: [1, C, 1, 1].
+
+    A block in the place of a class that does more (``recognise``) also has ``kept``, the factor of x that is added, and
+    ``behind``, the layers that follow.
 
     Args:
         in_planes, out_planes: channels; ``out_planes`` is a multiple of ``head``.
@@ -70,6 +73,8 @@ class ACmix(nn.Module):
         )
         self.rate1 = nn.Parameter(torch.empty(1))
         self.rate2 = nn.Parameter(torch.empty(1))
+        self.register_parameter("kept", None)
+        self.register_module("behind", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -84,7 +89,10 @@ class ACmix(nn.Module):
         height, width = q.shape[2:]
         if not torch.compiler.is_compiling() and isinstance(height, int):  # else sizes are symbols: a graph is made
             check_geometry(self.kernel_att, self.stride, height, width)
-        return self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v)
+        y: Tensor = self.rate1 * self._attend(q, k, v) + self.rate2 * self._convolve(q, k, v)
+        kept, behind = self._parameters.get("kept"), self._modules.get("behind")  # old pickles have neither
+        y = y if kept is None else y + kept * x
+        return y if behind is None else behind(y)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax_n(q_i . (k_n + p_i - p_n) / sqrt(d)) v_n over the K x K neighbours n of each pixel i."""
@@ -115,12 +123,17 @@ class ACmix(nn.Module):
         return shifted
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for rate in (f"{prefix}rate1", f"{prefix}rate2"):
-            if rate in state_dict and state_dict[rate].dim() == 0:
-                state_dict[rate] = state_dict[rate].reshape(1)
-        if f"{prefix}dep_conv.weight" in state_dict:
-            weight, has_bias = self.dep_conv.weight, f"{prefix}dep_conv.bias" in state_dict
-            self.dep_conv.bias = nn.Parameter(weight.new_zeros(self.out_planes)) if has_bias else None
+        for name in ("rate1", "rate2"):
+            rate, own = state_dict.get(f"{prefix}{name}"), getattr(self, name)
+            if rate is not None and rate.numel() in (1, self.out_planes):
+                shape = (1,) if rate.numel() == 1 else (1, self.out_planes, 1, 1)
+                state_dict[f"{prefix}{name}"] = rate.reshape(shape)
+                if own.shape != shape:
+                    setattr(self, name, nn.Parameter(own.new_empty(shape)))
+        for name, conv in (("fc", self.fc), ("dep_conv", self.dep_conv)):
+            if f"{prefix}{name}.weight" in state_dict:
+                has_bias = f"{prefix}{name}.bias" in state_dict
+                conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels)) if has_bias else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@ that runtimes know, one convolution and the gate. No PyTorch here."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from acmix_deploy.families.attention import (
     linear,
     measure,
     next_node,
+    origins,
 )
 from acmix_deploy.families.family import Family
 from acmix_deploy.families.reduction import Reduced, Request
@@ -31,6 +33,7 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     conv_weight,
+    pointwise_weight,
     region_between,
 )
 from acmix_deploy.operators.spec import TOLERANCES
@@ -61,6 +64,10 @@ class Match:
     gate: Gate
     conv: gs.Node
     norm: gs.Node | None
+    convolved: gs.Variable
+    """The result of the convolution and its ReLU."""
+    in_series: bool
+    """Whether the attention reads ``convolved``, not x."""
 
 
 def match(graph: gs.Graph, softmax: gs.Node) -> Match:
@@ -88,6 +95,8 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
     relu = computed_by(branches[0]) if len(branches) == 1 else None
     if relu is None or relu.op != "Relu":
         raise NoMatch("beside its attention it does not weigh the ReLU of a convolution by the same gate")
+    read = [part.source for part in attention.projections]
+    in_series = all(any(one is relu.outputs[0] for one in origins(tensor)) for tensor in read)
     node = computed_by(relu.inputs[0])
     norm = node if node is not None and node.op == "BatchNormalization" else None
     conv = computed_by(norm.inputs[0]) if norm else node
@@ -95,29 +104,33 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
         raise NoMatch(f"{relu.name} does not come from a convolution, perhaps with BatchNorm")
     if norm and any(constant_value(tensor) is None for tensor in norm.inputs[1:]):
         raise NoMatch(f"the weights of {norm.name} are computed, not stored")
-    x = common_origin([conv.inputs[0], gate.pooled, *(part.source for part in attention.projections)], Reached.PARTS)
+    x = common_origin([conv.inputs[0], gate.pooled, *([] if in_series else read)], Reached.PARTS)
     region = region_between(graph, x, total.outputs[0])
-    return Match(region, attention, proj, carried, weight, gate, conv, norm)
+    return Match(region, attention, proj, carried, weight, gate, conv, norm, relu.outputs[0], in_series)
 
 
 def reduce(found: Match, request: Request) -> Reduced:
     """The block in its reduced form. Raises NoMatch where it computes something else than a gated ACmix."""
     x = found.region.x
-    shape = request.values[x.name].shape
-    channels = len(conv_weight(found.conv))
+    shape, channels = request.values[x.name].shape, found.gate.first.weight.shape[1]
     if len(shape) != 4 or shape[1] != channels:
         raise NoMatch(f"it reads {x.name} of shape {[*shape]}, no map of {channels} channels")
-    batch, _, height, width = shape
-    index = np.arange(batch * height * width).reshape(batch, 1, height, width) + 1
-    heads = measure(found.attention, x, found.carried, np.broadcast_to(index, shape), request.values, request.compute)
+    attended_to = found.convolved if found.in_series else x
+    (values,) = request.compute([attended_to], request.values)
+    batch, _, height, width = values.shape
+    index = np.arange(batch * height * width).reshape(batch, height, width) + 1
+    pixels = np.broadcast_to(index[:, None], values.shape)
+    heads = measure(found.attention, attended_to, found.carried, pixels, request.values, request.compute)
     if heads.added.any():
         raise NoMatch("its logits are not those of queries and keys alone")
-    sequence_first = _attends_along_the_batch(heads, index.reshape(batch, -1))
-    alone = sequence_first and request.static and batch == 1
+    tokens = _tokens(heads, index)
+    alone = request.static and heads.tokens.shape[1] == 1
 
     writer = AttentionWriter(x, request.name, request.opset, found.proj.weight.dtype)
-    attended = _alone(writer, found, heads) if alone else _attend(writer, found, heads, sequence_first, request)
     convolved = writer.add("Relu", "convolution.relu", _convolve(writer, found))
+    source = convolved if found.in_series else x
+    size = (height, width) if request.fixed_size else None
+    attended = _alone(writer, source, found, heads) if alone else _attend(writer, source, found, heads, tokens, size)
     weights = _weigh(writer, found, request)
     weighed = [
         writer.add("Mul", f"{label}.weighed", branch, weight)
@@ -127,30 +140,61 @@ def reduce(found: Match, request: Request) -> Reduced:
     settings = {
         "num_heads": len(heads.q[0]),
         "kernel_size": conv_weight(found.conv).shape[2],
-        "sequence_first": sequence_first,
+        "sequence_first": tokens.sequence_first,
+        "in_series": found.in_series,
+        "window_size": tokens.window,
     }
-    return Reduced(writer.graph, "Conv" if alone else "MatMul, Softmax, MatMul", settings)
+    smallest = tokens.window or 1
+    return Reduced(writer.graph, "Conv" if alone else "MatMul, Softmax, MatMul", settings, smallest)
 
 
-def _attend(writer: AttentionWriter, found: Match, heads: Heads, sequence_first: bool, request: Request) -> gs.Variable:
-    """The attention and its projection, [B, C, H, W]."""
-    x = found.region.x
-    _, channels, height, width = request.values[x.name].shape
-    to_tokens, to_maps = ([2, 0, 1], [1, 2, 0]) if sequence_first else ([0, 2, 1], [0, 2, 1])
-    tokens = writer.add("Transpose", "tokens", writer.reshape("pixels", x, 0, channels, -1), perm=to_tokens)
-    attended = writer.linear("projected", writer.attention(tokens, heads, None), found.proj.weight, found.proj.bias)
-    pixels = writer.add("Transpose", "attention.pixels", attended, perm=to_maps)
-    if request.fixed_size:
-        return writer.reshape("attention.map", pixels, 0, channels, height, width)
-    return writer.add("Reshape", "attention.map", pixels, writer.size("size", 0, 4))
+def _attend(
+    writer: AttentionWriter,
+    source: gs.Variable,
+    found: Match,
+    heads: Heads,
+    tokens: Tokens,
+    size: tuple[int, int] | None,
+) -> gs.Variable:
+    """The attention over ``source`` and its projection, [B, C, H, W]; ``size`` is H and W where they are fixed."""
+    channels, window = heads.q[0].shape[2], tokens.window
+    if window is None:
+        to_tokens, to_maps = ([2, 0, 1], [1, 2, 0]) if tokens.sequence_first else ([0, 2, 1], [0, 2, 1])
+        cut = writer.add("Transpose", "tokens", writer.reshape("pixels", source, 0, channels, -1), perm=to_tokens)
+        attended = writer.linear("projected", writer.attention(cut, heads, None), found.proj.weight, found.proj.bias)
+        pixels = writer.add("Transpose", "attention.pixels", attended, perm=to_maps)
+        if size is None:
+            return writer.add("Reshape", "attention.map", pixels, _sizes_of(writer, source, "size", 0, 4))
+        return writer.reshape("attention.map", pixels, 0, channels, *size)
+
+    sides = size or [_sizes_of(writer, source, label, axis, axis + 1) for axis, label in ((2, "height"), (3, "width"))]
+    rows, columns = (
+        writer.arithmetic("Div", label, side, window) for label, side in zip(("rows", "columns"), sides, strict=True)
+    )
+    grid = writer.reshape("grid", source, 0, 0, rows, window, columns, window)
+    by_window = writer.add("Transpose", "by_window", grid, perm=[0, 2, 4, 3, 5, 1])
+    cut = writer.reshape("windows", by_window, -1, window * window, channels)
+    if tokens.sequence_first:
+        cut = writer.add("Transpose", "tokens", cut, perm=[1, 0, 2])
+    attended = writer.linear("projected", writer.attention(cut, heads, None), found.proj.weight, found.proj.bias)
+    if tokens.sequence_first:
+        attended = writer.add("Transpose", "attention.windows", attended, perm=[1, 0, 2])
+    grid = writer.reshape("attention.grid", attended, -1, rows, columns, window, window, channels)
+    by_row = writer.add("Transpose", "attention.by_row", grid, perm=[0, 5, 1, 3, 2, 4])
+    return writer.reshape("attention.map", by_row, 0, 0, *sides)
 
 
-def _alone(writer: AttentionWriter, found: Match, heads: Heads) -> gs.Variable:
+def _sizes_of(writer: AttentionWriter, tensor: gs.Variable, label: str, first: int, last: int) -> gs.Variable:
+    """Sizes of the axes of ``tensor`` from ``first`` to before ``last``."""
+    return writer.add("Shape", label, tensor, dtype=np.int64, start=first, end=last)
+
+
+def _alone(writer: AttentionWriter, source: gs.Variable, found: Match, heads: Heads) -> gs.Variable:
     """The attention and its projection for tokens that have nothing but themselves to attend to, [B, C, H, W]."""
     values, value_bias = heads.v[0].reshape(-1, heads.v[0].shape[2]), heads.v[1].reshape(-1)
     project = found.proj.weight.astype(np.float64)
     bias = found.proj.bias + project @ value_bias
-    return writer.conv("attention", found.region.x, (project @ values)[:, :, None, None], bias)
+    return writer.conv("attention", source, (project @ values)[:, :, None, None], bias)
 
 
 def _convolve(writer: AttentionWriter, found: Match) -> gs.Variable:
@@ -170,9 +214,9 @@ def _weigh(writer: AttentionWriter, found: Match, request: Request) -> list[gs.V
     """The gate's weights of the convolution and of the attention, [B, 1, 1, 1] each."""
     gate = found.gate
     (sigmoid,) = request.compute([gate.sigmoid], request.values)
-    marks = np.broadcast_to(np.arange(2), sigmoid.shape).astype(np.float32) if sigmoid.shape[-1] == 2 else None
-    if marks is None:
-        raise NoMatch(f"its gate has {sigmoid.shape[-1]} weights, not 2")
+    if sigmoid.shape[1] != 2:
+        raise NoMatch(f"its gate has {sigmoid.shape[1]} weights, not 2")
+    marks = np.broadcast_to(np.arange(2).reshape(2, *[1] * (sigmoid.ndim - 2)), sigmoid.shape).astype(np.float32)
     (place,) = request.compute([found.weight], request.values | {gate.sigmoid.name: marks})
     gated = writer.reshape("gate.mean", writer.add("GlobalAveragePool", "gate.pool", found.region.x), 0, -1)
     for label, layer, activation in (("first", gate.first, "Relu"), ("second", gate.second, "Sigmoid")):
@@ -191,13 +235,31 @@ def _weigh(writer: AttentionWriter, found: Match, request: Request) -> list[gs.V
     ]
 
 
-def _attends_along_the_batch(heads: Heads, index: Array) -> bool:
-    """Whether a sequence is one pixel of all images rather than all pixels of one image. Raises NoMatch for others."""
-    rows = np.unique(heads.tokens, axis=0)
-    for sequence_first, sequences in ((False, index), (True, index.T)):
-        if np.array_equal(rows, np.unique(sequences, axis=0)):
-            return sequence_first
-    raise NoMatch("its tokens are neither all pixels of an image nor one pixel of all images")
+class Tokens(NamedTuple):
+    """What attends to each other."""
+
+    window: int | None
+    """Side of the windows; None where there are none."""
+    sequence_first: bool
+    """Whether a sequence is one place in all images, or windows, rather than all pixels of one."""
+
+
+def _tokens(heads: Heads, index: Array) -> Tokens:
+    """The sequences of ``heads``, for 1 + index of each pixel [B, H, W]. Raises NoMatch for others than there are."""
+    rows = np.unique(np.sort(heads.tokens, axis=1), axis=0)
+    batch, height, width = index.shape
+    count = heads.tokens.shape[1]
+    sides = (math.isqrt(pixels) for pixels in (count, index.size // count))
+    windows = [side for side in sides if side and height % side == width % side == 0]
+    for window in (None, *windows):
+        cut = index.reshape(batch, -1)
+        if window is not None:
+            grid = index.reshape(batch, height // window, window, width // window, window)
+            cut = grid.swapaxes(2, 3).reshape(-1, window * window)
+        for sequence_first, sequences in ((False, cut), (True, cut.T)):
+            if np.array_equal(rows, np.unique(np.sort(sequences, axis=1), axis=0)):
+                return Tokens(window, sequence_first)
+    raise NoMatch("its tokens are not the pixels of an image or of a square window, nor one place in all of these")
 
 
 def _gate(node: gs.Node | None) -> Gate:
@@ -210,12 +272,19 @@ def _gate(node: gs.Node | None) -> Gate:
         before = computed_by(before.inputs[0])
         if before is not None and before.op == "Add":  # the bias
             before = next((computed_by(tensor) for tensor in before.inputs if constant_value(tensor) is None), None)
-        layer = linear(before) if before is not None and before.op in ("MatMul", "Gemm") else None
+        layer = _layer(before)
         before = computed_by(layer.source) if layer else None
         if layer is None or before is None or before.op not in (following, "ReduceMean"):
             raise NoMatch(f"{node.name} is not that of two linear layers with a ReLU between them of a mean")
         layers.append(layer)
     return Gate(before.inputs[0], layers[1], layers[0], node.outputs[0])
+
+
+def _layer(node: gs.Node | None) -> Linear | None:
+    """A linear layer of the gate: a product with a matrix, or a 1x1 convolution."""
+    if node is not None and (weight := pointwise_weight(node)) is not None:
+        return Linear(node.inputs[0], node.outputs[0], weight[:, :, 0, 0], conv_bias(node))
+    return linear(node) if node is not None and node.op in ("MatMul", "Gemm") else None
 
 
 def _other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:

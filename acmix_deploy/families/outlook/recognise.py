@@ -102,6 +102,7 @@ RECOGNISER = Recogniser(
     geometry=("num_heads", "kernel_size", "padding", "stride"),
     propose=_propose,
     resembles=_resembles,
+    channels_last=True,
     called="outlookatt",
     parameterless=(nn.AvgPool2d, nn.Dropout, nn.Unfold),
 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmix_deploy.families.layout import ChannelsLast
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
 from acmix_deploy.families.swin_acmix.module import SwinACmix, relative_positions
@@ -111,14 +112,20 @@ def _freezes_the_batch(module: nn.Module, x: Tensor, call: tuple[Any, ...]) -> b
     module = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about that number
-        try:
-            traced: Any = torch.jit.trace(lambda x: module(x, *call), x[:1], check_trace=False)  # type: ignore[no-untyped-call]
-        except Exception:  # the module's own: it says so itself when it is run
-            return False
-        try:
-            return bool(traced(x).shape != x.shape)
-        except RuntimeError:
-            return True
+        for original in (module, ChannelsLast(module)):
+            try:
+                traced: Any = torch.jit.trace(_with(original, call), x[:1], check_trace=False)  # type: ignore[no-untyped-call]
+            except Exception:  # the module's own: it says so itself when it is run
+                continue
+            try:
+                return bool(traced(x).shape != x.shape)
+            except RuntimeError:
+                return True
+    return False
+
+
+def _with(module: nn.Module, call: tuple[Any, ...]) -> Callable[[Tensor], Any]:
+    return lambda x: module(x, *call)
 
 
 def _assemble(
@@ -146,4 +153,5 @@ RECOGNISER = Recogniser(
     geometry=("dim", "window_size", "num_heads", "shift_size"),
     propose=_propose,
     resembles=_resembles,
+    channels_last=True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -33,10 +34,21 @@ from acmix_deploy.graph import (
     constant_value,
     conv_bias,
     conv_weight,
+    producer,
     region_between,
     way_down,
 )
 from acmix_deploy.operators.spec import TOLERANCES
+
+
+class Norm(NamedTuple):
+    """A LayerNorm over the channels."""
+
+    result: gs.Variable
+    scale: Array
+    """[C], or one number; so is the shift."""
+    shift: Array
+    epsilon: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Match:
     conv: gs.Node
     carried: gs.Tensor
     """The result of the attention where it is added to that of the convolution."""
-    norm: gs.Node | None
+    norm: Norm | None
     proj: Linear
 
 
@@ -77,12 +89,8 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
         or {1} != {*conv.attrs.get("strides", np.array([1])), *conv.attrs.get("dilations", np.array([1]))}
     ):
         raise NoMatch(f"{conv.name} is not a depthwise convolution with an odd square kernel that keeps the map size")
-    node, _ = next_node(graph, total.outputs[0], Reached.PARTS)
-    norm = node if node.op == "LayerNormalization" else None
-    if norm:
-        if norm.attrs.get("axis", -1) not in (-1, 3) or any(constant_value(one) is None for one in norm.inputs[1:]):
-            raise NoMatch(f"{norm.name} does not normalise over the channels alone")
-        node, _ = next_node(graph, norm.outputs[0], Reached.PARTS)
+    norm = _norm(total.outputs[0])
+    node, _ = next_node(graph, norm.result if norm else total.outputs[0], Reached.PARTS)
     proj = linear(node) if node.op in ("MatMul", "Gemm") else None
     if proj is None:
         raise NoMatch(f"what it adds is not projected, perhaps after a LayerNorm, but goes to {node.name}")
@@ -108,10 +116,13 @@ def reduce(found: Match, request: Request) -> Reduced:
     attended = _attend(writer, x, heads, window, table, channels_first, (batch, height, width), divides, request)
     y = writer.add("Add", "sum", attended, _convolve(writer, found, channels_first))
     if found.norm:
-        stored = (constant_value(tensor) for tensor in found.norm.inputs[1:])
-        parameters = [writer.constant(f"norm.{i}", values) for i, values in enumerate(stored) if values is not None]
-        epsilon = found.norm.attrs.get("epsilon", 1e-5)
-        y = writer.add("LayerNormalization", "norm", y, *parameters, axis=-1, epsilon=epsilon)
+        width = found.proj.weight.shape[1]
+        parameters = []
+        for label, values in (("scale", found.norm.scale), ("shift", found.norm.shift)):
+            if values.size not in (1, width):
+                raise NoMatch(f"its norm has a {label} of shape {[*values.shape]}, not one number a channel")
+            parameters.append(writer.constant(f"norm.{label}", np.broadcast_to(values.reshape(-1), width)))
+        y = writer.add("LayerNormalization", "norm", y, *parameters, axis=-1, epsilon=found.norm.epsilon)
     y = writer.linear("y", y, found.proj.weight, found.proj.bias)
     (original,) = request.compute([found.region.y], request.values)
     if original.ndim == 3:
@@ -297,6 +308,42 @@ def _conv_behind(tensor: gs.Tensor) -> gs.Node | None:
         return None
     weight = conv_weight(conv)
     return conv if conv.attrs.get("group", 1) == len(weight) > 1 == weight.shape[1] else None
+
+
+def _norm(total: gs.Variable) -> Norm | None:
+    """The LayerNorm that reads ``total``: one node, or below opset 17 those that it is spelt with. Raises NoMatch."""
+    readers = {user.op: user for user in total.outputs if user.op != "Shape"}
+    if norm := readers.get("LayerNormalization"):
+        stored = [constant_value(tensor) for tensor in norm.inputs[1:]]
+        scale, shift = stored[0], stored[1] if len(stored) > 1 else np.zeros(1)
+        if norm.attrs.get("axis", -1) not in (-1, 3) or scale is None or shift is None:
+            raise NoMatch(f"{norm.name} does not normalise over the channels alone")
+        return Norm(norm.outputs[0], scale, shift, norm.attrs.get("epsilon", 1e-5))
+    if set(readers) != {"ReduceMean", "Sub"}:
+        return None
+    apart = _past_casts(readers["Sub"].outputs[0])
+    divided = next((user for user in apart.outputs if user.op == "Div"), None)
+    root = producer(divided.inputs[1]) if divided else None
+    variance = producer(root.inputs[0]) if root is not None and root.op == "Sqrt" else None
+    if divided is None or variance is None or variance.op != "Add":
+        return None
+    numbers = [value for tensor in variance.inputs if (value := constant_value(tensor)) is not None]
+    epsilon = float(numbers[0].reshape(-1)[0]) if numbers else 0.0
+    result, parameters = _past_casts(divided.outputs[0]), [np.ones(1), np.zeros(1)]
+    for index, op in enumerate(("Mul", "Add")):
+        user = result.outputs[0] if len(result.outputs) == 1 else None
+        if user is not None and user.op == op:
+            value = constant_value(user.inputs[user.inputs[0] is result])
+            if value is not None:
+                result, parameters[index] = user.outputs[0], value
+    return Norm(result, parameters[0], parameters[1], epsilon)
+
+
+def _past_casts(tensor: gs.Variable) -> gs.Variable:
+    """``tensor`` behind the Casts that follow it alone, as around what is float32 in half precision."""
+    while len(tensor.outputs) == 1 and tensor.outputs[0].op == "Cast":
+        tensor = tensor.outputs[0].outputs[0]
+    return tensor
 
 
 def _end(graph: gs.Graph, node: gs.Node, proj: Linear) -> gs.Variable:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from acmix_deploy.families.layout import ChannelsLast
 from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 from acmix_deploy.families.windowed_acmix.graph import WINDOWED_ACMIX
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
@@ -106,13 +107,18 @@ def _input(module: nn.Module, block: WindowedACmix) -> Tensor:
     random = torch.Generator().manual_seed(0)
     for height, width in ((window + 2, 2 * window + 1), (2 * window, window), (every, every)):
         x = torch.randn(2, height, width, block.dim, generator=random)
-        try:
-            with torch.no_grad():
-                copy.deepcopy(module).cpu().float().eval()(x)
-        except Exception:  # the model's own code; what it says, it says again when it is compared
-            continue
-        break
+        if any(_takes(one, x) for one in (module, ChannelsLast(module))):
+            break
     return x
+
+
+def _takes(module: nn.Module, x: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            copy.deepcopy(module).cpu().float().eval()(x)
+    except Exception:  # the model's own code; what it says, it says again when it is compared
+        return False
+    return True
 
 
 RECOGNISER = Recogniser(
@@ -121,4 +127,5 @@ RECOGNISER = Recogniser(
     geometry=("dim", "window_size", "num_heads", "kernel_size", "position_bias"),
     propose=_propose,
     resembles=_resembles,
+    channels_last=True,
 )

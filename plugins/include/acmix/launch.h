@@ -11,8 +11,8 @@
 
 namespace acmix {
 
-// One row of a dispatch table. `head_dim` is the padded one: a problem takes the smallest row that holds it. Tensors
-// have the problem's `dtype` and, where four-dimensional, its `layout`.
+// One row of a dispatch table. `head_dim` is the padded one: a problem takes the smallest row that holds it; it is 0
+// where the operator has none. Tensors have the problem's `dtype` and, where four-dimensional, its `layout`.
 template <class Problem>
 struct Entry {
     Dtype dtype;

@@ -33,6 +33,7 @@ struct Definition<LocalAttention> {
     using P = LocalAttention;
     static constexpr const char* kOpType = "AcmixLocalAttention";
     static constexpr const char* kVersion = "1";
+    static constexpr Member<P> kPadded = &P::head_dim;
     static constexpr std::int32_t kKernelSizes[] = {3, 5, 7, 9};
     static constexpr std::int32_t kStrides[] = {1, 2};
     static constexpr std::int32_t kHeadDims[] = {8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128};
@@ -101,6 +102,7 @@ struct Definition<NeighborhoodAttention> {
     using P = NeighborhoodAttention;
     static constexpr const char* kOpType = "AcmixNeighborhoodAttention";
     static constexpr const char* kVersion = "1";
+    static constexpr Member<P> kPadded = &P::head_dim;
     static constexpr std::int32_t kZeros = 1;
     static constexpr std::int32_t kMasked = 2;
     static constexpr std::int32_t kShifted = 3;
@@ -178,6 +180,7 @@ struct Definition<OutlookAttention> {
     using P = OutlookAttention;
     static constexpr const char* kOpType = "AcmixOutlookAttention";
     static constexpr const char* kVersion = "1";
+    static constexpr Member<P> kPadded = &P::head_dim;
     static constexpr std::int32_t kKernelSizes[] = {3, 5, 7};
     static constexpr std::int32_t kStrides[] = {1, 2};
     static constexpr std::int32_t kHeadDims[] = {8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128};
@@ -223,7 +226,79 @@ struct Definition<OutlookAttention> {
         {{"num_heads * kernel_size^4 * width", 1, {{&P::num_heads, 1}, {&P::kernel_size, 4}, {&P::width, 1}}, 1, false}, {"1976660141", 1976660141, {}, 1, false}, true}};
 };
 
-using Operators = List<LocalAttention, NeighborhoodAttention, OutlookAttention>;
+// y[b, g*c + i, p] = sum over the K x K neighbours n of w[b, g*K^2 + n, p] * x[b, g*c + i, floor(s * p / u) + D * n], with zeros outside the map; n counts from -(K // 2), row by row
+//   x [B, G*c, H, W]: G groups of c channels
+//   w [B, G*K^2, H*u/s, W*u/s]: weights of the neighbours of every output pixel, as they are
+//   y [B, G*c, H*u/s, W*u/s]: weighted sums
+struct Reassembly {
+    Dtype dtype;
+    Layout layout;
+    std::int32_t batch;  // B
+    std::int32_t groups;  // G
+    std::int32_t group_channels;  // c
+    std::int32_t height;  // H
+    std::int32_t width;  // W
+    std::int32_t kernel_size;  // K
+    std::int32_t stride;  // s
+    std::int32_t upsampling;  // u
+    std::int32_t dilation;  // D
+};
+
+template <>
+struct Definition<Reassembly> {
+    using P = Reassembly;
+    static constexpr const char* kOpType = "AcmixReassembly";
+    static constexpr const char* kVersion = "1";
+    static constexpr Member<P> kPadded = nullptr;
+    static constexpr std::int32_t kKernelSizes[] = {3, 5, 7, 9};
+    static constexpr std::int32_t kStrides[] = {1, 2};
+    static constexpr std::int32_t kUpsamplings[] = {1, 2, 3, 4};
+    static constexpr Size<P> kSizes[] = {
+        {"batch", &P::batch},
+        {"groups", &P::groups},
+        {"group_channels", &P::group_channels},
+        {"height", &P::height},
+        {"width", &P::width},
+        {"kernel_size", &P::kernel_size, kKernelSizes},
+        {"stride", &P::stride, kStrides},
+        {"upsampling", &P::upsampling, kUpsamplings},
+        {"dilation", &P::dilation}};
+    static constexpr std::tuple kAttributes{
+        Attribute<P, std::int32_t>{"groups", &P::groups, 1, 1},
+        Attribute<P, std::int32_t>{"kernel_size", &P::kernel_size, 7, 3},
+        Attribute<P, std::int32_t>{"stride", &P::stride, 1, 1},
+        Attribute<P, std::int32_t>{"upsampling", &P::upsampling, 1, 1},
+        Attribute<P, std::int32_t>{"dilation", &P::dilation, 1, 1}};
+    static constexpr Axis<P> kX[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"groups * group_channels", 1, {{&P::groups, 1}, {&P::group_channels, 1}}, 1, false},
+        {"height", 1, {{&P::height, 1}}, 1, false},
+        {"width", 1, {{&P::width, 1}}, 1, false}};
+    static constexpr Axis<P> kW[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"groups * kernel_size^2", 1, {{&P::groups, 1}, {&P::kernel_size, 2}}, 1, false},
+        {"height * upsampling / stride", 1, {{&P::height, 1}, {&P::upsampling, 1}, {&P::stride, -1}}, 1, false},
+        {"width * upsampling / stride", 1, {{&P::width, 1}, {&P::upsampling, 1}, {&P::stride, -1}}, 1, false}};
+    static constexpr Axis<P> kY[] = {
+        {"batch", 1, {{&P::batch, 1}}, 1, false},
+        {"groups * group_channels", 1, {{&P::groups, 1}, {&P::group_channels, 1}}, 1, false},
+        {"height * upsampling / stride", 1, {{&P::height, 1}, {&P::upsampling, 1}, {&P::stride, -1}}, 1, false},
+        {"width * upsampling / stride", 1, {{&P::width, 1}, {&P::upsampling, 1}, {&P::stride, -1}}, 1, false}};
+    static constexpr Tensor<P> kInputs[] = {
+        {"x", kX},
+        {"w", kW}};
+    static constexpr Tensor<P> kOutputs[] = {
+        {"y", kY}};
+    static constexpr Bound<P> kBounds[] = {
+        {{"batch", 1, {{&P::batch, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"groups * group_channels", 1, {{&P::groups, 1}, {&P::group_channels, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true},
+        {{"height * width * upsampling^2", 1, {{&P::height, 1}, {&P::width, 1}, {&P::upsampling, 2}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true},
+        {{"groups * group_channels * width * upsampling", 1, {{&P::groups, 1}, {&P::group_channels, 1}, {&P::width, 1}, {&P::upsampling, 1}}, 1, false}, {"268435327", 268435327, {}, 1, false}, true},
+        {{"groups * kernel_size^2 * width * upsampling", 1, {{&P::groups, 1}, {&P::kernel_size, 2}, {&P::width, 1}, {&P::upsampling, 1}}, 1, false}, {"1207958975", 1207958975, {}, 1, false}, true},
+        {{"dilation", 1, {{&P::dilation, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true}};
+};
+
+using Operators = List<LocalAttention, NeighborhoodAttention, OutlookAttention, Reassembly>;
 
 }  // namespace acmix
 
@@ -231,4 +306,5 @@ extern "C" {
 ACMIX_EXPORT const char* acmix_local_attention(const acmix::LocalAttention* problem, int kernel, const void* qkv, const void* position_weight, void* y, cudaStream_t stream);
 ACMIX_EXPORT const char* acmix_neighborhood_attention(const acmix::NeighborhoodAttention* problem, int kernel, const void* qkv, const void* position_weight, const void* bias, void* y, cudaStream_t stream);
 ACMIX_EXPORT const char* acmix_outlook_attention(const acmix::OutlookAttention* problem, int kernel, const void* logits, const void* values, void* y, cudaStream_t stream);
+ACMIX_EXPORT const char* acmix_reassembly(const acmix::Reassembly* problem, int kernel, const void* x, const void* w, void* y, cudaStream_t stream);
 }

@@ -1,0 +1,1 @@
+"""Outlook attention: VOLO's block, whose every pixel weighs the window around it."""

@@ -1,0 +1,1 @@
+"""Local attention without the convolution of ACmix."""
