@@ -209,7 +209,9 @@ __global__ __launch_bounds__(
     int query_y[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) query_y[i] = min(tile_y + warp * kWarpRows + i, along_y.members - 1);
-    const int window_x = along_x.shifted ? min(tile_x - kMargin, along_x.members - Shape::kColumns) : tile_x - kMargin;
+    // At the end of a class windows may begin before the margin; in NCHW words of 4 pixels begin here.
+    const int last_start = along_x.shifted ? (along_x.members - kKernelSize) & ~3 : tile_x;
+    const int window_x = min(tile_x - kMargin, last_start);
     const int window_y = along_y.start(min(tile_y, along_y.members - 1));
     const int first_row = along_y.start(query_y[0]) - window_y;
     // Each lane knows where one of these rows lies in the image, lane 0 the first that the warp sees, in a circle.
