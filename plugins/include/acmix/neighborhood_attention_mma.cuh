@@ -282,7 +282,7 @@ __global__ __launch_bounds__(
     const int first_column = along_x.start(query_x) - window_x;
     float key_x[kKept][2];
     bool seen[kKept][2], column_inside[kKept][2], owner[2][kTiles];
-    const __half* column_bias[kKept][2];  // of the first row of the table
+    int column_entry[kKept][2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
 #pragma unroll
@@ -293,8 +293,7 @@ __global__ __launch_bounds__(
             seen[kept][e] =
                 static_cast<unsigned>(column - first_column) < kKernelSize && (column_inside[kept][e] || !masked);
             key_x[kept][e] = plan.along_x(along_x.pixel(member));
-            column_bias[kept][e] =
-                bias + (head * kEntries * kEntries + (seen[kept][e] ? member - query_x + kKernelSize - 1 : 0));
+            column_entry[kept][e] = member - query_x + kKernelSize - 1;
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) owner[e][t] = column >= t * 8 && column < t * 8 + 8;
         }
@@ -350,6 +349,7 @@ __global__ __launch_bounds__(
 
     // Rows: what the position and the biases add, and what a query does not see.
     const float key_y = plan.along_y(max(pixel_row, 0));
+    const __half* const entries = bias + (head * kEntries * kEntries + min(lane, kEntries - 1));
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
         const float row_y = __shfl_sync(~0u, key_y, row);
@@ -359,13 +359,14 @@ __global__ __launch_bounds__(
             const int from_start = window_y + first_row + row - along_y.start(query_y[i]);
             const bool row_seen = static_cast<unsigned>(from_start) < kKernelSize && (row_inside || !masked);
             const int row_entry = row_seen ? window_y + first_row + row - query_y[i] + kKernelSize - 1 : 0;
+            // A row of the table, an entry for each lane.
+            const float entry = to_float(*ptx::advance(entries, row_entry, kEntries * sizeof(__half))) * kLog2E;
 #pragma unroll
             for (int j = 0; j < kKept * 2; ++j) {
                 const int kept = j / 2, e = j % 2;
                 float& logit = logits[row][kept][i * 2 + e];
                 const float away = fmaf(position[i * 2], key_x[kept][e], position[i * 2 + 1] * row_y);
-                const float added =
-                    to_float(*ptx::advance(column_bias[kept][e], row_entry, kEntries * sizeof(__half))) * kLog2E;
+                const float added = __shfl_sync(~0u, entry, column_entry[kept][e]);
                 logit = fmaf(row_inside && column_inside[kept][e] ? logit - away : 0.0f, plan.scale, added);
                 logit = row_seen && seen[kept][e] ? logit : -INFINITY;
             }
