@@ -28,6 +28,7 @@ from acmix_deploy.graph import (
     Reached,
     constant_value,
     conv_bias,
+    conv_weight,
     pointwise_weight,
     producer,
     way_down,
@@ -133,7 +134,8 @@ def find(graph: gs.Graph, softmax: gs.Node) -> Found:
         raise NoMatch("its values do not come from 1x1 convolutions of one tensor", _kind(near))
     own = [layer for layer in layers if (projection := _projection(layer)) and projection.x is x]
     products = _products(nodes, own)
-    if not products or not _spreads(nodes, own):
+    padded = any((node := producer(part.source)) is not None and node.op == "Pad" for part in reading)
+    if not products or not (padded or _spreads(nodes, own)):
         named = " and ".join(layer.name for layer in layers) or "no layer"
         near = bool(_products(nodes, layers)) and _spreads(nodes, layers)
         raise NoMatch(f"its logits come from {named}, not from 1x1 convolutions of {x.name}", _kind(near))
@@ -187,6 +189,10 @@ def _projection(layer: gs.Node) -> Projection | None:
         while (node := producer(x)) is not None and node.op == "Pad" and isinstance(node.inputs[0], gs.Variable):
             x = node.inputs[0]
         return Projection(x, False, source, layer.outputs[0], weight[:, :, 0, 0], conv_bias(layer), False)
+    if layer.op == "Conv":  # its result is the map, and q, k and v are channels of it
+        x, channels = layer.outputs[0], len(conv_weight(layer))
+        identity = np.eye(channels, dtype=conv_weight(layer).dtype)
+        return Projection(x, False, x, x, identity, np.zeros(channels), False)
     own = linear(layer) if layer.op in ("Gemm", "MatMul") else None
     above = _map_above(source)
     return Projection(above or source, not above, source, own.result, own.weight, own.bias, True) if own else None

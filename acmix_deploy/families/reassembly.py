@@ -68,7 +68,7 @@ def match(graph: gs.Graph, pad: gs.Node, *, upsamples: bool) -> Match:
     Raises:
         NoMatch: saying what is missing.
     """
-    moved, product, moves = _first_reader(graph, pad.outputs[0])
+    moved, product, moves = _first_reader(pad.outputs[0])
     if product.op not in _PRODUCTS or len(product.inputs) != 2:
         raise NoMatch("it is not unfolded and multiplied", Reached.NOTHING)
     operands = [tensor for tensor in product.inputs if tensor is not moved]
@@ -135,17 +135,14 @@ def reduce(found: Match, request: Request, *, upsamples: bool) -> Reduced:
     raise reasons[0] if reasons else NoMatch("it has no map of weights for a map of sums", Reached.NOTHING)
 
 
-def _first_reader(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Variable, gs.Node, set[str]]:
+def _first_reader(tensor: gs.Variable) -> tuple[gs.Variable, gs.Node, set[str]]:
     """The one node that does more than move what ``tensor`` holds, after its operand, and types of the nodes that do no
     more. Raises NoMatch."""
-    results = {output.name for output in graph.outputs}
     readers: dict[int, tuple[gs.Variable, gs.Node]] = {}
     moves: set[str] = set()
     seen, left = {tensor.name}, [tensor]
     while left:
         tensor = left.pop()
-        if tensor.name in results:
-            raise NoMatch(f"the intermediate {tensor.name} is also an output of the graph", Reached.NOTHING)
         for node in tensor.outputs:
             if node.op in _MOVING:
                 new = [output for output in node.outputs if output.name not in seen]
@@ -171,18 +168,22 @@ def _origins(tensor: gs.Tensor) -> Iterator[gs.Variable]:
 
 def _sums(graph: gs.Graph, product: gs.Node) -> tuple[list[gs.Variable], list[gs.Node]]:
     """The sum of a product and what it becomes by movement, and the nodes between these. Raises NoMatch."""
-    sums, summed = [product.outputs[0]], product.op != "Mul"
+    total = product.outputs[0]
+    if product.op == "Mul":
+        _, node, _ = _first_reader(total)
+        if node.op != "ReduceSum":
+            raise NoMatch("its products are not summed", Reached.NOTHING)
+        total = node.outputs[0]
+    sums = [total]
     tail: list[gs.Node] = []
-    for _, node in way_down(graph, product.outputs[0]):
+    for _, node in way_down(graph, total):
         if node.op == "ReduceSum":
-            sums, tail, summed = [node.outputs[0]], [], True
-        elif node.op in RESHAPING or (summed and node.op == "DepthToSpace"):
+            sums, tail = [node.outputs[0]], []
+        elif node.op in RESHAPING or node.op == "DepthToSpace":
             sums.append(node.outputs[0])
             tail.append(node)
         else:
             break
-    if not summed:
-        raise NoMatch("its products are not summed", Reached.NOTHING)
     return sums, tail
 
 

@@ -68,7 +68,8 @@ def by_loops(block: CAFM, x: Tensor) -> np.ndarray:
                 attended[n * d + c] = (shares / shares.sum() @ v).reshape(height, width)
         attended = np.einsum("oi,ihw->ohw", weights["project_out.weight"][:, :, 0, 0], attended)
         attended += np.reshape(bias("project_out"), (-1, 1, 1))
-        memory, mixed = qkv.ravel(), np.zeros((d, 9, height, width))
+        memory = (qkv.transpose(1, 2, 0) if block.in_order else qkv).ravel()
+        mixed = np.zeros((d, 9, height, width))
         for place, (i, j) in enumerate(pixels):
             for c in range(d):
                 read = memory[place * 3 * dim + c :: d][: 3 * heads]
@@ -86,10 +87,11 @@ def by_loops(block: CAFM, x: Tensor) -> np.ndarray:
     heads=st.integers(1, 3),
     head_dim=st.integers(1, 3),
     bias=st.booleans(),
+    in_order=st.booleans(),
     size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
 )
-def test_is_the_definition(heads: int, head_dim: int, bias: bool, size: tuple[int, int]) -> None:
-    block = randomised(CAFM(heads * head_dim, heads, bias))
+def test_is_the_definition(heads: int, head_dim: int, bias: bool, in_order: bool, size: tuple[int, int]) -> None:
+    block = randomised(CAFM(heads * head_dim, heads, bias, in_order=in_order))
     x = torch.randn(2, heads * head_dim, *size)
     expected = by_loops(block, x)
     assert relative_l2(copy.deepcopy(block).double()(x.double()), expected) < 1e-12
@@ -142,7 +144,9 @@ class Port(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         qkv = self.layer(self.local, self.layer(self.to_qkv, x))
-        read = qkv.permute(0, 2, 3, 1) if self.memory == "pixels first" else qkv
+        read = {"as it is": qkv, "pixels first": qkv.permute(0, 2, 3, 1), "columns first": qkv.transpose(2, 3)}[
+            self.memory
+        ]
         if self.rows == "pixels":
             rows = read.reshape(b, h * w, 3 * self.heads, -1).permute(0, 2, 1, 3)
         else:
@@ -164,6 +168,7 @@ SPELLINGS: list[dict[str, Any]] = [
     {},
     {"bias": True, "heads": 4},
     {"depth": False, "lengths": "written out"},
+    {"memory": "pixels first"},
 ]
 
 
@@ -172,15 +177,16 @@ def test_a_port_is_replaced_by_an_equal_block(options: dict[str, Any]) -> None:
     original = randomised(Port(**options))
     model, (report,) = graph.CAFM.recogniser.canonicalise(nn.Sequential(nn.Identity(), original))
     assert type(model[1]) is CAFM, report
-    assert report.geometry == {"dim": 8, "num_heads": options.get("heads", 2)}
+    assert report.geometry == {"dim": 8, "num_heads": options.get("heads", 2), "in_order": "memory" in options}
     x = torch.randn(2, 8, 7, 5)
     assert relative_l2(model[1](x), original(x)) < FLOAT32
     assert model[1].fc.bias is original.fc.bias
 
 
+# Other temperatures, and fc over the neighbours in each head's memory.
+MEASURED: list[dict[str, Any]] = [{"inverse": True}, {"rows": "heads"}]
 NEAR_MISSES: list[tuple[dict[str, Any], str, str | None]] = [
-    ({"rows": "heads"}, "differs from CAFM", "computes something else"),
-    ({"memory": "pixels first"}, "differs from CAFM", "computes something else"),
+    ({"memory": "columns first"}, "differs from CAFM", "neither the maps of one pixel nor neighbours in memory"),
     ({"order": "vkq"}, "differs from CAFM", "not temperature times q.k"),
     ({"lengths": "any"}, "differs from CAFM", "not temperature times q.k"),
 ]
@@ -188,15 +194,14 @@ NEAR_MISSES: list[tuple[dict[str, Any], str, str | None]] = [
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [*(miss[:2] for miss in NEAR_MISSES), ({"inverse": True}, "differs from CAFM")],
+    [*(miss[:2] for miss in NEAR_MISSES), *((other, "differs from CAFM") for other in MEASURED)],
     ids=str,
 )
 def test_an_impostor_is_left_alone_and_named(options: dict[str, Any], reason: str) -> None:
     assert_left_alone_in_a_module(graph.CAFM, Port(**options), reason)
 
 
-# What is measured may be anything.
-IN_GRAPHS = [*SPELLINGS, {"inverse": True}]
+IN_GRAPHS = [*SPELLINGS, *MEASURED]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,8 @@ def test_a_port_fuses(tmp_path: Path, exporter: str, dynamic: Any, options: dict
     model, x = Model(VARIANT, Port(**options)), torch.randn(2, 3, 5, 7)
     source = export(model, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic)
     (found,) = assert_fused(model, source, x, *([torch.randn(1, 3, 9, 4)] if dynamic else [])).blocks
-    assert found.settings == {"num_heads": options.get("heads", 2)}
+    reads = "head" if "rows" in options else "pixel" if "memory" in options else "memory"
+    assert found.settings == {"num_heads": options.get("heads", 2), "reads": reads}
     weights = {tensor.name: tensor.dims for tensor in onnx.load(tmp_path / "fused.onnx").graph.initializer}
     assert not [name for name, dims in weights.items() if len(dims) == 5], "a convolution has kept its depth"
     if options.get("depth", True):

@@ -157,9 +157,10 @@ class Port(nn.Module):
         self.k, self.dilation, self.heads, self.d = kernel_size, dilation, heads, channels // heads
         self.neighbours, self.product, self.border = neighbours, product, border
         self.scale = self.d**-0.5 if scale is None else scale
+        self.padded_first = projections == "of padding"
         self.layers = nn.ModuleList(
-            [nn.Conv2d(channels, 3 * channels, 1)]
-            if projections == "one"
+            [nn.Conv2d(channels, 3 * channels, 1 if projections == "one" else 3, padding="same")]
+            if projections in ("one", "3x3")
             else [nn.Conv2d(channels, channels, 1, bias=False) for _ in range(3)]
         )
         side = {"": 0, "table": 2 * kernel_size - 1, "window": kernel_size}[bias]
@@ -169,16 +170,17 @@ class Port(nn.Module):
 
     def windows(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, K * K, H * W], zeros outside the map."""
-        batch, channels, height, width = x.shape
+        batch, channels = x.shape[:2]
+        height, width = self.size
         margin = self.k // 2 * self.dilation
         if self.neighbours == "unfold":
             return F.unfold(x, self.k, self.dilation, margin).reshape(batch, channels, self.k**2, height * width)
-        padded = F.pad(x, (margin,) * 4)
+        padded = x if self.padded_first else F.pad(x, (margin,) * 4)
         if self.neighbours == "tensor unfold":
             taken = padded.unfold(2, self.k, 1).unfold(3, self.k, 1)
             return taken.permute(0, 1, 4, 5, 2, 3).reshape(batch, channels, self.k**2, height * width)
         parts = [
-            padded[:, :, i * self.dilation :, j * self.dilation :][:, :, :height, :width]
+            padded[:, :, i * self.dilation :, j * self.dilation :][:, :, : self.size[0], : self.size[1]]
             for i in range(self.k)
             for j in range(self.k)
         ]
@@ -186,7 +188,12 @@ class Port(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        maps = self.layers[0](x).chunk(3, 1) if len(self.layers) == 1 else [layer(x) for layer in self.layers]
+        self.size = (height, width)
+        if self.padded_first:  # which is the same where the layers have no biases
+            padded = F.pad(x, (self.k // 2 * self.dilation,) * 4)
+            maps = [self.layers[0](x), self.layers[1](padded), self.layers[2](padded)]
+        else:
+            maps = self.layers[0](x).chunk(3, 1) if len(self.layers) == 1 else [layer(x) for layer in self.layers]
         q = maps[0].reshape(batch, self.heads, self.d, height * width) * self.scale
         k, v = (self.windows(part).reshape(batch, self.heads, self.d, self.k**2, -1) for part in maps[1:])
         if self.relative is not None:
@@ -253,6 +260,7 @@ PORTS: dict[str, dict[str, Any]] = {
     "tensor unfold, no scale": {"neighbours": "tensor unfold", "scale": 1.0, "heads": 1},
     "masked": {"border": Border.MASKED, "projections": "one", "kernel_size": 5},
     "dilated": {"dilation": 2, "neighbours": "slices", "bias": "window"},
+    "padding before the projections": {"projections": "of padding", "neighbours": "slices"},
     "biases, masked, dilated": {"border": Border.MASKED, "dilation": 2, "bias": "table", "proj": True},
 }
 every_port = pytest.mark.parametrize("options", PORTS.values(), ids=PORTS)
@@ -297,6 +305,15 @@ def test_ports_in_graphs(options: dict[str, Any], exporter: str, tmp_path: Path)
 
 
 SIZES = [(2, 9, 12), (1, 12, 8), (3, 16, 16)]
+
+
+def test_attention_over_the_channels_of_any_convolution(tmp_path: Path) -> None:
+    """Without projections of its own there is no convolution to write."""
+    model, x = randomised(Around(Port(projections="3x3"))), torch.randn(2, 3, 9, 12)
+    assert_fused(model, export(model, x, tmp_path / "plain.onnx"), x)
+    kinds = family_parts.operators(tmp_path / "fused.onnx")
+    assert kinds.count("Conv") == 3
+    assert kinds.count("AcmixNeighborhoodAttention") == 1
 
 
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])

@@ -40,11 +40,14 @@ WAYS = [
     for kernel in operator.kernels
     for dtype, layout in kernel.formats
 ]
-WINDOWS = [
-    pytest.param(operator, way, window, id="-".join(map(str, (operator.name, *way.values(), *window.values()))))
-    for operator, way in WAYS
-    for window in windows_of(operator)[FEW]
-]
+
+
+def case(operator: Operator, way: Mapping[str, str], window: Mapping[str, int]) -> Any:
+    return pytest.param(operator, way, window, id="-".join(map(str, (operator.name, *way.values(), *window.values()))))
+
+
+WINDOWS = [case(operator, way, window) for operator, way in WAYS for window in windows_of(operator)[FEW]]
+ON_TENSOR_CORES = [operator for operator in OPERATORS if any(kernel.name == "mma" for kernel in operator.kernels)]
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,17 @@ def test_every_row_at_every_window(library, operator, way, window):
 
 
 @pytest.mark.parametrize(
-    "way", [way for operator, way in WAYS if operator is LOCAL_ATTENTION], ids=lambda way: "-".join(way.values())
+    ("operator", "way", "window"),
+    [
+        case(operator, way, window)
+        for operator, way in WAYS
+        for window in windows_of(operator)
+        if operator in ON_TENSOR_CORES and window["kernel_size"] == 7
+    ],
 )
-@pytest.mark.parametrize("stride", LOCAL_ATTENTION.kernel_limits["stride"])
-def test_every_row_as_on_sm_75(turing_library, way, stride):
+def test_every_row_as_on_sm_75(turing_library, operator, way, window):
     """Before sm_80 tensor cores multiply in two steps of half the depth, and nothing is copied in the background."""
-    check_rows(turing_library, LOCAL_ATTENTION, way, {"kernel_size": 7, "stride": stride})
+    check_rows(turing_library, operator, way, window)
 
 
 def test_without_position(library):

@@ -1,6 +1,6 @@
 """Asks TensorRT 8.6, without a GPU, whether the plugin's creators do what an engine needs of them. For Python 3.10.
 
-python tensorrt_86_plugin.py LIBRARY OP_TYPE ATTRIBUTES    prints one JSON object, as ATTRIBUTES is one; scale is last
+python tensorrt_86_plugin.py LIBRARY OP_TYPE ATTRIBUTES    prints one JSON object, as ATTRIBUTES is one
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def node(**attributes: Any) -> Any:
 
 
 good = json.loads(attributes)
-layout = f"<4si{'i' * (len(good) - 1)}f"
+layout = f"<4si{''.join('f' if isinstance(value, float) else 'i' for value in good.values())}"
+first = next(iter(good))
 plugin = node(**good)
 plan = bytes(plugin.serialize())
 read = creator.deserialize_plugin("node", plan)
@@ -45,13 +46,11 @@ bad_plans = {
     "no heads": plan[:8] + struct.pack("<i", 0) + plan[12:],
 }
 bad_attributes = [
-    {"num_heads": 0},
-    {"num_heads": 1.0},
-    {"num_heads": [1, 2]},
+    {first: 1.0},
+    {first: [1, 2]},
     {"kernel_size": 4},
     *({name: 0} for name in good if name != "scale"),
-    {"scale": float("nan")},
-    {"scale": 1},
+    *({name: value} for name in good if name == "scale" for value in (float("nan"), 1)),
 ]
 json.dump(
     {

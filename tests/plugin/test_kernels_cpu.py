@@ -252,6 +252,25 @@ def test_a_neighborhood_is_all_that_is_read(library, dtype, layout, kernel, bord
         assert np.array_equal(after.reshape(before.shape)[1, 1, :, row, column], before[1, 1, :, row, column])
 
 
+@pytest.mark.parametrize("layout", kernels.LAYOUTS)
+@pytest.mark.parametrize("border", Border, ids=lambda border: border.name.lower())
+def test_what_is_not_finite_stays_near_in_a_neighborhood(library, border, layout):
+    """It spoils at most 10 outputs beyond those whose windows see it, as acmix/launch.h says, also at the ends."""
+    farthest = 0
+    for kernel_size, width in ((3, 32), (3, 25), (9, 25)):
+        for x in range(0, width, 3):
+            (qkv, weight, bias), attributes = neighborhood(
+                border, "float16", 1, 8, 1, 9, width, kernel_size=kernel_size, dilation=1
+            )
+            qkv[:, 16:, 4, x] = np.nan
+            y = library.launch(NEIGHBORHOOD_ATTENTION, qkv, weight, bias, **attributes, layout=layout, kernel="mma")
+            seeing = [i for i in range(width) if x in window_along(i, width, kernel_size, 1, border)]
+            spoilt = np.flatnonzero(np.isnan(y).any((0, 1, 2)))
+            assert {*seeing} <= {*spoilt}
+            farthest = max(farthest, seeing[0] - spoilt[0], spoilt[-1] - seeing[-1])
+    assert farthest <= 10
+
+
 @every_neighborhood_way
 @pytest.mark.parametrize("step", [1000.0, -1000.0])
 def test_neighborhood_logits_that_rise_or_fall(library, dtype, layout, kernel, border, step):

@@ -27,11 +27,12 @@ from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION, Border
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
+from acmix_deploy.operators.reassembly import REASSEMBLY
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.plugin.library import describe
 from acmix_deploy.runtime.metrics import deviation
 from tests import ROOT
-from tests.operators.parts import attributes_of, every_operator, oracle
+from tests.operators.parts import attributes_of, every_operator, example_of, oracle
 from tests.plugin import kernels
 from tests.plugin.kernels import Array
 from tests.plugin.parts import header_sets, newest_headers, run
@@ -40,8 +41,10 @@ PLUGINS = ROOT / "plugins"
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
 FLOAT, HALF = 0, 1  # DataType
 LINEAR, HWC8 = 0, 2  # TensorFormat
-ENQUEUED = {"num_heads": 2, "kernel_size": 5, "stride": 2, "dilation": 2, "border": Border.MASKED}
-PLAN = {"num_heads": 4, "kernel_size": 5, "stride": 2, "dilation": 3, "border": Border.SHIFTED}
+ENQUEUED = {"num_heads": 2, "groups": 2, "kernel_size": 5, "stride": 2, "upsampling": 1, "dilation": 2}
+ENQUEUED |= {"border": Border.MASKED}
+PLAN = {"num_heads": 4, "groups": 3, "kernel_size": 5, "stride": 2, "upsampling": 1, "dilation": 3}
+PLAN |= {"border": Border.SHIFTED}
 """What operators have of it are their attributes in what is enqueued, and written to engine files."""
 
 
@@ -93,6 +96,11 @@ FORMATS = {
         False,
     ),
     "neighborhood, zeros": ("num_heads=2,kernel_size=7,border=1", "1,96,1,2 16,2 2,13,13 1,32,1,2", True),
+    "reassembly": ("groups=2,kernel_size=3,stride=2", "-1,8,-1,6 -1,18,-1,3 -1,8,-1,3", True),
+    "reassembly, upsampling": ("kernel_size=5,upsampling=2,dilation=3", "1,5,4,6 1,25,8,12 1,5,8,12", True),
+    "reassembly, other weights": ("groups=2,kernel_size=3", "1,8,4,6 1,9,4,6 1,8,4,6", False),
+    "reassembly, other size": ("kernel_size=3,upsampling=2", "1,8,4,6 1,9,8,6 1,8,8,12", False),
+    "reassembly, odd with stride": ("kernel_size=3,stride=2", "1,8,5,6 1,9,2,3 1,8,2,3", False),
     "neighborhood, other bias": ("num_heads=2,kernel_size=7,border=1", "1,96,8,8 16,2 2,7,7 1,32,8,8", False),
 }
 
@@ -102,7 +110,7 @@ FORMATS = {
 def test_formats(ask, libraries, major, name):
     """The accepted combinations, and no others, out of all types and formats of all tensors."""
     attributes, shapes, accepted = FORMATS[name]
-    operator = next(o for o in OPERATORS if o.name == f"{name.partition(',')[0]}_attention")
+    operator = next(operator for operator in OPERATORS if operator.name.startswith(name.partition(",")[0]))
     images = [shape.count(",") == 3 for shape in shapes.split()]  # others have no channels
     wanted = [
         " ".join(f"{FLOAT}:{LINEAR}" for _ in images),
@@ -137,8 +145,9 @@ def test_plan(ask, libraries, operator):
 def test_plan_of_tensorrt_8(ask, libraries, operator):
     """The magic number, the version and the attributes in words of 32 bits."""
     lines = ask(8, libraries(8), "plan", operator, ",".join(spelt(operator, PLAN))).stdout.splitlines()
-    integers = list(attributes_of(operator, PLAN, scale=0.3).values())[:-1]
-    written = f"584d4341 1 {' '.join(map(str, map(int, integers)))} 3e99999a "  # ACMX, and 0.3
+    values = attributes_of(operator, PLAN, scale=0.3)
+    words = ("3e99999a" if name == "scale" else f"{value:x}" for name, value in values.items())
+    written = f"584d4341 1 {' '.join(words)} "  # ACMX first
     assert dict(line.split(": ") for line in lines) == {
         **dict.fromkeys(("plan", "clone", "read"), written),
         **dict.fromkeys(("cut off", "another version"), "refused"),
@@ -222,8 +231,9 @@ def enqueue(ask, emulated, tmp_path_factory):
 
 
 def tensors_of(operator: Operator, dtype: str, batch: int, height: int, width: int) -> list[Array]:
-    """Inputs and an output of NaN for a node with the attributes ENQUEUED, heads of 16 channels."""
-    size = {"batch": batch, "head_dim": 16, "height": height, "width": width, **ENQUEUED}
+    """Inputs and an output of NaN for a node with the attributes ENQUEUED, heads or groups of 16 channels."""
+    parts = {"head_dim": 16, "group_channels": 16}
+    size = example_of(operator, batch=batch, height=height, width=width, **parts, **ENQUEUED)
     random = np.random.default_rng(0)
     *inputs, y = (random.standard_normal(shape).astype(dtype) for shape in shapes(operator, size))
     return [*inputs, np.full_like(y, np.nan)]
@@ -332,6 +342,8 @@ def test_rtx_infers_shapes(rtx, libraries, tmp_path):
         (LOCAL_ATTENTION, [(3, 96, 7, 6), (32, 2)], {"kernel_size": 3}, [3, 32, 7, 6]),
         (OUTLOOK_ATTENTION, [(2, 162, 4, 3), (2, 16, 7, 5)], {"num_heads": 2, "stride": 2}, [2, 16, 7, 5]),
         (NEIGHBORHOOD_ATTENTION, [("B", 48, 9, "W"), (16, 2), (1, 5, 5)], {**shifted, "dilation": 3}, [-1, 16, 9, -1]),
+        (REASSEMBLY, [(2, 64, 8, 6), (2, 98, 4, 3)], {"groups": 2, "stride": 2}, [2, 64, 4, 3]),
+        (REASSEMBLY, [("B", 6, "H", 5), ("B", 25, "h", 15)], {"kernel_size": 5, "upsampling": 3}, [-1, 6, -1, 15]),
     ]
     bad = [
         (LOCAL_ATTENTION, [(1, 60, 8, 8), (20, 2)], {}, "head_dim 20"),
@@ -345,6 +357,7 @@ def test_rtx_infers_shapes(rtx, libraries, tmp_path):
         (NEIGHBORHOOD_ATTENTION, [(1, 48, 8, 8), (16, 2), (1, 5, 5)], {**shifted, "dilation": 3}, "at least 9"),
         (NEIGHBORHOOD_ATTENTION, [(1, 48, 8, 8), (16, 2), (1, 3, 5)], shifted, "bias has size 3 at axis 1, not 5"),
         (NEIGHBORHOOD_ATTENTION, [(1, 48, 8, 8), (16, 2)], shifted, "got 2 inputs, not 3"),
+        (REASSEMBLY, [(1, 6, 8, 8), (1, 49, 8, 4)], {}, "w has size 4 at axis 3, not 8"),
     ]
     files = [
         node_file(tmp_path / f"{index}.onnx", operator, inputs, **attributes)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_deploy.errors import UserError
+from acmix_deploy.families.coordinates import coordinates
 from acmix_deploy.operators.local_attention import check_geometry
 
 
@@ -99,7 +100,7 @@ class ACmix(nn.Module):
         batch, _, height, width = q.shape
         heads, s, area = (batch * self.head, self.head_dim), self.stride, self.kernel_att**2
         out = (height // s, width // s)
-        position = self.conv_p(_coordinates(q))
+        position = self.conv_p(coordinates(q))
         queries = (q * self.head_dim**-0.5).reshape(*heads, height, width)[:, :, ::s, ::s].unsqueeze(2)
         own_position = position[:, :, ::s, ::s].unsqueeze(2)
         keys = self._neighbours(k.reshape(*heads, height, width)).view(*heads, area, *out)
@@ -138,16 +139,3 @@ class ACmix(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kernel_att={self.kernel_att}, head={self.head}, stride={self.stride}"
-
-
-def _coordinates(like: Tensor) -> Tensor:
-    """[1, 2, H, W]: x and y of each pixel of ``like``, from -1 to 1.
-
-    Not by ``torch.linspace``: exporters freeze its length, or make it float64. Computed in float32 at least, since
-    twice a pixel's index is no exact float16 number on a wide map.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    height, width = like.shape[2:]
-    column, row = (torch.arange(n, device=like.device).to(dtype) for n in (width, height))
-    x, y = column * 2 / column[-1:] - 1, row * 2 / row[-1:] - 1
-    return torch.stack([x.expand(height, width), y.unsqueeze(1).expand(height, width)]).unsqueeze(0).to(like.dtype)

@@ -31,11 +31,11 @@ class WithDepth(CAFM):
         return y
 
 
-class InOrder(CAFM):
-    """What ``fc`` mixes are the maps of one pixel, as in ACmix."""
+class Turned(CAFM):
+    """What ``fc`` mixes is read with height and width in each other's place."""
 
     def _convolve(self, qkv: Tensor) -> Tensor:
-        return super()._convolve(qkv.permute(0, 2, 3, 1).reshape(qkv.shape))
+        return super()._convolve(qkv.transpose(2, 3).reshape(qkv.shape))
 
 
 class OfAnyLength(CAFM):
@@ -61,7 +61,7 @@ EXAMPLES = (
         _block,
         as_others_have_it=lambda c: WithDepth(c, 2),
         near_misses=[
-            NearMiss(lambda c: InOrder(c, 2), DIFFERS, "computes something else"),
+            NearMiss(lambda c: Turned(c, 2), DIFFERS, "neither the maps of one pixel nor neighbours in memory"),
             NearMiss(lambda c: OfAnyLength(c, 2), DIFFERS, "not temperature times q.k of rows of length 1"),
             NearMiss(lambda c: softmax_over(_block(c), -2), DIFFERS, "not one map of channels"),
         ],

@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -86,7 +87,7 @@ def reduce(found: Match, request: Request) -> Reduced:
     }
     if len(shape) != 4 or any(weights[name].shape != wanted for name, wanted in expected.items()) or d * heads != dim:
         raise NoMatch(f"its convolutions are not those of {dim} channels and {heads} heads: {_told(weights)}")
-    temperature = _temperature(found, request, heads)
+    temperature, reads = _temperature(found, request, heads), _reads(found, request, heads)
 
     writer = AttentionWriter(x, request.name, request.opset, weights["proj"].dtype)
 
@@ -96,22 +97,26 @@ def reduce(found: Match, request: Request) -> Reduced:
         return writer.conv(label, source, weight, conv_bias(node), group=group, **pads)
 
     qkv = conv("depthwise", conv("qkv", x, found.qkv), found.depthwise)
-    attended = _attend(writer, qkv, heads, d, temperature, request.opset)
-    rows = writer.reshape("rows", qkv, 0, -1, 3 * heads, d)
-    mixed = conv("fc", writer.add("Transpose", "by_map", rows, perm=[0, 2, 1, 3]), found.fc)
+    by_head = writer.reshape("by_head", qkv, 0, 3 * heads, d, -1)
+    attended = _attend(writer, by_head, heads, temperature, request.opset)
+    if reads == "pixel":
+        rows = writer.add("Transpose", "rows", by_head, perm=[0, 1, 3, 2])
+    elif reads == "head":
+        rows = writer.reshape("rows", qkv, 0, 3 * heads, -1, d)
+    else:
+        memory = writer.reshape("memory", qkv, 0, -1, 3 * heads, d)
+        rows = writer.add("Transpose", "rows", memory, perm=[0, 2, 1, 3])
+    mixed = conv("fc", rows, found.fc)
     columns = writer.add("Transpose", "by_column", mixed, perm=[0, 3, 1, 2])
     size = shape[2:] if request.fixed_size else (writer.size("height", 2, 3), writer.size("width", 3, 4))
     convolved = conv("dep_conv", writer.reshape("maps", columns, 0, 9 * d, *size), found.dep_conv)
     projected = conv("proj", writer.reshape("attended.map", attended, 0, dim, *size), found.proj)
     writer.graph.outputs = [writer.add("Add", "y", projected, convolved)]
-    return Reduced(writer.graph, "MatMul, Softmax, MatMul", {"num_heads": heads})
+    return Reduced(writer.graph, "MatMul, Softmax, MatMul", {"num_heads": heads, "reads": reads})
 
 
-def _attend(
-    writer: AttentionWriter, qkv: gs.Variable, heads: int, d: int, temperature: Array, opset: int
-) -> gs.Variable:
-    """The attention of channels to channels, [B, heads, d, H*W]."""
-    by_head = writer.reshape("by_head", qkv, 0, 3 * heads, d, -1)
+def _attend(writer: AttentionWriter, by_head: gs.Variable, heads: int, temperature: Array, opset: int) -> gs.Variable:
+    """The attention of channels to channels, [B, heads, d, H*W], of q, k and v [B, 3 * heads, d, H*W]."""
 
     def part(label: str, source: gs.Tensor, start: int, end: int) -> gs.Variable:
         limits = (
@@ -153,6 +158,29 @@ def _temperature(found: Match, request: Request, heads: int) -> Array:
     check_residual(residual, "temperature times q.k of rows of length 1")
     temperature: Array = factor.reshape(-1)
     return temperature
+
+
+def _reads(found: Match, request: Request, heads: int) -> Literal["memory", "head", "pixel"]:
+    """What the maps are that are mixed to nine: of one pixel, or neighbours in the memory of all maps or of a head's.
+
+    Raises:
+        NoMatch: they are others.
+    """
+    read = found.depthwise.outputs[0]
+    (values,) = request.compute([read], request.values)
+    index: Array = np.arange(values.size).astype(np.float32)
+    (mixed,) = request.compute([found.fc.inputs[0]], request.values | {read.name: index.reshape(values.shape)})
+    batch, channels, pixels = len(values), values.shape[1], values[0, 0].size
+    d = channels // (3 * heads)
+    orders: dict[Literal["memory", "head", "pixel"], Array] = {
+        "memory": index.reshape(batch, pixels, 3 * heads, d).swapaxes(1, 2),
+        "head": index,
+        "pixel": index.reshape(batch, 3 * heads, d, pixels).swapaxes(2, 3),
+    }
+    for name, order in orders.items():
+        if np.array_equal(mixed.reshape(-1), order.reshape(-1)):
+            return name
+    raise NoMatch("what it mixes to nine maps are neither the maps of one pixel nor neighbours in memory")
 
 
 def _conv_before(node: gs.Node | None) -> gs.Node | None:

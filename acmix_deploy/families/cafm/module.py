@@ -21,8 +21,8 @@ class CAFM(nn.Module):
 
     For ``fc``, as the authors have it, the memory of q, k, v [B, 3 * dim, H, W] is read as [B, H*W, 3 * num_heads,
     head_dim], without channels and pixels changing places: what it mixes are neighbours in memory rather than the maps
-    of one pixel. What a model has learnt depends on it. ``dep_conv`` is a 3x3 convolution with one group for each of
-    the head_dim columns.
+    of one pixel. What a model has learnt depends on it. With ``in_order`` they are those maps, as in ACmix.
+    ``dep_conv`` is a 3x3 convolution with one group for each of the head_dim columns.
 
     The authors' layers are Conv3d over a depth of 1. These here are Conv2d, of the same names; the state dict of a
     Conv3d is taken, of whose kernels only the middle meets more than padding.
@@ -31,17 +31,19 @@ class CAFM(nn.Module):
         dim: channels, a multiple of ``num_heads``.
         num_heads: attention heads.
         bias: of the convolutions to q, k, v and of the projection; those of ACmix always have one.
+        in_order: let ``fc`` mix the maps of one pixel.
 
     Raises:
         UserError: for sizes that do not fit each other.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, bias: bool = False) -> None:
+    def __init__(self, dim: int, num_heads: int = 8, bias: bool = False, *, in_order: bool = False) -> None:
         super().__init__()
         if min(dim, num_heads) < 1 or dim % num_heads:
             raise UserError(f"dim is {dim}, num_heads {num_heads}; dim must be a positive multiple of num_heads")
         self.dim = dim
         self.num_heads = num_heads
+        self.in_order = in_order
         head_dim = dim // num_heads
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=bias)
@@ -60,7 +62,8 @@ class CAFM(nn.Module):
 
     def _convolve(self, qkv: Tensor) -> Tensor:
         batch, _, height, width = qkv.shape
-        rows = qkv.reshape(batch, height * width, 3 * self.num_heads, self.dim // self.num_heads)
+        memory = qkv.permute(0, 2, 3, 1) if self.in_order else qkv
+        rows = memory.reshape(batch, height * width, 3 * self.num_heads, self.dim // self.num_heads)
         mixed = self.fc(rows.transpose(1, 2)).permute(0, 3, 1, 2)
         convolved: Tensor = self.dep_conv(mixed.reshape(batch, -1, height, width))
         return convolved

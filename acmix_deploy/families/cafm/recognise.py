@@ -31,20 +31,21 @@ def _propose(module: nn.Module) -> Proposal:
         "dep_conv": (dim, 9, 3, 3, dim // heads),
     }
     with torch.device("meta"):  # neither memory nor random numbers for what is replaced at once
-        block = CAFM(dim, heads)
+        candidates = [CAFM(dim, heads, in_order=in_order) for in_order in (False, True)]
     for name, shape in wanted.items():
         conv = next((conv for conv in convs if shapes[conv] == shape), None)
         if conv is None:
             raise NotABlock(f"it has no convolution {name} of shape {[*shape[:4]]} in {shape[4]} groups")
         convs.remove(conv)
-        layer = getattr(block, name)
-        layer.weight = conv.weight if conv.weight.dim() == 4 else nn.Parameter(flat(conv.weight.detach()))
-        layer.bias = conv.bias
-    if temperature.shape == block.temperature.shape:
+        weight = conv.weight if conv.weight.dim() == 4 else nn.Parameter(flat(conv.weight.detach()))
+        for block in candidates:
+            layer = getattr(block, name)
+            layer.weight, layer.bias = weight, conv.bias
+    if temperature.shape != (heads, 1, 1):
+        temperature = nn.Parameter(temperature.detach().reshape(heads, 1, 1))
+    for block in candidates:
         block.temperature = temperature
-    else:
-        block.temperature = nn.Parameter(temperature.detach().reshape(heads, 1, 1))
-    return Proposal([block], torch.randn(2, dim, 5, 6, generator=torch.Generator().manual_seed(0)))
+    return Proposal(candidates, torch.randn(2, dim, 5, 6, generator=torch.Generator().manual_seed(0)))
 
 
 def _resembles(module: nn.Module) -> bool:
@@ -64,7 +65,7 @@ def _convs(module: nn.Module) -> list[nn.Conv2d | nn.Conv3d]:
 RECOGNISER = Recogniser(
     family=graph.CAFM,
     block=CAFM,
-    geometry=("dim", "num_heads"),
+    geometry=("dim", "num_heads", "in_order"),
     propose=_propose,
     resembles=_resembles,
     called="cafm",

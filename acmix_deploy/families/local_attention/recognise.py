@@ -101,7 +101,8 @@ def _parts(module: nn.Module) -> _Parts:
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    padded = conv.padding not in ((0, 0), "same", "valid")
+    return (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1) and not padded
 
 
 def _shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:

@@ -55,7 +55,7 @@ REASSEMBLY = Operator(
         # NHWC pads a single channel to 8, and the 9 weights of a single group, at the least, to 16.
         "G*c*W*u": _MOST // 8,
         "G*K^2*W*u": _MOST * 9 // 16,
-        "K*D": 65535,
+        "D": 65535,
     },
 )
 

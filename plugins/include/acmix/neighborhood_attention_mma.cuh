@@ -25,7 +25,8 @@ struct NeighborhoodShape : MmaShape<kLayout, kHeadDim, 1, kKernelSize> {
     // Blocks of a multiprocessor for which registers are kept: as many as spill nothing, by what the compiler does.
     static constexpr int blocks(int architecture) {
         if (architecture < 800 || !Base::kFolded) return 1;
-        return kHeadDim <= 32 ? 3 : Base::kNhwc ? 1 : 2;
+        if (kHeadDim > 32) return Base::kNhwc && kHeadDim == 64 && kKernelSize == 7 ? 1 : 2;
+        return architecture > 900 ? 2 : 3;
     }
 };
 
@@ -208,7 +209,9 @@ __global__ __launch_bounds__(
     int query_y[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) query_y[i] = min(tile_y + warp * kWarpRows + i, along_y.members - 1);
-    const int window_x = along_x.shifted ? min(tile_x - kMargin, along_x.members - Shape::kColumns) : tile_x - kMargin;
+    // At the end of a class windows may begin before the margin; in NCHW words of 4 pixels begin here.
+    const int last_start = along_x.shifted ? (along_x.members - kKernelSize) & ~3 : tile_x;
+    const int window_x = min(tile_x - kMargin, last_start);
     const int window_y = along_y.start(min(tile_y, along_y.members - 1));
     const int first_row = along_y.start(query_y[0]) - window_y;
     // Each lane knows where one of these rows lies in the image, lane 0 the first that the warp sees, in a circle.
@@ -290,7 +293,7 @@ __global__ __launch_bounds__(
             seen[kept][e] =
                 static_cast<unsigned>(column - first_column) < kKernelSize && (column_inside[kept][e] || !masked);
             key_x[kept][e] = plan.along_x(along_x.pixel(member));
-            column_entry[kept][e] = seen[kept][e] ? member - query_x + kKernelSize - 1 : 0;
+            column_entry[kept][e] = member - query_x + kKernelSize - 1;
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) owner[e][t] = column >= t * 8 && column < t * 8 + 8;
         }
@@ -346,7 +349,7 @@ __global__ __launch_bounds__(
 
     // Rows: what the position and the biases add, and what a query does not see.
     const float key_y = plan.along_y(max(pixel_row, 0));
-    const __half* const table = bias + head * kEntries * kEntries;
+    const __half* const entries = bias + (head * kEntries * kEntries + min(lane, kEntries - 1));
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
         const float row_y = __shfl_sync(~0u, key_y, row);
@@ -356,12 +359,14 @@ __global__ __launch_bounds__(
             const int from_start = window_y + first_row + row - along_y.start(query_y[i]);
             const bool row_seen = static_cast<unsigned>(from_start) < kKernelSize && (row_inside || !masked);
             const int row_entry = row_seen ? window_y + first_row + row - query_y[i] + kKernelSize - 1 : 0;
+            // A row of the table, an entry for each lane.
+            const float entry = to_float(*ptx::advance(entries, row_entry, kEntries * sizeof(__half))) * kLog2E;
 #pragma unroll
             for (int j = 0; j < kKept * 2; ++j) {
                 const int kept = j / 2, e = j % 2;
                 float& logit = logits[row][kept][i * 2 + e];
                 const float away = fmaf(position[i * 2], key_x[kept][e], position[i * 2 + 1] * row_y);
-                const float added = to_float(table[row_entry * kEntries + column_entry[kept][e]]) * kLog2E;
+                const float added = __shfl_sync(~0u, entry, column_entry[kept][e]);
                 logit = fmaf(row_inside && column_inside[kept][e] ? logit - away : 0.0f, plan.scale, added);
                 logit = row_seen && seen[kept][e] ? logit : -INFINITY;
             }

@@ -295,7 +295,7 @@ struct Definition<Reassembly> {
         {{"height * width * upsampling^2", 1, {{&P::height, 1}, {&P::width, 1}, {&P::upsampling, 2}}, 1, false}, {"2147482623", 2147482623, {}, 1, false}, true},
         {{"groups * group_channels * width * upsampling", 1, {{&P::groups, 1}, {&P::group_channels, 1}, {&P::width, 1}, {&P::upsampling, 1}}, 1, false}, {"268435327", 268435327, {}, 1, false}, true},
         {{"groups * kernel_size^2 * width * upsampling", 1, {{&P::groups, 1}, {&P::kernel_size, 2}, {&P::width, 1}, {&P::upsampling, 1}}, 1, false}, {"1207958975", 1207958975, {}, 1, false}, true},
-        {{"kernel_size * dilation", 1, {{&P::kernel_size, 1}, {&P::dilation, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true}};
+        {{"dilation", 1, {{&P::dilation, 1}}, 1, false}, {"65535", 65535, {}, 1, false}, true}};
 };
 
 using Operators = List<LocalAttention, NeighborhoodAttention, OutlookAttention, Reassembly>;
