@@ -40,6 +40,14 @@ MASKED_BELOW = -50.0
 """What a graph adds to hide a key; exp of it is lost in float32."""
 MOVING = RESHAPING | {"Expand", "Gather", "Pad", "Slice", "Split"}
 
+_LINEAR = frozenset(
+    {
+        *MOVING, "Add", "BatchNormalization", "CastLike", "Concat", "Conv", "DepthToSpace", "Div", "Dropout", "Einsum",
+        "GatherElements", "GatherND", "Gemm", "MatMul", "Mul", "Neg", "ReduceMean", "ReduceSum", "Softmax", "Sub",
+        "Sum", "Tile", "Where",
+    }
+)  # fmt: skip
+
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": operator.floordiv,
 }  # fmt: skip
@@ -118,6 +126,27 @@ def check_residual(residual: float, what: str, limit: float = RESIDUAL) -> None:
     """Refuse logits that differ from ``what`` by more than rounding does. Raises NoMatch."""
     if not residual < limit:
         raise NoMatch(f"its logits are not {what}: relative residual {residual:.1e}, limit {limit:.0e}")
+
+
+def check_linear(nodes: Iterable[gs.Node], sources: Iterable[str]) -> None:
+    """Refuse what does more to tensors ``sources`` than to move, multiply and add them, beside a Softmax.
+
+    A block is measured with few numbers, on which a Clip or a Relu may not show.
+
+    Args:
+        nodes: those behind the sources, in order.
+        sources: names of tensors.
+
+    Raises:
+        NoMatch: naming the operators.
+    """
+    reached, others = {*sources}, set()
+    for node in nodes:
+        if node.op != "Shape" and any(tensor.name in reached for tensor in node.inputs):
+            reached.update(tensor.name for tensor in node.outputs)
+            others |= {node.op} - _LINEAR
+    if others:
+        raise NoMatch(f"within it is {', '.join(sorted(others))}", Reached.WHOLE)
 
 
 def linear(node: gs.Node) -> Linear | None:
@@ -229,6 +258,8 @@ def measure(
     """
     parts = found.projections
     ends = [*found.logits.inputs, found.attended.inputs[1]]
+    results = [part.result.name for part in parts]
+    check_linear([*upstream(ends, lambda node: node.op == "Shape", stop_at=results)][::-1], results)
     shapes = [array.shape for array in compute([part.result for part in parts], feeds)]
 
     def operands(contents: Sequence[Array]) -> list[Array]:

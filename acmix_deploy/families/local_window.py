@@ -19,7 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.attention import MASKED_BELOW, RESIDUAL, Compute, check_residual, layers_above, linear
+from acmix_deploy.families.attention import (
+    MASKED_BELOW,
+    RESIDUAL,
+    Compute,
+    check_residual,
+    layers_above,
+    linear,
+)
 from acmix_deploy.graph import (
     RESHAPING,
     Array,
@@ -373,7 +380,7 @@ def measure(found: Found, result: gs.Variable, values: Feeds, compute: Compute) 
     if len(q) != len(k) or len(q) % heads:
         raise NoMatch(f"{len(q)} channels of queries and {len(k)} of keys do not fit {heads} heads")
     scale, usual = unit / d, d**-0.5
-    scale = usual if math.isclose(scale, usual, rel_tol=1e-4) else scale
+    scale = usual if math.isclose(scale, usual, rel_tol=1e-6) else scale
     q, k, neighbours = _pairs(rows, q, k, scale)
     kernel_size = math.isqrt(neighbours.shape[1])
     neighbours, offsets, border, dilation = _border(rows, neighbours, kernel_size)

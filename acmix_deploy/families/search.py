@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -153,8 +153,11 @@ class Recogniser:
 
     def _resembles(self, module: nn.Module) -> Reached:
         """How close a module that is no block comes at first sight."""
-        if self.resembles(module):
-            return Reached.PARTS
+        try:
+            if self.resembles(module):
+                return Reached.PARTS
+        except Exception:  # parts of any kind
+            return Reached.NOTHING
         named = self.called and self.called in type(module).__name__.lower().replace("_", "")
         return Reached.KIND if named else Reached.NOTHING
 
@@ -168,7 +171,12 @@ class Recogniser:
 
     def _replacement(self, module: nn.Module) -> tuple[nn.Module, list[FaultId]]:
         """The block of this family that computes what ``module`` does, and what it repairs. Raises NotABlock."""
-        proposal = self.propose(module)
+        try:
+            proposal = self.propose(module)
+        except NotABlock:
+            raise
+        except Exception as error:  # parts of any kind, such as weights that are computed or not there yet
+            raise NotABlock(f"its parts are none of a block: {reason(error)}") from error
         own_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
         reasons, failures = [*proposal.refusals], []
         turned, back = (ChannelsLast, ChannelsFirst) if self.channels_last else (ChannelsFirst, ChannelsLast)
@@ -179,7 +187,8 @@ class Recogniser:
                 failures.append(error)
                 continue
             block, difference = self._equal(proposal, expected)
-            if block:
+            difference = difference or self._differs_elsewhere(original, block, proposal, expected[0].dtype)
+            if block and not difference:
                 block = block if original is module else back(block)
                 return self._dressed(block, module), [*faults, *proposal.repaired]
             reasons.append(difference)
@@ -187,6 +196,24 @@ class Recogniser:
             raise NotABlock(reasons[0], Reached.WHOLE, proposal.fault)
         failure = f"its own forward fails: {type(failures[0]).__name__}: {str(failures[0]).splitlines()[0]}"
         raise NotABlock("; ".join([*reasons, failure]), Reached.WHOLE, proposal.fault) from failures[0]
+
+    def _differs_elsewhere(
+        self, original: nn.Module, block: nn.Module | None, proposal: Proposal, dtype: torch.dtype
+    ) -> str:
+        """How ``block`` differs on more and larger maps, where ``original`` takes them; empty where it does not."""
+        if block is None or proposal.x.dim() != 4 or any(proposal.calls):
+            return ""
+        shape = [*proposal.x.shape]
+        shape[0] += 1
+        for axis in (1, 2) if self.channels_last else (2, 3):
+            shape[axis] *= 2
+        larger = replace(proposal, x=torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+        try:
+            with OnCpu():
+                expected = _run(original, larger, dtype)
+        except Exception:  # it is for one size
+            return ""
+        return self._equal(replace(larger, candidates=[block]), expected)[1]
 
     def _equal(self, proposal: Proposal, expected: Sequence[Tensor]) -> tuple[nn.Module | None, str]:
         """The candidate that gives what is expected, else how the likeliest differs."""

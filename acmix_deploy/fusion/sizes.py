@@ -180,7 +180,9 @@ def values_at_sizes(
     inputs: Sequence[Source],
     patience: Patience,
 ) -> list[Feeds]:
-    """Values of what ``regions`` read, by name, for random inputs: at one size where that is static, else at two.
+    """Values of what ``regions`` read, by name, for two draws of random inputs: at two sizes where these are free.
+
+    What comes from the image without being x differs between them, so that it is not taken for a constant.
 
     A size that does not run may take long to say so. So small ones come first, after one that did not run only those
     whose shapes fit, the others last, and the time is limited.
@@ -204,7 +206,7 @@ def values_at_sizes(
     failed: dict[Size, str] = {}
     doubtful: list[Size] = []
     fits: Callable[[Size], bool] | None = None
-    likely = _TRIALS[:1] if static else chain(_TRIALS, _frozen_sizes(graph, every))
+    likely = _TRIALS[:1] * _ENOUGH if static else chain(_TRIALS, _frozen_sizes(graph, every))
     for size, again in chain(((size, False) for size in likely), ((size, True) for size in doubtful)):
         if len(found) == _ENOUGH or (found and (again or size not in _TRIALS)) or patience.seconds < 0:
             break
@@ -215,7 +217,7 @@ def values_at_sizes(
             certain = static or (doubtful and not again)  # then what is not wanted need not be computed
             computed = [*wanted.values()] if certain else every
             try:
-                values = evaluate(graph, computed, _random(inputs, size), functions)
+                values = evaluate(graph, computed, _random(inputs, size, len(found)), functions)
             except NoMatch as error:
                 failed[size] = error.reason
                 fits = fits or _shape_check(graph, regions, every, inputs, functions)
@@ -233,9 +235,9 @@ def values_at_sizes(
     return found
 
 
-def _random(inputs: Iterable[Source], size: Size) -> Feeds:
+def _random(inputs: Iterable[Source], size: Size, draw: int = 0) -> Feeds:
     """Random inputs whose free axes have ``size``."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(draw)
     free = {0: size[0], 2: size[1], 3: size[2]}
     feeds = {}
     for source in inputs:

@@ -23,7 +23,7 @@ from acmix_deploy.operators.neighborhood_attention import Border
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES
 from tests.families import parts as family_parts
-from tests.families.parts import export, randomised, relative_l2
+from tests.families.parts import assert_left_alone_in_a_graph, export, randomised, relative_l2
 
 FLOAT32 = TOLERANCES["float32"].floor
 assert_fused = partial(family_parts.assert_fused, LOCAL_ATTENTION)
@@ -343,3 +343,40 @@ def test_windows_that_stay_inside_in_modules(channels_last: bool) -> None:
     model, (report,) = canonicalise(nn.Sequential(block))
     assert (report.status, report.family) == ("replaced", "local_attention"), report.reason
     assert relative_l2(model(x), expected) < FLOAT32
+
+
+@pytest.mark.parametrize("where", ["q", "v"])
+def test_a_guard_against_overflow_is_no_block(where: str, tmp_path: Path) -> None:
+    """On the numbers that a block is measured with it does not show."""
+
+    class Guarded(LocalAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            parts = dict(zip("qkv", self.qkv(x).chunk(3, 1), strict=True))
+            parts[where] = parts[where].clamp(-5e4, 5e4)
+            projection, self.qkv = self.qkv, nn.Identity()
+            y: Tensor = super().forward(torch.cat([*parts.values()], 1))
+            self.qkv = projection
+            return y
+
+    model, x = randomised(Around(Guarded(8, None, 3, 2))), torch.randn(1, 3, 9, 12)
+    source = export(model, x, tmp_path / "plain.onnx")
+    assert_left_alone_in_a_graph(LOCAL_ATTENTION, model, source, x, "within it is Clip")
+
+
+class Tempered(nn.Module):
+    """The logits are sharper where the image is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.port = nn.Conv2d(3, 8, 1), Port()
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.port.scale = image.mean() * 2
+        return self.port(self.before(image))
+
+
+def test_what_depends_on_the_image_is_no_constant(tmp_path: Path) -> None:
+    """Though it does not come from what the attention reads, and the file holds for one size."""
+    model, x = randomised(Tempered()), torch.randn(1, 3, 9, 12)
+    source = export(model, x, tmp_path / "plain.onnx")
+    assert_left_alone_in_a_graph(LOCAL_ATTENTION, model, source, x, "something else than its fused form")

@@ -14,7 +14,7 @@ from acmix_deploy.families import BlockReport, canonicalise
 from acmix_deploy.families.acmix.graph import ACMIX as FAMILY
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.windowed_acmix.module import WindowedACmix
-from tests.families.parts import assert_left_alone_in_a_module
+from tests.families.parts import assert_left_alone_in_a_module, randomised
 
 
 class Port(nn.Module):
@@ -303,3 +303,23 @@ def test_a_module_that_resembles_blocks_of_two_families_has_one_reason():
     _, (report,) = canonicalise(nn.Sequential(ACmixOfWindows(8, 4, 2)))
     assert (report.family, report.status) == ("windowed_acmix", "left alone")
     assert "differs from WindowedACmix" in report.reason
+
+
+def test_a_rate_that_depends_on_the_size_of_the_map_is_no_rate():
+    class BySize(ACmix):
+        def _convolve(self, q, k, v):
+            return super()._convolve(q, k, v) * 8 / q.shape[-1]
+
+    _, (report,) = canonicalise(nn.Sequential(nn.Identity(), randomised(BySize(8, 8, 3, 2))))
+    assert report.status == "left alone"
+    assert "differs" in report.reason
+
+
+def test_parts_that_cannot_be_read_are_left_alone():
+    """Weights that are not finite, and those that are not there yet."""
+    block = randomised(ACmix(8, 8, 3, 2))
+    block.__class__ = type("Theirs", (ACmix,), {})
+    block.conv1.weight.data[0] = torch.nan
+    lazy = nn.Sequential(nn.LazyConv2d(8, 1), nn.LazyConv2d(8, 1))
+    reports = canonicalise(nn.Sequential(block, lazy, nn.Conv2d(8, 8, 3).bfloat16()))[1]
+    assert [(report.class_name, report.status) for report in reports] == [("Theirs", "left alone")]

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.acmix.branch import Branch, measure
+from acmix_deploy.families.attention import check_linear
 from acmix_deploy.families.conv_branch import ConvBranch, by_head_dim
 from acmix_deploy.families.family import Family
 from acmix_deploy.families.local_window import Found, Window, find, way_to_result
@@ -61,6 +62,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
 
 def reduce(found: Match, request: Request, conv_branch: ConvBranch = "dense") -> Reduced:
     """The block in its reduced form. Raises NoMatch where it computes something else than ACmix."""
+    check_linear(found.region.nodes, [found.region.x.name])
     window = measure_window(found.attention, found.region.y, request.values, request.compute)
     if window.border is not None or window.dilation > 1 or window.bias.any() or window.layout != "BCHW":
         around = "reflected" if window.border is None else window.border.name.lower()

@@ -202,6 +202,8 @@ def _measured(module: nn.Module, proposal: Proposal, kernels: Sequence[int]) -> 
                 return None
             with_ones = [*terms, torch.ones_like(result)]
             known, target = (torch.stack(t, -1).transpose(0, 1).flatten(1, 3) for t in (with_ones, [result]))
+            if not (known.isfinite().all() and target.isfinite().all()):
+                return None
             factors = torch.linalg.lstsq(known, target, driver="gelsd").solution
             if float((known @ factors - target).norm()) < exact * float(target.norm()):
                 own = [*module.parameters(recurse=False)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.attention import AttentionWriter
+from acmix_deploy.families.attention import AttentionWriter, check_linear
 from acmix_deploy.families.family import Family
 from acmix_deploy.families.local_window import Found, Window, find, measure, way_to_result
 from acmix_deploy.families.reduction import Reduced, Request
@@ -48,6 +48,7 @@ def match(graph: gs.Graph, softmax: gs.Node) -> Match:
 
 def reduce(found: Match, request: Request) -> Reduced:
     """The block in its reduced form. Raises NoMatch where it computes something else than local attention."""
+    check_linear(found.region.nodes, [found.region.x.name])
     window = measure(found.attention, found.region.y, request.values, request.compute)
     reflected = window.border is None
     if reflected and (window.dilation > 1 or window.bias.any()):
