@@ -15,7 +15,6 @@ from torch import nn
 
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
-from acmix_deploy.families.cafm.module import CAFM
 from acmix_deploy.families.carafe.examples import nearest_first
 from acmix_deploy.families.carafe.module import Carafe
 from acmix_deploy.families.involution.module import Involution
@@ -41,7 +40,6 @@ def relatives() -> dict[str, tuple[nn.Module, int]]:
         "CARAFE, nearest first": (spelt_otherwise, 40),
         "local attention, zeros": (LocalAttention(CHANNELS, border=Border.ZEROS), 80),
         "local attention, shifted": (LocalAttention(CHANNELS, bias=True), 80),
-        "CAFM": (CAFM(CHANNELS), 80),
     }
 
 
