@@ -38,6 +38,7 @@ denormal number in float32, which processors are slow with."""
 RESIDUAL = 1e-3  # of logits, relative; evaluated in float32, so that a real block leaves about 1e-6
 MASKED_BELOW = -50.0
 """What a graph adds to hide a key; exp of it is lost in float32."""
+PRODUCTS = frozenset({"Einsum", "MatMul", "Mul"})
 MOVING = RESHAPING | {"Expand", "Gather", "Pad", "Slice", "Split"}
 
 _LINEAR = frozenset(
@@ -183,7 +184,7 @@ def is_product(nodes: Iterable[gs.Node], layers: Iterable[gs.Node]) -> bool:
     reached = {tensor.name for layer in layers for tensor in layer.outputs}
     for node in nodes:
         depends = [tensor.name in reached for tensor in node.inputs]
-        if node.op in ("Einsum", "MatMul", "Mul") and sum(depends) > 1:
+        if node.op in PRODUCTS and sum(depends) > 1:
             return True
         if any(depends) and node.op != "Shape":
             reached.update(tensor.name for tensor in node.outputs)

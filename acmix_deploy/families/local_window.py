@@ -21,6 +21,7 @@ import onnx_graphsurgeon as gs
 
 from acmix_deploy.families.attention import (
     MASKED_BELOW,
+    PRODUCTS,
     RESIDUAL,
     Compute,
     check_residual,
@@ -47,7 +48,6 @@ Index = npt.NDArray[np.int64]
 LOUDER = float(2**40)
 """Beside it nothing matters that a graph adds to results."""
 
-_PRODUCTS = frozenset({"Einsum", "MatMul", "Mul"})
 _LONGEST_WAY = 24  # nodes from the weighted sum to the block's end; exporters need 6 to 14
 _MOST_READERS = 512  # nodes behind a Softmax that are looked at for one that weighs values; a window of 7x7 has 150
 _LARGEST_ID = 2**20  # numbers that float32 tells apart after two roundings
@@ -172,7 +172,7 @@ def _weighed(softmax: gs.Node) -> tuple[list[gs.Node], list[gs.Node]]:
         tensor = ways.pop(0)
         for node in tensor.outputs:
             above: list[gs.Node] = []
-            if node.op in _PRODUCTS:
+            if node.op in PRODUCTS:
                 for operand in node.inputs:
                     if operand is not tensor and constant_value(operand) is None and operand.name not in seen:
                         above += layers_above(operand)[0]
@@ -234,7 +234,7 @@ def _products(nodes: Sequence[gs.Node], layers: Sequence[gs.Node]) -> list[tuple
     """The nodes that multiply two tensors that both depend on ``layers``, and by operand on which."""
     reached = _reach(nodes, layers)
     both = ((node, [reached.get(tensor.name, frozenset()) for tensor in node.inputs]) for node in nodes)
-    return [(node, of) for node, of in both if node.op in _PRODUCTS and len(of) == 2 and all(of)]
+    return [(node, of) for node, of in both if node.op in PRODUCTS and len(of) == 2 and all(of)]
 
 
 def _spreads(nodes: Sequence[gs.Node], layers: Sequence[gs.Node]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from acmix_deploy.families.attention import is_product, layers_above
+from acmix_deploy.families.attention import MOVING, PRODUCTS, is_product, layers_above
 from acmix_deploy.families.reduction import Reduced, Request, Writer
 from acmix_deploy.graph import (
     RESHAPING,
@@ -31,11 +31,10 @@ from acmix_deploy.graph import (
 )
 from acmix_deploy.operators.reassembly import REASSEMBLY
 
-_MOVING = RESHAPING | {"Concat", "DepthToSpace", "Expand", "Gather", "Pad", "Resize", "Slice", "Split", "Tile"}
+_MOVING = MOVING | {"Concat", "DepthToSpace", "Resize", "Tile"}
 _REPEATING = frozenset({"Expand", "Resize", "Tile"})
 _SHUFFLING = frozenset({"DepthToSpace", "Transpose"})
 _ARITHMETIC = RESHAPING | {"Add", "Div", "Mul", "Sub"}
-_PRODUCTS = frozenset({"Einsum", "MatMul", "Mul"})
 _RESIDUAL = 1e-4  # of sums evaluated in float32, relative L2
 
 
@@ -69,7 +68,7 @@ def match(graph: gs.Graph, pad: gs.Node, *, upsamples: bool) -> Match:
         NoMatch: saying what is missing.
     """
     moved, product, moves = _first_reader(pad.outputs[0])
-    if product.op not in _PRODUCTS or len(product.inputs) != 2:
+    if product.op not in PRODUCTS or len(product.inputs) != 2:
         raise NoMatch("it is not unfolded and multiplied", Reached.NOTHING)
     operands = [tensor for tensor in product.inputs if tensor is not moved]
     if len(operands) != 1 or constant_value(operands[0]) is not None:

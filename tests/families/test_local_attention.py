@@ -149,7 +149,6 @@ class Port(nn.Module):
         bias: str = "",
         scale: float | None = None,
         proj: bool = False,
-        relative_keys: bool = False,
         channels: int = 8,
         heads: int = 2,
     ) -> None:
@@ -166,7 +165,6 @@ class Port(nn.Module):
         side = {"": 0, "table": 2 * kernel_size - 1, "window": kernel_size}[bias]
         self.table = nn.Parameter(torch.randn(heads, side, side)) if side else None
         self.proj = nn.Conv2d(channels, channels, 1) if proj else nn.Identity()
-        self.relative = nn.Parameter(torch.randn(self.d, kernel_size**2)) if relative_keys else None
 
     def windows(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, K * K, H * W], zeros outside the map."""
@@ -196,8 +194,6 @@ class Port(nn.Module):
             maps = self.layers[0](x).chunk(3, 1) if len(self.layers) == 1 else [layer(x) for layer in self.layers]
         q = maps[0].reshape(batch, self.heads, self.d, height * width) * self.scale
         k, v = (self.windows(part).reshape(batch, self.heads, self.d, self.k**2, -1) for part in maps[1:])
-        if self.relative is not None:
-            k = k + self.relative.unsqueeze(-1)
         if self.product == "einsum":
             logits = torch.einsum("bndp,bndtp->bntp", q, k)
         elif self.product == "matmul":
