@@ -147,7 +147,7 @@ def check_linear(nodes: Iterable[gs.Node], sources: Iterable[str]) -> None:
             reached.update(tensor.name for tensor in node.outputs)
             others |= {node.op} - _LINEAR
     if others:
-        raise NoMatch(f"within it is {', '.join(sorted(others))}", Reached.WHOLE)
+        raise NoMatch(f"within it are operators that are not linear: {', '.join(sorted(others))}", Reached.WHOLE)
 
 
 def linear(node: gs.Node) -> Linear | None:

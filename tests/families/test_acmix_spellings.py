@@ -280,13 +280,13 @@ def test_any_head_dim_fuses_and_what_the_plugin_refuses_is_named(planes, head, r
 
 
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
-    "rates made of x": ({"fault": "gate"}, "no 3x3 convolution"),
+    "rates made of x": ({"fault": "gate"}, "not linear: Sigmoid"),
     "norm on the logits": ({"fault": "norm on logits"}, "those of equal keys differ"),
     "softmax over rows": ({"fault": "another axis", "projections": "chunk"}, "Softmax runs over"),
-    "ReLU between fc and dep_conv": ({"fault": "between", "fc_bias": True}, "no 3x3 convolution"),
+    "ReLU between fc and dep_conv": ({"fault": "between", "fc_bias": True}, "not linear: Relu"),
     "5x5 beside 3x3": ({"second": 5}, "no 3x3 convolution"),
     "convolution of a reflected map": ({"fault": "reflected convolution", "norms": True}, "no 3x3 convolution"),
-    "tanh within the sum": ({"fault": "within the sum", "residual": "before"}, "not linear in the attention"),
+    "tanh within the sum": ({"fault": "within the sum", "residual": "before"}, "not linear: Tanh"),
     "ReLU before the projection of keys": ({"fault": "curved keys"}, "not from 1x1 convolutions of x"),
 }
 

@@ -44,7 +44,7 @@ EXAMPLES = (
     Examples(
         _shifted,
         near_misses=[
-            NearMiss(lambda c: Squashed(c, None, 3, 2), DIFFERS, "are not scale * q.k"),
+            NearMiss(lambda c: Squashed(c, None, 3, 2), DIFFERS, "not linear: Tanh"),
             NearMiss(lambda c: softmax_over(_shifted(c), 1), DIFFERS, "Softmax runs over 2 values"),
         ],
         variant="shifted",
