@@ -122,6 +122,13 @@ class Window:
     neighbours: Index
     """[queries, K * K]: pixels, by tap in the order of the weights."""
 
+    def qkv(self, *, gain: bool) -> tuple[Array, Array]:
+        """Weight [3 * N * d, Cin] and bias of queries, keys and values, the latter with ``gain`` in them or not."""
+        factor = self.gain.reshape(*self.v[1].shape) if gain else np.ones(self.v[1].shape)
+        values = self.v[0] * factor[..., None], self.v[1] * factor
+        weight, bias = zip(self.q, self.k, values, strict=True)
+        return np.concatenate(weight).reshape(-1, weight[0].shape[-1]), np.concatenate(bias).reshape(-1)
+
     def attend(self, content: Array, weights: Array, queries: Index) -> Array:
         """[queries, N, d]: the sum of values from ``content``, by the probe's ``weights`` instead of the softmax."""
         values = content[:, self.channels[2]].astype(np.float64)

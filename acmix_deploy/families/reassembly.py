@@ -274,9 +274,7 @@ def _defined(x: Array, w: Array, groups: int, kernel_size: int, stride: int, ups
 def _written(found: Match, request: Request, weight: gs.Variable, place: int, settings: dict[str, Any]) -> gs.Graph:
     """The reduced form as a graph of its own, new nodes and tensors called ``request.name.``..."""
     write = Writer(found.region.x, request.name, request.opset, found.dtype)
-    parser = {name: REASSEMBLY.attribute(name).default for name in ("plugin_version", "plugin_namespace")}
-    attributes: dict[str, Any] = {**settings, **parser}
-    y = write.add(REASSEMBLY.op_type, "sum", found.region.x, weight, domain=REASSEMBLY.domain, **attributes)
+    y = write.operator(REASSEMBLY, "sum", found.region.x, weight, **settings)
     for number, (node, before) in enumerate(zip(found.tail[place:], found.sums[place:], strict=False)):
         inputs = [y if tensor is before else tensor for tensor in node.inputs]
         y = write.add(node.op, f"moved_{number}", *inputs, **node.attrs)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from acmix_deploy.graph import Array, Feeds
+from acmix_deploy.operators.spec import TENSORRT_ATTRIBUTES, Operator
 
 
 class Request(NamedTuple):
@@ -72,6 +73,11 @@ class Writer:
         domain = attrs.pop("domain", None)
         self.graph.nodes.append(gs.Node(op, f"{self.name}.{label}", attrs, list(inputs), [output], domain=domain))
         return output
+
+    def operator(self, operator: Operator, label: str, *inputs: gs.Tensor, **attrs: Any) -> gs.Variable:
+        """A node of a custom operator, with what TensorRT's parser reads of it."""
+        of_parser: dict[str, Any] = {attribute.name: attribute.default for attribute in TENSORRT_ATTRIBUTES}
+        return self.add(operator.op_type, label, *inputs, domain=operator.domain, **attrs, **of_parser)
 
     def conv(
         self, label: str, source: gs.Tensor, weight: Array, bias: Array | None = None, **attrs: Any

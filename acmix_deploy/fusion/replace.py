@@ -200,7 +200,8 @@ def _compare(
         worst = max(worst, error(original, reduced_form(feeds)))
     first, last = seen.values[0], seen.values[-1]
     same = all(np.array_equal(first[tensor.name], last[tensor.name]) for tensor in region.outside)
-    if len(seen.values) > 1 and any(free) and same:  # else the block is of the sizes that were tried
+    sizes = {at[region.x.name].shape for at in seen.values}
+    if len(sizes) > 1 and any(free) and same:  # else the block is of the sizes that were tried
         shape = list(first[region.x.name].shape)
         for axis, (side, is_free) in enumerate(zip(_ODD, free, strict=True), reduced.height_axis):
             shape[axis] = max(side, reduced.smallest) if is_free else shape[axis]

@@ -180,7 +180,7 @@ def values_at_sizes(
     inputs: Sequence[Source],
     patience: Patience,
 ) -> list[Feeds]:
-    """Values of what ``regions`` read, by name, for two draws of random inputs: at two sizes where these are free.
+    """Values of what ``regions`` read, by name, for two draws of random inputs: at two sizes where it runs at two.
 
     What comes from the image without being x differs between them, so that it is not taken for a constant.
 
@@ -206,7 +206,7 @@ def values_at_sizes(
     failed: dict[Size, str] = {}
     doubtful: list[Size] = []
     fits: Callable[[Size], bool] | None = None
-    likely = _TRIALS[:1] * _ENOUGH if static else chain(_TRIALS, _frozen_sizes(graph, every))
+    likely = _TRIALS[:1] if static else chain(_TRIALS, _frozen_sizes(graph, every))
     for size, again in chain(((size, False) for size in likely), ((size, True) for size in doubtful)):
         if len(found) == _ENOUGH or (found and (again or size not in _TRIALS)) or patience.seconds < 0:
             break
@@ -223,6 +223,7 @@ def values_at_sizes(
                 fits = fits or _shape_check(graph, regions, every, inputs, functions)
             else:
                 found.append({tensor.name: value for tensor, value in zip(computed, values, strict=True)})
+                ran = size
                 start = time.process_time()  # time well spent
         patience.seconds -= time.process_time() - start
     if not found:
@@ -232,6 +233,10 @@ def values_at_sizes(
             late = ", when time was up" if patience.seconds < 0 else ""
             reason = f"it runs at none of the sizes that were tried ({sizes}{late}): {reason}"
         raise NoMatch(reason)
+    if len(found) < _ENOUGH:
+        computed = [*wanted.values()]
+        values = evaluate(graph, computed, _random(inputs, ran, len(found)), functions)
+        found.append({tensor.name: value for tensor, value in zip(computed, values, strict=True)})
     return found
 
 

@@ -376,3 +376,15 @@ def test_what_depends_on_the_image_is_no_constant(tmp_path: Path) -> None:
     model, x = randomised(Tempered()), torch.randn(1, 3, 9, 12)
     source = export(model, x, tmp_path / "plain.onnx")
     assert_left_alone_in_a_graph(LOCAL_ATTENTION, model, source, x, "something else than its fused form")
+
+
+def test_no_constant_where_free_axes_are_frozen(tmp_path: Path) -> None:
+    """Axes are declared free, and the graph runs at one size all the same."""
+
+    class Frozen(Tempered):
+        def forward(self, image: Tensor) -> Tensor:
+            return super().forward(image.reshape(1, 3, 32, 32))
+
+    model, x = randomised(Frozen()), torch.randn(1, 3, 32, 32)
+    source = export(model, x, tmp_path / "plain.onnx", dynamic=AXES)
+    assert_left_alone_in_a_graph(LOCAL_ATTENTION, model, source, x, "something else than its fused form")

@@ -99,26 +99,18 @@ def rewrite(
     """
     heads, head_dim = window.channels.shape[1:]
     grouped = branch.grouped if conv_branch == "grouped" else None
-    gain = window.gain.reshape(heads, head_dim)
-    values = window.v if grouped else (window.v[0] * gain[..., None], window.v[1] * gain)
-    weight, bias = (
-        np.concatenate([part.reshape(heads * head_dim, -1) for part in parts])
-        for parts in zip(window.q, window.k, values, strict=True)
-    )
+    weight, bias = window.qkv(gain=not grouped)
     strided: dict[str, Any] = {"pads": [1] * 4, "strides": [window.stride] * 2}
-    qkv = write.conv("qkv", write.x, weight[:, :, None, None], bias.reshape(-1))
-    attended = write.add(
-        LOCAL_ATTENTION.op_type,
+    qkv = write.conv("qkv", write.x, weight[:, :, None, None], bias)
+    attended = write.operator(
+        LOCAL_ATTENTION,
         "attention",
         qkv,
         write.constant("position_weight", window.position_weight),
-        domain=LOCAL_ATTENTION.domain,
         num_heads=heads,
         kernel_size=window.kernel_size,
         stride=window.stride,
         scale=window.scale,
-        plugin_version=LOCAL_ATTENTION.attribute("plugin_version").default,
-        plugin_namespace=LOCAL_ATTENTION.attribute("plugin_namespace").default,
     )
     if grouped:
         attended = _scaled(write, "rate1", attended, window.gain)

@@ -22,7 +22,6 @@ from acmix_deploy.operators.local_attention import body as local_body
 from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION as NEIGHBORHOOD
 from acmix_deploy.operators.neighborhood_attention import Border
 from acmix_deploy.operators.neighborhood_attention import body as neighborhood_body
-from acmix_deploy.operators.spec import Operator
 
 _SUMMING = RESHAPING | {"ReduceSum"}
 
@@ -56,48 +55,36 @@ def reduce(found: Match, request: Request) -> Reduced:
     if not reflected and window.stride > 1:
         raise NoMatch(f"it looks at every {window.stride}-th pixel of a map that is not reflected")
     writer = AttentionWriter(found.region.x, request.name, request.opset, found.attention.projections[0].weight.dtype)
-    _write(writer, found.attention, window, request)
+    _write(writer, found.attention, window)
     (attention,) = (node for node in writer.graph.nodes if node.domain)
     least = {None: window.kernel_size // 2 + 1, Border.SHIFTED: window.kernel_size * window.dilation}
     smallest = -(-least.get(window.border, 1) // window.stride) * window.stride
     return Reduced(writer.graph, attention.op, attention.attrs, smallest, 1 if found.attention.x_last else 2)
 
 
-def _write(write: AttentionWriter, found: Found, window: Window, request: Request) -> None:
+def _write(write: AttentionWriter, found: Found, window: Window) -> None:
     """The block as a graph of its own, from x to its result."""
-    heads, head_dim = window.channels.shape[1:]
-    gain = window.gain.reshape(heads, head_dim)
-    values = window.v[0] * gain[..., None], window.v[1] * gain
-    weight, bias = (
-        np.concatenate([part.reshape(heads * head_dim, -1) for part in parts])
-        for parts in zip(window.q, window.k, values, strict=True)
-    )
+    weight, bias = window.qkv(gain=True)
     x = write.add("Transpose", "planes", write.x, perm=[0, 3, 1, 2]) if found.x_last else write.x
     same = np.array_equal(weight, np.eye(len(weight))) and not bias.any()
-    qkv = x if same else write.conv("qkv", x, weight[:, :, None, None], bias.reshape(-1))
+    qkv = x if same else write.conv("qkv", x, weight[:, :, None, None], bias)
     operands = [qkv, write.constant("position_weight", window.position_weight)]
-    attributes = {"num_heads": heads, "kernel_size": window.kernel_size, "scale": window.scale}
+    attributes: dict[str, Any] = {
+        "num_heads": len(window.q[0]),
+        "kernel_size": window.kernel_size,
+        "scale": window.scale,
+    }
     if window.border is None:
-        y = _attention(write, LOCAL, operands, {**attributes, "stride": window.stride})
+        y = write.operator(LOCAL, "attention", *operands, **attributes, stride=window.stride)
     else:
         operands.append(write.constant("bias", window.bias))
-        y = _attention(
-            write, NEIGHBORHOOD, operands, {**attributes, "dilation": window.dilation, "border": int(window.border)}
-        )
+        attributes |= {"dilation": window.dilation, "border": int(window.border)}
+        y = write.operator(NEIGHBORHOOD, "attention", *operands, **attributes)
     if "P" in window.layout:
         y = write.reshape("tokens", y, 0, 0, -1)
     if window.layout in ("BHWC", "BPC"):
         y = write.add("Transpose", "y", y, perm=[0, 2, 3, 1] if window.layout == "BHWC" else [0, 2, 1])
     write.graph.outputs = [y]
-
-
-def _attention(
-    write: AttentionWriter, operator: Operator, operands: list[gs.Tensor], attributes: dict[str, Any]
-) -> gs.Variable:
-    """The node of an operator, with what TensorRT's parser reads of it."""
-    names = ("plugin_version", "plugin_namespace")
-    of_parser: dict[str, Any] = {name: operator.attribute(name).default for name in names}
-    return write.add(operator.op_type, "attention", *operands, domain=operator.domain, **attributes, **of_parser)
 
 
 LOCAL_ATTENTION = Family(

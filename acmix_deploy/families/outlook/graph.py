@@ -125,8 +125,6 @@ def reduce(found: Match, request: Request) -> Reduced:
         "kernel_size": kernel_size,
         "stride": found.stride,
         "scale": found.scale,
-        "plugin_version": OUTLOOK_ATTENTION.attribute("plugin_version").default,
-        "plugin_namespace": OUTLOOK_ATTENTION.attribute("plugin_namespace").default,
     }
     graph = _rewrite(found, attributes, request.name, request.opset)
     return Reduced(graph, OUTLOOK_ATTENTION.op_type, attributes, height_axis=found.x_layout.index("H"))
@@ -145,8 +143,7 @@ def _rewrite(found: Match, attributes: dict[str, Any], name: str, opset: int) ->
         write.conv(label, source, layer.weight[..., None, None], layer.bias)
         for label, source, layer in (("logits", squares, found.logits), ("values", maps, found.values))
     )
-    domain = OUTLOOK_ATTENTION.domain
-    y = write.add(OUTLOOK_ATTENTION.op_type, "attention", logits, values, domain=domain, **attributes)
+    y = write.operator(OUTLOOK_ATTENTION, "attention", logits, values, **attributes)
     write.graph.outputs = [y if found.y_layout == "NCHW" else write.add("Transpose", "y", y, perm=_TO_NHWC)]
     return write.graph
 
