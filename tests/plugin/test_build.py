@@ -76,8 +76,7 @@ def test_built_library_shows_its_entry_points_alone(built):
         [nm, "-D", "--defined-only", built.path], check=True, capture_output=True, text=True
     ).stdout
     names = set(re.findall(r"\S+$", symbols, re.M))
-    entry_points = {"acmix_describe", "acmix_creators", "acmix_local_attention"}
-    entry_points |= {"acmix_outlook_attention", "acmix_reassembly"}
+    entry_points = {"acmix_describe", "acmix_creators", *(f"acmix_{operator.name}" for operator in OPERATORS)}
     assert names - {"getCreators", "getPluginCreators", "setLoggerFinder"} == entry_points
     needed = subprocess.run(["ldd", built.path], check=True, capture_output=True, text=True).stdout
     assert not re.search("nvinfer|cudart|tensorrt", needed)

@@ -166,5 +166,6 @@ class _Neighbours(NamedTuple):
 def _windows(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Of maps [..., H, W] the rows [h, K] and columns [w, K]: [..., h, w, K * K]."""
     taken = maps.index_select(-2, rows.flatten()).index_select(-1, columns.flatten())
-    windows = taken.reshape(*maps.shape[:-2], *rows.shape, *columns.shape)
+    # Not by reshape, in which the TorchScript exporter freezes sizes.
+    windows: Tensor = taken.unflatten(-1, columns.shape).unflatten(-3, rows.shape)  # type: ignore[no-untyped-call]
     return windows.transpose(-3, -2).flatten(-2)
