@@ -88,9 +88,9 @@ class Writer:
             operands.append(self.constant(f"{label}.bias", bias))
         return self.add("Conv", label, *operands, kernel_shape=list(weight.shape[2:]), **attrs)
 
-    def size(self, label: str, first: int, last: int) -> gs.Variable:
-        """Sizes of the axes of x from ``first`` to before ``last``."""
-        return self.add("Shape", label, self.x, dtype=np.int64, start=first, end=last)
+    def size(self, label: str, first: int, last: int, of: gs.Variable | None = None) -> gs.Variable:
+        """Sizes of the axes of x, or of another tensor, from ``first`` to before ``last``."""
+        return self.add("Shape", label, self.x if of is None else of, dtype=np.int64, start=first, end=last)
 
     def ones(self, map_size: tuple[int, int] | None, height_axis: int = 2) -> gs.Variable:
         """Ones [1, 1, H, W]; made in the graph, so that the file does not grow with the image.

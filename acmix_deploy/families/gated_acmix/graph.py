@@ -164,10 +164,10 @@ def _attend(
         attended = writer.linear("projected", writer.attention(cut, heads, None), found.proj.weight, found.proj.bias)
         pixels = writer.add("Transpose", "attention.pixels", attended, perm=to_maps)
         if size is None:
-            return writer.add("Reshape", "attention.map", pixels, _sizes_of(writer, source, "size", 0, 4))
+            return writer.add("Reshape", "attention.map", pixels, writer.size("size", 0, 4, source))
         return writer.reshape("attention.map", pixels, 0, channels, *size)
 
-    sides = size or [_sizes_of(writer, source, label, axis, axis + 1) for axis, label in ((2, "height"), (3, "width"))]
+    sides = size or [writer.size(label, axis, axis + 1, source) for axis, label in ((2, "height"), (3, "width"))]
     rows, columns = (
         writer.arithmetic("Div", label, side, window) for label, side in zip(("rows", "columns"), sides, strict=True)
     )
@@ -182,11 +182,6 @@ def _attend(
     grid = writer.reshape("attention.grid", attended, -1, rows, columns, window, window, channels)
     by_row = writer.add("Transpose", "attention.by_row", grid, perm=[0, 5, 1, 3, 2, 4])
     return writer.reshape("attention.map", by_row, 0, 0, *sides)
-
-
-def _sizes_of(writer: AttentionWriter, tensor: gs.Variable, label: str, first: int, last: int) -> gs.Variable:
-    """Sizes of the axes of ``tensor`` from ``first`` to before ``last``."""
-    return writer.add("Shape", label, tensor, dtype=np.int64, start=first, end=last)
 
 
 def _alone(writer: AttentionWriter, source: gs.Variable, found: Match, heads: Heads) -> gs.Variable:
