@@ -194,14 +194,16 @@ def conv_weight(conv: gs.Node) -> Array:
     return value
 
 
-def pointwise_weight(node: gs.Node | None) -> Array | None:
-    """The stored weight [Cout, Cin, 1, 1] of a 1x1 convolution that keeps the map size; None for any other node."""
+def pointwise_weight(node: gs.Node | None, *, padded: bool = False) -> Array | None:
+    """The stored weight [Cout, Cin, 1, 1] of a 1x1 convolution that keeps the map size, or pads the map where that is
+    allowed; None for any other node."""
     if node is None or node.op != "Conv":
         return None
     attrs = node.attrs
-    plain = attrs.get("group", 1) == 1 and {*attrs.get("strides", ()), 1} == {1} and not any(attrs.get("pads", ()))
+    plain = attrs.get("group", 1) == 1 and {*attrs.get("strides", ()), 1} == {1}
     weight = constant_value(node.inputs[1])
-    return weight if plain and weight is not None and weight.shape[2:] == (1, 1) else None
+    fits = plain and (padded or not any(attrs.get("pads", ())))
+    return weight if fits and weight is not None and weight.shape[2:] == (1, 1) else None
 
 
 def conv_bias(conv: gs.Node) -> Array:

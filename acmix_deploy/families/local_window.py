@@ -74,6 +74,13 @@ class Projection:
     """[Cout]."""
     channels_last: bool
     """Of the layer."""
+    pads: tuple[int, ...] = (0, 0, 0, 0)
+    """Rows and columns of zeros that the layer itself puts around the map: top, left, bottom, right."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the places of its result are not the pixels of x one by one."""
+        return self.source is not self.x or self.channels_last or any(self.pads)
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,8 @@ def find(graph: gs.Graph, softmax: gs.Node) -> Found:
         raise NoMatch("its values do not come from 1x1 convolutions of one tensor", _kind(near))
     own = [layer for layer in layers if (projection := _projection(layer)) and projection.x is x]
     products = _products(nodes, own)
-    padded = any((node := producer(part.source)) is not None and node.op == "Pad" for part in reading)
+    above = ((part, producer(part.source)) for part in reading)
+    padded = any(any(part.pads) or (node is not None and node.op == "Pad") for part, node in above)
     if not products or not (padded or _spreads(nodes, own)):
         named = " and ".join(layer.name for layer in layers) or "no layer"
         near = bool(_products(nodes, layers)) and _spreads(nodes, layers)
@@ -197,12 +205,13 @@ def _projection(layer: gs.Node) -> Projection | None:
     source = layer.inputs[0]
     if not isinstance(source, gs.Variable):
         return None
-    weight = pointwise_weight(layer)
-    if weight is not None:
+    weight = pointwise_weight(layer, padded=True)
+    if weight is not None:  # an exporter may have put a Pad into the convolution behind it
         x = source
         while (node := producer(x)) is not None and node.op == "Pad" and isinstance(node.inputs[0], gs.Variable):
             x = node.inputs[0]
-        return Projection(x, False, source, layer.outputs[0], weight[:, :, 0, 0], conv_bias(layer), False)
+        pads = tuple(layer.attrs.get("pads", (0, 0, 0, 0)))
+        return Projection(x, False, source, layer.outputs[0], weight[:, :, 0, 0], conv_bias(layer), False, pads)
     if layer.op == "Conv":  # its result is the map, and q, k and v are channels of it
         x, channels = layer.outputs[0], len(conv_weight(layer))
         identity = np.eye(channels, dtype=conv_weight(layer).dtype)
@@ -281,15 +290,19 @@ class Probe:
     def _read_places(self) -> dict[str, Index]:
         """By result of a layer that does not read x as it is: the pixel that each of its places is, or -1."""
         x = self.found.x
-        moved = [part for part in self.found.projections if part.source is not x or part.channels_last]
+        moved = [part for part in self.found.projections if part.moves]
         if not moved:
             return {}
         index = np.repeat(1 + np.arange(self.pixels, dtype=np.float32), self.cin).reshape(-1, self.cin)
         arrays = self.compute([part.source for part in moved], self.values | {x.name: self.x(index)})
-        return {
-            part.result.name: (array[..., 0] if part.channels_last else array[:, 0]).astype(np.int64) - 1
-            for part, array in zip(moved, arrays, strict=True)
-        }
+        places = {}
+        for part, array in zip(moved, arrays, strict=True):
+            top, left, bottom, right = part.pads
+            own = array[..., 0] if part.channels_last else array[:, 0]
+            if any(part.pads):
+                own = np.pad(own, ((0, 0), (top, bottom), (left, right)))
+            places[part.result.name] = own.astype(np.int64) - 1
+        return places
 
     def x(self, array: Array) -> Array:
         """[B * H * W, Cin] as x is laid out."""

@@ -38,13 +38,13 @@ def block(request, tmp_path_factory):
 
 @pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.soak)])
 def test_what_is_fused_computes_the_same(block, count, tmp_path):
-    """With 100 for each of sixteen variants there are 1,600."""
+    """With 100 for each of sixteen variants there are 1,600, or a few more until a change left no block."""
     model, shape = block
     random = np.random.default_rng(0)
     x = random.standard_normal(shape).astype(np.float32)
     (original,) = run(model, x)
     tried = fused = 0
-    while tried < count:
+    while tried < count or (fused == tried and tried < 100):
         changed = near_miss(model, random)
         try:
             (expected, *_) = run(changed, x)

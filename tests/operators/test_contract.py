@@ -26,8 +26,8 @@ from tests.operators.parts import (
     one_node_model,
     oracle,
     oracle_of,
-    sizes,
 )
+from tests.operators.strategies import sizes
 
 CHOICES = {
     "batch": [1, 2, 3],

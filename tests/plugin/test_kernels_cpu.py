@@ -20,7 +20,8 @@ from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.runtime.metrics import deviation
-from tests.operators.parts import attributes_of, every_operator, example_of, oracle, sizes
+from tests.operators.parts import attributes_of, every_operator, example_of, oracle
+from tests.operators.strategies import sizes
 from tests.plugin import kernels
 from tests.plugin.kernels import Array, Kernels, Refused, windows_of
 
