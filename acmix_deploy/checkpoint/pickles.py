@@ -152,12 +152,16 @@ class _Nothing:
 
 
 _BESIDE_A_MODEL: dict[str, type] = {
-    r"(argparse\.Namespace|ultralytics\.utils\.IterableSimpleNamespace)": SimpleNamespace,
+    r"(argparse\.Namespace|ultralytics\.(yolo\.)?utils\.IterableSimpleNamespace)": SimpleNamespace,
     r"yacs\.config\.CfgNode": OrderedDict,
-    r"numpy\.dtype": _Nothing,
-    r"numpy\._?core\.multiarray\.scalar": _Nothing,
+    # scalars and arrays, such as the fitness of YOLOv5, YOLOv7 and YOLOv9
+    r"numpy\.(dtype|ndarray)": _Nothing,
+    r"numpy\._?core\.multiarray\.(scalar|_reconstruct)": _Nothing,
     r"pathlib\.(_local\.)?\w+Path": _Nothing,
-    r"ultralytics\.utils\.(loss|tal)\.\w+": _Nothing,
+    r"ultralytics\.(yolo\.)?utils\.(loss|tal)\.\w+": _Nothing,
+    # how a classifier of Ultralytics prepares images
+    r"torchvision\.transforms\.(transforms|functional)\.[A-Z]\w+": _Nothing,
+    r"ultralytics\.(yolo\.)?data\.augment\.(CenterCrop|ToTensor|ClassifyLetterBox)": _Nothing,
 }
 
 

@@ -154,6 +154,32 @@ def test_an_ultralytics_checkpoint(tmp_path: Path) -> None:
     assert loaded.metadata.entries["imgsz"] == "[160, 160]"
 
 
+@pytest.mark.parametrize("trust", [False, True], ids=["restricted", "trusted"])
+def test_a_classifier_of_ultralytics(tmp_path: Path, trust: bool) -> None:
+    """Its images are prepared by objects of torchvision, which its trainer leaves on the model."""
+    tasks = pytest.importorskip("ultralytics.nn.tasks", reason="needs ultralytics")
+    augment: Any = yolo.ultralytics("data.augment")
+    model = tasks.ClassificationModel("yolov8n-cls.yaml", nc=3, verbose=False).eval()
+    model.transforms = augment.classify_transforms(64)
+    older = [kind() for kind in (augment.CenterCrop, augment.ToTensor, augment.ClassifyLetterBox)]
+    model.transforms.transforms += older  # as 8.0 has them
+    path = saved(tmp_path / "a.pt", {"ema": copy.deepcopy(model).half(), "train_args": {"imgsz": 64}})
+    loaded: Any = load(path, trust=trust)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module(x)[0], model.half().float()(x)[0])
+    assert loaded.metadata.task == "classify"
+    copy.deepcopy(loaded.module)  # what an export does first
+
+
+def test_arrays_beside_a_model(tmp_path: Path) -> None:
+    """As those who train YOLOv5, YOLOv7 and YOLOv9 save the best fitness."""
+    model = network().half()
+    entries = {"epoch": 9, "best_fitness": np.array([0.5]), "last": np.float32(0.5), "names": np.array(["a", "b"])}
+    loaded = load(saved(tmp_path / "a.pt", {"ema": model, **entries}))
+    assert agree(loaded.module, model.float())
+
+
 class CfgNode(dict):  # type: ignore[type-arg]
     """As yacs has it: a dict with attributes, from a package that need not be installed."""
 
