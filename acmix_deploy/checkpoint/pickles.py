@@ -2,8 +2,10 @@
 
 A pickle calls whatever it can name. The restricted load (``weights_only`` of torch) lets it name the modules of
 torch.nn, of Ultralytics and of our families, and what it gets for such a name makes empty instances only: Ultralytics'
-own constructors would evaluate strings of the pickle's choice. A name that nothing here answers to becomes a class
-without code, made for one load: its instances keep their parameters, and may be a known block by those.
+own constructors would evaluate strings of the pickle's choice. Of Ultralytics, or of the changed copy that is
+installed, those are meant that its models are made of: nothing else of it is imported for a name, since its files may
+install packages when they are. A name that nothing here answers to becomes a class without code, made for one load:
+its instances keep their parameters, and may be a known block by those.
 """
 
 from __future__ import annotations
@@ -138,7 +140,12 @@ def _open_pickle(path: Path) -> Iterator[IO[bytes]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What stands for a name
 
-_MODULE_PACKAGES = ("torch.nn.", "ultralytics.nn.modules.", "ultralytics.nn.tasks.", "acmix_deploy.families.")
+_MODULE_PACKAGES = ("torch.nn.", "ultralytics.nn.", "acmix_deploy.families.")
+_RUN_FILES = ("ultralytics.nn.autobackend.", "ultralytics.nn.backends.")  # no parts of a model, though some are modules
+
+
+def _may_name_module(name: str) -> bool:
+    return name.startswith(_MODULE_PACKAGES) and not name.startswith(_RUN_FILES)
 
 
 class _Nothing:
@@ -171,18 +178,16 @@ def _stand_in(name: str) -> type | None:
 
     if beside := _beside_a_model(name):
         return beside
-    if not name.startswith(_MODULE_PACKAGES):
+    if not _may_name_module(name):
         return _stand_in_for_absent(name) if _is_absent(name) else None
     package, _, attribute = name.rpartition(".")
-    if package.startswith("ultralytics."):
-        yolo.ultralytics("nn.tasks")
     with suppress(ImportError, AttributeError):
-        kind = getattr(import_module(package), attribute)
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, nn.Module)
-            and f"{kind.__module__}.".startswith(_MODULE_PACKAGES)
-        ):
+        if package.startswith("ultralytics."):
+            yolo.ultralytics("nn.tasks")
+            kind = getattr(sys.modules[package], attribute) if package in sys.modules else None
+        else:
+            kind = getattr(import_module(package), attribute)
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and _may_name_module(f"{kind.__module__}."):
             return _empty_instances_of(kind)
     return _stand_in_for_absent(name) if _is_absent(name) else None
 
@@ -239,7 +244,7 @@ def _stand_in_for_absent(name: str, why: str = "") -> type:
 def _is_absent(name: str) -> bool:
     """Whether nothing can be imported by that name. Imports nothing, so what exists may still lack the attribute."""
     package, _, attribute = name.rpartition(".")
-    if package == "__main__" or name.startswith(_MODULE_PACKAGES):
+    if package == "__main__" or (package in sys.modules and _may_name_module(name)):
         return not hasattr(sys.modules.get(package), attribute)
     with importable_here():
         return not _exists(package)

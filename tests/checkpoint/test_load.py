@@ -325,6 +325,64 @@ def test_an_ultralytics_model_with_a_class_of_its_own_code(tmp_path: Path) -> No
     assert torch.equal(loaded.module(x)[0], expected)
 
 
+@pytest.fixture
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of blocks that somebody put into the installed Ultralytics; its models are made of those in ACmix.py."""
+    nn_package: Any = pytest.importorskip("ultralytics.nn", reason="needs ultralytics")
+    folder = tmp_path / "fork" / "Addmodules"
+    folder.mkdir(parents=True)
+    (folder / "ACmix.py").write_text(
+        "from tests.checkpoint.test_load import Published\n\n"
+        "class Settings:\n"
+        "    pass\n\n"
+        "class ACmix(Published):\n"
+        "    def __init__(self, *arguments):\n"
+        "        raise SystemExit('a constructor ran')\n\n"
+        "class C2f_ACmix(ACmix):\n"
+        "    def forward(self, x):\n"
+        "        return 2 * super().forward(x)\n"
+    )
+    (folder / "unused.py").write_text("raise SystemExit('was imported')\n")
+    monkeypatch.setattr(nn_package, "__path__", [*nn_package.__path__, str(folder.parent)])
+    before = set(sys.modules)
+    for name in ("Addmodules", "Addmodules.ACmix"):  # as its nn.tasks does
+        importlib.import_module(f"ultralytics.nn.{name}")
+    yield folder
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+    vars(nn_package).pop("Addmodules", None)
+
+
+@pytest.mark.parametrize("kind", ["ACmix", "C2f_ACmix"])
+def test_a_block_in_a_package_of_a_fork_that_is_installed(tmp_path: Path, fork: Path, kind: str) -> None:
+    """No constructor runs, and what the block computes is what its own code says, not its parts."""
+    block: Any = Published()
+    path = tmp_path / "a.pt"
+    theirs = getattr(sys.modules["ultralytics.nn.Addmodules.ACmix"], kind)
+    block.__class__ = theirs
+    loaded: Any = load(saved(path, {"ema": nn.Sequential(nn.Conv2d(3, 8, 1), block).half()}))
+    assert type(loaded.module[1]) is theirs
+    assert loaded.by_parts == ()
+    x = torch.rand(1, 8, 6, 8)
+    assert torch.equal(loaded.module[1](x), block.float().eval()(x))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ultralytics.nn.Addmodules.unused.ACmix",  # nothing says that it may be imported
+        "ultralytics.nn.autobackend.AutoBackend",  # a module that opens files
+        "ultralytics.nn.Addmodules.ACmix.Settings",
+        "ultralytics.engine.model.Model",
+    ],
+)
+def test_what_else_is_in_a_fork_is_refused(tmp_path: Path, fork: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"restricted load refuses: {re.escape(name)}\n") as caught:
+        load(saved_as(tmp_path / "a.pt", nn.Sequential(Published()), Published, name))
+    assert "--trust" in caught.value.hint
+    assert "ultralytics.nn.Addmodules.unused" not in sys.modules
+
+
 def no_published_block(change: str) -> nn.Module:
     block: Any = Published()
     if change == "no window":
