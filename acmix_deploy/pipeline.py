@@ -128,6 +128,7 @@ def _load(plan: Plan) -> Source:
         dynamic=plan.dynamic,
         arch=plan.arch,
         trust=plan.trust,
+        code=plan.code,
     )
 
 

@@ -14,6 +14,7 @@ from acmix_deploy.options import (
     ConvBranchChoice,
     Option,
     bchw,
+    check_code,
     count,
     duration,
     float32_list,
@@ -106,6 +107,11 @@ class Plan(BaseModel):
     trust: Annotated[bool, Option()] = Field(
         default=False, description="let the checkpoint run code; only for files you trust"
     )
+    code: Annotated[Path | None, Option(Path, "DIR")] = Field(
+        default=None,
+        description="with --trust: the folder of the code that the checkpoint needs, such as a repository of YOLOv5 "
+        "or a changed copy of Ultralytics",
+    )
     seconds: Annotated[float, Option(duration, "S")] = Field(
         default=4.0, gt=0, allow_inf_nan=False, description="time to measure the latency of each file for (default: 4)"
     )
@@ -127,6 +133,7 @@ class Plan(BaseModel):
         if self.image_size is not None and self.input_shape is not None:
             raise UserError("--image-size and --input-shape both tell the size of images", "Give one of them.")
         check_axes(self.dynamic)
+        check_code(self.code, self.trust)
         check_form(self.target, self.form)
         if self.plugin and not self.device:
             raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acmix_deploy import families, yolo
-from acmix_deploy.checkpoint.pickles import NotHere, importable_here, named_beside_a_model, unpickle
+from acmix_deploy.checkpoint.pickles import NotHere, importable, named_beside_a_model, unpickle
 from acmix_deploy.checkpoint.programs import load_program
 from acmix_deploy.checkpoint.refusals import not_here, unusable
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 from acmix_deploy.files import expect
+from acmix_deploy.options import check_code
 from acmix_deploy.runtime.reason import reason
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class LoadedModel:
     by_parts: tuple[str, ...] = ()
 
 
-def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> LoadedModel:
+def load(path: str | Path, *, arch: str | None = None, trust: bool = False, code: Path | None = None) -> LoadedModel:
     """Load a pickled module, an Ultralytics checkpoint, a state dict, or a program saved by ``torch.export``.
 
     A module whose class cannot be imported is a block of a family if its parts leave no doubt, which a note says.
@@ -53,23 +54,25 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
         arch: ``package.module:factory``, called without arguments for the module that a state dict belongs to, or a
             pickled module with classes that cannot be imported. The current directory is searched too.
         trust: load with an ordinary unpickler, which runs code from the file.
+        code: with ``trust``, the folder of the code that the file needs, searched before all others. What is imported
+            from there stays imported, under names as common as ``models`` and ``utils``: one process, one such folder.
 
     Raises:
-        UserError: not such a file, one that needs ``trust`` or ``arch``, or one that does not fit ``arch``.
+        UserError: not such a file, one that needs ``trust``, ``code`` or ``arch``, or one that does not fit ``arch``.
         MissingComponent: PyTorch, or Ultralytics for a file that needs it, is not installed.
     """
     path = Path(path)
-    contents = read(path, trust=trust)
+    contents = read(path, trust=trust, code=code)
     model, notes = contents.model, [*contents.notes]
     if contents.program:
         return LoadedModel(model)
     if contents.unknown and not arch:
-        raise not_here(path, contents.unknown, trust, getattr(model, "saved_by", ""))
+        raise not_here(path, contents.unknown, code, getattr(model, "saved_by", ""))
     by_parts = contents.by_parts
     if model is None or contents.unknown:
         by_parts = ()
         notes += [f"the weights of {name} put into what --arch makes" for name in contents.unknown]
-        model = _fill(path, arch, contents.state)
+        model = _fill(path, arch, contents.state, code)
     elif arch:
         notes.append(f"--arch {arch} is not needed: the file holds a whole module")
     try:
@@ -115,13 +118,14 @@ class Contents:
         return tuple(sorted(str(kind).removeprefix("torch.") for kind in types))
 
 
-def read(path: Path, *, trust: bool = False) -> Contents:
+def read(path: Path, *, trust: bool = False, code: Path | None = None) -> Contents:
     """What is in a file that :func:`load` takes; the same limits hold, and nothing is converted.
 
     Raises:
-        UserError: not such a file, or one that needs ``trust``.
+        UserError: not such a file, or one that needs ``trust`` or ``code``.
         MissingComponent: see :func:`load`.
     """
+    check_code(code, trust)
     kind = expect(path, "checkpoint", "program")
     try:
         from torch import nn
@@ -132,7 +136,7 @@ def read(path: Path, *, trust: bool = False) -> Contents:
     if kind == "program":
         return Contents(load_program(path, trust=trust), program=True)
     _check_unpacked_size(path)
-    model, notes = _find_model(path, unpickle(path, trust=trust))
+    model, notes = _find_model(path, unpickle(path, trust=trust, code=code))
     unknown: list[str] = []
     by_parts: list[str] = []
     state = model
@@ -187,7 +191,7 @@ def _is_state_dict(value: object) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(entry, Tensor) for entry in value.values())
 
 
-def _fill(path: Path, arch: str | None, state: Mapping[str, Any]) -> nn.Module:
+def _fill(path: Path, arch: str | None, state: Mapping[str, Any], code: Path | None) -> nn.Module:
     """The module that ``arch`` makes, with the weights of ``state``."""
     from torch import nn
 
@@ -200,7 +204,7 @@ def _fill(path: Path, arch: str | None, state: Mapping[str, Any]) -> nn.Module:
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     module_name, _, factory = arch.partition(":")
     try:
-        with importable_here():
+        with importable(code):
             module = getattr(import_module(module_name), factory)()
     except Exception as error:
         raise UserError(

@@ -29,20 +29,22 @@ from typing import IO, Any
 
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint.refusals import not_here, unreadable, untrusted
+from acmix_deploy.errors import UserError
 from acmix_deploy.runtime.reason import reason
 
 
-def unpickle(path: Path, *, trust: bool) -> object:
+def unpickle(path: Path, *, trust: bool, code: Path | None = None) -> object:
     """What ``torch.save`` wrote, on the CPU.
 
     Args:
         path: the file.
         trust: load with an ordinary unpickler, which runs code from the file.
+        code: the folder of the code that it needs.
 
     Raises:
         UserError: it cannot be read, or names what may not be named.
     """
-    return _unpickle_trusted(path) if trust else _unpickle_restricted(path)
+    return _unpickle_trusted(path, code) if trust else _unpickle_restricted(path)
 
 
 def named_beside_a_model(path: Path) -> tuple[str, ...]:
@@ -73,7 +75,7 @@ def _unpickle_restricted(path: Path) -> object:
         raise unreadable(path, error) from error
 
 
-def _unpickle_trusted(path: Path) -> object:
+def _unpickle_trusted(path: Path, code: Path | None) -> object:
     import torch
 
     absent: list[str] = []
@@ -81,7 +83,10 @@ def _unpickle_trusted(path: Path) -> object:
     class Unpickler(pickle.Unpickler):
         def find_class(self, package: str, attribute: str) -> Any:
             try:
-                return super().find_class(package, attribute)
+                found = super().find_class(package, attribute)
+                if code:
+                    _check_place(package, code)
+                return found
             except (ImportError, AttributeError) as error:
                 name, why = f"{package}.{attribute}", reason(error)
                 absent.append(f"{name} ({why})")
@@ -91,10 +96,26 @@ def _unpickle_trusted(path: Path) -> object:
     machine.Unpickler = Unpickler
     machine.load = lambda file, **options: Unpickler(file, **options).load()
     try:
-        with importable_here():
+        with importable(code):
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=machine)
+    except UserError:
+        raise
     except Exception as error:
-        raise (not_here(path, absent, trust=True) if absent else unreadable(path, error)) from error
+        raise (not_here(path, absent, code) if absent else unreadable(path, error)) from error
+
+
+def _check_place(package: str, code: Path) -> None:
+    """Raises UserError where a package that the folder ``code`` holds was imported from somewhere else before."""
+    name = package.partition(".")[0]
+    if not (code / name).is_dir() and not (code / f"{name}.py").is_file():
+        return
+    module: Any = sys.modules[name]
+    places = {Path(place) for place in (*getattr(module, "__path__", ()), getattr(module, "__file__", None)) if place}
+    if not any(place.resolve().is_relative_to(code.resolve()) for place in places):
+        raise UserError(
+            f"the module {name} is to come from {code}, and one of {', '.join(map(str, places))} is imported already",
+            "Load checkpoints that need different code in processes of their own.",
+        )
 
 
 # Tensors and containers, which every checkpoint names.
@@ -246,7 +267,7 @@ def _is_absent(name: str) -> bool:
     package, _, attribute = name.rpartition(".")
     if package == "__main__" or (package in sys.modules and _may_name_module(name)):
         return not hasattr(sys.modules.get(package), attribute)
-    with importable_here():
+    with importable():
         return not _exists(package)
 
 
@@ -267,10 +288,10 @@ def _exists(package: str) -> bool:
 
 
 @contextmanager
-def importable_here() -> Iterator[None]:
-    """Let modules in the current directory be imported."""
+def importable(code: Path | None = None) -> Iterator[None]:
+    """Let modules in the folder ``code``, else those in the current directory, be imported before all others."""
     before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path[:0] = [str(folder.resolve()) for folder in (code, Path.cwd()) if folder]
     try:
         yield
     finally:

@@ -40,11 +40,12 @@ def load_source(
     dynamic: Collection[str] = (),
     arch: str | None = None,
     trust: bool = False,
+    code: Path | None = None,
 ) -> Source:
     """Load a checkpoint and replace its blocks, each proven equal at all shapes that its files will run at.
 
     Args:
-        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch`` and ``trust``.
+        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``trust`` and ``code``.
         image_size: side of a square image in pixels; by default that of training, else 640.
         input_shape: [B, C, H, W], instead of ``image_size``.
         dynamic: axes that will be free, out of "batch", "height" and "width".
@@ -53,7 +54,7 @@ def load_source(
         UserError: the checkpoint cannot be used, or not at this shape.
         MissingComponent: a package that it needs is not installed.
     """
-    loaded = load(path, arch=arch, trust=trust)
+    loaded = load(path, arch=arch, trust=trust, code=code)
     usual = loaded.metadata.usual_shape
     shape = tuple(input_shape or ((*usual[:2], image_size, image_size) if image_size else usual))
     shapes = checked_shapes(shape, dynamic, loaded.metadata.stride)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ from acmix_deploy import yolo
 from acmix_deploy.checkpoint import load
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.plan import Plan
 
 ARCH = "arch_of_test:build"
 
@@ -326,7 +327,7 @@ def test_an_ultralytics_model_with_a_class_of_its_own_code(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of blocks that somebody put into the installed Ultralytics; its models are made of those in ACmix.py."""
     nn_package: Any = pytest.importorskip("ultralytics.nn", reason="needs ultralytics")
     folder = tmp_path / "fork" / "Addmodules"
@@ -432,7 +433,7 @@ def test_the_weights_of_classes_that_are_gone_are_of_use(tmp_path: Path, arch: s
     path = saved_as(tmp_path / "a.pt", {"model": model.half()}, Neck, "__main__.Neck")
     with pytest.raises(UserError, match=r"__main__\.Neck") as caught:
         load(path, trust=trust)
-    assert ("--trust" in caught.value.hint) is not trust
+    assert caught.value.hint.startswith("Name what builds a module that takes the weights: --arch ")
     (tmp_path / "arch_of_neck.py").write_text(
         "import arch_of_test\nfrom torch import nn\n"
         "def build():\n    neck = nn.Module()\n    neck.block = arch_of_test.build()\n    return neck\n"
@@ -442,6 +443,79 @@ def test_the_weights_of_classes_that_are_gone_are_of_use(tmp_path: Path, arch: s
     torch.testing.assert_close(loaded.module.state_dict(), model.float().state_dict())
     assert loaded.notes[-1] == "weights converted from float16 to float32"
     sys.modules.pop("arch_of_neck")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("models.yolo.Model", "Name the folder that holds models/yolo.py, a repository such as those of YOLOv5, "),
+        ("theirs.net.Neck", "Name the folder that holds theirs/net.py: --code DIR --trust, which runs code"),
+        ("ultralytics.nn.modules.block.C2f_ACmix", "Name the folder that holds ultralytics/ of the changed copy "),
+    ],
+)
+def test_where_missing_code_usually_stands(tmp_path: Path, name: str, folder: str) -> None:
+    path = saved_as(tmp_path / "a.pt", {"model": Neck(nn.ReLU())}, Neck, name)
+    with pytest.raises(UserError, match=rf"imported here: {re.escape(name)}\n") as caught:
+        load(path)
+    assert caught.value.hint.startswith(folder)
+    with pytest.raises(UserError, match=rf"imported here: {re.escape(name)} \(") as caught:
+        load(path, trust=True, code=tmp_path)
+    assert f"whether --code {tmp_path} is the folder that holds " in caught.value.hint
+
+
+@pytest.fixture
+def their_code(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the module their_net, which makes a block of its own; gone afterwards."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "their_parts.py").write_text("FACTOR = 3\n")
+    (folder / "their_net.py").write_text(
+        "import their_parts\nfrom torch import nn\n\n"
+        "class Triple(nn.Module):\n    def forward(self, x):\n        return their_parts.FACTOR * x\n\n"
+        "def build():\n    return nn.Sequential(Triple())\n"
+    )
+    yield folder
+    for name in ("their_net", "their_parts"):
+        sys.modules.pop(name, None)
+
+
+class Triple(nn.Module):
+    """Stands for theirs until it is saved."""
+
+
+def test_code_that_stands_in_another_folder(tmp_path: Path, their_code: Path) -> None:
+    path = saved_as(tmp_path / "a.pt", nn.Sequential(Triple()), Triple, "their_net.Triple")
+    before = list(sys.path)
+    with pytest.raises(UserError, match=r"imported here: their_net\.Triple"):
+        load(path, trust=True)
+    loaded: Any = load(path, trust=True, code=their_code).module
+    assert torch.equal(loaded(torch.ones(2)), torch.full((2,), 3.0))
+    assert sys.path == before
+    weights = saved(tmp_path / "b.pt", {"0.weight": torch.ones(1)})
+    with pytest.raises(UserError, match=r"do not fit their_net:build: .*0\.weight"):
+        load(weights, arch="their_net:build", trust=True, code=their_code)
+
+
+def test_code_of_another_folder_is_not_taken_for_it(tmp_path: Path, their_code: Path) -> None:
+    """Where a module of that name is there already, importing gives that one."""
+    path = saved_as(tmp_path / "a.pt", nn.Sequential(Triple()), Triple, "their_net.Triple")
+    load(path, trust=True, code=their_code)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "their_net.py").write_text((their_code / "their_net.py").read_text())
+    with pytest.raises(UserError, match=f"their_net is to come from {other}, and one of {their_code}") as caught:
+        load(path, trust=True, code=other)
+    assert "processes of their own" in caught.value.hint
+
+
+@pytest.mark.parametrize(("trust", "folder", "said"), [(False, "repository", "--trust"), (True, "none", "no folder")])
+def test_code_that_cannot_be_asked_for(tmp_path: Path, their_code: Path, trust: bool, folder: str, said: str) -> None:
+    path = saved(tmp_path / "a.pt", nn.Sequential(nn.ReLU()))
+    with pytest.raises(UserError, match=f"--code {tmp_path / folder} (.|\n)*{said}"):
+        load(path, trust=trust, code=tmp_path / folder)
+    with pytest.raises(UserError, match=f"--code {tmp_path / folder} (.|\n)*{said}"):
+        Plan(checkpoint=path, trust=trust, code=tmp_path / folder)
+    assert "their_net" not in sys.modules
 
 
 def test_a_class_that_is_there_is_not_replaced_by_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,12 +152,12 @@ def test_yolov5_as_ultralytics_builds_it(tmp_path):
 
 
 @pytest.fixture
-def repository(monkeypatch):
-    """The module models.yolo, in the folder of its code; gone afterwards."""
-    monkeypatch.chdir(STYLE)
-    monkeypatch.syspath_prepend(STYLE)
+def repository():
+    """The module models.yolo, of the folder of its code; gone afterwards."""
     _forget_models()  # any folder of that name on the path becomes the package as soon as someone imports it
-    yield import_module("models.yolo")
+    with importable(STYLE):
+        yolo_module = import_module("models.yolo")
+    yield yolo_module
     _forget_models()
 
 
