@@ -244,7 +244,12 @@ def _torchscript(
             output_names=names,
             dynamic_axes=free,
         )
-        return onnx.load_model(file)
+        model = onnx.load_model(file)
+    for index, output in enumerate(model.graph.output):
+        for axis, size in enumerate(expected[next(iter(expected))][index].shape):
+            if axis not in free[output.name]:  # where the exporter could not follow the sizes
+                output.type.tensor_type.shape.dim[axis].dim_value = size
+    return model
 
 
 def _finish(model: onnx.ModelProto, opset: int, metadata: ModelMetadata) -> onnx.ModelProto:

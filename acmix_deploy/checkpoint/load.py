@@ -171,6 +171,8 @@ def _find_model(path: Path, loaded: object) -> tuple[Any, list[str]]:
             notes += [f"took '{key}' from the checkpoint" for key in choices[:1] if key == "ema"]
         if isinstance(model, nn.Module) and isinstance(loaded.get("train_args"), dict):
             model.args = loaded["train_args"]  # where Ultralytics itself keeps them: the image size is among them
+        elif isinstance(model, nn.Module) and isinstance(loaded.get("opt"), dict) and not hasattr(model, "args"):
+            model.args = loaded["opt"]  # the same of YOLOv5 and YOLOv9
         version = str(loaded.get("version"))
         if type(model).__module__.startswith("ultralytics.") and re.fullmatch(r"\d[\w.+]{,31}", version):
             model.saved_by = f"ultralytics {version}"

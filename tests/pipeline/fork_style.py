@@ -15,7 +15,7 @@ class ACmix(Port):
         super().__init__(c, c, 2)
 
 
-class C2f_ACmix(nn.Module):  # noqa: N801
+class C2f_ACmix(nn.Module):
     """The input twice, each half as wide; every block reads what the one before it wrote, and all are joined."""
 
     def __init__(self, c1: int, c2: int, n: int = 1) -> None:
@@ -35,14 +35,14 @@ class C2f_ACmix(nn.Module):  # noqa: N801
         return self.cv2(torch.cat(maps, 1))
 
 
-class C3k2_ACmix(C2f_ACmix):  # noqa: N801
+class C3k2_ACmix(C2f_ACmix):
     """Between two convolutions, and beside them."""
 
     def block(self) -> nn.Module:
         return Bottleneck_ACmix(self.c)
 
 
-class Bottleneck_ACmix(nn.Module):  # noqa: N801
+class Bottleneck_ACmix(nn.Module):
     def __init__(self, c: int) -> None:
         super().__init__()
         self.cv1, self.att, self.cv2 = nn.Conv2d(c, c, 3, 1, 1), ACmix(c), nn.Conv2d(c, c, 3, 1, 1)
@@ -51,7 +51,7 @@ class Bottleneck_ACmix(nn.Module):  # noqa: N801
         return x + self.cv2(self.att(self.cv1(x)))
 
 
-class C2PSA_ACmix(nn.Module):  # noqa: N801
+class C2PSA_ACmix(nn.Module):
     """One half passes by; the other goes through attention and a network of two layers, each with its sum."""
 
     def __init__(self, c1: int, c2: int) -> None:
