@@ -75,8 +75,13 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False, code
         model = _fill(path, arch, contents.state, code)
     elif arch:
         notes.append(f"--arch {arch} is not needed: the file holds a whole module")
+    from torch import nn
+
     try:
         model = model.float().eval()
+        for layer in model.modules():
+            if type(layer) is nn.Upsample:  # PyTorch below 1.11 had no such setting
+                vars(layer).setdefault("recompute_scale_factor", None)
         head = yolo.keep_head(model, getattr(model, "saved_by", "").rpartition(" ")[2])
         metadata = yolo.detection_metadata(model)
     except AcmixDeployError:

@@ -130,6 +130,12 @@ def test_half_precision_is_widened_and_told(tmp_path: Path) -> None:
     assert loaded.notes == ("weights converted from float16 to float32",)
 
 
+def test_a_layer_that_an_older_pytorch_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Upsample(scale_factor=2))
+    del model[0].recompute_scale_factor
+    assert agree(load(saved(tmp_path / "a.pt", model)).module, nn.Upsample(scale_factor=2))
+
+
 def test_an_ultralytics_checkpoint(tmp_path: Path) -> None:
     """With what a training run leaves in it beside the weights."""
     pytest.importorskip("ultralytics", reason="needs ultralytics")
