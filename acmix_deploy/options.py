@@ -109,6 +109,17 @@ def check_code(code: Path | None, trust: bool) -> None:
         )
 
 
+def check_python(python: Path | None, trust: bool, arch: str | None = None) -> None:
+    """Raises UserError for an interpreter that may not load a checkpoint, or cannot."""
+    if python and not trust:
+        raise UserError(
+            f"--python {python} would run code from the checkpoint",
+            "Add --trust: use it only if you know where the file comes from.",
+        )
+    if python and arch:
+        raise UserError("--arch makes a model here, and --python loads one elsewhere", "Give one of them.")
+
+
 def names(text: str) -> tuple[str, ...]:
     """``batch,height`` as its parts."""
     return tuple(name for name in text.split(",") if name)

@@ -15,6 +15,7 @@ from acmix_deploy.options import (
     Option,
     bchw,
     check_code,
+    check_python,
     count,
     duration,
     float32_list,
@@ -112,6 +113,11 @@ class Plan(BaseModel):
         description="with --trust: the folder of the code that the checkpoint needs, such as a repository of YOLOv5 "
         "or a changed copy of Ultralytics",
     )
+    python: Annotated[Path | None, Option(Path, "PATH")] = Field(
+        default=None,
+        description="with --trust: another interpreter that loads, runs and exports the checkpoint with its own "
+        "packages, such as an older Ultralytics",
+    )
     seconds: Annotated[float, Option(duration, "S")] = Field(
         default=4.0, gt=0, allow_inf_nan=False, description="time to measure the latency of each file for (default: 4)"
     )
@@ -134,6 +140,7 @@ class Plan(BaseModel):
             raise UserError("--image-size and --input-shape both tell the size of images", "Give one of them.")
         check_axes(self.dynamic)
         check_code(self.code, self.trust)
+        check_python(self.python, self.trust, self.arch)
         check_form(self.target, self.form)
         if self.plugin and not self.device:
             raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")

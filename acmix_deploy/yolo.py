@@ -296,7 +296,7 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
 
     In eval mode, batch normalisation folded into the convolutions, boxes decoded to (x, y, width, height) in pixels
     of the input. An end-to-end head returns [B, detections, 6]: corners, score and class. Models of YOLOv5, YOLOv7 and
-    YOLOv9 return what they decode alone, of segmenters with the prototypes, see :class:`_Rows`. Others come back as
+    YOLOv9 return what they decode alone, of segmenters with the prototypes, see :class:`Rows`. Others come back as
     they are.
     """
     if rows := _rows(model):
@@ -323,7 +323,7 @@ def exported(model: nn.Module, image: Tensor, outputs: Sequence[Tensor]) -> list
         CheckFailed: an Ultralytics model gives its exporters a result that it does not give by itself.
     """
     if rows := _rows(model):
-        return _kept(rows, outputs)
+        return kept(rows, outputs)
     if not _is_ultralytics(model):
         return [*range(len(outputs))]
     from acmix_deploy.runtime.torch import tensors_of
@@ -362,7 +362,7 @@ def _as_exporter(model: nn.Module) -> Any:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """What the head of such a model decodes for each of N anchors."""
 
     axis: int
@@ -376,7 +376,7 @@ class _Rows:
     """How many of them weigh prototypes [B, masks, H, W]; 0 where there are none."""
 
 
-def _rows(model: nn.Module) -> _Rows | None:
+def _rows(model: nn.Module) -> Rows | None:
     """By the attributes that such models have; None for others, and for heads that give more: keypoints, panoptic."""
     from torch import Tensor, nn
 
@@ -385,19 +385,32 @@ def _rows(model: nn.Module) -> _Rows | None:
         return None
     if not hasattr(model, "names") or not isinstance(getattr(model, "stride", None), Tensor):
         return None
-    head = layers[-1]
+    head: Any = layers[-1]
     raw, masks, bins = (getattr(head, name, 0) for name in ("no", "nm", "reg_max"))
     if not all(isinstance(number, int) for number in (raw, masks, bins)) or hasattr(head, "sem_nc"):
         return None
-    classes = len(_class_names(model.names))
+    anchors = isinstance(getattr(head, "anchors", None), Tensor)
+    return rows_of(len(_class_names(model.names)), raw, masks, bins, anchors=anchors)
+
+
+def rows_of(classes: int, raw: int, masks: int, bins: int, *, anchors: bool) -> Rows | None:
+    """What a head decodes by its numbers; None where they fit no such head.
+
+    Args:
+        classes: how many there are.
+        raw: ``no``, the values of an anchor in the maps.
+        masks: ``nm``, those among them that weigh prototypes.
+        bins: ``reg_max``, steps of a distance.
+        anchors: whether the head has sizes of anchors.
+    """
     if bins and raw == classes + 4 * bins:
-        return _Rows(1, 4 + classes + masks, raw, masks)
-    if not bins and isinstance(getattr(head, "anchors", None), Tensor) and raw == 5 + classes + masks:
-        return _Rows(2, raw, raw, masks)
+        return Rows(1, 4 + classes + masks, raw, masks)
+    if not bins and anchors and raw == 5 + classes + masks:
+        return Rows(2, raw, raw, masks)
     return None
 
 
-def _kept(rows: _Rows, outputs: Sequence[Tensor]) -> list[int]:
+def kept(rows: Rows, outputs: Sequence[Tensor]) -> list[int]:
     """Which of a model's tensors hold what is decoded and, after it, the prototypes.
 
     Of several of one kind, which the auxiliary branches of YOLOv9 give, the last is the main branch's. All are kept
@@ -418,8 +431,8 @@ def _kept(rows: _Rows, outputs: Sequence[Tensor]) -> list[int]:
     return [decoded[-1], *prototypes[-1:]]
 
 
-def _decoding(model: nn.Module, rows: _Rows) -> nn.Module:
-    """A copy in eval mode that gives the tensors of :func:`_kept`, its grids computed for every image.
+def _decoding(model: nn.Module, rows: Rows) -> nn.Module:
+    """A copy in eval mode that gives the tensors of :func:`kept`, its grids computed for every image.
 
     Its own ``fuse`` joins the branches of RepConv layers, and batch normalisation, where that changes nothing. The
     heads' own switch for exports is not used: that of YOLOv7 gives the maps that are not decoded.
@@ -436,7 +449,7 @@ def _decoding(model: nn.Module, rows: _Rows) -> nn.Module:
 
         def forward(self, image: Tensor) -> tuple[Tensor, ...]:
             outputs = tensors_of(self.model(image))
-            return tuple(outputs[index] for index in _kept(rows, outputs))
+            return tuple(outputs[index] for index in kept(rows, outputs))
 
     def prepared(fused: bool) -> nn.Module:
         detector: Any = copy.deepcopy(model).eval()
@@ -465,14 +478,14 @@ def _decoding(model: nn.Module, rows: _Rows) -> nn.Module:
     return prepared(fused=False)
 
 
-def _metadata_of_repository(model: Any, rows: _Rows) -> ModelMetadata:
-    told = {
-        "task": "segment" if rows.masks else "detect",
-        "stride": int(model.stride.max()),
-        "names": _class_names(model.names),
-    }
-    if isinstance(layers := getattr(model, "yaml", None), dict):
-        told["channels"] = int(layers.get("ch", 3))
-    if rows.axis == 2:
-        told["layout"] = "objectness"
+def _metadata_of_repository(model: Any, rows: Rows) -> ModelMetadata:
+    layers = getattr(model, "yaml", None)
+    channels = int(layers.get("ch", 3)) if isinstance(layers, dict) else 3
+    told = told_of(rows, _class_names(model.names), int(model.stride.max()), channels)
     return ModelMetadata().updated(**told, **_training_size(model))
+
+
+def told_of(rows: Rows, names: dict[int, str], stride: int, channels: int) -> dict[str, Any]:
+    """The entries of the metadata of such a model."""
+    told = {"task": "segment" if rows.masks else "detect", "stride": stride, "names": names, "channels": channels}
+    return told | ({"layout": "objectness"} if rows.axis == 2 else {})

@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from acmix_deploy import families, yolo
+from acmix_deploy.checkpoint.interpreter import load_elsewhere
 from acmix_deploy.checkpoint.load import load
 from acmix_deploy.checkpoint.reference import Reference, run
 from acmix_deploy.detection.metadata import ModelMetadata
@@ -41,11 +42,13 @@ def load_source(
     arch: str | None = None,
     trust: bool = False,
     code: Path | None = None,
+    python: Path | None = None,
 ) -> Source:
     """Load a checkpoint and replace its blocks, each proven equal at all shapes that its files will run at.
 
     Args:
         path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``trust`` and ``code``.
+        python: another interpreter, by which the checkpoint is loaded and run; blocks are then known in its file only.
         image_size: side of a square image in pixels; by default that of training, else 640.
         input_shape: [B, C, H, W], instead of ``image_size``.
         dynamic: axes that will be free, out of "batch", "height" and "width".
@@ -54,7 +57,10 @@ def load_source(
         UserError: the checkpoint cannot be used, or not at this shape.
         MissingComponent: a package that it needs is not installed.
     """
-    loaded = load(path, arch=arch, trust=trust, code=code)
+    if python:
+        loaded = load_elsewhere(path, python, trust=trust, code=code)
+    else:
+        loaded = load(path, arch=arch, trust=trust, code=code)
     usual = loaded.metadata.usual_shape
     shape = tuple(input_shape or ((*usual[:2], image_size, image_size) if image_size else usual))
     shapes = checked_shapes(shape, dynamic, loaded.metadata.stride)
