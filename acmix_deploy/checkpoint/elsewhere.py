@@ -141,12 +141,9 @@ class Elsewhere:
         import torch
 
         model: Any = copy.deepcopy(self.model).eval()
-        if self._tasks():
-            from ultralytics.nn.modules import Detect
-
-            module: Any
+        if tasks := self._tasks():
             for module in model.modules():
-                if isinstance(module, Detect):
+                if isinstance(module, tasks.Detect):
                     module.export, module.format, module.dynamic = True, "onnx", True
             model = model.fuse(verbose=False)
             for module in model.modules():

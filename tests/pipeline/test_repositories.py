@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from acmix_deploy import yolo
+from acmix_deploy.checkpoint.elsewhere import Elsewhere, tensors_of
 from acmix_deploy.checkpoint.pickles import importable
 from acmix_deploy.checkpoint.source import load_source
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.export import export
 from acmix_deploy.runtime.inputs import random_images
 from acmix_deploy.runtime.metrics import deviation
@@ -186,6 +188,25 @@ def test_what_is_decoded_is_exported_alone(tmp_path, repository, head):
     assert first[axis] == wanted[0].shape[axis]
     assert first[0] == "batch"
     assert [shape[1] for shape in others] == [6] * (len(wanted) - 1)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_another_python_tells_the_same_of_a_head(tmp_path, repository, monkeypatch, head):
+    model = small(repository, head)
+    path = saved(tmp_path / "a.pt", model, opt={"imgsz": 64})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    there = Elsewhere()
+    told = there.load(str(path), str(STYLE))
+    facts = told["head"]
+    assert told["told"] == {"imgsz": [64, 64]}
+    assert (facts is None) == (head == "Panoptic")
+    if facts:
+        rows = yolo.rows_of(len(facts["names"]), *facts["numbers"], anchors=facts["anchors"])
+        names = {int(index): name for index, name in facts["names"].items()}
+        entries = ModelMetadata().updated(**yolo.told_of(rows, names, facts["stride"], facts["channels"])).entries
+        assert entries == yolo.detection_metadata(model).entries
+    for given, expected in zip(tensors_of(own(there.prepared)), tensors_of(own(there.model)), strict=True):
+        torch.testing.assert_close(given, expected)
 
 
 def unlike_names(model):
