@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint import load
+from acmix_deploy.cli import main
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.plan import Plan
@@ -500,6 +501,18 @@ def test_code_that_stands_in_another_folder(tmp_path: Path, their_code: Path) ->
     weights = saved(tmp_path / "b.pt", {"0.weight": torch.ones(1)})
     with pytest.raises(UserError, match=r"do not fit their_net:build: .*0\.weight"):
         load(weights, arch="their_net:build", trust=True, code=their_code)
+
+
+@pytest.mark.parametrize("verb", ["profile", "doctor"])
+def test_the_verbs_that_load_take_the_folder(
+    tmp_path: Path, their_code: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved_as(tmp_path / "a.pt", nn.Sequential(Triple()), Triple, "their_net.Triple")
+    options = ["--seconds", "0.1", "--input-shape", "1,3,8,8"] if verb == "profile" else []
+    main([verb, str(path), "--trust", "--code", str(their_code), "--json", *options])
+    assert "their_net" in sys.modules
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["profiles"] if verb == "profile" else not printed["file"]["findings"]
 
 
 def test_code_of_another_folder_is_not_taken_for_it(tmp_path: Path, their_code: Path) -> None:
