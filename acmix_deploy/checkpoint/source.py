@@ -14,6 +14,7 @@ from acmix_deploy.checkpoint.load import load
 from acmix_deploy.checkpoint.reference import Reference, run
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.families.proof import keep_proven
+from acmix_deploy.options import HeadChoice
 from acmix_deploy.runtime.inputs import Shape, checked_shapes
 
 
@@ -39,12 +40,13 @@ def load_source(
     input_shape: Sequence[int] | None = None,
     dynamic: Collection[str] = (),
     arch: str | None = None,
+    head: HeadChoice | None = None,
     trust: bool = False,
 ) -> Source:
     """Load a checkpoint and replace its blocks, each proven equal at all shapes that its files will run at.
 
     Args:
-        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch`` and ``trust``.
+        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``head`` and ``trust``.
         image_size: side of a square image in pixels; by default that of training, else 640.
         input_shape: [B, C, H, W], instead of ``image_size``.
         dynamic: axes that will be free, out of "batch", "height" and "width".
@@ -53,7 +55,7 @@ def load_source(
         UserError: the checkpoint cannot be used, or not at this shape.
         MissingComponent: a package that it needs is not installed.
     """
-    loaded = load(path, arch=arch, trust=trust)
+    loaded = load(path, arch=arch, head=head, trust=trust)
     usual = loaded.metadata.usual_shape
     shape = tuple(input_shape or ((*usual[:2], image_size, image_size) if image_size else usual))
     shapes = checked_shapes(shape, dynamic, loaded.metadata.stride)
