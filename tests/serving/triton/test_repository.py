@@ -33,7 +33,7 @@ from scripts import shapes
 from tests import ROOT
 from tests.engine.parts import ORIN, make_engine
 from tests.plugin.parts import run
-from tests.serving.parts import selected, tiny
+from tests.serving.parts import posed, selected, tiny
 from tests.serving.triton.parts import assert_equal, found_in
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
@@ -301,6 +301,15 @@ def test_the_python_backend_variant(schema: Any, tmp_path: Path) -> None:
         assert f"model/1/{name}" in document.files
     assert "LD_PRELOAD" not in document.start
     assert [need.split()[0] for need in document.needs] == ["TensorRT", "acmix-deploy[serve]"]
+
+
+def test_the_python_backend_gives_what_a_task_has(schema: Any, tmp_path: Path) -> None:
+    file = posed(tmp_path / "pose.onnx")
+    package(file, tmp_path / "repository", backend="python")
+    config = config_of(schema, tmp_path / "repository", "pose")
+    assert tensors(schema, config.output) == outputs_of() | {"detection_keypoints": ("TYPE_FP32", (MOST, 2, 3))}
+    with pytest.raises(UserError, match="is of the task pose and gives anchors"):
+        package(file, tmp_path / "native")
 
 
 def test_the_python_backend_imports_neither_torch_nor_onnx() -> None:
