@@ -21,6 +21,9 @@ N = TypeVar("N", int, float)
 ConvBranchChoice = Literal["auto", "dense", "grouped"]
 """Forms of a convolution branch; "auto" is the one that is faster on a GPU."""
 
+HeadChoice = Literal["anchors", "end-to-end"]
+"""Of a detector that has both: boxes for every anchor, or those that its end-to-end head selects."""
+
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """What ONNX Runtime runs a file on."""
 
@@ -109,15 +112,18 @@ def check_code(code: Path | None, trust: bool) -> None:
         )
 
 
-def check_python(python: Path | None, trust: bool, arch: str | None = None) -> None:
+def check_python(python: Path | None, trust: bool, arch: str | None = None, head: HeadChoice | None = None) -> None:
     """Raises UserError for an interpreter that may not load a checkpoint, or cannot."""
     if python and not trust:
         raise UserError(
             f"--python {python} would run code from the checkpoint",
             "Add --trust: use it only if you know where the file comes from.",
         )
-    if python and arch:
-        raise UserError("--arch makes a model here, and --python loads one elsewhere", "Give one of them.")
+    if python and (arch or head):
+        raise UserError(
+            f"--{'arch' if arch else 'head'} is for a model that is loaded here, and --python loads it elsewhere",
+            "Give one of them.",
+        )
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.options import (
     FLOAT32,
     ConvBranchChoice,
+    HeadChoice,
     Option,
     bchw,
     check_code,
@@ -105,6 +106,10 @@ class Plan(BaseModel):
     arch: Annotated[str | None, Option(str, "PACKAGE.MODULE:FACTORY")] = Field(
         default=None, description="makes the model for a bare state dict"
     )
+    head: Annotated[HeadChoice | None, Option()] = Field(
+        default=None,
+        description="of a detector with two, such as YOLOv10 and YOLO26 (default: the one that the checkpoint sets)",
+    )
     trust: Annotated[bool, Option()] = Field(
         default=False, description="let the checkpoint run code; only for files you trust"
     )
@@ -140,7 +145,7 @@ class Plan(BaseModel):
             raise UserError("--image-size and --input-shape both tell the size of images", "Give one of them.")
         check_axes(self.dynamic)
         check_code(self.code, self.trust)
-        check_python(self.python, self.trust, self.arch)
+        check_python(self.python, self.trust, self.arch, self.head)
         check_form(self.target, self.form)
         if self.plugin and not self.device:
             raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")

@@ -141,9 +141,9 @@ class Elsewhere:
         import torch
 
         model: Any = copy.deepcopy(self.model).eval()
-        if tasks := self._tasks():
+        if self._tasks():
             for module in model.modules():
-                if isinstance(module, tasks.Detect):
+                if hasattr(module, "export"):  # a head of any task
                     module.export, module.format, module.dynamic = True, "onnx", True
             model = model.fuse(verbose=False)
             for module in model.modules():
@@ -172,6 +172,7 @@ class Elsewhere:
             "names": self._names(),
             "channels": int(model.yaml.get("channels", model.yaml.get("ch", 3))),
             "end2end": bool(getattr(head, "end2end", type(head).__name__ == "v10Detect")),
+            "head": type(head).__name__,
             "letterbox": rule,
         }
         if getattr(model, "kpt_shape", None) is not None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint import elsewhere
 from acmix_deploy.checkpoint.load import LoadedModel
-from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import expect
@@ -80,13 +79,9 @@ class ModelElsewhere(nn.Module):
         if rows := self._rows:
             assert self._head
             told |= yolo.told_of(rows, **{name: self._head[name] for name in ("names", "stride", "channels")})
-        if "names" in told:
-            told["names"] = {int(index): name for index, name in told["names"].items()}
-        if "letterbox" in told:
-            told["letterbox"] = Letterbox(**told["letterbox"])
         with_versions = ", ".join(f"{name} {version}" for name, version in self._versions.items())
         notes = (*self._notes, f"loaded, run and exported by {self._python} with {with_versions}")
-        return LoadedModel(self, ModelMetadata().updated(**told), notes)
+        return LoadedModel(self, metadata_of(told), notes)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """[B, C, H, W] float32 to the model's own results, as far as its export gives them, in that order.
@@ -156,6 +151,17 @@ class ModelElsewhere(nn.Module):
             )
         found: dict[str, Any] = answer["found"]
         return found
+
+
+def metadata_of(told: Mapping[str, Any]) -> ModelMetadata:
+    """The entries that ``elsewhere.py`` tells, as they are spelt here."""
+    entries = {name: value for name, value in told.items() if name != "letterbox"}
+    if "names" in told:
+        entries["names"] = {int(index): name for index, name in told["names"].items()}
+    metadata = ModelMetadata().updated(**entries)
+    if "letterbox" not in told:
+        return metadata
+    return metadata.updated(letterbox=metadata.letterbox.model_copy(update=told["letterbox"]))
 
 
 _DONE = {"load": "loaded", "run": "run", "export": "exported"}

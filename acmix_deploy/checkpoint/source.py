@@ -15,6 +15,7 @@ from acmix_deploy.checkpoint.load import load
 from acmix_deploy.checkpoint.reference import Reference, run
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.families.proof import keep_proven
+from acmix_deploy.options import HeadChoice
 from acmix_deploy.runtime.inputs import Shape, checked_shapes
 
 
@@ -40,6 +41,7 @@ def load_source(
     input_shape: Sequence[int] | None = None,
     dynamic: Collection[str] = (),
     arch: str | None = None,
+    head: HeadChoice | None = None,
     trust: bool = False,
     code: Path | None = None,
     python: Path | None = None,
@@ -47,7 +49,7 @@ def load_source(
     """Load a checkpoint and replace its blocks, each proven equal at all shapes that its files will run at.
 
     Args:
-        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``trust`` and ``code``.
+        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``head``, ``trust`` and ``code``.
         python: another interpreter, by which the checkpoint is loaded and run; blocks are then known in its file only.
         image_size: side of a square image in pixels; by default that of training, else 640.
         input_shape: [B, C, H, W], instead of ``image_size``.
@@ -60,7 +62,7 @@ def load_source(
     if python:
         loaded = load_elsewhere(path, python, trust=trust, code=code)
     else:
-        loaded = load(path, arch=arch, trust=trust, code=code)
+        loaded = load(path, arch=arch, head=head, trust=trust, code=code)
     usual = loaded.metadata.usual_shape
     shape = tuple(input_shape or ((*usual[:2], image_size, image_size) if image_size else usual))
     shapes = checked_shapes(shape, dynamic, loaded.metadata.stride)

@@ -14,9 +14,10 @@ import torch
 
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint.elsewhere import Elsewhere, tensors_of
+from acmix_deploy.checkpoint.interpreter import metadata_of
 from acmix_deploy.checkpoint.pickles import importable
 from acmix_deploy.checkpoint.source import load_source
-from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.heads import head_of
 from acmix_deploy.export import export
 from acmix_deploy.runtime.inputs import random_images
 from acmix_deploy.runtime.metrics import deviation
@@ -125,7 +126,7 @@ def test_checkpoints_of_repositories_with_a_package_models(tmp_path, repository,
     assert deviation(expected, output).relative_l2 < 1e-5
     metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.fused.onnx").metadata_props}
     assert metadata["names"] == "{0: '0', 1: '1', 2: '2'}"
-    assert (metadata["task"], metadata["stride"], metadata["layout"]) == ("detect", "32", "objectness")
+    assert (metadata["task"], metadata["stride"]) == ("detect", "32")
     assert metadata["imgsz"] == "[128, 128]"
 
 
@@ -180,11 +181,12 @@ def test_what_is_decoded_is_exported_alone(tmp_path, repository, head):
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
     told = source.metadata
     assert (told.task, told.stride, told.names) == ("segment" if len(wanted) > 1 else "detect", 16, model.names)
-    assert told.entries.get("layout") == (None if head.startswith("Dual") else "objectness")
     options = {"input_shape": source.shape, "opset": 17, "dynamic": ("batch", "height", "width"), "divisor": 16}
     made = export(source.module, tmp_path / "a.onnx", reference=source.reference, **options)
     axis = 1 if head.startswith("Dual") else 2
     first, *others = (output.shape for output in made.found.outputs)
+    layout = head_of(told, {output.name: output.shape for output in made.found.outputs}).layout
+    assert layout == ("anchors" if axis == 1 else "objectness")
     assert first[axis] == wanted[0].shape[axis]
     assert first[0] == "batch"
     assert [shape[1] for shape in others] == [6] * (len(wanted) - 1)
@@ -202,9 +204,8 @@ def test_another_python_tells_the_same_of_a_head(tmp_path, repository, monkeypat
     assert (facts is None) == (head == "Panoptic")
     if facts:
         rows = yolo.rows_of(len(facts["names"]), *facts["numbers"], anchors=facts["anchors"])
-        names = {int(index): name for index, name in facts["names"].items()}
-        entries = ModelMetadata().updated(**yolo.told_of(rows, names, facts["stride"], facts["channels"])).entries
-        assert entries == yolo.detection_metadata(model).entries
+        told = yolo.told_of(rows, facts["names"], facts["stride"], facts["channels"])
+        assert metadata_of(told) == yolo.detection_metadata(model)
     for given, expected in zip(tensors_of(own(there.prepared)), tensors_of(own(there.model)), strict=True):
         torch.testing.assert_close(given, expected)
 
