@@ -270,6 +270,8 @@ def detection_metadata(model: nn.Module) -> ModelMetadata:
         "end2end": _runs_end_to_end(_head(model)),
         "head": type(_head(model)).__name__,
     }
+    if told["head"] == "RTDETRDecoder":  # later releases rank its queries
+        told["layout"] = "ranked queries" if hasattr(_head(model), "postprocess") else "queries"
     told["letterbox"] = _letterbox(ModelMetadata().updated(**told))
     if (points := getattr(detector, "kpt_shape", None)) is not None:
         told["kpt_shape"] = [int(number) for number in points]

@@ -21,7 +21,6 @@ IOU = 0.7
 MOST = 300
 """Defaults of Ultralytics' ``predict``: smallest score, overlap of two boxes of one class, detections in an image."""
 
-
 TOP = 5
 """Classes of an image that are told, of the task "classify"."""
 
@@ -108,7 +107,8 @@ def unlike_detector(metadata: ModelMetadata, outputs: Mapping[str, Array]) -> st
     except NoHead as error:
         return str(error)
     output, name = outputs[head.output].astype(np.float32), head.output
-    if head.layout in ("anchors", "objectness") and output.shape[2] == 6 and _are_ranked(output):
+    like_rows = output.shape[2] == 6 if head.layout == "anchors" else head.layout == "objectness" and head.width == 6
+    if like_rows and _are_ranked(output):
         return f"gives {name} {list(output.shape)}, whose rows are a box, a score and a class"
     rows = _by_box(head, output)
     if head.ranks and not _are_ranked(rows):
@@ -121,8 +121,7 @@ def unlike_detector(metadata: ModelMetadata, outputs: Mapping[str, Array]) -> st
 
 def _are_ranked(rows: Array) -> bool:
     """Whether the rows [B, N, 6 or more] have a score and a class behind the box."""
-    scores, classes = rows[..., 4], rows[..., 5]
-    return _within(scores) and bool((classes >= 0).all() and (classes == classes.round()).all())
+    return _within(rows[..., 4]) and _are_classes(rows[..., 5], 0)
 
 
 def no_detector(name: str, found: str) -> UserError:
@@ -137,23 +136,33 @@ def no_detector(name: str, found: str) -> UserError:
 NO_DETECTOR_HINT = "Export it from its checkpoint: acmix-deploy export."
 
 
-def spoilt(head: Head, output: Array, confidence: float) -> str:
-    """What keeps the first output from being decoded; empty where nothing does.
+def spoilt(head: Head, outputs: Mapping[str, Array], confidence: float) -> str:
+    """What keeps outputs from being decoded; empty where nothing does.
 
     A box that is not finite spoils nothing where its score is finite and not above the confidence.
     """
-    rows = _by_box(head, output)
+    rows = _by_box(head, outputs[head.output])
     if head.layout == "classes":
-        best, boxes = rows.max(axis=-1), rows
+        best = rows.max(axis=-1, keepdims=True)
+        rows = rows[:, None]
     else:
-        best, boxes = (rows[..., 4] if head.ranks else _scores(head, rows).max(axis=-1)), rows[..., :4]
+        best = rows[..., 4] if head.ranks else _scores(head, rows).max(axis=-1)
     counted = ~((best >= -_ROUNDING) & (best <= confidence))  # NaN where one is among the scores
-    scores, boxes = best[counted], boxes[counted]
+    scores, boxes = best[counted], rows[counted]
     if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
         return "boxes or scores that are not finite"
     if not _within(scores):
         return f"scores from {scores.min():.3g} to {scores.max():.3g}, which are 0 to 1"
+    if len(scores) and head.prototypes and not np.isfinite(outputs[head.prototypes]).all():
+        return "prototypes of masks that are not finite"
+    if head.ranks and not _are_classes(boxes[:, 5], head.classes):
+        return f"classes from {boxes[:, 5].min():.3g} to {boxes[:, 5].max():.3g}, which are 0 to {head.classes - 1}"
     return ""
+
+
+def _are_classes(indices: Array, classes: int) -> bool:
+    """Whether they are indices of that many classes, 0 where their number is not known."""
+    return bool(((indices >= 0) & (indices == indices.round()) & (indices < (classes or np.inf))).all())
 
 
 def _within(scores: Array) -> bool:
@@ -206,11 +215,12 @@ def decode(
     found = []
     for index, placement in enumerate(placements):
         if head.layout == "classes":
-            found.append(_of_image(rows[index], placement, most, by_class))
+            found.append(_best_classes(rows[index], placement, most, by_class))
             continue
         image, every = rows[index], None if head.ranks else _scores(head, rows[index])
         scores = image[:, 4] if every is None else every.max(axis=1)
-        seen = (scores > confidence) & np.isfinite(image[:, :4]).all(axis=1)
+        seen = scores > confidence
+        seen[seen] = np.isfinite(image[seen]).all(axis=1)
         image, scores, every = image[seen], scores[seen], None if every is None else every[seen]
         classes = image[:, 5].astype(np.int64) if every is None else every.argmax(axis=1)
         boxes, extra = image[:, :4], image[:, head.width :]
@@ -256,9 +266,9 @@ def _suppressed(boxes: Array, scores: Array, classes: Array, confidence: float, 
     return np.asarray(kept, np.int64).reshape(-1)
 
 
-def _of_image(scores: Array, placement: Placement, most: int | None, by_class: bool) -> Detections:
+def _best_classes(scores: Array, placement: Placement, most: int | None, by_class: bool) -> Detections:
     """The best classes of an image, each with the box of all of it."""
-    kept = np.argsort(-scores, kind="stable")[: min(TOP, most or TOP)]
+    kept = np.argsort(-scores, kind="stable")[: TOP if most is None else min(TOP, most)]
     height, width = placement.original
     boxes = np.tile(np.array([0, 0, width, height], np.float32), (len(kept), 1))
     every = np.tile(scores, (len(kept), 1)) if by_class else None

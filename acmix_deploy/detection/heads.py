@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import NDArray
 
-from acmix_deploy.detection.metadata import ModelMetadata, Task
+from acmix_deploy.detection.metadata import Layout, ModelMetadata, Task
 from acmix_deploy.errors import UserError
 
 Array = NDArray[Any]
 Dims = Sequence[int | str | None]
-
-Layout = Literal["anchors", "rows", "queries", "ranked queries", "objectness", "classes"]
-"""How the first output is laid out; E are the extra values of a task: mask coefficients, keypoints, an angle.
-
-- anchors: [B, 4 + classes + E, anchors], boxes as (x, y, width, height) around their centres; Ultralytics' own, and
-  that of YOLOv9's repository.
-- rows: [B, N, 6 + E], detections that are selected already: corners (x1, y1, x2, y2), of the task "obb" (x, y, width,
-  height), then score, class and extra values. End-to-end heads, and files with non-maximum suppression in them.
-- queries: [B, N, 4 + classes], (x, y, width, height) as shares of the image, none of which overlap. RT-DETR.
-- ranked queries: [B, N, 6], the same with score and class. RT-DETR of later releases.
-- objectness: [B, anchors, 5 + classes + E], boxes as with anchors, then whether there is anything at all, by which the
-  scores are multiplied. YOLOv5 and YOLOv7 of their own repositories.
-- classes: [B, classes], of an image as a whole.
-"""
 
 _SELECTED = ("rows", "queries", "ranked queries")
 
@@ -97,7 +83,9 @@ def head_of(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> Head:
         raise NoHead(f"{given}, and how many prototypes there are is not told")
     told = [Head(task, layout, first, classes, next(iter(prototypes), ""), keypoints) for layout in layouts]
     told = [head for head in told if len(dims) == (2 if head.layout == "classes" else 3)]
-    free = [head for head in told if not isinstance(dims[head.axis], int)]
+    free = [head for head in told if head.layout == layouts[0] and not isinstance(dims[head.axis], int)]
+    if {"queries", "ranked queries"} <= {*layouts} and told and dims[2] == 6 and classes in (0, 2):
+        raise NoHead(f"{given}, whose rows may end in the scores of two classes or in a score and a class")
     for head in told:
         size = dims[head.axis]
         if not isinstance(size, int):
@@ -108,7 +96,9 @@ def head_of(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> Head:
             return head
     if free:
         return free[0]
-    raise NoHead(f"{given}, which is not {_EXPECTED[task]}{f' for {classes} classes' if classes else ''}")
+    rows = len(dims) == 3 and dims[2] == 6 + extra and "rows" not in layouts
+    untold = ", and its metadata do not tell end2end or nms" if rows else ""
+    raise NoHead(f"{given}, which is not {_EXPECTED[task]}{f' for {classes} classes' if classes else ''}{untold}")
 
 
 def unlike_told(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> str:
@@ -121,16 +111,18 @@ def unlike_told(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> str:
 
 
 _EXPECTED = {
-    "detect": "one output [B, 4 + classes, anchors] or rows [B, N, 6] of a box, a score and a class",
-    "segment": "an output [B, 4 + classes + masks, anchors] and prototypes [B, masks, h, w]",
-    "pose": "one output [B, 4 + classes + keypoints, anchors], by the kpt_shape of its metadata",
-    "obb": "one output [B, 4 + classes + 1, anchors]",
+    "detect": "one output [B, 4 + classes, anchors], or rows of a box, a score and a class that its metadata tell",
+    "segment": "an output [B, 4 + classes + masks, anchors], or such rows, and prototypes [B, masks, h, w]",
+    "pose": "one output [B, 4 + classes + keypoints, anchors], or such rows, by the kpt_shape of its metadata",
+    "obb": "one output [B, 4 + classes + 1, anchors], or such rows",
     "classify": "one output [B, classes]",
 }
 
 
 def _possible(metadata: ModelMetadata, task: Task) -> Sequence[Layout]:
     """The layouts that metadata leave open, the likeliest first."""
+    if metadata.layout:
+        return [metadata.layout]
     if task == "classify":
         return ["classes"]
     if metadata.head == "RTDETRDecoder":

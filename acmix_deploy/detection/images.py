@@ -63,7 +63,7 @@ class Letterbox(BaseModel):
     fit: Literal["pad", "stretch", "crop"] = Field(
         default="pad",
         description="pad: the aspect ratio is kept, and a border goes around; stretch: it is not kept (RT-DETR); crop: "
-        "the shorter side fits, and the middle is taken (classification)",
+        "the shorter side fits a square, and the middle is taken (classification)",
     )
     center: bool = Field(default=True, description="the border goes around the image, else to its right and bottom")
     scaleup: bool = Field(default=True, description="a small image is enlarged")
@@ -77,7 +77,7 @@ class Letterbox(BaseModel):
         """
         _, fitted, top, left, _ = self.place(image.shape, height, width)
         if self.fit == "crop":
-            return _antialiased(image, *fitted)[-top : height - top, -left : width - left]
+            return np.ascontiguousarray(_antialiased(image, *fitted)[-top : height - top, -left : width - left])
         canvas = np.full((height, width, 3), self.padding_value, np.uint8)
         canvas[top : top + fitted[0], left : left + fitted[1]] = opencv().resize(image, fitted[::-1])
         return canvas
@@ -88,8 +88,10 @@ class Letterbox(BaseModel):
         if self.fit == "stretch":
             return Placement(original, canvas, 0, 0, canvas)
         if self.fit == "crop":
-            scale = max(height / shape[0], width / shape[1])
-            fitted = max(height, int(shape[0] * scale)), max(width, int(shape[1] * scale))
+            fitted = canvas  # images that are not square are stretched, as in Ultralytics
+            if height == width:
+                shorter = min(original)
+                fitted = shape[0] * height // shorter, shape[1] * width // shorter
             top, left = (-round((size - part) / 2) for size, part in zip(fitted, canvas, strict=True))
             return Placement(original, fitted, top, left, canvas)
         scale = min(height / shape[0], width / shape[1])

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 Task = Literal["detect", "segment", "pose", "obb", "classify"]
 """What models are for, as Ultralytics calls it."""
 
+Layout = Literal["anchors", "rows", "queries", "ranked queries", "objectness", "classes"]
+"""How the first output is laid out; E are the extra values of a task: mask coefficients, keypoints, an angle.
+
+- anchors: [B, 4 + classes + E, anchors], boxes as (x, y, width, height) around their centres; Ultralytics' own, and
+  that of YOLOv9's repository.
+- rows: [B, N, 6 + E], detections that are selected already: corners (x1, y1, x2, y2), of the task "obb" (x, y, width,
+  height), then score, class and extra values. End-to-end heads, and files with non-maximum suppression in them.
+- queries: [B, N, 4 + classes], (x, y, width, height) as shares of the image, none of which overlap. RT-DETR.
+- ranked queries: [B, N, 6], the same with score and class. RT-DETR of later releases.
+- objectness: [B, anchors, 5 + classes + E], boxes as with anchors, then whether there is anything at all, by which the
+  scores are multiplied. YOLOv5 and YOLOv7 of their own repositories.
+- classes: [B, classes], of an image as a whole.
+"""
+
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -63,6 +77,14 @@ class ModelMetadata(RootModel[dict[str, str]]):
     def head(self) -> str | None:
         """Class of the last layer, such as RTDETRDecoder; None where it is not told."""
         return self.root.get("head")
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """Of the first output; None where the other entries and its sizes have to tell it."""
+        told: Any = self.root.get("layout")
+        if told is not None and told not in get_args(Layout):
+            raise self._wrong("layout", " or ".join(get_args(Layout)))
+        return told  # type: ignore[no-any-return]
 
     @cached_property
     def names(self) -> dict[int, str]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 _LEAST = 1e-7
+_AT_ONCE = 256  # boxes that are compared with all better ones
 _FAR = 100.0  # a distance from which on boxes share nothing
 
 
@@ -22,24 +23,30 @@ def corners(boxes: Array) -> Array:
     return np.asarray(middle + np.stack((along + across, along - across, -along - across, across - along), axis=1))
 
 
-def similarities(boxes: Array) -> Array:
-    """How much each of N boxes is like each other one, [N, N], 1 for equal ones.
+def similarities(first: Array, second: Array) -> Array:
+    """How much each of N boxes is like each of M others, [N, M], 1 for equal ones.
 
     1 minus the Hellinger distance of normal distributions of the boxes' places and extents.
     Source: Llerena et al., "Gaussian Bounding Boxes and Probabilistic Intersection-over-Union", arXiv:2106.06072,
     equations 6 to 9 and 12.
     """
-    x, y = boxes[:, 0], boxes[:, 1]
+    one, other = (_distribution(boxes) for boxes in (first, second))
+    sum_a, sum_b, sum_c = (u[:, None] + v for u, v in zip(one[:3], other[:3], strict=True))
+    dx, dy = (u[:, None] - v for u, v in zip(one[3:], other[3:], strict=True))
+    both = sum_a * sum_b - sum_c**2
+    own = [(a * b - c**2).clip(0) for a, b, c, *_ in (one, other)]
+    near = (sum_a * dy**2 + sum_b * dx**2) / 4 / (both + _LEAST) - sum_c * dx * dy / 2 / (both + _LEAST)
+    alike = np.log(both / (4 * np.sqrt(own[0][:, None] * own[1]) + _LEAST) + _LEAST) / 2
+    distance = (near + alike).clip(_LEAST, _FAR)
+    return np.asarray(1 - np.sqrt(1 - np.exp(-distance) + _LEAST))
+
+
+def _distribution(boxes: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """The covariances (a, b, c) of x and x, y and y, x and y, and the means x and y."""
     wide, high = boxes[:, 2] ** 2 / 12, boxes[:, 3] ** 2 / 12
     cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
     a, b, c = wide * cos**2 + high * sin**2, wide * sin**2 + high * cos**2, (wide - high) * cos * sin
-    (sum_a, sum_b, sum_c), (dx, dy) = (v[:, None] + v for v in (a, b, c)), (v[:, None] - v for v in (x, y))
-    both = sum_a * sum_b - sum_c**2
-    own = (a * b - c**2).clip(0)
-    near = (sum_a * dy**2 + sum_b * dx**2) / 4 / (both + _LEAST) - sum_c * dx * dy / 2 / (both + _LEAST)
-    alike = np.log(both / (4 * np.sqrt(own[:, None] * own) + _LEAST) + _LEAST) / 2
-    distance = (near + alike).clip(_LEAST, _FAR)
-    return np.asarray(1 - np.sqrt(1 - np.exp(-distance) + _LEAST))
+    return a, b, c, boxes[:, 0], boxes[:, 1]
 
 
 def kept(boxes: Array, scores: Array, classes: Array, iou: float) -> NDArray[np.int64]:
@@ -49,8 +56,15 @@ def kept(boxes: Array, scores: Array, classes: Array, iou: float) -> NDArray[np.
     """
     order = np.argsort(-scores, kind="stable")
     boxes, classes = boxes[order].astype(np.float64), classes[order]
-    like = np.triu((similarities(boxes) > iou) & (classes[:, None] == classes), 1)
-    return np.asarray(order[~like.any(axis=0)])
+    best = np.ones(len(order), bool)
+    for kind in np.unique(classes):
+        (places,) = np.nonzero(classes == kind)
+        for start in range(0, len(places), _AT_ONCE):
+            these = places[start : start + _AT_ONCE]
+            better = places[: start + len(these)]
+            like = (similarities(boxes[better], boxes[these]) > iou) & (better[:, None] < these)
+            best[these] = ~like.any(axis=0)
+    return np.asarray(order[best])
 
 
 def overlaps(first: Array, second: Array) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ import numpy as np
 from acmix_deploy.detection.heads import Array, Head
 
 _SAME = 1e-2  # of the largest coordinate, or of a score, up to which two rows are the same at first sight
+_MOST_LEFT_OUT = 0.1  # of the rows
 
 
 def paired(
@@ -16,36 +17,42 @@ def paired(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """The outputs of two runs with each row beside the one that it is, as [1, rows, C]; others stay as they are.
 
-    Of rows that tie at the end of a ranking others may be in it: those without a counterpart whose scores are within
-    ``near`` of the lowest are left out, as long as half of the rows stay.
+    Of rows that tie at the end of a ranking others may be in it: those without a counterpart whose scores are above the
+    lowest by no more than the share ``near`` of it are left out. If these are more than a tenth of all rows, the rows
+    stay in their order, so that the difference shows.
 
     Args:
         head: what the outputs are; where it does not select, nothing is done.
         expected, actual: by name.
-        near: difference of scores.
+        near: difference of scores, as a share.
     """
     right, other = dict(expected), dict(actual)
     if not head or not head.selects or head.output not in other:
         return right, other
     first, second = (outputs[head.output] for outputs in (right, other))
-    if first.shape != second.shape or not (np.isfinite(first).all() and np.isfinite(second).all()):
+    if (
+        first.shape != second.shape
+        or not first.shape[1]
+        or not (np.isfinite(first).all() and np.isfinite(second).all())
+    ):
         return right, other
-    pairs = [_of_image(head, *images, near) for images in zip(first, second, strict=True)]
+    pairs = [_pairs(head, *images, near) for images in zip(first, second, strict=True)]
     rows = [np.concatenate(side)[None] for side in zip(*pairs, strict=True)]
-    if 2 * rows[0].shape[1] < first.shape[0] * first.shape[1]:
+    if rows[0].shape[1] < (1 - _MOST_LEFT_OUT) * first.shape[0] * first.shape[1]:
         return right, other
     right[head.output], other[head.output] = rows
     return right, other
 
 
-def _of_image(head: Head, expected: Array, actual: Array, near: float) -> tuple[Array, Array]:
-    """The rows [N, C] of one image."""
+def _pairs(head: Head, expected: Array, actual: Array, near: float) -> tuple[Array, Array]:
+    """Of the rows [N, C] of one image those that have a counterpart, and these."""
+    same = max(_SAME, near)
     first, second = (rows.astype(np.float64) for rows in (expected, actual))
     pixels = max(float(np.abs(first[:, :4]).max(initial=0)), 1e-9)
     scale = np.ones(first.shape[1])
     scale[:4] = pixels
     if head.ranks:
-        scale[5] = _SAME  # a class is the same or it is not
+        scale[5] = 1e-9  # a class is the same or it is not
     scale[head.width :] = np.maximum(np.abs(first[:, head.width :]).max(axis=0, initial=0), 1e-9)
     distances = np.abs(first[:, None] - second) / scale
     worst = distances.max(axis=2)
@@ -57,7 +64,7 @@ def _of_image(head: Head, expected: Array, actual: Array, near: float) -> tuple[
         if partner[i] < 0 and not taken[j]:
             partner[i], taken[j] = j, True
     best = [rows[:, 4] if head.ranks else rows[:, 4 : head.width].max(axis=1) for rows in (first, second)]
-    at_end = [scores <= scores.min() + near for scores in best]
-    strangers = worst[np.arange(len(first)), partner] > _SAME
+    at_end = [scores <= scores.min() * (1 + near) for scores in best]
+    strangers = worst[np.arange(len(first)), partner] > same
     excused = strangers & at_end[0] & at_end[1][partner]
     return expected[~excused], actual[partner[~excused]]

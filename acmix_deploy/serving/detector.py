@@ -90,7 +90,7 @@ class Detector:
             raise no_detector(name, found)
         self.head = head_of(opened.metadata, {key: output.shape for key, output in outputs.items()})
         """What it gives."""
-        if problem := spoilt(self.head, outputs[self.head.output], confidence):
+        if problem := spoilt(self.head, outputs, confidence):
             raise CheckFailed(f"{name} gives {self.head.output} with {problem}, on noise {list(noise.shape)}")
 
     @classmethod
@@ -185,8 +185,8 @@ class Detector:
         batch = self._empty(max(len(images), self._min_batch))
         for place, image in zip(batch, images, strict=False):
             place[:] = tensor(self._letterbox(image, height, width))
-        outputs = self.infer({self._input.name: batch})
-        if problem := spoilt(self.head, outputs[self.head.output][: len(images)], self.confidence):
+        outputs = {name: array[: len(images)] for name, array in self.infer({self._input.name: batch}).items()}
+        if problem := spoilt(self.head, outputs, self.confidence):
             raise CheckFailed(f"{self.name} gives {self.head.output} with {problem}")
         placements = [self._letterbox.place(image.shape, height, width) for image in images]
         return decode(self.head, outputs, placements, confidence=self.confidence, iou=self.iou)

@@ -76,7 +76,7 @@ class DetectionPair(BaseModel):
     mask_iou: float | None = Field(default=None, description="the same of the two masks, where there are two")
     keypoint_distance: float | None = Field(
         default=None,
-        description="mean distance of the keypoints that the reference sees, over the square root of its box's area",
+        description="mean distance of the keypoints that either sees, over the square root of the reference's box",
     )
     top5: float | None = Field(
         default=None, description="share of the reference's five best classes that are among the candidate's"
@@ -323,19 +323,25 @@ def _pair(
         if reference.masks is not None and candidate.masks is not None:
             changes["mask_iou"] = reference.masks[i].overlap(candidate.masks[j])
         if reference.keypoints is not None and candidate.keypoints is not None:
-            changes["keypoint_distance"] = _apart(reference.keypoints[i], candidate.keypoints[j], right.box)
+            distance = _apart(reference.keypoints[i], candidate.keypoints[j], right.box)
+            changes |= {} if distance is None else {"keypoint_distance": distance}
         if reference.of_image and reference.by_class is not None and candidate.by_class is not None:
             changes["top5"] = _shared(reference.by_class[i], candidate.by_class[j], near)
     rounded = {name: round(value, 5) for name, value in changes.items()}
     return DetectionPair(reference=right, candidate=other, iou=round(found.iou, 5), **rounded)
 
 
-def _apart(reference: Array, candidate: Array, box: tuple[float, float, float, float]) -> float:
-    """Mean distance of keypoints [K, 2 or 3], of those seen where that is told, over the square root of the area."""
-    seen = reference[:, 2] > SEEN if reference.shape[1] == 3 else np.ones(len(reference), bool)
+def _apart(reference: Array, candidate: Array, box: tuple[float, float, float, float]) -> float | None:
+    """Mean distance of keypoints [K, 2 or 3] over the square root of the area, of those that either side sees where
+    that is told; None where neither sees any."""
+    seen = np.ones(len(reference), bool)
+    if reference.shape[1] == 3:
+        seen = np.maximum(reference[:, 2], candidate[:, 2]) > SEEN
+    if not seen.any():
+        return None
     area = max((box[2] - box[0]) * (box[3] - box[1]), 1.0)
     distances = np.linalg.norm((reference - candidate)[seen, :2].astype(np.float64), axis=1)
-    return float(distances.mean() / np.sqrt(area)) if seen.any() else 0.0
+    return float(distances.mean() / np.sqrt(area))
 
 
 def _shared(reference: Array, candidate: Array, near: float) -> float:

@@ -34,7 +34,7 @@ def decode(output: np.ndarray, placements: list[Placement], **options: Any) -> l
 
 
 def spoilt(output: np.ndarray, confidence: float) -> str:
-    return boxes.spoilt(head_of(output), output, confidence)
+    return boxes.spoilt(head_of(output), {"output0": output}, confidence)
 
 
 def raw(anchors: int, classes: int, seed: int = 0, size: float = 400, levels: int | None = None) -> np.ndarray:
@@ -170,6 +170,9 @@ def rows(count: int, found: int, classes: int = 80) -> np.ndarray:
         ({"names": str(dict.fromkeys(range(296), "x"))}, rows(300, 9), "whose rows are a box"),
         ({"names": str(dict(enumerate("ab")))}, rows(6, 2), "whose rows are a box"),
         ({"head": "RTDETRDecoder", "names": "{0: 'a'}"}, raw(300, 2), "for 1 classes"),
+        ({"head": "RTDETRDecoder", "names": "{0: 'a', 1: 'b'}"}, rows(300, 9), "scores of two classes or in a score"),
+        ({"head": "RTDETRDecoder"}, rows(300, 9), "scores of two classes or in a score"),
+        ({"layout": "rows", "names": "{0: 'a'}"}, raw(300, 2).swapaxes(1, 2), "no box, score and class"),
         ({}, raw(80, 20).transpose(0, 2, 1), r"scores from 0\.\d+ to \d{3}, which are 0 to 1"),
         ({}, raw(80, 20) - np.float32(0.1), r"scores from -0\.\d+ to 0\.\d+, which are 0 to 1"),
     ],
@@ -190,6 +193,8 @@ def test_outputs_that_are_something_else(metadata: dict[str, str], output: np.nd
         ({"head": "RTDETRDecoder", "names": "{0: 'a'}"}, raw(300, 1).swapaxes(1, 2)),
         ({"head": "RTDETRDecoder", "names": "{0: 'a'}"}, rows(300, 9)),
         ({"names": "{0: 'a'}"}, raw(300, 2).swapaxes(1, 2)),
+        ({"head": "RTDETRDecoder", "layout": "ranked queries", "names": "{0: 'a', 1: 'b'}"}, rows(300, 9, 2)),
+        ({"head": "RTDETRDecoder", "layout": "queries", "names": "{0: 'a', 1: 'b'}"}, raw(300, 2).swapaxes(1, 2)),
         ({}, raw(8400, 296)),
         ({}, raw(6, 296)),
         ({}, raw(6, 2)),
@@ -203,7 +208,9 @@ def test_outputs_of_detectors_are_not_taken_for_something_else(metadata: dict[st
     assert unlike_detector(ModelMetadata({"task": "detect", **metadata}), {"output0": output}) == ""
 
 
-@pytest.mark.parametrize(("entry", "told"), [("args", "[1]"), ("names", "['a']"), ("end2end", "perhaps")])
+@pytest.mark.parametrize(
+    ("entry", "told"), [("args", "[1]"), ("names", "['a']"), ("end2end", "perhaps"), ("layout", "odd")]
+)
 def test_metadata_of_any_other_form_are_told(entry: str, told: str) -> None:
     found = unlike_detector(ModelMetadata({"task": "detect", entry: told}), {"output0": raw(50, 2)})
     assert found.startswith(f"cannot be decoded: the metadata tell the {entry} {told!r}, and expected are ")
