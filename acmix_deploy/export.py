@@ -98,7 +98,7 @@ def export(
         opset: 17 to 21.
         dynamic: axes to leave free, out of ``batch``, ``height`` and ``width``.
         divisor: H and W must be multiples of it, the model's total stride.
-        metadata: goes into the file's ``metadata_props``.
+        metadata: goes into the file's ``metadata_props``, with what they tell of a file.
         reference: what the file has to compute, where ``module`` was made of another; by default that is ``module``.
         progress: told what is about to be done.
 
@@ -117,6 +117,7 @@ def export(
         # Detectors keep what depends on the last image's size; a copy is traced, so that runs and traces do not mix.
         reference, module = reference or module.eval(), copy.deepcopy(module).eval()
     example = shapes[0]
+    metadata = metadata.for_file(example, dynamic)
     # Traced at a batch of 2 where it is free: the exporters take an axis of length 1 for one that broadcasts.
     traced = (max(example[0], 2), *example[1:]) if "batch" in dynamic else example
     progress("running the model")

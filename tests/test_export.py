@@ -98,7 +98,7 @@ def test_the_file_is_the_module(
     onnx.checker.check_model(model)
     assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain == ""] == [("", opset)]
     assert model.ir_version == ir_version
-    assert {entry.key: entry.value for entry in model.metadata_props} == METADATA.entries
+    assert {entry.key: entry.value for entry in model.metadata_props} == METADATA.for_file(SHAPE, dynamic).entries
     assert {*path.parent.iterdir()} == {path, sidecar(path)}
     content = path.read_bytes()
     assert b".py" not in content

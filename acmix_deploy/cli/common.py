@@ -33,7 +33,7 @@ def add_input_shape(parser: argparse.ArgumentParser) -> None:
         "--input-shape",
         type=bchw,
         metavar="B,C,H,W",
-        help="sizes for axes that are free (default: the engine's usual ones, else of training, else 1,3,640,640)",
+        help="sizes for axes that are free (default: the engine's usual ones, else of the metadata, else 1,3,640,640)",
     )
 
 

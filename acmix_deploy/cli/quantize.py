@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=sides,
         metavar="N|H,W",
-        help="image size where the file leaves it free (default: that of training, else 640)",
+        help="image size where the file leaves it free (default: that of its metadata, else 640)",
     )
     parser.add_argument("--limit", type=positive, default=256, metavar="N", help="read at most N images (default: 256)")
     add_max_pixels(parser)

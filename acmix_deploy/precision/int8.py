@@ -120,7 +120,7 @@ def quantize(
         quantize_head: quantise the detection head too, see :func:`head`.
         fp16: convert what is not quantised by :func:`to_fp16`; scales in float16 need opset 19.
         float32: what stays in float32 then; ranges are seen on the images that errors are measured on.
-        image_size: height and width where the file leaves them free; by default the size of training, else 640.
+        image_size: height and width where the file leaves them free; by default what its metadata tell, else 640.
         limit: how many images to read at most.
         progress: told what is being done.
 
