@@ -27,6 +27,7 @@ from acmix_deploy.files import LARGEST_MESSAGE, expect, too_large
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.refusals import unreadable
+from acmix_deploy.targets import OPSETS
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -86,7 +87,8 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
 
     Args:
         path: the file.
-        weights: also read those that lie in files of their own.
+        weights: also read those that lie in files of their own, and lower the version of the format to one that every
+            ONNX Runtime reads, since what is written again uses nothing newer.
 
     Raises:
         UserError: it does not exist, is no ONNX file, or is too large with its weights.
@@ -97,6 +99,7 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         if weights:
             _check_size(path, model)
             onnx.load_external_data_for_model(model, str(path.parent))
+            model.ir_version = min(model.ir_version, ir_version(OPSETS[-1]))
     except UserError:
         raise
     except Exception as error:  # protobuf's DecodeError, or a missing file of weights

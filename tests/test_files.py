@@ -325,6 +325,13 @@ def test_weights_beside_a_file_may_be_more_than_what_is_changed(tmp_path: Path) 
     assert read(path, weights=False).graph.node
 
 
+def test_what_is_written_again_is_in_a_format_that_onnx_runtime_reads(tmp_path: Path) -> None:
+    onnx.save(model(ir=99), path := tmp_path / "new.onnx")
+    assert (read(path, weights=False).ir_version, read(path).ir_version) == (99, 10)
+    assert main(["fp16", str(path), "-o", str(tmp_path / "half.onnx")]) == 0
+    open_session(tmp_path / "half.onnx")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What ONNX Runtime refuses
 
