@@ -62,7 +62,7 @@ def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
     target = work.file("target", f"writing for {plan.target.name}", lambda: _write_for(plan)) if plan.target else None
     engines = work.stage("engine", "building engines", lambda: _build(work, exported)) if plan.device else {}
     verification = work.stage("verify", "comparing every file with the model", lambda: _verify(work, source, inputs))
-    latency = work.stage("profile", "timing every file", lambda: _profile(work, source))
+    latency = {} if plan.no_profile else work.stage("profile", "timing every file", lambda: _profile(work, source))
     artifacts = work.marked()
     report = ExportReport(
         model=str(plan.checkpoint),
@@ -124,6 +124,7 @@ def _load(plan: Plan) -> Source:
     return load_source(
         plan.checkpoint,
         image_size=plan.image_size,
+        batch=plan.batch,
         input_shape=plan.input_shape,
         dynamic=plan.dynamic,
         arch=plan.arch,

@@ -19,14 +19,19 @@ from acmix_deploy.options import (
     float32_list,
     names,
     positive,
+    sides,
 )
-from acmix_deploy.runtime.inputs import check_axes
+from acmix_deploy.runtime.inputs import AXES, check_axes
 from acmix_deploy.targets import DEFAULT_OPSET, INT8_OPSET, Form, Target, check_opset, target_named
 
 _SUFFIXES = {"plain": ".onnx", "fused": ".fused.onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
 
 
 _Size = Annotated[int, Field(gt=0)]
+
+
+def _sides(size: object) -> object:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _named(target: object) -> object:
@@ -70,14 +75,17 @@ class Plan(BaseModel):
         default=None,
         description="folder of images for --int8, like those to be seen; every file is verified on them too",
     )
-    image_size: Annotated[int | None, Option(positive, "N")] = Field(
-        default=None, gt=0, description="side of the image (default: the model's own)"
+    image_size: Annotated[tuple[_Size, _Size] | None, BeforeValidator(_sides), Option(sides, "N|H,W")] = Field(
+        default=None, description="side of the image, or height and width (default: the model's own)"
+    )
+    batch: Annotated[int | None, Option(positive, "N")] = Field(
+        default=None, gt=0, description="images in the file's batch (default: 1)"
     )
     input_shape: Annotated[tuple[_Size, _Size, _Size, _Size] | None, Option(bchw, "B,C,H,W")] = Field(
         default=None, description="e.g. 1,3,384,640"
     )
-    dynamic: Annotated[tuple[str, ...], Option(names, "AXES")] = Field(
-        default=(), description="axes to leave free: batch, height, width, separated by commas"
+    dynamic: Annotated[tuple[str, ...], Option(names, "AXES", bare=",".join(AXES))] = Field(
+        default=(), description="axes to leave free: batch, height, width, separated by commas; all where none is named"
     )
     opset: Annotated[int | None, Option(int, "N")] = Field(
         default=None, description="17 to 21 (default: 18, 19 with --int8, or what the target reads)"
@@ -109,6 +117,7 @@ class Plan(BaseModel):
     seconds: Annotated[float, Option(duration, "S")] = Field(
         default=4.0, gt=0, allow_inf_nan=False, description="time to measure the latency of each file for (default: 4)"
     )
+    no_profile: Annotated[bool, Option()] = Field(default=False, description="measure no latencies")
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -126,6 +135,8 @@ class Plan(BaseModel):
             )
         if self.image_size is not None and self.input_shape is not None:
             raise UserError("--image-size and --input-shape both tell the size of images", "Give one of them.")
+        if self.batch is not None and self.input_shape is not None:
+            raise UserError("--batch and --input-shape both tell how many images there are", "Give one of them.")
         check_axes(self.dynamic)
         check_form(self.target, self.form)
         if self.plugin and not self.device:

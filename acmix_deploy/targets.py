@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import UserError, did_you_mean
 
 Form = Literal["any", "plugin", "plain"]
 """How a file carries the custom operators: "any" as nodes with their definitions, "plugin" as nodes alone, "plain" not
@@ -169,6 +169,5 @@ def target_named(name: str) -> Target:
         return TARGETS[name]
     if version := re.fullmatch(r"tensorrt-(\d+)\.(\d+)", name):
         return target_of((int(version[1]), int(version[2])))
-    raise UserError(
-        f"there is no target {name!r}", f"Targets: {', '.join(TARGETS)}, or tensorrt-MAJOR.MINOR for another version."
-    )
+    known = f"Targets: {', '.join(TARGETS)}, or tensorrt-MAJOR.MINOR for another version."
+    raise UserError(f"there is no target {name!r}", f"{did_you_mean(name, TARGETS)} {known}".lstrip())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, get_args
 
 from acmix_deploy.cli.common import add_input_shape, add_max_pixels, limit_pixels, progress, show
 from acmix_deploy.errors import UserError
-from acmix_deploy.options import Provider, not_negative, positive, share
+from acmix_deploy.options import Provider, not_negative, positive, provider, share
 
 if TYPE_CHECKING:
     from acmix_deploy.verify import Verification
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_shape(parser)
     parser.add_argument(
         "--provider",
+        type=provider,
         choices=get_args(Provider),
         help="what ONNX Runtime runs the candidate on (default: cpu)",
     )
