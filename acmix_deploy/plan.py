@@ -71,9 +71,10 @@ class Plan(BaseModel):
     int8: Annotated[bool, Option()] = Field(
         default=False, description="also write a file whose layers are INT8; --calibration"
     )
-    calibration: Annotated[Path | None, Option(Path, "DIR")] = Field(
+    calibration: Annotated[Path | None, Option(Path, "DIR|YAML")] = Field(
         default=None,
-        description="folder of images for --int8, like those to be seen; every file is verified on them too",
+        description="images for --int8, like those to be seen: a folder, or a data set's YAML; every file is verified "
+        "on them too",
     )
     image_size: Annotated[tuple[_Size, _Size] | None, BeforeValidator(_sides), Option(sides, "N|H,W")] = Field(
         default=None, description="side of the image, or height and width (default: the model's own)"

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", type=Path, nargs="?", help="file to compare with it, ONNX or an engine")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--images", type=Path, metavar="DIR", help="take inputs from the images in a folder, and compare detections"
+        "--images",
+        type=Path,
+        metavar="DIR|YAML",
+        help="take inputs from the images in a folder or a data set, and compare detections",
     )
     source.add_argument("--random", type=positive, metavar="N", help="take N random inputs (default: 3)")
     source.add_argument(

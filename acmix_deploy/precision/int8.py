@@ -114,7 +114,7 @@ def quantize(
     Args:
         source: ONNX file in float32 with one image input [B, 3, H, W].
         target: where the INT8 file goes, another path than ``source``.
-        calibration: folder of images like those that the model will see.
+        calibration: images like those that the model will see, as a folder or a data set's YAML file.
         method: how the range of an activation is chosen, see :func:`acmix_deploy.precision.ranges.calibrate`.
         exclude: patterns (``*``, ``?``, ``[]``) of names of nodes or of their weights that are not quantised.
         quantize_head: quantise the detection head too, see :func:`head`.

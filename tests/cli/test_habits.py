@@ -55,13 +55,13 @@ SAID = {
     "export m.pt --dynamik": "Did you mean --dynamic?",
     "export m.pt --conv-branch denze": "Did you mean dense?",
     "export m.pt --device 0": "An engine runs on the GPU that is there, everything else on the CPU.",
-    "profile m.onnx --imgsz 320 --batch 4": "unrecognized arguments: --imgsz 320 --batch 4. Sizes of free axes are given "
-    "by --input-shape B,C,H,W.",
+    "profile m.onnx --imgsz 320 --batch 4": "arguments: --imgsz 320 --batch 4. Sizes of free axes are given by "
+    "--input-shape B,C,H,W.",
     "export --dynamic m.pt": "'m.pt' is not names by commas such as batch,height; where it is to mean all axes, "
     "--dynamic stands at the end",
     "export model=x.pt imgsz=640 half=True int8=False format=onnx": "options are not written key=value: model=x.pt "
-    "imgsz=640 half=True int8=False format=onnx. Write: acmix-deploy export x.pt --image-size 640 --fp16; format=onnx has "
-    "no counterpart",
+    "imgsz=640 half=True int8=False format=onnx. Write: acmix-deploy export x.pt --image-size 640 --fp16; format=onnx "
+    "has no counterpart",
     "plugin build arch=87": "Write: acmix-deploy plugin build --arch 87",
     "detect m.onnx source=a.png --confidence 0.5": "Write: acmix-deploy detect a.png m.onnx --confidence 0.5",
 }
