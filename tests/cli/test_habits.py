@@ -92,10 +92,29 @@ def test_targets_that_are_nearly_right(tmp_path, capsys) -> None:
 def test_export_without_latencies_in_a_batch(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), ACmix(8, 8, head=2)).eval(), "model.pt")
-    assert main(["export", "model.pt", "--no-profile", "--opset", "17", "--imgsz", "12,16", "--batch", "2"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "model.pt",
+                "--no-profile",
+                "--opset",
+                "17",
+                "--imgsz",
+                "12,16",
+                "--batch",
+                "2",
+                "--target",
+                "plain",
+            ]
+        )
+        == 0
+    )
     assert "latency on" not in capsys.readouterr().out
     report = ExportReport.model_validate_json((tmp_path / "model-deploy/report.json").read_text())
     assert report.export.inputs[0].shape == (2, 3, 12, 16)
     assert not [file for file in report.files.values() if file.profile]
     assert "profile" not in report.seconds
+    assert (report.target.name, report.target.form, report.target.file) == ("plain", "plain", "model.fused.plain.onnx")
+    assert report.next_steps[0].startswith("Carry model.fused.plain.onnx")
     assert main(["report", "model-deploy", "-o", "report.html"]) == 0
