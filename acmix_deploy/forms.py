@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import name_nodes, read
+from acmix_deploy.graph import name_nodes, read, with_weights
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import quantities
 from acmix_deploy.targets import Form, Target
@@ -81,7 +81,7 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> Made[Ta
         unread=onnx_file.unread(formed, target) if target.tensorrt else {},
     )
     settings = {"target": target.name, "tensorrt": target.version, "form": made}
-    return Made(write_artifact(path, "target", parents=[source], settings=settings), report)
+    return Made(write_artifact(path, "target", parents=with_weights(source), settings=settings), report)
 
 
 def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:

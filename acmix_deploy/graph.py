@@ -109,6 +109,13 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     return model
 
 
+def with_weights(path: Path) -> list[Path]:
+    """An ONNX file, and the files beside it that its weights lie in."""
+    stored = onnx.load(path, load_external_data=False).graph.initializer
+    outside = [ExternalDataInfo(tensor) for tensor in stored if tensor.data_location == TensorProto.EXTERNAL]
+    return [path, *(path.parent / location for location in dict.fromkeys(info.location for info in outside))]
+
+
 def _check_size(path: Path, model: onnx.ModelProto) -> None:
     """Raises UserError where the model with its weights in it is more than can be written or checked in one piece."""
     outside = [

@@ -18,7 +18,7 @@ from acmix_deploy.fusion.loading import by_operator, note_smallest_image, refusa
 from acmix_deploy.fusion.prepare import load
 from acmix_deploy.fusion.replace import FusedBlock, Fusion
 from acmix_deploy.fusion.sizes import sources
-from acmix_deploy.graph import count_nodes, rewrite
+from acmix_deploy.graph import count_nodes, rewrite, with_weights
 from acmix_deploy.onnx_file import counted, fused_nodes
 from acmix_deploy.options import ConvBranchChoice
 
@@ -126,7 +126,7 @@ def fuse(
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
     settings = {"conv_branch": conv_branch}
-    return Made(write_artifact(target, "fused", parents=[source], settings=settings), report)
+    return Made(write_artifact(target, "fused", parents=with_weights(source), settings=settings), report)
 
 
 def _written(model: onnx.ModelProto, before: list[gs.Node], fusion: Fusion) -> onnx.ModelProto:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
-from acmix_deploy.graph import Feeds, fed, name_nodes, names_read, read, tidied
+from acmix_deploy.graph import Feeds, fed, name_nodes, names_read, read, tidied, with_weights
 from acmix_deploy.options import FLOAT32
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import precision_of, why_refused
@@ -80,7 +80,7 @@ def to_fp16(
         if (refused := why_refused(temporary)) and not why_refused(source):
             raise CheckFailed(f"the file in half precision cannot be used: {refused}")
     settings = {"fp16_io": fp16_io, "float32": list(float32)}
-    return Made(write_artifact(target, "fp16", parents=[source], settings=settings), report)
+    return Made(write_artifact(target, "fp16", parents=with_weights(source), settings=settings), report)
 
 
 def halved(

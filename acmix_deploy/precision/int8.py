@@ -24,7 +24,7 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import parts_of
 from acmix_deploy.errors import UserError
 from acmix_deploy.forms import custom_nodes
-from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied
+from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied, with_weights
 from acmix_deploy.onnx_file import opset as opset_of
 from acmix_deploy.options import FLOAT32, Method
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
@@ -189,7 +189,7 @@ def quantize(
         "images": report.images,
         "input_shape": list(shape),
     }
-    return Made(write_artifact(target, "int8", parents=[source], settings=settings), report)
+    return Made(write_artifact(target, "int8", parents=with_weights(source), settings=settings), report)
 
 
 def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quantize_head: bool = False) -> Layers:
