@@ -20,12 +20,15 @@ from torch.export import Dim, ExportedProgram
 
 from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.checkpoint.reference import run
+from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.parts import known_head
+from acmix_deploy.detection.rows import paired
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.graph import tidied
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
-from acmix_deploy.runtime.metrics import Array, deviation
+from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.torch import quiet
@@ -145,8 +148,8 @@ def export(
                 continue
             progress("checking the file")
             try:
-                relative_l2 = _check(temporary, reference, expected, traced, dynamic)
-                smallest = _smallest(temporary, reference, shapes, dynamic, divisor)
+                relative_l2 = _check(temporary, reference, expected, traced, dynamic, metadata)
+                smallest = _smallest(temporary, reference, shapes, dynamic, divisor, metadata)
             except CheckFailed as error:
                 notes.append(f"the {exporter} exporter's file is wrong: {error.message}")
                 reordered |= isinstance(error, _Reordered)
@@ -277,7 +280,12 @@ def _finish(model: onnx.ModelProto, opset: int, metadata: ModelMetadata) -> onnx
 
 
 def _check(
-    file: Path, module: nn.Module, expected: Mapping[Shape, list[Array]], traced: Shape, dynamic: Collection[str]
+    file: Path,
+    module: nn.Module,
+    expected: Mapping[Shape, list[Array]],
+    traced: Shape,
+    dynamic: Collection[str],
+    metadata: ModelMetadata,
 ) -> float:
     """Run the file at every shape. The largest relative L2 distance; raises CheckFailed for a wrong file."""
     try:
@@ -288,6 +296,7 @@ def _check(
     for name in dynamic:
         if isinstance(size := node.shape[AXES[name]], int):
             raise CheckFailed(f"the {name} came out frozen at {size}")
+    names = [output.name for output in session.get_outputs()]
     declared = [output.shape for output in session.get_outputs()]
     limit = TOLERANCES["float32"].limit()
 
@@ -297,8 +306,10 @@ def _check(
         except Exception as error:  # ONNX Runtime's error types share no base of their own
             raise CheckFailed(f"ONNX Runtime fails on {list(shape)}: {reason(error)}") from error
         worst = 0.0
-        for output, array, dims, wanted in zip(session.get_outputs(), actual, declared, outputs, strict=True):
-            found = deviation(wanted, array)
+        deviations = _deviations(names, outputs, actual, metadata)
+        for output, array, dims, wanted, found in zip(
+            session.get_outputs(), actual, declared, outputs, deviations, strict=True
+        ):
             if found.relative_l2 is None or found.relative_l2 > limit:
                 what = found.problem or f"relative L2 {found.relative_l2:.1e}, at most {limit:.0e} is accepted"
                 if same := _same_rows(wanted, array, 10 * limit):
@@ -337,8 +348,22 @@ def _check(
     return worst
 
 
+def _deviations(
+    names: Sequence[str], expected: Sequence[Array], actual: Sequence[Array], metadata: ModelMetadata
+) -> list[Deviation]:
+    """Of each output; of rows that a model selects itself, as sets."""
+    wanted, got = (dict(zip(names, arrays, strict=True)) for arrays in (expected, actual))
+    wanted, got = paired(known_head(metadata, wanted), wanted, got, NEAR["float32"])
+    return [deviation(wanted[name], got[name]) for name in names]
+
+
 def _smallest(
-    file: Path, module: nn.Module, shapes: Sequence[Shape], dynamic: Collection[str], divisor: int
+    file: Path,
+    module: nn.Module,
+    shapes: Sequence[Shape],
+    dynamic: Collection[str],
+    divisor: int,
+    metadata: ModelMetadata,
 ) -> tuple[int, int] | None:
     """The smallest [H, W] from which on file and module agree; None where they do at all sizes that were tried.
 
@@ -349,6 +374,7 @@ def _smallest(
     if not free:
         return None
     example, session = shapes[0], open_session(file)
+    names = [output.name for output in session.get_outputs()]
     limit = TOLERANCES["float32"].limit()
     checked = min(shape[axis] for shape in shapes for axis in free)
     wrong, least = False, 0
@@ -361,7 +387,7 @@ def _smallest(
         except Exception:  # one of the two refuses it, so that nobody gets a wrong answer
             pass
         else:
-            found = [deviation(*pair).relative_l2 for pair in zip(expected, actual, strict=True)]
+            found = [one.relative_l2 for one in _deviations(names, expected, actual, metadata)]
             if any(distance is None or distance > limit for distance in found):
                 wrong, least = True, 0
             elif not least:

@@ -18,6 +18,9 @@ N = TypeVar("N", int, float)
 ConvBranchChoice = Literal["auto", "dense", "grouped"]
 """Forms of a convolution branch; "auto" is the one that is faster on a GPU."""
 
+HeadChoice = Literal["anchors", "end-to-end"]
+"""Of a detector that has both: boxes for every anchor, or those that its end-to-end head selects."""
+
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """What ONNX Runtime runs a file on."""
 

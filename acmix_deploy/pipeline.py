@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 
 from acmix_deploy.artifacts import Artifact, Made, mark_exported, outdated, remove_exported
 from acmix_deploy.checkpoint.source import Source, load_source
-from acmix_deploy.detection.boxes import no_detector, unlike_told
+from acmix_deploy.detection.boxes import no_detector
+from acmix_deploy.detection.heads import unlike_told
 from acmix_deploy.document import write_document
 from acmix_deploy.engine.build import BuildReport, build
 from acmix_deploy.errors import AcmixDeployError
@@ -130,6 +131,7 @@ def _load(plan: Plan) -> Source:
         input_shape=plan.input_shape,
         dynamic=plan.dynamic,
         arch=plan.arch,
+        head=plan.head,
         trust=plan.trust,
     )
 
@@ -149,7 +151,8 @@ def _export(work: _Work, source: Source) -> Made[ExportResult]:
         reference=source.reference,
         progress=work.progress,
     )
-    work.unlike = unlike_told(source.metadata, {output.name: output.shape for output in made.found.outputs})
+    if source.metadata.detects:
+        work.unlike = unlike_told(source.metadata, {output.name: output.shape for output in made.found.outputs})
     if plan.int8 and work.unlike:
         raise no_detector(made.artifact.path.name, work.unlike)
     work.removed = remove_exported(plan.out, plan.checkpoint.stem)

@@ -12,6 +12,7 @@ from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.options import (
     FLOAT32,
     ConvBranchChoice,
+    HeadChoice,
     Option,
     bchw,
     count,
@@ -112,6 +113,10 @@ class Plan(BaseModel):
     )
     arch: Annotated[str | None, Option(str, "PACKAGE.MODULE:FACTORY")] = Field(
         default=None, description="makes the model for a bare state dict"
+    )
+    head: Annotated[HeadChoice | None, Option()] = Field(
+        default=None,
+        description="of a detector with two, such as YOLOv10 and YOLO26 (default: the one that the checkpoint sets)",
     )
     trust: Annotated[bool, Option()] = Field(
         default=False, description="let the checkpoint run code; only for files you trust"

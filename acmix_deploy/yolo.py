@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
+from acmix_deploy.options import HeadChoice
 from acmix_deploy.runtime.reason import raised, reason
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ def _is_ultralytics(model: nn.Module) -> bool:
     return tasks is not None and isinstance(model, tasks.BaseModel)
 
 
-def keep_head(model: nn.Module, version: str = "") -> str:
-    """Have a detector with two heads run the one that it ran where it was saved, and say which.
+def keep_head(model: nn.Module, version: str = "", wanted: HeadChoice | None = None) -> str:
+    """Have a detector with two heads run the one that is wanted, or that it ran where it was saved, and say which.
 
     YOLOv10 and YOLO26 have an end-to-end head, [B, detections, 6], beside a one-to-many head,
     [B, 4 + classes, anchors]. Where a checkpoint sets neither, the Ultralytics that runs it chooses: below 8.4.142 the
@@ -173,15 +174,18 @@ def keep_head(model: nn.Module, version: str = "") -> str:
     Args:
         model: as it was loaded; is set to its head.
         version: of the Ultralytics that saved it, where the file tells it.
+        wanted: "anchors" is the one-to-many head.
 
     Returns:
         Which head and why; empty for models with one.
 
     Raises:
-        UserError: the installed Ultralytics cannot run that head.
+        UserError: the installed Ultralytics cannot run that head, or the model does not have the one that is wanted.
     """
     head = _head(model)
     if getattr(head, "one2one_cv2", None) is None:
+        if wanted == "end-to-end":
+            raise UserError("the model has no end-to-end head", "Leave out --head.")
         return ""
     here = ultralytics("utils").__version__
     switch = getattr(type(head), "end2end", None)
@@ -191,11 +195,14 @@ def keep_head(model: nn.Module, version: str = "") -> str:
             f"the model{saved_by} has an end-to-end head, which the installed Ultralytics {here} does not know",
             "Install a newer Ultralytics: 8.4 is the first that knows such models.",
         )
-    end_to_end, why = _saved_head(model, head, version)
+    if wanted == "anchors" and getattr(head, "cv2", None) is None:
+        raise UserError("the model's one-to-many head is not in the file", "Leave out --head.")
+    end_to_end, why = (wanted == "end-to-end", "--head") if wanted else _saved_head(model, head, version)
     if end_to_end is None:
         end_to_end = _runs_end_to_end(head)
-        why = f"the file tells none, and Ultralytics {here} takes it; to choose, save it with model.end2end set"
-    if end_to_end != _runs_end_to_end(head) and isinstance(switch, property) and switch.fset:
+        why = f"the file tells none, and Ultralytics {here} takes it; choose with --head"
+    settable = switch.fset is not None if isinstance(switch, property) else isinstance(switch, bool)
+    if end_to_end != _runs_end_to_end(head) and settable:
         head.end2end = end_to_end
     if end_to_end != _runs_end_to_end(head):
         raise UserError(
@@ -256,8 +263,9 @@ def detection_metadata(model: nn.Module) -> ModelMetadata:
         "names": _class_names(detector.names),
         "channels": int(detector.yaml.get("channels", 3)),
         "end2end": _runs_end_to_end(_head(model)),
-        "letterbox": _letterbox(),
+        "head": type(_head(model)).__name__,
     }
+    told["letterbox"] = _letterbox(ModelMetadata().updated(**told))
     if (points := getattr(detector, "kpt_shape", None)) is not None:
         told["kpt_shape"] = [int(number) for number in points]
     arguments = getattr(detector, "args", {})
@@ -267,10 +275,11 @@ def detection_metadata(model: nn.Module) -> ModelMetadata:
     return ModelMetadata().updated(**told)
 
 
-def _letterbox() -> Letterbox:
+def _letterbox(metadata: ModelMetadata) -> Letterbox:
     """The rule of the installed package. What its ``LetterBox`` takes no argument for it does as ours by default."""
     taken = inspect.signature(ultralytics("data.augment").LetterBox.__init__).parameters
-    return Letterbox(**{name: taken[name].default for name in Letterbox.model_fields if name in taken})
+    told = {name: taken[name].default for name in Letterbox.model_fields if name in taken}
+    return metadata.letterbox.model_copy(update=told)
 
 
 def _class_names(names: Any) -> dict[int, str]:
@@ -335,8 +344,9 @@ def _place(wanted: Tensor, outputs: Sequence[Tensor]) -> int:
 def _as_exporter(model: nn.Module) -> Any:
     """A copy of an Ultralytics model in eval mode that returns what its exporter writes."""
     detector = copy.deepcopy(model).eval()
+    module: Any
     for module in detector.modules():
-        if isinstance(module, ultralytics("nn.modules").Detect):
+        if hasattr(module, "export"):  # a head of any task
             # "dynamic" computes the anchors in the graph instead of keeping those of the last size on the module.
             module.export, module.format, module.dynamic = True, "onnx", True
     return detector

@@ -372,7 +372,7 @@ def test_fuse_for_a_target(tmp_path, monkeypatch, capsys):
     ("command", "words"),
     [
         (["export", "model.pt", "--for", "jetpack-9"], "jetpack-6.2"),
-        (["export", "model.pt", "--target", "plain"], "--for TARGET"),
+        (["export", "model.pt", "--target", "any"], "--for TARGET"),
         (["export", "model.pt", "--for", "tensorrt-9.1"], "TensorRT 9.1 is not supported"),
         (
             ["export", "model.pt", "--for", "jetpack-6.0", "--opset", "18"],

@@ -14,6 +14,7 @@ from torch import nn
 
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint import load
+from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
 
@@ -164,7 +165,7 @@ def test_metadata_as_ultralytics_writes_it() -> None:
     assert "imgsz" not in metadata
     assert (metadata["task"], metadata["stride"], metadata["channels"]) == ("detect", "32", "3")
     assert ast.literal_eval(metadata["names"]) == {0: "cat", 1: "dog"}
-    assert json.loads(metadata["letterbox"]) == {"center": True, "scaleup": True, "padding_value": 114}
+    assert json.loads(metadata["letterbox"]) == Letterbox().model_dump()
 
 
 @pytest.mark.parametrize(("size", "expected"), [(320, "[320, 320]"), ([480, 640], "[480, 640]")])
@@ -252,7 +253,6 @@ def test_models_of_one_head_say_nothing_of_it(tmp_path: Path) -> None:
         # Below 8.4, where Detect has one head and the class of YOLOv10 says which it runs.
         ("yolo26n.yaml", False, "8.4.60", "saved by Ultralytics 8.4.60, has an end-to-end head, which the installed"),
         ("yolo26n.yaml", False, None, "the model has an end-to-end head, which the installed"),
-        ("yolov10n.yaml", True, "8.4.190", "is to run its one-to-many head, and the installed .* its end-to-end one"),
         # In 8.4.0, where it cannot be chosen.
         ("yolo26n.yaml", property(lambda head: True), "8.4.190", "is to run its one-to-many head, and the installed"),
     ],
@@ -266,6 +266,35 @@ def test_a_head_that_the_installed_package_does_not_run(
     with pytest.raises(UserError, match=said) as caught:
         load(path)
     assert yolo.ultralytics("utils").__version__ in caught.value.message
+
+
+@pytest.mark.parametrize(("wanted", "shape"), [("end-to-end", (1, 84, 6)), ("anchors", (1, 84, 84))])
+@pytest.mark.parametrize("name", TWO_HEADS)
+@pytest.mark.parametrize("own", [True, False])
+def test_the_other_head_can_be_taken(tmp_path: Path, name: str, own: bool, wanted: Any, shape: tuple[int, ...]) -> None:
+    model = tasks.DetectionModel(name, verbose=False).eval()
+    model.end2end = own
+    loaded = load(saved(tmp_path / "a.pt", model), head=wanted)
+    assert yolo.prepare_for_export(loaded.module)(X).shape == shape
+    assert loaded.metadata.end2end == (wanted == "end-to-end")
+    assert loaded.notes[0].endswith("one is taken: --head")
+
+
+def test_a_class_attribute_says_which_head_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Ultralytics below 8.4."""
+    path = saved(tmp_path / "a.pt", tasks.DetectionModel("yolov10n.yaml", verbose=False).eval(), version="8.4.190")
+    monkeypatch.setattr(yolo.ultralytics("nn.modules.head").Detect, "end2end", True)
+    assert yolo.prepare_for_export(load(path).module)(X).shape == (1, 84, 84)
+
+
+def test_a_head_that_is_not_there_cannot_be_taken(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no end-to-end head"):
+        load(saved(tmp_path / "a.pt", yolo.build("p5")), head="end-to-end")
+    model = tasks.DetectionModel("yolo26n.yaml", verbose=False).eval()
+    model.end2end = True
+    path = saved(tmp_path / "b.pt", model.fuse(verbose=False))
+    with pytest.raises(UserError, match="one-to-many head is not in the file"):
+        load(path, head="anchors", trust=True)
 
 
 def test_other_modules_have_no_metadata_and_come_back_as_they_are() -> None:

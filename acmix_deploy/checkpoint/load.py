@@ -18,6 +18,7 @@ from acmix_deploy.checkpoint.refusals import not_here, unusable
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 from acmix_deploy.files import expect
+from acmix_deploy.options import HeadChoice
 from acmix_deploy.runtime.reason import reason
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ class LoadedModel:
     by_parts: tuple[str, ...] = ()
 
 
-def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> LoadedModel:
+def load(
+    path: str | Path, *, arch: str | None = None, head: HeadChoice | None = None, trust: bool = False
+) -> LoadedModel:
     """Load a pickled module, an Ultralytics checkpoint, a state dict, or a program saved by ``torch.export``.
 
     A module whose class cannot be imported is a block of a family if its parts leave no doubt, which a note says.
@@ -52,6 +55,7 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
             ``ema``, ``state_dict`` or ``model``, with or without ``module.`` before its names.
         arch: ``package.module:factory``, called without arguments for the module that a state dict belongs to, or a
             pickled module with classes that cannot be imported. The current directory is searched too.
+        head: of an Ultralytics detector with two; by default the one that the checkpoint sets.
         trust: load with an ordinary unpickler, which runs code from the file.
 
     Raises:
@@ -74,13 +78,13 @@ def load(path: str | Path, *, arch: str | None = None, trust: bool = False) -> L
         notes.append(f"--arch {arch} is not needed: the file holds a whole module")
     try:
         model = model.float().eval()
-        head = yolo.keep_head(model, getattr(model, "saved_by", "").rpartition(" ")[2])
+        chosen = yolo.keep_head(model, getattr(model, "saved_by", "").rpartition(" ")[2], head)
         metadata = yolo.detection_metadata(model)
     except AcmixDeployError:
         raise
     except Exception as error:
         raise unusable(path, error) from error
-    notes += [head] * bool(head)
+    notes += [chosen] * bool(chosen)
     notes += [f"weights converted from {name} to float32" for name in contents.types if name != "float32"]
     return LoadedModel(model, metadata, tuple(notes), by_parts)
 

@@ -14,6 +14,7 @@ from acmix_deploy.checkpoint.load import load
 from acmix_deploy.checkpoint.reference import Reference, run
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.families.proof import keep_proven
+from acmix_deploy.options import HeadChoice
 from acmix_deploy.runtime.inputs import Shape, checked_shapes
 
 
@@ -40,12 +41,13 @@ def load_source(
     input_shape: Sequence[int] | None = None,
     dynamic: Collection[str] = (),
     arch: str | None = None,
+    head: HeadChoice | None = None,
     trust: bool = False,
 ) -> Source:
     """Load a checkpoint and replace its blocks, each proven equal at all shapes that its files will run at.
 
     Args:
-        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch`` and ``trust``.
+        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``head`` and ``trust``.
         image_size: side of a square image, or height and width, in pixels; by default those of training, else 640.
         batch: number of images, 1 by default.
         input_shape: [B, C, H, W], instead of ``image_size`` and ``batch``.
@@ -55,7 +57,7 @@ def load_source(
         UserError: the checkpoint cannot be used, or not at this shape.
         MissingComponent: a package that it needs is not installed.
     """
-    loaded = load(path, arch=arch, trust=trust)
+    loaded = load(path, arch=arch, head=head, trust=trust)
     told = loaded.metadata
     if isinstance(image_size, int):
         image_size = (image_size, image_size)

@@ -1,20 +1,20 @@
-"""From what a detector gives to detections in the pixels of the image; needs neither PyTorch nor ONNX."""
+"""From what a model gives to detections in the pixels of the image; needs neither PyTorch nor ONNX."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from acmix_deploy.detection import rotated
+from acmix_deploy.detection.heads import Array, Head, NoHead, head_of
 from acmix_deploy.detection.images import Boxes, Placement, opencv
+from acmix_deploy.detection.masks import Mask, Polygon, masks_of
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import UserError
-
-Array = NDArray[Any]
-Dims = Sequence[int | str | None]
 
 CONFIDENCE = 0.25
 IOU = 0.7
@@ -22,17 +22,34 @@ MOST = 300
 """Defaults of Ultralytics' ``predict``: smallest score, overlap of two boxes of one class, detections in an image."""
 
 
+TOP = 5
+"""Classes of an image that are told, of the task "classify"."""
+
+
 class Detections(NamedTuple):
     """What was found in one image, the highest score first."""
 
     boxes: Boxes
-    """[N, 4] float32, corners (x1, y1, x2, y2) in pixels of the original image."""
+    """[N, 4] float32, corners (x1, y1, x2, y2) in pixels of the original image; the whole image for "classify"."""
     scores: NDArray[np.float32]
     """[N]"""
     classes: NDArray[np.int64]
     """[N], indices of classes."""
     by_class: NDArray[np.float32] | None = None
-    """[N, classes], the scores of every class, where they were asked for."""
+    """[N, classes], the scores of every class, where they were asked for and the model tells them."""
+    keypoints: NDArray[np.float32] | None = None
+    """[N, K, 2 or 3] of "pose": x and y in pixels of the original image, and how visible the point is, 0 to 1."""
+    corners: NDArray[np.float32] | None = None
+    """[N, 4, 2] of "obb": of the rotated box, which may reach beyond the image."""
+    masks: Sequence[Mask] | None = None
+    """N of "segment"."""
+    of_image: bool = False
+    """Whether they are classes of the image as a whole."""
+
+    def only(self, index: int) -> Detections:
+        """One of them."""
+        told = {name: value for name, value in self._asdict().items() if value is not None and name != "of_image"}
+        return self._replace(**{name: value[index : index + 1] for name, value in told.items()})
 
 
 class Detection(BaseModel):
@@ -43,6 +60,15 @@ class Detection(BaseModel):
     name: str = Field(description="name of the class")
     score: float = Field(description="0 to 1")
     box: tuple[float, float, float, float] = Field(description="x1, y1, x2, y2 in pixels of the original image")
+    keypoints: list[tuple[float, ...]] | None = Field(
+        default=None, description="of pose: x, y in pixels, and where the model tells it how visible, 0 to 1"
+    )
+    corners: list[tuple[float, float]] | None = Field(
+        default=None, description="of obb: x, y of the four corners of the rotated box, in pixels"
+    )
+    mask: list[Polygon] | None = Field(
+        default=None, description="of segment: outlines of the object's parts, each as points x, y in pixels"
+    )
 
     def __str__(self) -> str:
         return f"{self.name} {self.score:.2f} at {', '.join(f'{edge:.0f}' for edge in self.box)}"
@@ -50,90 +76,79 @@ class Detection(BaseModel):
 
 def named(found: Detections, names: Mapping[int, str]) -> list[Detection]:
     """Detections one by one; a class without a name is called by its index."""
-    boxes = found.boxes.astype(np.float64).round(2).tolist()
-    rows = zip(found.classes.tolist(), found.scores.tolist(), boxes, strict=True)
-    return [Detection(name=names.get(kind, str(kind)), score=round(score, 5), box=box) for kind, score, box in rows]
+
+    def rounded(array: Array) -> list[list[float]]:
+        return array.astype(np.float64).round(2).tolist()  # type: ignore[no-any-return]
+
+    detections = []
+    for index, (kind, score) in enumerate(zip(found.classes.tolist(), found.scores.tolist(), strict=True)):
+        more: dict[str, object] = {}
+        if found.keypoints is not None:
+            more["keypoints"] = rounded(found.keypoints[index])
+        if found.corners is not None:
+            more["corners"] = rounded(found.corners[index])
+        if found.masks is not None:
+            more["mask"] = found.masks[index].polygons()
+        box = rounded(found.boxes[index])
+        detections.append(
+            Detection.model_validate({"name": names.get(kind, str(kind)), "score": round(score, 5), "box": box, **more})
+        )
+    return detections
 
 
 def unlike_detector(metadata: ModelMetadata, outputs: Mapping[str, Array]) -> str:
-    """What tells a file that calls itself a detector from those that :func:`decode` is for; empty where nothing does.
+    """Why what a file gave cannot be decoded, by its axes and its values; empty where it can be.
 
     Args:
-        metadata: what the exporter left in the file. Where their task is another, the file claims nothing.
+        metadata: what the exporter left in the file.
         outputs: what it gave, by name, on an image or on noise.
     """
-    found = unlike_told(metadata, {name: output.shape for name, output in outputs.items()})
-    if found or not metadata.detects:
-        return found
-    ((name, output),) = outputs.items()
-    values = output.astype(np.float32)
-    if values.shape[2] == 6:
-        scores, classes = values[:, :, 4], values[:, :, 5]
-        if _within(scores) and (classes >= 0).all() and (classes == classes.round()).all():
-            return f"gives {name} {list(output.shape)}, whose rows are a box, a score and a class"
-    if not _within(scores := values[:, 4:]) and np.isfinite(scores).all():
+    try:
+        head = head_of(metadata, {name: output.shape for name, output in outputs.items()})
+    except NoHead as error:
+        return str(error)
+    output, name = outputs[head.output].astype(np.float32), head.output
+    if head.layout in ("anchors", "objectness") and output.shape[2] == 6 and _are_ranked(output):
+        return f"gives {name} {list(output.shape)}, whose rows are a box, a score and a class"
+    rows = _by_box(head, output)
+    if head.ranks and not _are_ranked(rows):
+        return f"gives {name} {list(output.shape)}, whose rows are no box, score and class"
+    scores = rows[..., 4:5] if head.ranks else _scores(head, rows)
+    if not _within(scores) and np.isfinite(scores).all():
         return f"gives {name} with scores from {scores.min():.3g} to {scores.max():.3g}, which are 0 to 1"
     return ""
 
 
-def unlike_told(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> str:
-    """:func:`unlike_detector` without running the file; free axes in its shapes are names or None.
-
-    Files with non-maximum suppression or an end-to-end head in them give rows [B, N, 6] of boxes, scores and classes,
-    which their shape alone does not tell from 4 + classes and 6 anchors.
-    """
-    if not metadata.detects:
-        return ""
-    given = _given(outputs)
-    shapes = [*outputs.values()]
-    rows = shapes[0][1] if [len(dims) for dims in shapes] == [3] else 0
-    if isinstance(rows, int) and rows <= 4:
-        return given
-    try:
-        if metadata.end2end:
-            return f"{given} of an end-to-end head (end2end in its metadata)"
-        if metadata.nms:
-            return f"{given} after non-maximum suppression (nms in its metadata)"
-        names = metadata.names
-    except UserError as error:
-        return f"cannot be decoded: {error.message}"
-    if names and isinstance(rows, int) and rows - 4 != len(names):
-        return f"{given}, which would be {rows - 4} classes, and its metadata name {len(names)}"
-    return ""
-
-
-def other_task(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> str:
-    """What to say of a file that does not call itself a detector; empty of one that does."""
-    return "" if metadata.detects else f"{_given(outputs)}, and its task is {metadata.task or 'not told'}"
-
-
-def _given(outputs: Mapping[str, Dims]) -> str:
-    return f"gives {', '.join(f'{name} {list(dims)}' for name, dims in outputs.items())}"
+def _are_ranked(rows: Array) -> bool:
+    """Whether the rows [B, N, 6 or more] have a score and a class behind the box."""
+    scores, classes = rows[..., 4], rows[..., 5]
+    return _within(scores) and bool((classes >= 0).all() and (classes == classes.round()).all())
 
 
 def no_detector(name: str, found: str) -> UserError:
-    """What to raise for a file that ``found`` tells from a detector."""
+    """What to raise for a file that ``found`` tells from those that are decoded."""
     return UserError(
-        f"{name} is not a detector: it {found}; expected is one image input [B, 3, H, W], one output "
-        "[B, 4 + classes, anchors] and the task detect in its metadata",
+        f"{name} is not a detector: it {found}; expected are one image input [B, 3, H, W], and a task and outputs of "
+        "those that docs/detect.md lists",
         NO_DETECTOR_HINT,
     )
 
 
-NO_DETECTOR_HINT = (
-    "Export it from its checkpoint: acmix-deploy export. Non-maximum suppression and end-to-end heads in a file are "
-    "not supported yet."
-)
+NO_DETECTOR_HINT = "Export it from its checkpoint: acmix-deploy export."
 
 
-def spoilt(output: Array, confidence: float) -> str:
-    """What keeps an output [B, 4 + classes, anchors] from being decoded; empty where nothing does.
+def spoilt(head: Head, output: Array, confidence: float) -> str:
+    """What keeps the first output from being decoded; empty where nothing does.
 
     A box that is not finite spoils nothing where its score is finite and not above the confidence.
     """
-    best = output[:, 4:].max(axis=1)  # NaN where one is among the scores
-    counted = ~((best >= -_ROUNDING) & (best <= confidence))
-    scores, boxes = best[counted], output[:, :4].transpose(0, 2, 1)[counted]
+    rows = _by_box(head, output)
+    if head.layout == "classes":
+        best, boxes = rows.max(axis=-1), rows
+    else:
+        best, boxes = (rows[..., 4] if head.ranks else _scores(head, rows).max(axis=-1)), rows[..., :4]
+    counted = ~((best >= -_ROUNDING) & (best <= confidence))  # NaN where one is among the scores
+    scores, boxes = best[counted], boxes[counted]
     if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
         return "boxes or scores that are not finite"
     if not _within(scores):
@@ -148,8 +163,22 @@ def _within(scores: Array) -> bool:
 _ROUNDING = 0.01  # beyond [0, 1] that a score may lie; a step of float16 at 1 is 0.001
 
 
+def _by_box(head: Head, output: Array) -> Array:
+    """The first output with the values of a box last."""
+    return output.swapaxes(1, 2) if head.layout == "anchors" else output
+
+
+def _scores(head: Head, rows: Array) -> Array:
+    """[..., classes] of a head that does not rank."""
+    if head.layout == "classes":
+        return rows
+    scores = rows[..., head.width - head.classes : head.width]
+    return scores * rows[..., 4:5] if head.layout == "objectness" else scores
+
+
 def decode(
-    output: Array,
+    head: Head,
+    outputs: Mapping[str, Array],
     placements: Sequence[Placement],
     *,
     confidence: float = CONFIDENCE,
@@ -157,34 +186,80 @@ def decode(
     most: int | None = MOST,
     by_class: bool = False,
 ) -> list[Detections]:
-    """Detections by class-wise non-maximum suppression, as Ultralytics' ``predict`` finds them.
+    """Detections as Ultralytics' ``predict`` finds them: by class-wise non-maximum suppression, or as the head selects.
 
     Args:
-        output: [B, 4 + classes, anchors], any floating-point type: (x, y, width, height) of boxes around their centres
-            in pixels of the input, then the score of each class in [0, 1]. A box counts for its best class alone, and
-            one that is not finite does not count.
+        head: what the outputs are.
+        outputs: by name, any floating-point type. A box counts for its best class alone, and one that is not finite
+            does not count.
         placements: of each image in the input.
-        confidence: scores have to be above it.
+        confidence: scores have to be above it, but for "classify", of which the best :data:`TOP` classes are told.
         iou: of two boxes of one class that overlap by more, as intersection over union, the one of the higher score
-            stays.
+            stays; of rotated boxes see :func:`acmix_deploy.detection.rotated.kept`.
         most: detections in an image at most; all of them with None.
         by_class: tell the scores of the other classes too.
 
     Raises:
         MissingComponent: OpenCV is not installed.
     """
-    suppress = opencv().dnn.NMSBoxesBatched
+    rows = _by_box(head, outputs[head.output].astype(np.float32))
     found = []
-    for image, placement in zip(output.astype(np.float32), placements, strict=True):
-        boxes, scores = image[:4].T, image[4:].max(axis=0)
-        seen = (scores > confidence) & np.isfinite(boxes).all(axis=1)
-        boxes, scores, classes = boxes[seen], scores[seen], image[4:, seen].argmax(axis=0)
-        half = boxes[:, 2:] / 2
-        corners = np.hstack((boxes[:, :2] - half, boxes[:, :2] + half))
-        # OpenCV keeps classes apart by shifting their boxes, for which none may be negative.
-        rectangles = np.hstack((corners[:, :2] - corners[:, :2].min(axis=0, initial=0), boxes[:, 2:]))
-        kept = np.asarray(suppress(rectangles.astype(np.float64), scores, classes, confidence, iou), np.int64)
-        kept = kept.reshape(-1)[:most]
-        every = image[4:, seen][:, kept].T if by_class else None
-        found.append(Detections(placement.undo(corners[kept]), scores[kept], classes[kept], every))
+    for index, placement in enumerate(placements):
+        if head.layout == "classes":
+            found.append(_of_image(rows[index], placement, most, by_class))
+            continue
+        image, every = rows[index], None if head.ranks else _scores(head, rows[index])
+        scores = image[:, 4] if every is None else every.max(axis=1)
+        seen = (scores > confidence) & np.isfinite(image[:, :4]).all(axis=1)
+        image, scores, every = image[seen], scores[seen], None if every is None else every[seen]
+        classes = image[:, 5].astype(np.int64) if every is None else every.argmax(axis=1)
+        boxes, extra = image[:, :4], image[:, head.width :]
+        turned = np.hstack((boxes, extra[:, -1:])) if head.task == "obb" else None
+        if head.layout != "rows":  # (x, y, width, height)
+            half = boxes[:, 2:] / 2
+            boxes = np.hstack((boxes[:, :2] - half, boxes[:, :2] + half))
+        if head.layout in ("queries", "ranked queries"):
+            boxes = boxes * np.tile(np.array(placement.canvas[::-1], np.float32), 2)
+        if head.selects:
+            kept = np.argsort(-scores, kind="stable")
+        elif turned is not None:
+            kept = rotated.kept(turned, scores, classes, iou)
+        else:
+            kept = _suppressed(boxes, scores, classes, confidence, iou)
+        kept = kept[:most]
+        boxes = placement.undo(boxes[kept])
+        corners = keypoints = masks = None
+        if turned is not None:
+            corners = placement.points(rotated.corners(turned[kept]))
+            height, width = placement.original
+            ends = corners.min(axis=1, initial=np.inf), corners.max(axis=1, initial=-np.inf)
+            boxes = np.hstack(ends).clip(0, (width, height) * 2) if len(kept) else boxes
+        if head.task == "pose":
+            keypoints = extra[kept].reshape(-1, *head.keypoints)
+            edge = placement.original[::-1]
+            points = placement.points(keypoints[..., :2]).clip(0, edge)
+            keypoints = np.concatenate((points, keypoints[..., 2:]), axis=2).astype(np.float32)
+        if head.prototypes:
+            masks = masks_of(outputs[head.prototypes][index], extra[kept], boxes, placement)
+            there = [place for place, mask in enumerate(masks) if mask.pixels.any()]
+            boxes, kept, masks = boxes[there], kept[there], [masks[place] for place in there]
+        told = every[kept] if by_class and every is not None else None
+        found.append(Detections(boxes, scores[kept], classes[kept], told, keypoints, corners, masks))
     return found
+
+
+def _suppressed(boxes: Array, scores: Array, classes: Array, confidence: float, iou: float) -> NDArray[np.int64]:
+    # OpenCV keeps classes apart by shifting their boxes, for which none may be negative.
+    rectangles = np.hstack((boxes[:, :2] - boxes[:, :2].min(axis=0, initial=0), boxes[:, 2:] - boxes[:, :2]))
+    suppress = opencv().dnn.NMSBoxesBatched
+    kept = suppress(rectangles.astype(np.float64), scores, classes, confidence, iou)
+    return np.asarray(kept, np.int64).reshape(-1)
+
+
+def _of_image(scores: Array, placement: Placement, most: int | None, by_class: bool) -> Detections:
+    """The best classes of an image, each with the box of all of it."""
+    kept = np.argsort(-scores, kind="stable")[: min(TOP, most or TOP)]
+    height, width = placement.original
+    boxes = np.tile(np.array([0, 0, width, height], np.float32), (len(kept), 1))
+    every = np.tile(scores, (len(kept), 1)) if by_class else None
+    return Detections(boxes, scores[kept], kept.astype(np.int64), every, of_image=True)

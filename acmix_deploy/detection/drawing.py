@@ -1,8 +1,10 @@
-"""Boxes with their names, drawn on images."""
+"""Boxes with their names, outlines and points, drawn on images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
 
 from acmix_deploy.detection.images import Image, opencv
 
@@ -21,12 +23,50 @@ def draw_box(image: Image, corners: Sequence[float], text: str, colour: str) -> 
     Raises:
         MissingComponent: OpenCV is not installed.
     """
-    cv2, bgr = opencv(), tuple(bytes.fromhex(colour[1:]))[::-1]
+    cv2, bgr, width = opencv(), _bgr(colour), _width(image)
     left, top, right, bottom = (round(edge) for edge in corners)
-    width = max(2, image.shape[1] // 400)
-    scale = width / 4
     cv2.rectangle(image, (left, top), (right, bottom), bgr, width)
+    draw_text(image, (left, top), text, colour)
+
+
+def draw_text(image: Image, place: tuple[int, int], text: str, colour: str) -> None:
+    """The same for a text alone, above the place (x, y)."""
+    cv2, bgr, scale = opencv(), _bgr(colour), _width(image) / 4
+    left, top = place
     (wide, high), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     base = max(top, high + below)
     cv2.rectangle(image, (left, base - high - below), (left + wide, base), bgr, cv2.FILLED)
     cv2.putText(image, text, (left, base - below), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
+
+
+def draw_outlines(image: Image, outlines: Sequence[Sequence[Sequence[float]]], colour: str, *, filled: bool) -> None:
+    """Polygons of points (x, y), as lines; or tinted, as a mask."""
+    cv2, bgr, width = opencv(), _bgr(colour), _width(image)
+    points = [np.array(outline, np.float64).round().astype(np.int32) for outline in outlines]
+    if filled:
+        tinted = cv2.fillPoly(image.copy(), points, bgr)
+        image[:] = cv2.addWeighted(image, 1 - _TINT, tinted, _TINT, 0)
+    else:
+        cv2.polylines(image, points, True, bgr, width)
+
+
+def draw_points(image: Image, points: Sequence[Sequence[float]], colour: str) -> None:
+    """Keypoints (x, y), with how visible they are where that is told: those that are seen."""
+    for x, y, *visibility in points:
+        if not visibility or visibility[0] > SEEN:
+            opencv().circle(image, (round(x), round(y)), 2 * _width(image), _bgr(colour), -1)
+
+
+SEEN = 0.5
+"""Visibility from which on a keypoint counts."""
+
+_TINT = 0.4  # share of the colour in a mask
+
+
+def _bgr(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour[1:]))[::-1]
+
+
+def _width(image: Image) -> int:
+    """Of lines, in pixels."""
+    return max(2, int(image.shape[1]) // 400)

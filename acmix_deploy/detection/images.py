@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,47 +29,88 @@ _MAX_BYTES = 8  # of a pixel in a file: four channels of 16 bits
 
 
 class Placement(NamedTuple):
-    """Where a letterboxed image lies in what the model sees; sizes in pixels, (height, width)."""
+    """Where a fitted image lies in what the model sees; sizes in pixels, (height, width)."""
 
     original: tuple[int, int]
     fitted: tuple[int, int]
     top: int
     left: int
+    canvas: tuple[int, int]
+    """What the model sees."""
+
+    def points(self, points: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Points [..., 2], (x, y), from there to the original image."""
+        (height, width), (fitted_height, fitted_width) = self.original, self.fitted
+        moved = (points - (self.left, self.top)) * (width / fitted_width, height / fitted_height)
+        return np.asarray(moved, np.float32)
 
     def undo(self, boxes: Boxes) -> Boxes:
         """Boxes [N, 4], corners (x1, y1, x2, y2), from there to the original image, cut off at its edges."""
-        (height, width), (fitted_height, fitted_width) = self.original, self.fitted
-        corners = (boxes.reshape(-1, 2, 2) - (self.left, self.top)) * (width / fitted_width, height / fitted_height)
-        return corners.clip(0, (width, height)).astype(np.float32).reshape(-1, 4)
+        height, width = self.original
+        return self.points(boxes.reshape(-1, 2, 2)).clip(0, (width, height)).astype(np.float32).reshape(-1, 4)
 
 
 class Letterbox(BaseModel):
-    """The rule by which an image is fitted into a size: bilinear resize that keeps the aspect ratio, then a border.
+    """The rule by which an image is fitted into a size.
 
-    The fields are those of the ``letterbox`` entry in an exported file's metadata, the defaults those of Ultralytics.
+    The fields are those of the ``letterbox`` entry in an exported file's metadata, the defaults those of Ultralytics
+    for detectors.
     """
 
     model_config = ConfigDict(frozen=True)
 
+    fit: Literal["pad", "stretch", "crop"] = Field(
+        default="pad",
+        description="pad: the aspect ratio is kept, and a border goes around; stretch: it is not kept (RT-DETR); crop: "
+        "the shorter side fits, and the middle is taken (classification)",
+    )
     center: bool = Field(default=True, description="the border goes around the image, else to its right and bottom")
     scaleup: bool = Field(default=True, description="a small image is enlarged")
     padding_value: int = Field(default=114, description="grey of the border, 0 to 255")
 
     def __call__(self, image: Image, height: int, width: int) -> Image:
-        """Fit an image [h, w, 3] into [height, width, 3]; equal to Ultralytics' ``LetterBox`` with ``auto=False``."""
-        _, fitted, top, left = self.place(image.shape, height, width)
+        """Fit an image [h, w, 3] into [height, width, 3].
+
+        Bilinear, equal to Ultralytics' ``LetterBox`` with ``auto=False``; a crop with the antialiasing of Pillow and
+        within one level of Ultralytics' ``classify_transforms``.
+        """
+        _, fitted, top, left, _ = self.place(image.shape, height, width)
+        if self.fit == "crop":
+            return _antialiased(image, *fitted)[-top : height - top, -left : width - left]
         canvas = np.full((height, width, 3), self.padding_value, np.uint8)
         canvas[top : top + fitted[0], left : left + fitted[1]] = opencv().resize(image, fitted[::-1])
         return canvas
 
     def place(self, shape: Shape, height: int, width: int) -> Placement:
-        """Where an image [h, w, ...] comes to lie in [height, width]."""
+        """Where an image [h, w, ...] comes to lie in [height, width]; a crop reaches beyond it."""
+        original, canvas = (shape[0], shape[1]), (height, width)
+        if self.fit == "stretch":
+            return Placement(original, canvas, 0, 0, canvas)
+        if self.fit == "crop":
+            scale = max(height / shape[0], width / shape[1])
+            fitted = max(height, int(shape[0] * scale)), max(width, int(shape[1] * scale))
+            top, left = (-round((size - part) / 2) for size, part in zip(fitted, canvas, strict=True))
+            return Placement(original, fitted, top, left, canvas)
         scale = min(height / shape[0], width / shape[1])
         if not self.scaleup:
             scale = min(scale, 1.0)
         fitted = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
         top, left = ((height - fitted[0]) // 2, (width - fitted[1]) // 2) if self.center else (0, 0)
-        return Placement((shape[0], shape[1]), fitted, top, left)
+        return Placement(original, fitted, top, left, canvas)
+
+
+def _antialiased(image: Image, height: int, width: int) -> Image:
+    """Bilinear, with a triangle as wide as a pixel of the result: what Pillow does, columns first, rounded between."""
+
+    def weights(size: int, wanted: int) -> NDArray[np.float32]:
+        scale = max(size / wanted, 1.0)
+        middle = (np.arange(wanted)[:, None] + 0.5) * (size / wanted)
+        triangle = np.clip(1 - np.abs(np.arange(size) + 0.5 - middle) / scale, 0, None)
+        return np.asarray(triangle / triangle.sum(axis=1, keepdims=True), np.float32)
+
+    across = np.tensordot(image.astype(np.float32), weights(image.shape[1], width), (1, 1)).round()  # [h, 3, width]
+    both = np.tensordot(weights(image.shape[0], height), across, (1, 0)).round()
+    return np.ascontiguousarray(both.transpose(0, 2, 1).astype(np.uint8))
 
 
 class Photos(NamedTuple):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from acmix_deploy.detection import rotated
 from acmix_deploy.detection.boxes import Detections
 from acmix_deploy.detection.images import Boxes
+
+NEAR: Mapping[str, float] = MappingProxyType({"float32": 0.002, "float16": 0.02, "int8": 0.15})
+"""Difference of scores that rounding makes, by the type that a model computes in."""
 
 SAME = 0.5
 """Intersection over union from which on two boxes show the same object."""
@@ -56,7 +62,10 @@ def match(reference: Detections, candidate: Detections, confidence: float, near:
         a match for every detection above ``confidence``, except for those of the candidate alone that are ties; a pair
         of different classes that is no tie is a changed class.
     """
-    iou = overlaps(reference.boxes, candidate.boxes)
+    if reference.corners is None or candidate.corners is None:
+        iou = overlaps(reference.boxes, candidate.boxes)
+    else:
+        iou = rotated.overlaps(reference.corners, candidate.corners)
     right, found = reference.scores[:, None], candidate.scores[None]
     both, either = np.minimum(right, found) > confidence, np.maximum(right, found) > confidence
     close = either & (np.abs(right - found) <= near)

@@ -6,7 +6,7 @@ import ast
 import json
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, PositiveInt, RootModel, TypeAdapter, ValidationError
 
@@ -15,6 +15,9 @@ from acmix_deploy.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
+
+Task = Literal["detect", "segment", "pose", "obb", "classify"]
+"""What models are for, as Ultralytics calls it."""
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -64,8 +67,13 @@ class ModelMetadata(RootModel[dict[str, str]]):
 
     @property
     def detects(self) -> bool:
-        """Whether the file calls itself a detector."""
-        return self.task == "detect"
+        """Whether the file names a task whose outputs are decoded here."""
+        return self.task in get_args(Task)
+
+    @property
+    def head(self) -> str | None:
+        """Class of the last layer, such as RTDETRDecoder; None where it is not told."""
+        return self.root.get("head")
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -109,9 +117,10 @@ class ModelMetadata(RootModel[dict[str, str]]):
 
     @cached_property
     def letterbox(self) -> Letterbox:
-        """By which images are fitted into a size; Ultralytics' own rule where it is not told."""
+        """By which images are fitted into a size; Ultralytics' own rule for the task where it is not told."""
+        usual = {"fit": "crop" if self.task == "classify" else "stretch" if self.head == "RTDETRDecoder" else "pad"}
         try:
-            return Letterbox.model_validate_json(self.root.get("letterbox", "{}"))
+            return Letterbox.model_validate_json(self.root.get("letterbox", json.dumps(usual)))
         except ValidationError as error:
             raise self._wrong("letterbox", f"{', '.join(Letterbox.model_fields)} as JSON") from error
 

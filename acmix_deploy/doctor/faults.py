@@ -114,8 +114,8 @@ FAULTS: dict[FaultId, Fault] = {
         "Export the checkpoint again with acmix-deploy export.",
     ),
     "other-outputs": Fault(
-        "a file with the task detect gives something else than `[B, 4 + classes, anchors]`, such as rows of boxes, "
-        "scores and classes by Ultralytics' `nms=True` or an end-to-end head",
+        "a file gives something else than its metadata tell: another task, another number of classes, rows of boxes, "
+        "scores and classes that are not told",
         "scores above 1, boxes where nothing is; `detect` and `serve` refuse the file",
         NO_DETECTOR_HINT,
     ),

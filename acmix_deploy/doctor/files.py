@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from acmix_deploy.artifacts import sha256, sidecar
-from acmix_deploy.detection.boxes import unlike_told
+from acmix_deploy.detection.heads import unlike_told
 from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, MissingComponent
 from acmix_deploy.files import expect
@@ -72,7 +72,8 @@ def _engine(path: Path, plugin: Path | None) -> Examination:
         "plugin": str(manifest.plugin.path) if manifest.plugin else "none",
     }
     findings, notes = [], []
-    if unlike := unlike_told(manifest.metadata, {node.name: node.dims for node in outputs_of(manifest)}):
+    shapes = {node.name: node.dims for node in outputs_of(manifest)}
+    if manifest.metadata.detects and (unlike := unlike_told(manifest.metadata, shapes)):
         findings.append(Finding.of("other-outputs", f"it {unlike}"))
     try:
         library = plugin or (manifest.plugin.path if manifest.plugin else None)

@@ -15,7 +15,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from acmix_deploy import onnx_file
-from acmix_deploy.detection.boxes import unlike_detector, unlike_told
+from acmix_deploy.detection.boxes import unlike_detector
+from acmix_deploy.detection.heads import unlike_told
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, UserError

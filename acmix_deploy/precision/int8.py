@@ -18,10 +18,13 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
-from acmix_deploy.detection.boxes import no_detector, unlike_detector, unlike_told
+from acmix_deploy.detection.boxes import no_detector, unlike_detector
+from acmix_deploy.detection.heads import unlike_told
 from acmix_deploy.detection.images import batches, find
+from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.detection.parts import parts_of
+from acmix_deploy.detection.parts import known_head, parts_of
+from acmix_deploy.detection.rows import paired
 from acmix_deploy.errors import UserError
 from acmix_deploy.forms import custom_nodes
 from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied, with_weights
@@ -132,7 +135,8 @@ def quantize(
     check_output(target, source)
     session = open_session(source)
     metadata = metadata_of(session)
-    if unlike := unlike_told(metadata, {node.name: node.shape for node in session.get_outputs()}):
+    shapes = {node.name: node.shape for node in session.get_outputs()}
+    if metadata.detects and (unlike := unlike_told(metadata, shapes)):
         raise no_detector(str(source), unlike)
     model = _load(source, opset=_FLOAT16_SCALES if fp16 else _CHANNEL_SCALES)
     chosen = choose_layers(model, exclude, quantize_head=quantize_head)
@@ -399,10 +403,12 @@ def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: Mod
         return {name: np.concatenate(arrays) for name, arrays in zip(names, runs, strict=True)}
 
     expected, actual = outputs(source), outputs(target)
-    if unlike := unlike_detector(metadata, expected):
+    if metadata.detects and (unlike := unlike_detector(metadata, expected)):
         raise no_detector(str(source), unlike)
+    head = known_head(metadata, expected)
+    expected, actual = paired(head, expected, actual, NEAR["int8"])
     found = {name: deviation(array, actual[name]) for name, array in expected.items()}
-    for name, parts in parts_of(metadata, expected).items():
-        for part, channels in parts.items():
-            found[part] = deviation(expected[name][:, channels], actual[name][:, channels])
+    for name, parts in parts_of(head, expected).items():
+        for part, index in parts.items():
+            found[part] = deviation(expected[name][index], actual[name][index])
     return found

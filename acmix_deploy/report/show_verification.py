@@ -48,7 +48,9 @@ def notes(verification: Verification) -> list[str]:
 def detections(verification: Verification) -> Table:
     """What became of the reference's detections, for each candidate."""
     heads = "candidate", "images", "detections", "matched", "lost", "class changed", "added"
-    rows = table(*heads, "score change, mean, max", "IoU, mean, min", "", numeric=tuple(range(1, 10)))
+    more = any(map(_more, verification.detections))
+    changes = ("score change, mean, max", "IoU, mean, min", *["of the task"] * more)
+    rows = table(*heads, *changes, "", numeric=tuple(range(1, 10)))
     for found in verification.detections:
         counts = (len(found.images), found.expected, found.matched, found.lost, found.class_changes, found.added)
         rows.add_row(
@@ -56,9 +58,20 @@ def detections(verification: Verification) -> Table:
             *map(str, counts),
             _two(found.mean_score_change, found.max_score_change, ".1e"),
             _two(found.mean_iou, found.min_iou, ".3f"),
+            *([_more(found)] if more else []),
             verdict(found.passed, "too few detections"),
         )
     return rows
+
+
+def _more(found: DetectionComparison) -> str:
+    """What a task has beside boxes."""
+    told = (
+        (found.mean_mask_iou, "mask IoU {:.3f}"),
+        (found.mean_keypoint_distance, "keypoints apart {:.1e}"),
+        (found.mean_top5, "top 5 {:.1%}"),
+    )
+    return ", ".join(text.format(value) for value, text in told if value is not None)
 
 
 def worst_image(found: DetectionComparison) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from acmix_deploy.artifacts import no_space, replacing
 from acmix_deploy.detection.boxes import Detections, named
-from acmix_deploy.detection.drawing import PALETTE, draw_box
+from acmix_deploy.detection.drawing import PALETTE, draw_box, draw_outlines, draw_points, draw_text
 from acmix_deploy.detection.images import Image, opencv
 from acmix_deploy.detection.listing import IMAGE_SUFFIXES
 from acmix_deploy.errors import UserError
@@ -29,11 +29,22 @@ _RESERVE = 1 << 20  # bytes that a video leaves free on the disk, to be finished
 
 
 def annotate(image: Image, found: Detections, names: Mapping[int, str]) -> Image:
-    """A copy of an image [h, w, 3] in BGR with boxes, names and scores; the highest score on top."""
+    """A copy of an image [h, w, 3] in BGR with names, scores and what a task has: boxes, masks, keypoints, rotated
+    boxes, or the classes of the image as lines of text. The highest score is on top."""
     drawn: Image = image.copy()
-    for kind, detection in reversed(list(zip(found.classes.tolist(), named(found, names), strict=True))):
-        text = f"{detection.name} {detection.score:.2f}"
-        draw_box(drawn, detection.box, text, PALETTE[kind % len(PALETTE)])
+    rows = [(PALETTE[kind % len(PALETTE)], one) for kind, one in zip(found.classes, named(found, names), strict=True)]
+    for colour, one in rows:
+        draw_outlines(drawn, one.mask or [], colour, filled=True)
+    for place, (colour, one) in reversed(list(enumerate(rows, 1))):
+        text = f"{one.name} {one.score:.2f}"
+        if found.of_image:
+            draw_text(drawn, (0, round(place * drawn.shape[0] / (len(rows) + 1))), text, colour)
+        elif one.corners:
+            draw_outlines(drawn, [one.corners], colour, filled=False)
+            draw_text(drawn, (round(one.box[0]), round(one.box[1])), text, colour)
+        else:
+            draw_box(drawn, one.box, text, colour)
+        draw_points(drawn, one.keypoints or [], colour)
     return drawn
 
 

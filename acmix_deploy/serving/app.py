@@ -195,7 +195,7 @@ class Api:
                 for image, boxes in zip(images, found, strict=True)
             ],
         )
-        return Response(response.model_dump_json(by_alias=True), media_type="application/json")
+        return Response(response.model_dump_json(by_alias=True, exclude_none=True), media_type="application/json")
 
     async def reload(self, request: Request) -> Response:
         """Serve the model's file as it is now."""

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from acmix_deploy.detection.boxes import Array, Detections
+from acmix_deploy.detection.boxes import Detections
+from acmix_deploy.detection.heads import Array
 from acmix_deploy.detection.images import Image
 from acmix_deploy.errors import AcmixDeployError, CheckFailed
 from acmix_deploy.serving.detector import Feed

@@ -13,14 +13,13 @@ import numpy as np
 from acmix_deploy.detection.boxes import (
     CONFIDENCE,
     IOU,
-    Array,
     Detections,
     decode,
     no_detector,
-    other_task,
     spoilt,
     unlike_detector,
 )
+from acmix_deploy.detection.heads import Array, head_of
 from acmix_deploy.detection.images import Image, tensor
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
@@ -87,12 +86,12 @@ class Detector:
             raise no_detector(name, f"takes {self._input}")
         noise = random_images((self._min_batch, *self.input_shape[1:]))
         outputs = self.infer({self._input.name: noise.astype(self._input.dtype)})
-        shapes = {key: output.shape for key, output in outputs.items()}
-        if found := other_task(opened.metadata, shapes) or unlike_detector(opened.metadata, outputs):
+        if found := unlike_detector(opened.metadata, outputs):
             raise no_detector(name, found)
-        ((key, output),) = outputs.items()
-        if problem := spoilt(output, confidence):
-            raise CheckFailed(f"{name} gives {key} with {problem}, on noise {list(noise.shape)}")
+        self.head = head_of(opened.metadata, {key: output.shape for key, output in outputs.items()})
+        """What it gives."""
+        if problem := spoilt(self.head, outputs[self.head.output], confidence):
+            raise CheckFailed(f"{name} gives {self.head.output} with {problem}, on noise {list(noise.shape)}")
 
     @classmethod
     def load(
@@ -186,11 +185,11 @@ class Detector:
         batch = self._empty(max(len(images), self._min_batch))
         for place, image in zip(batch, images, strict=False):
             place[:] = tensor(self._letterbox(image, height, width))
-        ((name, output),) = self.infer({self._input.name: batch}).items()
-        if problem := spoilt(output[: len(images)], self.confidence):
-            raise CheckFailed(f"{self.name} gives {name} with {problem}")
+        outputs = self.infer({self._input.name: batch})
+        if problem := spoilt(self.head, outputs[self.head.output][: len(images)], self.confidence):
+            raise CheckFailed(f"{self.name} gives {self.head.output} with {problem}")
         placements = [self._letterbox.place(image.shape, height, width) for image in images]
-        return decode(output[: len(images)], placements, confidence=self.confidence, iou=self.iou)
+        return decode(self.head, outputs, placements, confidence=self.confidence, iou=self.iou)
 
     def _check(self, feed: Feed) -> None:
         if feed.keys() != {node.name for node in self.inputs}:

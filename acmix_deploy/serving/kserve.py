@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from acmix_deploy import __version__
-from acmix_deploy.detection.boxes import Array
+from acmix_deploy.detection.heads import Array
 from acmix_deploy.errors import UserError
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.serving.worker import Served

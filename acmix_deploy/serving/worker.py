@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from acmix_deploy.artifacts import read_artifact, sidecar
-from acmix_deploy.detection.boxes import Array, Detections
+from acmix_deploy.detection.boxes import Detections
+from acmix_deploy.detection.heads import Array
 from acmix_deploy.detection.images import Image
 from acmix_deploy.errors import AcmixDeployError, CheckFailed
 from acmix_deploy.process import ending

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -10,7 +10,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from acmix_deploy.detection.boxes import CONFIDENCE, Detection, Detections, decode, named
+from acmix_deploy.detection.boxes import CONFIDENCE, TOP, Detection, Detections, decode, named
+from acmix_deploy.detection.drawing import SEEN
+from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import Match, match
 from acmix_deploy.detection.metadata import ModelMetadata
@@ -71,6 +73,14 @@ class DetectionPair(BaseModel):
     reference: Detection | None = Field(description="None where only the candidate has one")
     candidate: Detection | None = Field(description="None where only the reference has one")
     iou: float = Field(description="intersection over union of the two boxes, 0 where there is one alone")
+    mask_iou: float | None = Field(default=None, description="the same of the two masks, where there are two")
+    keypoint_distance: float | None = Field(
+        default=None,
+        description="mean distance of the keypoints that the reference sees, over the square root of its box's area",
+    )
+    top5: float | None = Field(
+        default=None, description="share of the reference's five best classes that are among the candidate's"
+    )
 
     @computed_field(description="whether the two match, are of different classes, or one is missing")  # type: ignore[prop-decorator]
     @property
@@ -115,7 +125,15 @@ class ImageComparison(BaseModel):
     @property
     def badness(self) -> tuple[int, float]:
         """What the worst image has most of: pairs that do not match, then the change of a score or a box."""
-        changes = [max(pair.score_change, 1 - pair.iou) for pair in self.having("matched")]
+        changes = [
+            max(
+                pair.score_change,
+                1 - pair.iou,
+                1 - (1 if pair.mask_iou is None else pair.mask_iou),
+                pair.keypoint_distance or 0,
+            )
+            for pair in self.having("matched")
+        ]
         return len(self.having("class changed", "lost", "added")), max(changes, default=0.0)
 
 
@@ -169,8 +187,7 @@ class DetectionComparison(BaseModel):
     @computed_field(description="mean absolute difference of the scores of matches")  # type: ignore[prop-decorator]
     @property
     def mean_score_change(self) -> float | None:
-        changes = [pair.score_change for pair in self._pairs("matched")]
-        return float(np.mean(changes)) if changes else None
+        return self._mean(pair.score_change for pair in self._pairs("matched"))
 
     @computed_field(description="largest one")  # type: ignore[prop-decorator]
     @property
@@ -180,13 +197,27 @@ class DetectionComparison(BaseModel):
     @computed_field(description="mean intersection over union of matches")  # type: ignore[prop-decorator]
     @property
     def mean_iou(self) -> float | None:
-        overlaps = [pair.iou for pair in self._pairs("matched")]
-        return float(np.mean(overlaps)) if overlaps else None
+        return self._mean(pair.iou for pair in self._pairs("matched"))
 
     @computed_field(description="smallest one")  # type: ignore[prop-decorator]
     @property
     def min_iou(self) -> float | None:
         return min((pair.iou for pair in self._pairs("matched")), default=None)
+
+    @computed_field(description="mean intersection over union of the masks of matches")  # type: ignore[prop-decorator]
+    @property
+    def mean_mask_iou(self) -> float | None:
+        return self._mean(pair.mask_iou for pair in self._pairs("matched"))
+
+    @computed_field(description="mean distance of the keypoints of matches, over the square root of a box's area")  # type: ignore[prop-decorator]
+    @property
+    def mean_keypoint_distance(self) -> float | None:
+        return self._mean(pair.keypoint_distance for pair in self._pairs("matched"))
+
+    @computed_field(description="mean share of the reference's five best classes among the candidate's")  # type: ignore[prop-decorator]
+    @property
+    def mean_top5(self) -> float | None:
+        return self._mean(pair.top5 for image in self.images for pair in image.pairs)
 
     @computed_field(description="whether all is within the limits; null where nothing was there to match")  # type: ignore[prop-decorator]
     @property
@@ -215,6 +246,16 @@ class DetectionComparison(BaseModel):
             )
         if self.mean_iou is not None and self.mean_iou < self.limits.iou:
             faults.append(f"boxes overlap by {self.mean_iou:.3f} on average, {self.limits.iou:g} is expected")
+        if self.mean_mask_iou is not None and self.mean_mask_iou < self.limits.iou:
+            faults.append(f"masks overlap by {self.mean_mask_iou:.3f} on average, {self.limits.iou:g} is expected")
+        if (distance := self.mean_keypoint_distance) is not None and distance > 1 - self.limits.iou:
+            faults.append(
+                f"keypoints are {distance:.2g} of a box's side apart on average, {1 - self.limits.iou:.2g} is accepted"
+            )
+        if self.mean_top5 is not None and self.mean_top5 < 1 - self.limits.lost:
+            faults.append(
+                f"of the five best classes {self.mean_top5:.1%} are the same, {1 - self.limits.lost:.1%} are expected"
+            )
         return faults
 
     def __str__(self) -> str:
@@ -226,47 +267,80 @@ class DetectionComparison(BaseModel):
     def _pairs(self, *outcomes: Outcome) -> list[DetectionPair]:
         return [pair for image in self.images for pair in image.having(*outcomes)]
 
+    @staticmethod
+    def _mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
+
     def _count(self, *outcomes: Outcome) -> int:
         return len(self._pairs(*outcomes))
 
 
 def compare_detections(
-    scenes: Scenes, outputs: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]], near: float
+    scenes: Scenes, head: Head, outputs: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]], near: float
 ) -> tuple[ImageComparison, ...]:
     """Compare the detections in every image, the worst image first.
 
     Args:
         scenes: the images.
-        outputs: for each batch those of the reference and of the candidate: by its name the one output
-            [B, 4 + classes, anchors].
+        head: what the outputs are.
+        outputs: for each batch those of the reference and of the candidate, by name.
         near: difference of scores by which a match may cross the threshold; at most half of that is taken.
     """
-    near = min(near, scenes.confidence / 2)
+    confidence = scenes.confidence
+    if head.layout == "classes":
+        confidence, most = 0.0, 1
+    else:
+        near, most = min(near, confidence / 2), _MOST
     found: dict[tuple[Path, tuple[int, int]], ImageComparison] = {}
     for batch, (expected, actual) in zip(scenes.batches, outputs, strict=True):
         height, width = batch.images.shape[2:]
         detections = (
-            decode(array, batch.placements, confidence=scenes.confidence - near, most=_MOST, by_class=True)
-            for name in expected
-            for array in (expected[name], actual[name])
+            decode(head, given, batch.placements, confidence=confidence - near, most=most, by_class=True)
+            for given in (expected, actual)
         )
         for path, right, other in zip(batch.paths, *detections, strict=True):  # an image may fill up a batch
-            found[path, (height, width)] = _compare(scenes, path, (height, width), right, other, near)
+            pairs = tuple(
+                _pair(found, right, other, scenes.names, near) for found in match(right, other, confidence, near)
+            )
+            found[path, (height, width)] = ImageComparison(image=path, size=(height, width), pairs=pairs)
     return tuple(sorted(found.values(), key=lambda image: image.badness, reverse=True))
 
 
-def _compare(
-    scenes: Scenes, path: Path, size: tuple[int, int], reference: Detections, candidate: Detections, near: float
-) -> ImageComparison:
-    expected, actual = named(reference, scenes.names), named(candidate, scenes.names)
-
-    def pair(found: Match) -> DetectionPair:
-        right = None if found.reference is None else expected[found.reference]
-        other = None if found.candidate is None else actual[found.candidate]
-        if found.tie and right and other and candidate.by_class is not None:
-            score = float(candidate.by_class[found.candidate, reference.classes[found.reference]])
+def _pair(
+    found: Match, reference: Detections, candidate: Detections, names: Mapping[int, str], near: float
+) -> DetectionPair:
+    """A match with what it changes, as far as both sides tell it."""
+    i, j = found.reference, found.candidate
+    right, other = (
+        None if index is None else named(side.only(index), names)[0] for side, index in ((reference, i), (candidate, j))
+    )
+    changes: dict[str, float] = {}
+    if i is not None and j is not None and right and other:
+        if found.tie and candidate.by_class is not None:
+            score = float(candidate.by_class[j, reference.classes[i]])
             other = other.model_copy(update={"name": right.name, "score": round(score, 5)})
-        return DetectionPair(reference=right, candidate=other, iou=round(found.iou, 5))
+        if reference.masks is not None and candidate.masks is not None:
+            changes["mask_iou"] = reference.masks[i].overlap(candidate.masks[j])
+        if reference.keypoints is not None and candidate.keypoints is not None:
+            changes["keypoint_distance"] = _apart(reference.keypoints[i], candidate.keypoints[j], right.box)
+        if reference.of_image and reference.by_class is not None and candidate.by_class is not None:
+            changes["top5"] = _shared(reference.by_class[i], candidate.by_class[j], near)
+    rounded = {name: round(value, 5) for name, value in changes.items()}
+    return DetectionPair(reference=right, candidate=other, iou=round(found.iou, 5), **rounded)
 
-    pairs = tuple(pair(found) for found in match(reference, candidate, scenes.confidence, near))
-    return ImageComparison(image=path, size=size, pairs=pairs)
+
+def _apart(reference: Array, candidate: Array, box: tuple[float, float, float, float]) -> float:
+    """Mean distance of keypoints [K, 2 or 3], of those seen where that is told, over the square root of the area."""
+    seen = reference[:, 2] > SEEN if reference.shape[1] == 3 else np.ones(len(reference), bool)
+    area = max((box[2] - box[0]) * (box[3] - box[1]), 1.0)
+    distances = np.linalg.norm((reference - candidate)[seen, :2].astype(np.float64), axis=1)
+    return float(distances.mean() / np.sqrt(area)) if seen.any() else 0.0
+
+
+def _shared(reference: Array, candidate: Array, near: float) -> float:
+    """Share of the best classes of one that are among those of the other, or lower than the last of these by no more
+    than the share ``near``: these scores sum to 1."""
+    best = np.argsort(-reference, kind="stable")[:TOP]
+    last = np.sort(candidate)[-len(best)]
+    return float((candidate[best] >= last * (1 - near)).mean())

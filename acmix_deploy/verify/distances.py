@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from acmix_deploy.detection.parts import Parts
+from acmix_deploy.detection.heads import Head
+from acmix_deploy.detection.parts import parts_of
+from acmix_deploy.detection.rows import paired
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.verify.limits import CHANNEL_FLOOR, PIXELS
 
@@ -28,23 +30,25 @@ class ChannelDeviation(Deviation):
 
 
 def distances(
-    expected: Mapping[str, Array], actual: Mapping[str, Array], layout: Mapping[str, Parts]
+    expected: Mapping[str, Array], actual: Mapping[str, Array], head: Head | None, near: float
 ) -> dict[Part, Deviation]:
     """The distance of each part of each output; of an output of unknown parts as a whole and by its channels.
 
     Args:
         expected, actual: by name; a missing output, or one of another shape, is a problem.
-        layout: see :func:`acmix_deploy.detection.parts.parts_of`.
+        head: what the outputs are; rows that a model selects are compared as sets.
+        near: difference of scores of rows that tie.
     """
     found: dict[Part, Deviation] = {}
+    layout = parts_of(head, expected)
+    expected, actual = paired(head, expected, actual, near)
     for name, array in expected.items():
         if name not in actual:
             found[Part(name)] = Deviation(problem="the output is missing")
             continue
         other = actual[name]
         if layout[name] and other.shape == array.shape:
-            parts = layout[name].items()
-            found |= {Part(part): deviation(array[:, members], other[:, members]) for part, members in parts}
+            found |= {Part(part): deviation(array[index], other[index]) for part, index in layout[name].items()}
             continue
         found[Part(name)] = whole = deviation(array, other)
         axis = channel_axis(array.shape)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.operators import spec
 from acmix_deploy.operators.spec import Tolerance
 
@@ -29,7 +30,7 @@ FILE_TOLERANCES: Mapping[str, Tolerance | None] = MappingProxyType(
 )
 """The same where PyTorch's own error in the type is not known."""
 
-AS_SCORES = frozenset({"scores", "visibility", "angles", "channel"})
+AS_SCORES = frozenset({"scores", "objectness", "visibility", "angles", "channel"})
 """Parts that have the limits of scores: other logistic functions, and single channels of an output that is also judged
 as a whole."""
 
@@ -48,7 +49,10 @@ class DetectionLimits(BaseModel):
 
     lost: float = Field(description="largest share of the reference's detections lost or changed, and of such added")
     score_change: float = Field(description="largest mean difference of the scores of matches")
-    iou: float = Field(description="smallest mean intersection over union of matches")
+    iou: float = Field(
+        description="smallest mean intersection over union of matches, of their boxes and of their masks; 1 minus the "
+        "largest mean distance of their keypoints"
+    )
     near: float = Field(
         description="difference of scores by which a match may cross the threshold; one lost and one added detection "
         "are excused within twice that of it"
@@ -57,9 +61,9 @@ class DetectionLimits(BaseModel):
 
 DETECTION_LIMITS: Mapping[str, DetectionLimits] = MappingProxyType(
     {
-        "float32": DetectionLimits(lost=0.001, score_change=0.001, iou=0.999, near=0.002),
-        "float16": DetectionLimits(lost=0.01, score_change=0.01, iou=0.95, near=0.02),
-        "int8": DetectionLimits(lost=0.05, score_change=0.05, iou=0.93, near=0.15),
+        "float32": DetectionLimits(lost=0.001, score_change=0.001, iou=0.999, near=NEAR["float32"]),
+        "float16": DetectionLimits(lost=0.01, score_change=0.01, iou=0.95, near=NEAR["float16"]),
+        "int8": DetectionLimits(lost=0.05, score_change=0.05, iou=0.93, near=NEAR["int8"]),
     }
 )
 """Of detections, by the type that the candidate computes in."""

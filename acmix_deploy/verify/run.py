@@ -13,8 +13,10 @@ from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
 from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, unlike_detector
+from acmix_deploy.detection.heads import Head
+from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.detection.parts import Parts, parts_of
+from acmix_deploy.detection.parts import known_head, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import Provider
@@ -99,19 +101,20 @@ def verify(
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
         expected = _run(reference, feeds)
         rights = _outputs(expected)
-        layout = parts_of(metadata, rights[0])
+        head = known_head(metadata, rights[0])
         unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
         if unlike:
-            if scenes:
+            if scenes and metadata.detects:
                 raise no_detector(reference.name, unlike)
-            layout = {name: {} for name in layout}
-            notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
-        elif scenes and metadata.task is None:
-            notes.append(f"detections were not compared: the metadata of {reference.name} tell no task")
+            head = None
+            if metadata.detects:
+                notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
+            elif scenes:
+                notes.append(f"detections were not compared: {reference.name} {unlike}")
         eager_errors: dict[str, list[dict[Part, Deviation]]] = {}
         for precision, runner in (eager or {}).items():
             try:
-                eager_errors[precision] = _distances(expected, _run(runner, feeds), layout)
+                eager_errors[precision] = _distances(expected, _run(runner, feeds), head, NEAR[precision])
             except CheckFailed as error:
                 notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
         for candidate in candidates:
@@ -119,10 +122,10 @@ def verify(
             limits = DETECTION_LIMITS[precision]
             found = _run(candidate.runner, feeds)
             others = _outputs(found)
-            for index, by_part in enumerate(_distances(expected, found, layout)):
+            for index, by_part in enumerate(_distances(expected, found, head, limits.near)):
                 right, other = rights[index], others[index]
-                empty = _fit(right, other) and _nothing_in(right, layout, confidence)
-                empty = empty and _nothing_in(other, layout, confidence + limits.near)
+                empty = _fit(right, other) and _nothing_in(right, head, confidence)
+                empty = empty and _nothing_in(other, head, confidence + limits.near)
                 own = eager_errors.get(precision)
                 for part, distance in by_part.items():
                     eager_error = own[index].get(part) if own else None
@@ -138,13 +141,13 @@ def verify(
                     )
                     comparisons.append(comparison.judged_by(tolerances))
             outputs = [*zip(rights, others, strict=True)]
-            if scenes and metadata.detects and all(_fit(right, other) for right, other in outputs):
+            if scenes and head and all(_fit(right, other) for right, other in outputs):
                 detections.append(
                     DetectionComparison(
                         candidate=name,
                         precision=precision,
-                        confidence=scenes.confidence,
-                        images=compare_detections(scenes, outputs, limits.near),
+                        confidence=0.0 if head.layout == "classes" else scenes.confidence,
+                        images=compare_detections(scenes, head, outputs, limits.near),
                         limits=limits,
                     )
                 )
@@ -325,22 +328,24 @@ def _outputs(results: RunResults) -> list[Feed]:
     return [{name: found[name] for name in found} for found in iterations]
 
 
-def _nothing_in(outputs: Feed, layout: Mapping[str, Parts], confidence: float) -> bool:
+def _nothing_in(outputs: Feed, head: Head | None, confidence: float) -> bool:
     """Whether there are boxes, and no score of theirs is above ``confidence``."""
-    scores = [outputs[name][:, parts["scores"]] for name, parts in layout.items() if "boxes" in parts]
-    return bool(scores) and all((array <= confidence).all() for array in scores)
+    if head is None or head.layout == "classes":
+        return False
+    scores = outputs[head.output][parts_of(head, outputs)[head.output]["scores"]]
+    return bool((scores <= confidence).all())
 
 
 def _fit(expected: Feed, actual: Feed) -> bool:
     return all(name in actual and actual[name].shape == array.shape for name, array in expected.items())
 
 
-def _distances(expected: RunResults, actual: RunResults, layout: Mapping[str, Parts]) -> list[dict[Part, Deviation]]:
+def _distances(expected: RunResults, actual: RunResults, head: Head | None, near: float) -> list[dict[Part, Deviation]]:
     """For each input the distance of each part."""
     found: list[dict[Part, Deviation]] = []
 
     def compare(wanted: IterationResult, got: IterationResult) -> dict[Part, Deviation]:
-        found.append(distances(dict(wanted.items()), dict(got.items()), layout))
+        found.append(distances(dict(wanted.items()), dict(got.items()), head, near))
         return found[-1]
 
     Comparator.compare_accuracy(RunResults([*expected, *actual]), compare_func=compare)

@@ -5,27 +5,36 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acmix_deploy.detection.boxes import (
-    Detections,
-    decode,
-    other_task,
-    spoilt,
-    unlike_detector,
-)
+from acmix_deploy.detection import boxes
+from acmix_deploy.detection.boxes import Detections, unlike_detector
+from acmix_deploy.detection.heads import Head, unlike_told
 from acmix_deploy.detection.images import Letterbox, Placement
 from acmix_deploy.detection.matching import match, overlaps
 from acmix_deploy.detection.metadata import ModelMetadata
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
 
-WHOLE = Placement((4096, 4096), (4096, 4096), 0, 0)
+WHOLE = Placement((4096, 4096), (4096, 4096), 0, 0, (4096, 4096))
 """An image that needs no letterbox and cuts nothing off."""
+
+
+def head_of(output: np.ndarray) -> Head:
+    return Head("detect", "anchors", "output0", output.shape[1] - 4)
+
+
+def decode(output: np.ndarray, placements: list[Placement], **options: Any) -> list[Detections]:
+    return boxes.decode(head_of(output), {"output0": output}, placements, **options)
+
+
+def spoilt(output: np.ndarray, confidence: float) -> str:
+    return boxes.spoilt(head_of(output), output, confidence)
 
 
 def raw(anchors: int, classes: int, seed: int = 0, size: float = 400, levels: int | None = None) -> np.ndarray:
@@ -86,13 +95,13 @@ def test_boxes_beyond_the_edge_do_not_meet_another_class() -> None:
 
 def test_every_image_of_a_batch_by_its_own_placement() -> None:
     output = np.concatenate([raw(50, 3, seed=1), raw(50, 3, seed=2), np.zeros((1, 7, 50), np.float32)])
-    placements = [WHOLE, Placement((500, 400), (1000, 800), 10, 20), WHOLE]
+    placements = [WHOLE, Placement((500, 400), (1000, 800), 10, 20, (1020, 840)), WHOLE]
     batch = decode(output.astype(np.float64), placements)
     assert [len(found.scores) for found in batch][2] == 0
     assert batch[2].boxes.shape == (0, 4)
     for index in (0, 1):
         (alone,) = decode(output[index : index + 1], [placements[index]])
-        for array, same in zip(batch[index], alone, strict=True):
+        for array, same in zip(batch[index][:3], alone[:3], strict=True):
             np.testing.assert_array_equal(array, same)
     assert batch[1].boxes.max() <= 500
     assert decode(raw(900, 4, size=3000), [WHOLE], most=None)[0].scores.size > 300
@@ -120,7 +129,7 @@ def test_the_letterbox_is_undone_as_ultralytics_does(shape: tuple[int, int], siz
 
 def test_a_border_at_the_right_and_no_enlarging() -> None:
     placed = Letterbox(center=False, scaleup=False).place((20, 40, 3), 64, 64)
-    assert placed == Placement((20, 40), (20, 40), 0, 0)
+    assert placed == Placement((20, 40), (20, 40), 0, 0, (64, 64))
     np.testing.assert_array_equal(placed.undo(np.array([[4, 5, 50, 60]], np.float32)), [[4, 5, 40, 20]])
 
 
@@ -128,10 +137,9 @@ def test_what_a_detector_is() -> None:
     detect = ModelMetadata({"task": "detect", "names": "{0: 'person', 1: 'bus'}"})
     output = raw(6, 2)
     assert not unlike_detector(detect, {"output0": output})
-    assert not other_task(detect, {"output0": output.shape})
-    for other, said in ((ModelMetadata(), "not told"), (ModelMetadata({"task": "segment"}), "segment")):
-        assert other_task(other, {"output0": (1, 6, 6)}) == f"gives output0 [1, 6, 6], and its task is {said}"
-        assert not unlike_detector(other, {"output0": output[0]}), "it claims nothing"
+    for other, said in ((ModelMetadata(), "not told"), (ModelMetadata({"task": "depth"}), "depth")):
+        assert not other.detects
+        assert unlike_told(other, {"output0": (1, 6, 6)}) == f"gives output0 [1, 6, 6], and its task is {said}"
     assert unlike_detector(detect, {"output0": output, "output1": output})
     assert unlike_detector(detect, {"output0": output[:, :4]})
     assert unlike_detector(detect, {"output0": output[0]})
@@ -150,17 +158,18 @@ def rows(count: int, found: int, classes: int = 80) -> np.ndarray:
 @pytest.mark.parametrize(
     ("metadata", "output", "said"),
     [
-        ({"end2end": "True"}, rows(300, 300), r"gives output0 \[1, 300, 6\] of an end-to-end head"),
-        ({"end2end": "True"}, raw(6, 296), "of an end-to-end head"),
-        ({"args": "{'batch': 1, 'nms': True}"}, rows(300, 4), "after non-maximum suppression"),
-        ({"names": str(dict(enumerate("ab")))}, rows(300, 4), "would be 296 classes, and its metadata name 2"),
-        ({"names": str(dict(enumerate("ab")))}, raw(300, 3), "would be 3 classes, and its metadata name 2"),
-        ({"names": str(dict(enumerate("ab")))}, raw(80, 2).transpose(0, 2, 1), "would be 76 classes"),
+        ({"end2end": "True"}, raw(6, 296), "whose rows are no box, score and class"),
+        ({"end2end": "True"}, raw(7, 296), r"gives output0 \[1, 300, 7\], which is not one output"),
+        ({"names": "{0: 'a'}"}, rows(300, 4), "whose rows are a box, a score and a class"),
+        ({"names": str(dict(enumerate("ab")))}, rows(300, 4), "for 2 classes"),
+        ({"names": str(dict(enumerate("ab")))}, raw(300, 3), "for 2 classes"),
+        ({"names": str(dict(enumerate("ab")))}, raw(80, 2).transpose(0, 2, 1), "for 2 classes"),
         ({}, rows(300, 300), "whose rows are a box, a score and a class"),
         ({}, rows(300, 0), "whose rows are a box"),
         ({}, rows(300, 3), "whose rows are a box"),
         ({"names": str(dict.fromkeys(range(296), "x"))}, rows(300, 9), "whose rows are a box"),
         ({"names": str(dict(enumerate("ab")))}, rows(6, 2), "whose rows are a box"),
+        ({"head": "RTDETRDecoder", "names": "{0: 'a'}"}, raw(300, 2), "for 1 classes"),
         ({}, raw(80, 20).transpose(0, 2, 1), r"scores from 0\.\d+ to \d{3}, which are 0 to 1"),
         ({}, raw(80, 20) - np.float32(0.1), r"scores from -0\.\d+ to 0\.\d+, which are 0 to 1"),
     ],
@@ -176,6 +185,11 @@ def test_outputs_that_are_something_else(metadata: dict[str, str], output: np.nd
         ({}, raw(8400, 80)),
         ({"end2end": "False", "args": "{'batch': 1, 'nms': None}", "names": "{0: 'a', 1: 'b'}"}, raw(300, 2)),
         ({"args": "{'nms': False}"}, raw(300, 2)),
+        ({"args": "{'batch': 1, 'nms': True}"}, rows(300, 4)),
+        ({"end2end": "True"}, rows(300, 300)),
+        ({"head": "RTDETRDecoder", "names": "{0: 'a'}"}, raw(300, 1).swapaxes(1, 2)),
+        ({"head": "RTDETRDecoder", "names": "{0: 'a'}"}, rows(300, 9)),
+        ({"names": "{0: 'a'}"}, raw(300, 2).swapaxes(1, 2)),
         ({}, raw(8400, 296)),
         ({}, raw(6, 296)),
         ({}, raw(6, 2)),

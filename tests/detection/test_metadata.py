@@ -30,7 +30,7 @@ TOLD = {
     "kpt_shape": "(17, 3)",
     "end2end": "True",
     "args": "{'batch': 1, 'nms': True}",
-    "letterbox": '{"center": false, "scaleup": true, "padding_value": 0}',
+    "letterbox": '{"fit": "pad", "center": false, "scaleup": true, "padding_value": 0}',
     "author": "somebody",
 }
 
@@ -94,7 +94,7 @@ SIZES = ("x", "640", "[640]", "[1, 2, 3]", "['a', 'b']", "None", "[", "[0, 640]"
         *(("kpt_shape", told, "keypoints and values of each, such as [17, 3]") for told in ("17", "(17, 4)", "junk")),
         ("end2end", "perhaps", "True or False"),
         *(("args", told, "settings by name, such as {'nms': False}") for told in ("nms", "[1]")),
-        *(("letterbox", told, "center, scaleup, padding_value as JSON") for told in ("{bad", '{"center": 7}')),
+        *(("letterbox", told, "fit, center, scaleup, padding_value as JSON") for told in ("{bad", '{"center": 7}')),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_with_what_is_expected(entry: str, told: str, expected: str) -> None:

@@ -399,9 +399,8 @@ def test_an_engine(engine: Path, sm: int, expected: set[str], monkeypatch: pytes
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"args": "{'nms': True}"}, "after non-maximum suppression"),
-        ({"end2end": "True"}, "of an end-to-end head"),
-        ({"names": "{0: 'a'}"}, "which would be 296 classes, and its metadata name 1"),
+        ({"task": "pose"}, "and its metadata tell no kpt_shape"),
+        ({"names": "{0: 'a', 1: 'b'}"}, "for 2 classes"),
         ({"names": "['a']"}, "cannot be decoded: the metadata tell the names"),
         ({}, "whose rows are a box, a score and a class"),
     ],

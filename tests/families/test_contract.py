@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ from tests.families.parts import (
 )
 from tests.pipeline.parts import deployed
 from tests.plugin import parts as plugin_parts
+
+
+def one_of_each(variants: Sequence[Variant]) -> list[Variant]:
+    """The first variant of the families of each operator."""
+    found: dict[tuple[str, ...], Variant] = {}
+    for variant in variants:
+        found.setdefault(tuple(operator.op_type for operator, _ in variant.family.operators), variant)
+    return [*found.values()]
+
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 
@@ -325,7 +335,13 @@ def test_half_precision_graphs_fuse(variant: Variant, tmp_path: Path) -> None:
 # The whole way.
 
 
-@every_variant
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, id=variant.name, marks=() if variant in one_of_each(VARIANTS) else pytest.mark.soak)
+        for variant in VARIANTS
+    ],
+)
 def test_a_checkpoint_becomes_verified_files(variant: Variant, tmp_path: Path) -> None:
     model = Model(variant)
     torch.save(model, tmp_path / "model.pt")

@@ -287,8 +287,18 @@ class Around(nn.Module):
         return self.after(x + y)
 
 
-@every_port
-@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+BY_DYNAMO = "unfold", "padding before the projections"
+
+
+@pytest.mark.parametrize(
+    ("exporter", "options"),
+    [
+        pytest.param(exporter, options, id=f"{exporter}-{name}", marks=pytest.mark.soak if long else ())
+        for exporter in ("torchscript", "dynamo")
+        for name, options in PORTS.items()
+        for long in [exporter == "dynamo" and name not in BY_DYNAMO]
+    ],
+)
 def test_ports_in_graphs(options: dict[str, Any], exporter: str, tmp_path: Path) -> None:
     model, inputs = randomised(Around(Port(**options))), [torch.randn(b, 3, *size) for b, *size in SIZES]
     if exporter == "torchscript" and options.get("neighbours") == "tensor unfold":

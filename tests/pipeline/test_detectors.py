@@ -130,6 +130,39 @@ def test_every_scale_at_sizes_that_are_not_square(tmp_path, variant, scale, shap
     assert distances(report)["model.fused.onnx", "boxes"] < 1e-5
 
 
+GENERATIONS = {
+    "v3": "v3/yolov3-tiny.yaml", "v5": "v5/yolov5n.yaml", "v5, P6": "v5/yolov5n-p6.yaml", "v6": "v6/yolov6n.yaml",
+    "v8": "v8/yolov8n.yaml", "v8, P2": "v8/yolov8n-p2.yaml", "v9": "v9/yolov9t.yaml", "v10": "v10/yolov10n.yaml",
+    "11": "11/yolo11n.yaml", "12": "12/yolo12n.yaml", "26": "26/yolo26n.yaml", "26, P2": "26/yolo26n-p2.yaml",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("26", "v8, P2") else pytest.mark.soak) for name in GENERATIONS]
+)
+def test_generations_of_ultralytics(tmp_path: Path, name: str) -> None:
+    """Each as the package describes it, with an ACmix behind its backbone."""
+    yolo.register()
+    layers = tasks.yaml_model_load(GENERATIONS[name])
+    count = len(layers["backbone"])
+
+    def moved(source: int) -> int:
+        return source + (source >= count - 1)
+
+    layers["head"] = [
+        [[*map(moved, sources)] if isinstance(sources, list) else moved(sources), *layer]
+        for sources, *layer in layers["head"]
+    ]
+    layers["backbone"].append([-1, 1, "ACmix", layers["backbone"][-1][3][:1]])
+    torch.manual_seed(0)
+    model = enlivened(tasks.DetectionModel(layers, verbose=False))
+    torch.save(
+        {"ema": model.half(), "model": None, "train_args": {"imgsz": 640, "task": "detect"}}, tmp_path / "model.pt"
+    )
+    options = {"input_shape": (1, 3, 256, 320), "opset": 17, "expect": 1, "seconds": 0.1}
+    assert deployed(tmp_path / "model.pt", tmp_path, **options).passed
+
+
 def test_yolov5_as_ultralytics_builds_it(tmp_path):
     """The package's own YOLOv5, an ACmix behind the last stage of the backbone, as a YAML file has it."""
     yolo.register()

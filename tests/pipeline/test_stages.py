@@ -84,7 +84,7 @@ def test_fp16_tells_what_stays_in_float32(files, tmp_path, capsys):
     assert main(["fp16", source, "-o", str(target), "--float32", "softmax,acmix_0.*", "--fp16-io", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["artifact"] == json.loads((tmp_path / "half.onnx.json").read_text()) | {"path": str(target)}
-    assert set(document["float32_nodes"].values()) == {"acmix_0.*", "softmax"}
+    assert set(document["float32_nodes"].values()) == {"acmix_0.*", "constant", "softmax"}
     model = onnx.load(target)
     assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {
         onnx.TensorProto.FLOAT16

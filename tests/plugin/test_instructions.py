@@ -57,6 +57,7 @@ def counted(cuda):
     return found
 
 
+@pytest.mark.soak
 def test_the_emulator_counts_the_same(counted):
     for architecture, kernel, count, _, emulated in counted:
         found = {opcode: sum(n for name, n in count.items() if name.startswith(opcode)) for opcode in KNOWN}
@@ -82,6 +83,7 @@ def regressions(found, table):
     return lines
 
 
+@pytest.mark.soak
 def test_nothing_is_worse_than_the_table(counted, cuda):
     release, table = read_table()
     if release != cuda.version:

@@ -64,6 +64,7 @@ def regressions(found, table):
     return sorted(lines)
 
 
+@pytest.mark.soak
 def test_no_kernel_spills(measured):
     assert measured
     assert not [row for row in measured if row.spill_bytes or row.stack_bytes]
@@ -93,6 +94,7 @@ def test_shared_memory_of_launches():
     ]
 
 
+@pytest.mark.soak
 def test_nothing_is_worse_than_the_table(measured, cuda):
     release, table = resources.read_table()
     if release != cuda.version:

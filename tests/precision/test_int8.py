@@ -428,8 +428,8 @@ def test_a_model_without_the_operator(plain, photographs, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"task": "detect", "end2end": "True"}, "of an end-to-end head"),
-        ({"task": "detect", "names": "{0: 'a'}"}, "which would be 2 classes, and its metadata name 1"),
+        ({"task": "detect", "end2end": "True"}, "which is not one output"),
+        ({"task": "detect", "names": "{0: 'a'}"}, "for 1 classes"),
         ({"task": "detect"}, "with scores from .* which are 0 to 1"),
     ],
 )

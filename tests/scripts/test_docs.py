@@ -64,7 +64,10 @@ def write_measurements(folder: Path) -> None:
     (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+LONG = "docs/cli.md", "docs/python.md"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.soak) if n in LONG else n for n in RUNNABLE])
 def test_commands_and_code_run(
     name: str,
     prepared: Path,

@@ -121,6 +121,13 @@ def selected(path: Path, **metadata: str) -> Path:
     return constant(path, out, **{"task": "detect", **metadata})
 
 
+def posed(path: Path) -> Path:
+    """A file of the task pose for images of 32x32 pixels that finds one box with two points, the second unseen."""
+    out = np.zeros((1, 5 + 6, 4), np.float32)
+    out[0, :, 0] = 16, 16, 8, 8, 0.9, 14, 15, 1, 18, 17, 0.25
+    return constant(path, out, task="pose", names="{0: 'thing'}", kpt_shape="[2, 3]")
+
+
 def small(path: Path, element: int = TensorProto.FLOAT, outputs: int = 6, **metadata: str) -> Path:
     """Something like a detector of 8 x 8 pixels an anchor: all boxes alike, the class scores mean colours."""
     image = helper.make_tensor_value_info("images", element, ["batch", 3, "height", "width"])

@@ -106,9 +106,12 @@ def test_outputs_that_are_not_finite_are_no_empty_image(
 
 
 def test_boxes_that_are_selected_already(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, selected(tmp_path / "a.onnx", args="{'nms': True}"), photos)
+    code, out, err = run(capsys, selected(tmp_path / "a.onnx"), photos)
     assert (code, out) == (2, "")
-    assert "a is not a detector: it gives output0 [1, 300, 6] after non-maximum suppression" in err
+    assert "a is not a detector: it gives output0 [1, 300, 6], whose rows are a box, a score and a class" in err
+    code, out, _ = run(capsys, selected(tmp_path / "b.onnx", args="{'nms': True}"), photos)
+    assert code == 0
+    assert "1 0.90 at 40, 40, 120, 120" in out
 
 
 def test_a_folder(shapes_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,8 @@ def test_colours_and_sizes_come_from_the_metadata(tmp_path: Path, element: int) 
 
 def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
     for options, said in (
-        ({"task": "segment"}, r"gives output0 \[1, 6, 24\], and its task is segment"),
+        ({"task": "depth"}, r"gives output0 \[1, 6, 24\], and its task is depth"),
+        ({"task": "segment"}, r"gives output0 \[1, 6, 24\], which is not an output .* and prototypes"),
         ({"outputs": 4}, r"gives output0 \[1, 4, 24\]"),
     ):
         with pytest.raises(UserError, match=f"a is not a detector: it {said}"):
@@ -157,18 +158,24 @@ def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"end2end": "True"}, r"gives output0 \[1, 300, 6\] of an end-to-end head \(end2end in its metadata\)"),
-        (
-            {"args": "{'nms': True}"},
-            r"gives output0 \[1, 300, 6\] after non-maximum suppression \(nms in its metadata\)",
-        ),
-        ({"names": "{0: 'a', 1: 'b'}"}, r"gives output0 \[1, 300, 6\], which would be 296 classes, .* name 2"),
+        ({"names": "{0: 'a'}"}, r"gives output0 \[1, 300, 6\], whose rows are a box, a score and a class"),
+        ({"names": "{0: 'a', 1: 'b'}"}, r"gives output0 \[1, 300, 6\], which is not one output .* for 2 classes"),
         ({}, r"gives output0 \[1, 300, 6\], whose rows are a box, a score and a class"),
     ],
 )
-def test_boxes_that_are_selected_already_are_not_decoded(tmp_path: Path, metadata: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=f"rows is not a detector: it {said}; expected is"):
+def test_rows_that_are_not_told_are_not_decoded(tmp_path: Path, metadata: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=f"rows is not a detector: it {said}; expected are"):
         Detector.load(selected(tmp_path / "rows.onnx", **metadata))
+
+
+@pytest.mark.parametrize("metadata", [{"end2end": "True"}, {"args": "{'nms': True}"}])
+def test_boxes_that_are_selected_are_taken_as_they_are(tmp_path: Path, metadata: dict[str, str]) -> None:
+    with Detector.load(selected(tmp_path / "rows.onnx", **metadata)) as detector:
+        (found,) = detector([np.zeros((64, 64, 3), np.uint8)])
+    assert [(one.name, one.box) for one in named(found, {0: "a", 1: "b"})] == [
+        ("b", (16, 16, 48, 48)),
+        ("a", (4, 4, 60, 60)),
+    ]
 
 
 def test_what_is_not_finite_fails(tmp_path: Path) -> None:

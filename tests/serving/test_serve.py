@@ -28,7 +28,7 @@ from acmix_deploy.serving.detector import Detector
 from scripts import shapes
 from scripts.load import Picture, known, same
 from tests import ROOT
-from tests.serving.parts import PICTURE, TOKEN, Server, serving, tiny, wait_until
+from tests.serving.parts import PICTURE, TOKEN, Server, posed, serving, tiny, wait_until
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 for package in ("multipart", "prometheus_client", "starlette", "uvicorn"):
@@ -97,6 +97,14 @@ def test_several_pictures_in_one_request(server: Server, pictures: list[Picture]
     assert len(answer["images"]) == len(pictures)
     for found, picture in zip(answer["images"], pictures, strict=True):
         assert same(found["detections"], picture.detections)
+
+
+def test_what_a_task_has_beside_boxes_is_answered(tmp_path: Path) -> None:
+    with serving(posed(tmp_path / "pose.onnx"), tmp_path) as running:
+        (image,) = running.detect(encoded(np.zeros((64, 32, 3), np.uint8), ".png")).json()["images"]
+    assert image["detections"] == [
+        {"name": "thing", "score": 0.9, "box": [8, 24, 24, 40], "keypoints": [[12, 30, 1], [20, 34, 0.25]]}
+    ]
 
 
 def refused(response: httpx.Response, status: int, why: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from acmix_deploy import families, yolo
 from acmix_deploy.checkpoint import load
+from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find, placed_batches
 from acmix_deploy.export import export
 from acmix_deploy.fusion import fuse
@@ -61,7 +62,7 @@ def passed(outputs: Outputs, precision: str, change: Callable[[Array], None], co
         change(output)
     limits = DETECTION_LIMITS[precision]
     both = [({"output0": right}, {"output0": other}) for right, other in zip(outputs.of["plain"], spoilt, strict=True)]
-    images = compare_detections(outputs.scenes, both, limits.near)
+    images = compare_detections(outputs.scenes, Head("detect", "anchors", "output0", 3), both, limits.near)
     random = np.random.default_rng(0)
     draws = (random.choice(len(images), count, replace=False) for _ in range(200))
     judged = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from acmix_deploy import yolo
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.detection.parts import parts_of
+from acmix_deploy.detection.parts import known_head, parts_of
 from acmix_deploy.operators.spec import LARGEST_LIMIT, Tolerance
 from acmix_deploy.runtime.inputs import random_images
 from acmix_deploy.runtime.metrics import deviation
@@ -82,10 +82,12 @@ def test_the_parts_are_where_the_heads_of_ultralytics_put_them(exported: tuple[n
     """The last convolutions of one part after the other get another bias: then its channels change, and no others."""
     model, metadata = exported
     outputs = outputs_of(model)
-    layout = parts_of(metadata, outputs)
+    layout = parts_of(known_head(metadata, outputs), outputs)
     assert [part for parts in layout.values() for part in parts] == PARTS[metadata.task]
     for name, parts in layout.items():
-        assert sorted(np.concatenate(list(parts.values()))) == [*range(outputs[name].shape[1])]
+        channels = np.arange(outputs[name].shape[1])
+        members = [channels[index[1]] if len(index) > 1 else channels for index in parts.values()]
+        assert sorted(np.concatenate(members)) == [*channels]
     head: Any = model.model[-1]
     behind = {"pose": ["keypoints", "visibility"], "obb": ["angles", "boxes"], "segment": ["mask coefficients"]}
     for branch, expected in (("cv2", ["boxes"]), ("cv3", ["scores"]), ("cv4", behind.get(metadata.task, []))):
@@ -96,12 +98,12 @@ def test_the_parts_are_where_the_heads_of_ultralytics_put_them(exported: tuple[n
         found = {
             part
             for name, other in outputs_of(changed).items()
-            for part, members in layout[name].items()
-            if (other[:, members] != outputs[name][:, members]).any()
+            for part, index in layout[name].items()
+            if (other[index] != outputs[name][index]).any()
         }
         assert found == set(expected)
     if metadata.task == "pose":
-        visibility = outputs["output0"][:, layout["output0"]["visibility"]]
+        visibility = outputs["output0"][layout["output0"]["visibility"]]
         assert visibility.shape[1] == 4
         assert 0 < visibility.min() < visibility.max() < 1
 
@@ -109,13 +111,14 @@ def test_the_parts_are_where_the_heads_of_ultralytics_put_them(exported: tuple[n
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_part_that_is_nothing_fails_and_is_named(exported: tuple[nn.Module, ModelMetadata], precision: str) -> None:
     model, metadata = exported
-    layout = parts_of(metadata, outputs_of(model))
+    outputs = outputs_of(model)
+    layout = parts_of(known_head(metadata, outputs), outputs)
     assert compared(model, lambda outputs: None, metadata, precision).passed is not False
     for index, parts in enumerate(layout.values()):
-        for part, members in parts.items():
+        for part, place in parts.items():
 
-            def nothing(outputs: list[Tensor], index: int = index, members: np.ndarray = members) -> None:
-                outputs[index][:, members] = 0
+            def nothing(outputs: list[Tensor], index: int = index, place: tuple[Any, ...] = place) -> None:
+                outputs[index][place] = 0
 
             found = compared(model, nothing, metadata, precision)
             assert {failure.part for failure in found.failures} == {part}
@@ -252,21 +255,27 @@ def test_no_error_of_a_model_in_half_precision_excuses_everything() -> None:
         ({"task": "detect"}, [(1, 7, 50)], [["boxes", "scores"]]),
         ({"task": "detect", "names": "{0: 'a', 1: 'b', 2: 'c'}"}, [(1, 7, 50)], [["boxes", "scores"]]),
         ({"task": "detect", "names": "{0: 'a'}"}, [(1, 7, 50)], [[]]),
-        ({"task": "detect", "names": "{0: 'a'}"}, [(1, 300, 6)], [[]]),
+        ({"task": "detect", "names": "{0: 'a'}"}, [(1, 300, 6)], [["boxes", "scores", "objectness"]]),
+        ({"task": "detect", "end2end": "True"}, [(1, 300, 6)], [["boxes", "scores", "classes"]]),
+        ({"task": "detect", "args": "{'nms': True}"}, [(1, 300, 6)], [["boxes", "scores", "classes"]]),
+        ({"task": "detect", "head": "RTDETRDecoder", "names": "{0: 'a'}"}, [(1, 300, 5)], [["boxes", "scores"]]),
+        ({"task": "pose", "end2end": "True", "kpt_shape": "(2, 3)"}, [(1, 300, 12)],
+         [["boxes", "scores", "classes", "keypoints", "visibility"]]),
         ({"task": "detect", "names": "junk"}, [(1, 7, 50)], [[]]),
         ({"task": "detect"}, [(1, 4, 50)], [[]]),
-        ({"task": "pose", "names": "{0: 'a'}"}, [(1, 5, 50)], [["boxes", "scores"]]),
+        ({"task": "pose", "names": "{0: 'a'}"}, [(1, 5, 50)], [[]]),
         ({"task": "pose", "names": "{0: 'a'}"}, [(1, 11, 50)], [[]]),
         ({"task": "pose", "names": "{0: 'a'}", "kpt_shape": "junk"}, [(1, 11, 50)], [[]]),
         ({"task": "pose", "names": "{0: 'a'}", "kpt_shape": "[2, 3]"}, [(1, 12, 50)], [[]]),
         ({"task": "pose", "names": "{0: 'a'}", "kpt_shape": "(3, 2)"}, [(1, 11, 50)],
          [["boxes", "scores", "keypoints"]]),
-        ({"task": "obb"}, [(1, 11, 50)], [[]]),
-        ({"task": "segment", "names": "{0: 'a'}"}, [(1, 9, 50), (1, 4, 8, 8), (1, 2)],
-         [["boxes", "scores", "mask coefficients"], ["prototypes"], []]),
+        ({"task": "obb"}, [(1, 11, 50)], [["boxes", "scores", "angles"]]),
+        ({"task": "segment", "names": "{0: 'a'}"}, [(1, 9, 50), (1, 4, 8, 8)],
+         [["boxes", "scores", "mask coefficients"], ["prototypes"]]),
+        ({"task": "segment", "names": "{0: 'a'}"}, [(1, 9, 50), (1, 4, 8, 8), (1, 2)], [[], [], []]),
         ({}, [(1, 84, 50)], [[]]),
     ],
 )  # fmt: skip
 def test_what_the_metadata_tell_of_the_parts(metadata: dict[str, str], shapes: list, parts: list) -> None:
     outputs = {str(index): np.zeros(shape) for index, shape in enumerate(shapes)}
-    assert [[*found] for found in parts_of(ModelMetadata(metadata), outputs).values()] == parts
+    assert [[*found] for found in parts_of(known_head(ModelMetadata(metadata), outputs), outputs).values()] == parts

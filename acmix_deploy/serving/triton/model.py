@@ -16,7 +16,8 @@ import numpy as np
 import triton_python_backend_utils as triton
 
 from acmix_deploy.detection import pictures
-from acmix_deploy.detection.boxes import MOST, Array, Detections
+from acmix_deploy.detection.boxes import MOST, Detections
+from acmix_deploy.detection.heads import Array
 from acmix_deploy.detection.images import Image, decode
 from acmix_deploy.errors import AcmixDeployError, MissingComponent
 from acmix_deploy.serving.detector import Detector
@@ -62,7 +63,8 @@ class TritonPythonModel:
 
 
 def filled(found: Sequence[Detections]) -> dict[str, Array]:
-    """Detections of B images as arrays [B, ...] of one size, as a batch has to have: zeros follow what was found."""
+    """Detections of B images as arrays [B, ...] of one size, as a batch has to have: zeros follow what was found, and
+    of masks, which are polygons as JSON, empty lists."""
     arrays: dict[str, Array] = {
         "num_detections": np.array([[len(detections.scores)] for detections in found], np.int32).reshape(-1, 1),
         "detection_boxes": np.zeros((len(found), MOST, 4), np.float32),
@@ -70,9 +72,21 @@ def filled(found: Sequence[Detections]) -> dict[str, Array]:
         "detection_classes": np.zeros((len(found), MOST), np.int32),
     }
     for index, detections in enumerate(found):
-        count = len(detections.scores)
-        for name, values in zip(list(arrays)[1:], detections, strict=True):
-            arrays[name][index, :count] = values
+        values: dict[str, Any] = {
+            "detection_boxes": detections.boxes,
+            "detection_scores": detections.scores,
+            "detection_classes": detections.classes,
+            "detection_keypoints": detections.keypoints,
+            "detection_corners": detections.corners,
+        }
+        for name, array in values.items():
+            if array is not None:
+                shape = (len(found), MOST, *array.shape[1:])
+                arrays.setdefault(name, np.zeros(shape, np.float32))[index, : len(array)] = array
+        if detections.masks is not None:
+            texts = arrays.setdefault("detection_masks", np.full((len(found), MOST), b"[]", np.object_))
+            for place, mask in enumerate(detections.masks):
+                texts[index, place] = json.dumps(mask.polygons()).encode()
     return arrays
 
 

@@ -20,7 +20,8 @@ from pydantic import Field
 
 from acmix_deploy import __version__
 from acmix_deploy.artifacts import sha256, sidecar, writing
-from acmix_deploy.detection.boxes import CONFIDENCE, MOST, no_detector, other_task, unlike_told
+from acmix_deploy.detection.boxes import CONFIDENCE, MOST, no_detector
+from acmix_deploy.detection.heads import Head, NoHead, head_of
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
@@ -37,13 +38,24 @@ from acmix_deploy.serving.triton.suppression import suppression
 MOUNT = "/models"
 """Where the repository is in the container."""
 
-OUTPUTS = (
+
+def outputs_of(head: Head) -> tuple[Input, ...]:
+    """What clients get of a task for an image, the highest score first, then zeros, or empty lists of polygons."""
+    more = {
+        "pose": [Input("detection_keypoints", (MOST, *head.keypoints), np.dtype(np.float32))],
+        "obb": [Input("detection_corners", (MOST, 4, 2), np.dtype(np.float32))],
+        "segment": [Input("detection_masks", (MOST,), np.dtype(np.object_))],
+    }
+    return (*BOXES, *more.get(head.task, []))
+
+
+BOXES = (
     Input("num_detections", (1,), np.dtype(np.int32)),
     Input("detection_boxes", (MOST, 4), np.dtype(np.float32)),
     Input("detection_scores", (MOST,), np.dtype(np.float32)),
     Input("detection_classes", (MOST,), np.dtype(np.int32)),
 )
-"""What clients get for an image, the highest score first, then zeros."""
+"""What clients get of every task."""
 
 _MODEL_PY = '''"""The detector beside this file. The code is that of the package acmix-deploy."""
 
@@ -71,6 +83,7 @@ class _Network(NamedTuple):
     path: Path
     input: Input
     output: Input
+    head: Head
     metadata: ModelMetadata
     shape: Sequence[int]
     """The usual [B, 3, H, W]."""
@@ -116,6 +129,12 @@ def package(
     network = _read(model, plugin)
     delay = round(max_delay_ms * 1000)
     if backend == "native":
+        if (network.head.task, network.head.layout) != ("detect", "anchors"):
+            raise UserError(
+                f"{model} is of the task {network.head.task} and gives {network.head.layout}, and the graph that "
+                "follows it in Triton suppresses boxes of anchors alone",
+                "Use --backend python.",
+            )
         max_batch = _max_batch(network, max_batch)
         files = _native(network, confidence, provider, max_batch, delay)
     else:
@@ -153,15 +172,16 @@ def _read(path: Path, plugin: Path | None) -> _Network:
         metadata = manifest.metadata
         profile = manifest.profiles.get(inputs[0].name)
     if (
-        [len(node.dims) for node in (*inputs, *outputs)] != [4, 3]
+        [len(node.dims) for node in inputs] != [4]
         or inputs[0].dims[1] != 3
         or {node.dtype.kind for node in (*inputs, *outputs)} != {"f"}
     ):
         given = f"takes {', '.join(map(str, inputs))} and gives {', '.join(map(str, outputs))}"
         raise no_detector(path.stem, given)
-    dims = {node.name: node.dims for node in outputs}
-    if found := other_task(metadata, dims) or unlike_told(metadata, dims):
-        raise no_detector(path.stem, found)
+    try:
+        head = head_of(metadata, {node.name: node.dims for node in outputs})
+    except NoHead as error:
+        raise no_detector(path.stem, str(error)) from error
     if not manifest:
         Detector.load(path).close()
     wanted = profile[1] if profile else metadata.usual_shape
@@ -172,6 +192,7 @@ def _read(path: Path, plugin: Path | None) -> _Network:
         path=path,
         input=inputs[0],
         output=outputs[0],
+        head=head,
         metadata=metadata,
         shape=shape,
         batches=None if isinstance(batch, int) else (profile[0][0], profile[2][0]) if profile else (1, None),
@@ -207,7 +228,7 @@ def _native(network: _Network, confidence: float, provider: Provider, max_batch:
         return _tensor(field, node._replace(dims=node.dims[1:] if max_batch else node.dims))
 
     outputs = [
-        _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in OUTPUTS
+        _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in BOXES
     ]
     predictions = network.output._replace(name="predictions")
     batching = f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}"
@@ -235,7 +256,7 @@ def _native(network: _Network, confidence: float, provider: Provider, max_batch:
             *outputs,
             "ensemble_scheduling {",
             *_step(of_network, [network.input.name], {network.output.name: "predictions"}),
-            *_step(of_boxes, ["predictions"], {node.name: node.name for node in OUTPUTS}),
+            *_step(of_boxes, ["predictions"], {node.name: node.name for node in BOXES}),
             "}",
             *_described(network, confidence),
         ],
@@ -257,7 +278,7 @@ def _python(network: _Network, confidence: float, provider: Provider, max_batch:
     fields = [
         'backend: "python"',
         'input { name: "image" data_type: TYPE_STRING dims: [1] }',
-        *(_tensor("output", node) for node in OUTPUTS),
+        *(_tensor("output", node) for node in outputs_of(network.head)),
         f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}",
         "instance_group { kind: KIND_MODEL count: 1 }",
         *_parameters(options),
@@ -287,6 +308,8 @@ def _tensor(field: str, node: Input) -> str:
 
 
 def _type(node: Input) -> str:
+    if node.dtype.kind == "O":
+        return "TYPE_STRING"
     return f"TYPE_{'FP' if node.dtype.kind == 'f' else 'INT'}{8 * node.dtype.itemsize}"
 
 

@@ -22,6 +22,7 @@ from google.protobuf import text_format
 from acmix_deploy import cli
 from acmix_deploy.artifacts import read_artifact, write_artifact
 from acmix_deploy.detection.boxes import MOST, decode
+from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Letterbox, Placement, tensor
 from acmix_deploy.errors import UserError
 from acmix_deploy.operators import OPERATORS
@@ -32,7 +33,7 @@ from scripts import shapes
 from tests import ROOT
 from tests.engine.parts import ORIN, make_engine
 from tests.plugin.parts import run
-from tests.serving.parts import selected, tiny
+from tests.serving.parts import posed, selected, tiny
 from tests.serving.triton.parts import assert_equal, found_in
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
@@ -76,7 +77,7 @@ def outputs_of(batch: tuple[int, ...] = ()) -> dict[str, tuple[str, tuple[int, .
     }
 
 
-WHOLE = Placement((1 << 20, 1 << 20), (1 << 20, 1 << 20), 0, 0)
+WHOLE = Placement((1 << 20, 1 << 20), (1 << 20, 1 << 20), 0, 0, (1 << 20, 1 << 20))
 
 
 def predictions(seed: int, images: int, classes: int, anchors: int, dtype: Any = np.float32) -> np.ndarray:
@@ -103,7 +104,12 @@ def test_suppression_finds_what_decode_finds(classes: int, anchors: int, confide
     session = onnxruntime.InferenceSession(suppression(confidence).SerializeToString())
     names = [node.name for node in session.get_outputs()]
     answer = dict(zip(names, session.run(None, {"predictions": output}), strict=True))
-    right = decode(output, [WHOLE] * 3, confidence=confidence)
+    right = decode(
+        Head("detect", "anchors", "predictions", output.shape[1] - 4),
+        {"predictions": output},
+        [WHOLE] * 3,
+        confidence=confidence,
+    )
     assert len(right[0].scores) == 0
     if anchors > 1:
         assert 0 < max(len(found.scores) for found in right) < anchors
@@ -130,7 +136,7 @@ def test_suppression_of_half_precision() -> None:
     output = predictions(7, 1, 2, 50, np.float16)
     session = onnxruntime.InferenceSession(suppression(0.25, float16=True).SerializeToString())
     answer = dict(zip((n.name for n in session.get_outputs()), session.run(None, {"predictions": output}), strict=True))
-    (right,) = decode(output, [WHOLE])
+    (right,) = decode(Head("detect", "anchors", "predictions", output.shape[1] - 4), {"predictions": output}, [WHOLE])
     assert len(right.scores) == answer["num_detections"].item() > 5
     np.testing.assert_array_equal(answer["detection_scores"][0, : len(right.scores)], right.scores)
 
@@ -297,6 +303,15 @@ def test_the_python_backend_variant(schema: Any, tmp_path: Path) -> None:
     assert [need.split()[0] for need in document.needs] == ["TensorRT", "acmix-deploy[serve]"]
 
 
+def test_the_python_backend_gives_what_a_task_has(schema: Any, tmp_path: Path) -> None:
+    file = posed(tmp_path / "pose.onnx")
+    package(file, tmp_path / "repository", backend="python")
+    config = config_of(schema, tmp_path / "repository", "pose")
+    assert tensors(schema, config.output) == outputs_of() | {"detection_keypoints": ("TYPE_FP32", (MOST, 2, 3))}
+    with pytest.raises(UserError, match="is of the task pose and gives anchors"):
+        package(file, tmp_path / "native")
+
+
 def test_the_python_backend_imports_neither_torch_nor_onnx() -> None:
     blocked = ("torch", "onnx", "ultralytics", "onnx_graphsurgeon")
     code = f"""
@@ -330,9 +345,8 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     alone = tmp_path / "alone.engine"
     alone.write_bytes(b"ftrt")
     for path, options, message in (
-        (told, {}, "told is not a detector: it gives output0 .* after non-maximum suppression"),
-        (told, {"backend": "python"}, "told is not a detector: it gives output0 .* after non-maximum suppression"),
-        (engine(tmp_path / "told.engine", told), {}, "told is not a detector: it gives output0 .* after non-maximum"),
+        (told, {}, "told.onnx is of the task detect and gives rows, and the graph that follows"),
+        (engine(tmp_path / "told.engine", told), {}, "told.engine is of the task detect and gives rows"),
         (untold, {}, "untold is not a detector: it gives output0 .* whose rows are a box, a score and a class"),
         (engine(tmp_path / "rtx.engine", model, machine=rtx), {}, "an engine of TensorRT-RTX 1.7.0, and Triton runs"),
         (engine(tmp_path / "two.engine", model, (2, 3, 4)), {}, "built for 2 images or more"),

@@ -75,7 +75,7 @@ def test_pictures_by_the_python_backend(
         cv2.imwrite(str(tmp_path / name), image)
     right = right_of(shapes_model, photos)
     answers = server.ask("python", "image", [tmp_path / name for name in photos])
-    whole = {name: Placement(image.shape[:2], image.shape[:2], 0, 0) for name, image in photos.items()}
+    whole = {name: Placement(image.shape[:2], image.shape[:2], 0, 0, image.shape[:2]) for name, image in photos.items()}
     assert_answers(answers, right, ".png", whole)
     assert sum(len(found.scores) for found in right.values()) > 10
     images, runs = server.runs("python")
