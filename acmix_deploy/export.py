@@ -19,6 +19,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from acmix_deploy.artifacts import Made, replacing, write_artifact
+from acmix_deploy.checkpoint.interpreter import ModelElsewhere
 from acmix_deploy.checkpoint.reference import run
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
@@ -134,6 +135,8 @@ def export(
         "torchscript": lambda: _torchscript(module, image, names, opset, dynamic, expected),
     }
     order: list[Exporter] = ["dynamo", "torchscript"] if opset >= 18 else ["torchscript", "dynamo"]
+    if isinstance(module, ModelElsewhere):
+        order = ["torchscript"]
     notes: list[str] = []
     reordered = False
     with replacing(path) as temporary:
@@ -254,17 +257,25 @@ def _torchscript(
         }
     with TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
-        torch.onnx.export(
-            _callable(module) if isinstance(module, ExportedProgram) else module,
-            (image,),
-            file,
-            dynamo=False,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=names,
-            dynamic_axes=free,
-        )
-        return onnx.load_model(file)
+        if isinstance(module, ModelElsewhere):
+            module.export(file, image.shape, names, free, opset)
+        else:
+            torch.onnx.export(
+                _callable(module) if isinstance(module, ExportedProgram) else module,
+                (image,),
+                file,
+                dynamo=False,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=names,
+                dynamic_axes=free,
+            )
+        model = onnx.load_model(file)
+    for index, output in enumerate(model.graph.output):
+        for axis, size in enumerate(expected[next(iter(expected))][index].shape):
+            if axis not in free[output.name]:  # where the exporter could not follow the sizes
+                output.type.tensor_type.shape.dim[axis].dim_value = size
+    return model
 
 
 def _finish(model: onnx.ModelProto, opset: int, metadata: ModelMetadata) -> onnx.ModelProto:

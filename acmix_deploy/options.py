@@ -7,10 +7,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from acmix_deploy.errors import UserError
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -100,6 +103,31 @@ def float32_list(text: str) -> tuple[str, ...]:
     if "none" in parts or "" in parts:
         raise ValueError(text)
     return parts
+
+
+def check_code(code: Path | None, trust: bool) -> None:
+    """Raises UserError for a folder of code that is none, or whose code may not run."""
+    if code and not code.is_dir():
+        raise UserError(f"--code {code} is no folder", "Name the folder of the code that the checkpoint needs.")
+    if code and not trust:
+        raise UserError(
+            f"--code {code} would have the checkpoint run the code in that folder",
+            "Add --trust, which also runs code from the file: use it only if you know where both come from.",
+        )
+
+
+def check_python(python: Path | None, trust: bool, arch: str | None = None, head: HeadChoice | None = None) -> None:
+    """Raises UserError for an interpreter that may not load a checkpoint, or cannot."""
+    if python and not trust:
+        raise UserError(
+            f"--python {python} would run code from the checkpoint",
+            "Add --trust: use it only if you know where the file comes from.",
+        )
+    if python and (arch or head):
+        raise UserError(
+            f"--{'arch' if arch else 'head'} is for a model that is loaded here, and --python loads it elsewhere",
+            "Give one of them.",
+        )
 
 
 @parses("names by commas such as batch,height; where it is to mean all axes, --dynamic stands at the end")

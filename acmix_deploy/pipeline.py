@@ -133,6 +133,8 @@ def _load(plan: Plan) -> Source:
         arch=plan.arch,
         head=plan.head,
         trust=plan.trust,
+        code=plan.code,
+        python=plan.python,
     )
 
 
@@ -232,7 +234,7 @@ def _verify(work: _Work, source: Source, inputs: Scenes | list[Feeds]) -> Verifi
             model = to_form(onnx.load(plan.path(plan.role_for(plan.target))), "any")
         candidates.append(Candidate.of(model, artifact.path.name))
     eager = {}
-    if any(candidate.precision == "float16" for candidate in candidates):
+    if not plan.python and any(candidate.precision == "float16" for candidate in candidates):
         module = source.module.module() if isinstance(source.module, ExportedProgram) else source.module
         eager["float16"] = TorchRunner(copy.deepcopy(module).half(), "torch float16")
     runner = TorchRunner(source.reference, str(source.reference.report))

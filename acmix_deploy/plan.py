@@ -15,6 +15,8 @@ from acmix_deploy.options import (
     HeadChoice,
     Option,
     bchw,
+    check_code,
+    check_python,
     count,
     duration,
     float32_list,
@@ -121,6 +123,16 @@ class Plan(BaseModel):
     trust: Annotated[bool, Option()] = Field(
         default=False, description="let the checkpoint run code; only for files you trust"
     )
+    code: Annotated[Path | None, Option(Path, "DIR")] = Field(
+        default=None,
+        description="with --trust: the folder of the code that the checkpoint needs, such as a repository of YOLOv5 "
+        "or a changed copy of Ultralytics",
+    )
+    python: Annotated[Path | None, Option(Path, "PATH")] = Field(
+        default=None,
+        description="with --trust: another interpreter that loads, runs and exports the checkpoint with its own "
+        "packages, such as an older Ultralytics",
+    )
     seconds: Annotated[float, Option(duration, "S")] = Field(
         default=4.0, gt=0, allow_inf_nan=False, description="time to measure the latency of each file for (default: 4)"
     )
@@ -145,6 +157,8 @@ class Plan(BaseModel):
         if self.batch is not None and self.input_shape is not None:
             raise UserError("--batch and --input-shape both tell how many images there are", "Give one of them.")
         check_axes(self.dynamic)
+        check_code(self.code, self.trust)
+        check_python(self.python, self.trust, self.arch, self.head)
         made_for(self.target, self.form)
         if self.plugin and not self.device:
             raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")

@@ -1,4 +1,5 @@
-"""Ultralytics detectors: ACmix in their YAML files, YOLOv8 with ACmix, and what an export needs of them.
+"""Detectors: ACmix in Ultralytics' YAML files, YOLOv8 with ACmix, and what an export needs of the models of Ultralytics
+and of the repositories of YOLOv5, YOLOv7 and YOLOv9.
 
 Ultralytics (AGPL-3.0) is an optional extra, imported only when something here is used.
 """
@@ -10,6 +11,8 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -248,11 +251,13 @@ _KNOWS_SETTING, _ONE_TO_MANY = (8, 4), (8, 4, 142)
 
 
 def detection_metadata(model: nn.Module) -> ModelMetadata:
-    """What serving needs of an Ultralytics model; nothing of other models.
+    """What serving needs of a model of Ultralytics, YOLOv5, YOLOv7 or YOLOv9; nothing of other models.
 
     ``imgsz`` and ``kpt_shape`` are there where the model knows them. ``letterbox`` is the rule of the installed
     Ultralytics, which writes no such entry.
     """
+    if rows := _rows(model):
+        return _metadata_of_repository(model, rows)
     if not _is_ultralytics(model):
         return ModelMetadata()
     tasks = ultralytics("nn.tasks")
@@ -268,11 +273,16 @@ def detection_metadata(model: nn.Module) -> ModelMetadata:
     told["letterbox"] = _letterbox(ModelMetadata().updated(**told))
     if (points := getattr(detector, "kpt_shape", None)) is not None:
         told["kpt_shape"] = [int(number) for number in points]
+    return ModelMetadata().updated(**told, **_training_size(detector))
+
+
+def _training_size(detector: Any) -> dict[str, list[int]]:
+    """The entry ``imgsz``, where the arguments of training are known."""
     arguments = getattr(detector, "args", {})
     size = (arguments if isinstance(arguments, dict) else vars(arguments)).get("imgsz")
-    if size is not None:
-        told["imgsz"] = [size, size] if isinstance(size, int) else [int(side) for side in size]
-    return ModelMetadata().updated(**told)
+    if size is None:
+        return {}
+    return {"imgsz": [size, size] if isinstance(size, int) else [int(side) for side in size]}
 
 
 def _letterbox(metadata: ModelMetadata) -> Letterbox:
@@ -294,9 +304,12 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     """A copy of an Ultralytics detector that returns one tensor [B, 4 + classes, anchors], for any image size.
 
     In eval mode, batch normalisation folded into the convolutions, boxes decoded to (x, y, width, height) in pixels
-    of the input. An end-to-end head returns [B, detections, 6]: corners, score and class. Other models come back as
+    of the input. An end-to-end head returns [B, detections, 6]: corners, score and class. Models of YOLOv5, YOLOv7 and
+    YOLOv9 return what they decode alone, of segmenters with the prototypes, see :class:`Rows`. Others come back as
     they are.
     """
+    if rows := _rows(model):
+        return _decoding(model, rows)
     if not _is_ultralytics(model):
         return model
     detector = _as_exporter(model).fuse(verbose=False)
@@ -318,6 +331,8 @@ def exported(model: nn.Module, image: Tensor, outputs: Sequence[Tensor]) -> list
     Raises:
         CheckFailed: an Ultralytics model gives its exporters a result that it does not give by itself.
     """
+    if rows := _rows(model):
+        return kept(rows, outputs)
     if not _is_ultralytics(model):
         return [*range(len(outputs))]
     from acmix_deploy.runtime.torch import tensors_of
@@ -350,3 +365,136 @@ def _as_exporter(model: nn.Module) -> Any:
             # "dynamic" computes the anchors in the graph instead of keeping those of the last size on the module.
             module.export, module.format, module.dynamic = True, "onnx", True
     return detector
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of the repositories of YOLOv5, YOLOv7 and YOLOv9
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the head of such a model decodes for each of N anchors."""
+
+    axis: int
+    """Along which the values of one stand: 2 of [B, N, 5 + classes + masks] with YOLOv5 and YOLOv7, whose fifth value
+    is the objectness; 1 of [B, 4 + classes + masks, N] with YOLOv9."""
+    width: int
+    """How many values there are."""
+    raw: int
+    """How many there are of each before they are decoded."""
+    masks: int
+    """How many of them weigh prototypes [B, masks, H, W]; 0 where there are none."""
+
+
+def _rows(model: nn.Module) -> Rows | None:
+    """By the attributes that such models have; None for others, and for heads that give more: keypoints, panoptic."""
+    from torch import Tensor, nn
+
+    layers = getattr(model, "model", None)
+    if _is_ultralytics(model) or not isinstance(layers, nn.Sequential) or not len(layers):
+        return None
+    if not hasattr(model, "names") or not isinstance(getattr(model, "stride", None), Tensor):
+        return None
+    head: Any = layers[-1]
+    raw, masks, bins = (getattr(head, name, 0) for name in ("no", "nm", "reg_max"))
+    if not all(isinstance(number, int) for number in (raw, masks, bins)) or hasattr(head, "sem_nc"):
+        return None
+    anchors = isinstance(getattr(head, "anchors", None), Tensor)
+    return rows_of(len(_class_names(model.names)), raw, masks, bins, anchors=anchors)
+
+
+def rows_of(classes: int, raw: int, masks: int, bins: int, *, anchors: bool) -> Rows | None:
+    """What a head decodes by its numbers; None where they fit no such head.
+
+    Args:
+        classes: how many there are.
+        raw: ``no``, the values of an anchor in the maps.
+        masks: ``nm``, those among them that weigh prototypes.
+        bins: ``reg_max``, steps of a distance.
+        anchors: whether the head has sizes of anchors.
+    """
+    if bins and raw == classes + 4 * bins:
+        return Rows(1, 4 + classes + masks, raw, masks)
+    if not bins and anchors and raw == 5 + classes + masks:
+        return Rows(2, raw, raw, masks)
+    return None
+
+
+def kept(rows: Rows, outputs: Sequence[Tensor]) -> list[int]:
+    """Which of a model's tensors hold what is decoded and, after it, the prototypes.
+
+    Of several of one kind, which the auxiliary branches of YOLOv9 give, the last is the main branch's. All are kept
+    where there is one that is neither these nor what they are computed from.
+    """
+    decoded, prototypes, known = list[int](), list[int](), 0
+    for index, tensor in enumerate(outputs):
+        shape, masks = tensor.shape, rows.masks
+        if len(shape) == 3 and shape[rows.axis] == rows.width:
+            decoded.append(index)
+        elif masks and len(shape) == 4 and shape[1] == masks:
+            prototypes.append(index)
+        else:
+            maps = (len(shape) == 5 and shape[4] == rows.raw) or (len(shape) == 4 and shape[1] == rows.raw)
+            known += maps or bool(masks and len(shape) == 3 and shape[1] == masks)
+    if not decoded or bool(prototypes) != bool(rows.masks) or len(decoded) + len(prototypes) + known < len(outputs):
+        return [*range(len(outputs))]
+    return [decoded[-1], *prototypes[-1:]]
+
+
+def _decoding(model: nn.Module, rows: Rows) -> nn.Module:
+    """A copy in eval mode that gives the tensors of :func:`kept`, its grids computed for every image.
+
+    Its own ``fuse`` joins the branches of RepConv layers, and batch normalisation, where that changes nothing. The
+    heads' own switch for exports is not used: that of YOLOv7 gives the maps that are not decoded.
+    """
+    import torch
+    from torch import nn
+
+    from acmix_deploy.runtime.torch import quiet, tensors_of
+
+    class Decoding(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+            outputs = tensors_of(self.model(image))
+            return tuple(outputs[index] for index in kept(rows, outputs))
+
+    def prepared(fused: bool) -> nn.Module:
+        detector: Any = copy.deepcopy(model).eval()
+        if fused:
+            detector.fuse()
+        head = detector.model[-1]
+        if hasattr(head, "dynamic"):
+            head.dynamic = True
+        elif isinstance(getattr(head, "grid", None), list):  # none that an image of the same size left
+            head.grid = [torch.zeros(1) for _ in head.grid]
+        head.inplace = False
+        return Decoding(detector)
+
+    def each(tensor: Tensor) -> Tensor:
+        """[values, ...]: what is computed for an anchor apart, since sizes in pixels would hide scores."""
+        return tensor.transpose(0, rows.axis if tensor.dim() == 3 else 1).flatten(1)
+
+    metadata = _metadata_of_repository(model, rows)
+    image = torch.rand(1, metadata.channels, 8 * metadata.stride, 8 * metadata.stride)
+    with quiet(), suppress(Exception), torch.no_grad():  # whatever their code raises
+        fused = prepared(fused=True)
+        pairs = zip(prepared(fused=False)(image), copy.deepcopy(fused)(image), strict=True)
+        changes = [each(own - joined).norm(dim=1) / each(own).norm(dim=1) for own, joined in pairs]
+        if torch.cat(changes).max() <= 10 * _EQUAL:
+            return fused
+    return prepared(fused=False)
+
+
+def _metadata_of_repository(model: Any, rows: Rows) -> ModelMetadata:
+    layers = getattr(model, "yaml", None)
+    channels = int(layers.get("ch", 3)) if isinstance(layers, dict) else 3
+    told = told_of(rows, _class_names(model.names), int(model.stride.max()), channels)
+    return ModelMetadata().updated(**told, **_training_size(model))
+
+
+def told_of(rows: Rows, names: dict[int, str], stride: int, channels: int) -> dict[str, Any]:
+    """The entries of the metadata of such a model."""
+    return {"task": "segment" if rows.masks else "detect", "stride": stride, "names": names, "channels": channels}

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acmix_deploy import families, yolo
-from acmix_deploy.checkpoint.pickles import NotHere, importable_here, named_beside_a_model, unpickle
+from acmix_deploy.checkpoint.pickles import NotHere, importable, named_beside_a_model, unpickle
 from acmix_deploy.checkpoint.programs import load_program
 from acmix_deploy.checkpoint.refusals import not_here, unusable
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 from acmix_deploy.files import expect
-from acmix_deploy.options import HeadChoice
+from acmix_deploy.options import HeadChoice, check_code
 from acmix_deploy.runtime.reason import reason
 
 if TYPE_CHECKING:
@@ -44,7 +44,12 @@ class LoadedModel:
 
 
 def load(
-    path: str | Path, *, arch: str | None = None, head: HeadChoice | None = None, trust: bool = False
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    head: HeadChoice | None = None,
+    trust: bool = False,
+    code: Path | None = None,
 ) -> LoadedModel:
     """Load a pickled module, an Ultralytics checkpoint, a state dict, or a program saved by ``torch.export``.
 
@@ -57,27 +62,34 @@ def load(
             pickled module with classes that cannot be imported. The current directory is searched too.
         head: of an Ultralytics detector with two; by default the one that the checkpoint sets.
         trust: load with an ordinary unpickler, which runs code from the file.
+        code: with ``trust``, the folder of the code that the file needs, searched before all others. What is imported
+            from there stays imported, under names as common as ``models`` and ``utils``: one process, one such folder.
 
     Raises:
-        UserError: not such a file, one that needs ``trust`` or ``arch``, or one that does not fit ``arch``.
+        UserError: not such a file, one that needs ``trust``, ``code`` or ``arch``, or one that does not fit ``arch``.
         MissingComponent: PyTorch, or Ultralytics for a file that needs it, is not installed.
     """
     path = Path(path)
-    contents = read(path, trust=trust)
+    contents = read(path, trust=trust, code=code)
     model, notes = contents.model, [*contents.notes]
     if contents.program:
         return LoadedModel(model)
     if contents.unknown and not arch:
-        raise not_here(path, contents.unknown, trust, getattr(model, "saved_by", ""))
+        raise not_here(path, contents.unknown, code, getattr(model, "saved_by", ""))
     by_parts = contents.by_parts
     if model is None or contents.unknown:
         by_parts = ()
         notes += [f"the weights of {name} put into what --arch makes" for name in contents.unknown]
-        model = _fill(path, arch, contents.state)
+        model = _fill(path, arch, contents.state, code)
     elif arch:
         notes.append(f"--arch {arch} is not needed: the file holds a whole module")
+    from torch import nn
+
     try:
         model = model.float().eval()
+        for layer in model.modules():
+            if type(layer) is nn.Upsample:  # PyTorch below 1.11 had no such setting
+                vars(layer).setdefault("recompute_scale_factor", None)
         chosen = yolo.keep_head(model, getattr(model, "saved_by", "").rpartition(" ")[2], head)
         metadata = yolo.detection_metadata(model)
     except AcmixDeployError:
@@ -119,13 +131,14 @@ class Contents:
         return tuple(sorted(str(kind).removeprefix("torch.") for kind in types))
 
 
-def read(path: Path, *, trust: bool = False) -> Contents:
+def read(path: Path, *, trust: bool = False, code: Path | None = None) -> Contents:
     """What is in a file that :func:`load` takes; the same limits hold, and nothing is converted.
 
     Raises:
-        UserError: not such a file, or one that needs ``trust``.
+        UserError: not such a file, or one that needs ``trust`` or ``code``.
         MissingComponent: see :func:`load`.
     """
+    check_code(code, trust)
     kind = expect(path, "checkpoint", "program")
     try:
         from torch import nn
@@ -136,7 +149,7 @@ def read(path: Path, *, trust: bool = False) -> Contents:
     if kind == "program":
         return Contents(load_program(path, trust=trust), program=True)
     _check_unpacked_size(path)
-    model, notes = _find_model(path, unpickle(path, trust=trust))
+    model, notes = _find_model(path, unpickle(path, trust=trust, code=code))
     unknown: list[str] = []
     by_parts: list[str] = []
     state = model
@@ -171,6 +184,8 @@ def _find_model(path: Path, loaded: object) -> tuple[Any, list[str]]:
             notes += [f"took '{key}' from the checkpoint" for key in choices[:1] if key == "ema"]
         if isinstance(model, nn.Module) and isinstance(loaded.get("train_args"), dict):
             model.args = loaded["train_args"]  # where Ultralytics itself keeps them: the image size is among them
+        elif isinstance(model, nn.Module) and isinstance(loaded.get("opt"), dict) and not hasattr(model, "args"):
+            model.args = loaded["opt"]  # the same of YOLOv5 and YOLOv9
         version = str(loaded.get("version"))
         if type(model).__module__.startswith("ultralytics.") and re.fullmatch(r"\d[\w.+]{,31}", version):
             model.saved_by = f"ultralytics {version}"
@@ -191,7 +206,7 @@ def _is_state_dict(value: object) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(entry, Tensor) for entry in value.values())
 
 
-def _fill(path: Path, arch: str | None, state: Mapping[str, Any]) -> nn.Module:
+def _fill(path: Path, arch: str | None, state: Mapping[str, Any], code: Path | None) -> nn.Module:
     """The module that ``arch`` makes, with the weights of ``state``."""
     from torch import nn
 
@@ -204,7 +219,7 @@ def _fill(path: Path, arch: str | None, state: Mapping[str, Any]) -> nn.Module:
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     module_name, _, factory = arch.partition(":")
     try:
-        with importable_here():
+        with importable(code):
             module = getattr(import_module(module_name), factory)()
     except Exception as error:
         raise UserError(

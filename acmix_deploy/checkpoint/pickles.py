@@ -2,8 +2,10 @@
 
 A pickle calls whatever it can name. The restricted load (``weights_only`` of torch) lets it name the modules of
 torch.nn, of Ultralytics and of our families, and what it gets for such a name makes empty instances only: Ultralytics'
-own constructors would evaluate strings of the pickle's choice. A name that nothing here answers to becomes a class
-without code, made for one load: its instances keep their parameters, and may be a known block by those.
+own constructors would evaluate strings of the pickle's choice. Of Ultralytics, or of the changed copy that is
+installed, those are meant that its models are made of: nothing else of it is imported for a name, since its files may
+install packages when they are. A name that nothing here answers to becomes a class without code, made for one load:
+its instances keep their parameters, and may be a known block by those.
 """
 
 from __future__ import annotations
@@ -27,20 +29,22 @@ from typing import IO, Any
 
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint.refusals import not_here, unreadable, untrusted
+from acmix_deploy.errors import UserError
 from acmix_deploy.runtime.reason import reason
 
 
-def unpickle(path: Path, *, trust: bool) -> object:
+def unpickle(path: Path, *, trust: bool, code: Path | None = None) -> object:
     """What ``torch.save`` wrote, on the CPU.
 
     Args:
         path: the file.
         trust: load with an ordinary unpickler, which runs code from the file.
+        code: the folder of the code that it needs.
 
     Raises:
         UserError: it cannot be read, or names what may not be named.
     """
-    return _unpickle_trusted(path) if trust else _unpickle_restricted(path)
+    return _unpickle_trusted(path, code) if trust else _unpickle_restricted(path)
 
 
 def named_beside_a_model(path: Path) -> tuple[str, ...]:
@@ -71,7 +75,7 @@ def _unpickle_restricted(path: Path) -> object:
         raise unreadable(path, error) from error
 
 
-def _unpickle_trusted(path: Path) -> object:
+def _unpickle_trusted(path: Path, code: Path | None) -> object:
     import torch
 
     absent: list[str] = []
@@ -79,7 +83,10 @@ def _unpickle_trusted(path: Path) -> object:
     class Unpickler(pickle.Unpickler):
         def find_class(self, package: str, attribute: str) -> Any:
             try:
-                return super().find_class(package, attribute)
+                found = super().find_class(package, attribute)
+                if code:
+                    _check_place(package, code)
+                return found
             except (ImportError, AttributeError) as error:
                 name, why = f"{package}.{attribute}", reason(error)
                 absent.append(f"{name} ({why})")
@@ -89,10 +96,26 @@ def _unpickle_trusted(path: Path) -> object:
     machine.Unpickler = Unpickler
     machine.load = lambda file, **options: Unpickler(file, **options).load()
     try:
-        with importable_here():
+        with importable(code):
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=machine)
+    except UserError:
+        raise
     except Exception as error:
-        raise (not_here(path, absent, trust=True) if absent else unreadable(path, error)) from error
+        raise (not_here(path, absent, code) if absent else unreadable(path, error)) from error
+
+
+def _check_place(package: str, code: Path) -> None:
+    """Raises UserError where a package that the folder ``code`` holds was imported from somewhere else before."""
+    name = package.partition(".")[0]
+    if not (code / name).is_dir() and not (code / f"{name}.py").is_file():
+        return
+    module: Any = sys.modules[name]
+    places = {Path(place) for place in (*getattr(module, "__path__", ()), getattr(module, "__file__", None)) if place}
+    if not any(place.resolve().is_relative_to(code.resolve()) for place in places):
+        raise UserError(
+            f"the module {name} is to come from {code}, and one of {', '.join(map(str, places))} is imported already",
+            "Load checkpoints that need different code in processes of their own.",
+        )
 
 
 # Tensors and containers, which every checkpoint names.
@@ -138,7 +161,12 @@ def _open_pickle(path: Path) -> Iterator[IO[bytes]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What stands for a name
 
-_MODULE_PACKAGES = ("torch.nn.", "ultralytics.nn.modules.", "ultralytics.nn.tasks.", "acmix_deploy.families.")
+_MODULE_PACKAGES = ("torch.nn.", "ultralytics.nn.", "acmix_deploy.families.")
+_RUN_FILES = ("ultralytics.nn.autobackend.", "ultralytics.nn.backends.")  # no parts of a model, though some are modules
+
+
+def _may_name_module(name: str) -> bool:
+    return name.startswith(_MODULE_PACKAGES) and not name.startswith(_RUN_FILES)
 
 
 class _Nothing:
@@ -152,12 +180,16 @@ class _Nothing:
 
 
 _BESIDE_A_MODEL: dict[str, type] = {
-    r"(argparse\.Namespace|ultralytics\.utils\.IterableSimpleNamespace)": SimpleNamespace,
+    r"(argparse\.Namespace|ultralytics\.(yolo\.)?utils\.IterableSimpleNamespace)": SimpleNamespace,
     r"yacs\.config\.CfgNode": OrderedDict,
-    r"numpy\.dtype": _Nothing,
-    r"numpy\._?core\.multiarray\.scalar": _Nothing,
+    # scalars and arrays, such as the fitness of YOLOv5, YOLOv7 and YOLOv9
+    r"numpy\.(dtype|ndarray)": _Nothing,
+    r"numpy\._?core\.multiarray\.(scalar|_reconstruct)": _Nothing,
     r"pathlib\.(_local\.)?\w+Path": _Nothing,
-    r"ultralytics\.utils\.(loss|tal)\.\w+": _Nothing,
+    r"ultralytics\.(yolo\.)?utils\.(loss|tal)\.\w+": _Nothing,
+    # how a classifier of Ultralytics prepares images
+    r"torchvision\.transforms\.(transforms|functional)\.[A-Z]\w+": _Nothing,
+    r"ultralytics\.(yolo\.)?data\.augment\.(CenterCrop|ToTensor|ClassifyLetterBox)": _Nothing,
 }
 
 
@@ -167,18 +199,16 @@ def _stand_in(name: str) -> type | None:
 
     if beside := _beside_a_model(name):
         return beside
-    if not name.startswith(_MODULE_PACKAGES):
+    if not _may_name_module(name):
         return _stand_in_for_absent(name) if _is_absent(name) else None
     package, _, attribute = name.rpartition(".")
-    if package.startswith("ultralytics."):
-        yolo.ultralytics("nn.tasks")
     with suppress(ImportError, AttributeError):
-        kind = getattr(import_module(package), attribute)
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, nn.Module)
-            and f"{kind.__module__}.".startswith(_MODULE_PACKAGES)
-        ):
+        if package.startswith("ultralytics."):
+            yolo.ultralytics("nn.tasks")
+            kind = getattr(sys.modules[package], attribute) if package in sys.modules else None
+        else:
+            kind = getattr(import_module(package), attribute)
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and _may_name_module(f"{kind.__module__}."):
             return _empty_instances_of(kind)
     return _stand_in_for_absent(name) if _is_absent(name) else None
 
@@ -235,9 +265,9 @@ def _stand_in_for_absent(name: str, why: str = "") -> type:
 def _is_absent(name: str) -> bool:
     """Whether nothing can be imported by that name. Imports nothing, so what exists may still lack the attribute."""
     package, _, attribute = name.rpartition(".")
-    if package == "__main__" or name.startswith(_MODULE_PACKAGES):
+    if package == "__main__" or (package in sys.modules and _may_name_module(name)):
         return not hasattr(sys.modules.get(package), attribute)
-    with importable_here():
+    with importable():
         return not _exists(package)
 
 
@@ -258,10 +288,10 @@ def _exists(package: str) -> bool:
 
 
 @contextmanager
-def importable_here() -> Iterator[None]:
-    """Let modules in the current directory be imported."""
+def importable(code: Path | None = None) -> Iterator[None]:
+    """Let modules in the folder ``code``, else those in the current directory, be imported before all others."""
     before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path[:0] = [str(folder.resolve()) for folder in (code, Path.cwd()) if folder]
     try:
         yield
     finally:

@@ -105,29 +105,44 @@ def untrusted(path: Path, found: list[str]) -> UserError:
     """For a file that would run ``found``."""
     return UserError(
         f"{path} names what a restricted load refuses: {_listed(found)}",
-        "If these classes can be imported here, --trust loads it. That runs code from the file: use it only if you "
-        "know where the file comes from.",
+        "If these classes can be imported here, --trust loads it; with --code DIR, from the folder of their code. That "
+        "runs code from the file: use it only if you know where the file comes from.",
     )
 
 
-def not_here(path: Path, unknown: Sequence[str], trust: bool, saved: str = "") -> UserError:
+def not_here(path: Path, unknown: Sequence[str], code: Path | None, saved: str = "") -> UserError:
     """For a module with classes that cannot be imported.
 
     Args:
         path: the file.
-        unknown: their names.
-        trust: whether running their code was allowed.
+        unknown: their names, each followed by why it could not where that was tried.
+        code: the folder where their code was to be.
         saved: the release of their package that the file names, ``ultralytics 8.3.100``.
     """
     by = f"; {saved} saved it" if saved else ""
-    ways = "Run from the directory of their code" + ("" if trust else " with --trust, which runs code from the file")
+    folder = _folder_of(unknown)
+    ways = [f"install the release that saved it{_pinned(saved)}"] * bool(saved)
+    if code:
+        ways.append(f"see whether --code {code} is {folder or 'the folder of their code'}")
+    elif folder:
+        ways.append(f"name {folder}: --code DIR --trust, which runs code from the file")
+    if not saved:
+        ways.append("name what builds a module that takes the weights: --arch package.module:factory")
+    hint = "; or, ".join(ways)
     return UserError(
-        f"{path} needs classes that cannot be imported here: {_listed(unknown)}{by}",
-        f"Install the release that saved it{_pinned(saved)}; or, for a changed copy of it, run from its directory with "
-        "PYTHONPATH=. in the environment"
-        if saved
-        else f"{ways}; or name what builds a module that takes the weights: --arch package.module:factory",
+        f"{path} needs classes that cannot be imported here: {_listed(unknown)}{by}", hint[0].upper() + hint[1:]
     )
+
+
+def _folder_of(names: Sequence[str]) -> str:
+    """Where the code of such classes usually stands; empty for those of the script that saved them."""
+    packages = [name.partition(" ")[0].rpartition(".")[0] for name in names]
+    if any(package.startswith("ultralytics.") for package in packages):
+        return "the folder that holds ultralytics/ of the changed copy that it was trained with"
+    files = [f"{package.replace('.', '/')}.py" for package in packages if package not in ("", "__main__")]
+    if of_repository := [file for file in files if file.startswith("models/")]:
+        return f"the folder that holds {max(of_repository)}, a repository such as those of YOLOv5, YOLOv7 and YOLOv9"
+    return f"the folder that holds {files[0]}" if files else ""
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from acmix_deploy import families, yolo
+from acmix_deploy.checkpoint.interpreter import load_elsewhere
 from acmix_deploy.checkpoint.load import load
 from acmix_deploy.checkpoint.reference import Reference, run
 from acmix_deploy.detection.metadata import ModelMetadata
@@ -43,11 +44,14 @@ def load_source(
     arch: str | None = None,
     head: HeadChoice | None = None,
     trust: bool = False,
+    code: Path | None = None,
+    python: Path | None = None,
 ) -> Source:
     """Load a checkpoint and replace its blocks, each proven equal at all shapes that its files will run at.
 
     Args:
-        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``head`` and ``trust``.
+        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``head``, ``trust`` and ``code``.
+        python: another interpreter, by which the checkpoint is loaded and run; blocks are then known in its file only.
         image_size: side of a square image, or height and width, in pixels; by default those of training, else 640.
         batch: number of images, 1 by default.
         input_shape: [B, C, H, W], instead of ``image_size`` and ``batch``.
@@ -57,7 +61,10 @@ def load_source(
         UserError: the checkpoint cannot be used, or not at this shape.
         MissingComponent: a package that it needs is not installed.
     """
-    loaded = load(path, arch=arch, head=head, trust=trust)
+    if python:
+        loaded = load_elsewhere(path, python, trust=trust, code=code)
+    else:
+        loaded = load(path, arch=arch, head=head, trust=trust, code=code)
     told = loaded.metadata
     if isinstance(image_size, int):
         image_size = (image_size, image_size)

@@ -44,7 +44,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--plugin", type=Path, metavar="FILE", help="plugin of the engines (default: where they were built with it)"
     )
     add_input_shape(parser)
-    add_options(parser, Plan, "arch", "trust")
+    add_options(parser, Plan, "arch", "trust", "code")
 
 
 def add_detector(parser: argparse.ArgumentParser) -> None:

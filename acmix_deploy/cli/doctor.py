@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", type=Path, metavar="FILE", help="library to look into (default: libacmix_plugin.so, if there)"
     )
-    add_options(parser, Plan, "trust")
+    add_options(parser, Plan, "trust", "code")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,11 +30,13 @@ def run(options: argparse.Namespace) -> int:
     from acmix_deploy.report.show_doctor import show_diagnosis
 
     with progress() as report_progress:
+        file = None
+        if options.file:  # before this machine, so that nothing is imported in the place of --code
+            file = examine(
+                options.file, trust=options.trust, code=options.code, plugin=options.plugin, progress=report_progress
+            )
         report_progress("looking at this machine")
         here = environment(options.plugin)
-        file = None
-        if options.file:
-            file = examine(options.file, trust=options.trust, plugin=options.plugin, progress=report_progress)
     document = DoctorDocument(environment=here, file=file)
     show(options, document, show_diagnosis)
     return 0 if document.healthy else 1

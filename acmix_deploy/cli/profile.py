@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
             plugin=options.plugin,
             arch=options.arch,
             trust=options.trust,
+            code=options.code,
             layers=options.layers,
             power=options.power,
         )

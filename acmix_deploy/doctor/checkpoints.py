@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _PARTS = ("conv_p.weight", "fc.weight", "dep_conv.weight", "rate1", "rate2")  # of an ACmix, in a state dict
 
 
-def examine_checkpoint(path: Path, trust: bool, progress: Callable[[str], None]) -> Examination:
+def examine_checkpoint(path: Path, trust: bool, code: Path | None, progress: Callable[[str], None]) -> Examination:
     """What a checkpoint holds and which faults it has. Raises what :func:`acmix_deploy.checkpoint.read` does."""
-    contents = read(path, trust=trust)
+    contents = read(path, trust=trust, code=code)
     blocks: list[families.BlockReport] = []
     findings, notes = [], [*contents.notes]
     if contents.program:

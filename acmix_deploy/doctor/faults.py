@@ -106,7 +106,7 @@ FAULTS: dict[FaultId, Fault] = {
     "missing-class": Fault(
         "classes of the model cannot be imported: `models.common`, `__main__`, a changed Ultralytics",
         "PyTorch: `Can't get attribute`, `No module named 'models'`",
-        "Run in the folder of their code with --trust, or give what builds the model: --arch package.module:factory.",
+        "Name the folder of their code, --code DIR --trust, or what builds the model: --arch package.module:factory.",
     ),
     "refused-file": Fault(
         "the file is not valid ONNX, or ONNX Runtime refuses it",

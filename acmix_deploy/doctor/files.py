@@ -17,12 +17,20 @@ from acmix_deploy.runtime.tensorrt import outputs_of
 Progress = Callable[[str], None]
 
 
-def examine(path: Path, *, trust: bool = False, plugin: Path | None = None, progress: Progress) -> Examination:
+def examine(
+    path: Path,
+    *,
+    trust: bool = False,
+    code: Path | None = None,
+    plugin: Path | None = None,
+    progress: Progress,
+) -> Examination:
     """What is in a checkpoint, an ONNX file, an engine or a plugin, and which known faults it has.
 
     Args:
         path: the file. Its kind follows from its content.
         trust: let a checkpoint run code.
+        code: folder of that code; see :func:`acmix_deploy.checkpoint.load`.
         plugin: the library that an engine would be run with.
         progress: told what is being done.
 
@@ -40,7 +48,7 @@ def examine(path: Path, *, trust: bool = False, plugin: Path | None = None, prog
     if kind != "onnx":
         from acmix_deploy.doctor.checkpoints import examine_checkpoint
 
-        return examine_checkpoint(path, trust, progress)
+        return examine_checkpoint(path, trust, code, progress)
     from acmix_deploy.doctor.graphs import examine_onnx
 
     return examine_onnx(path, progress)

@@ -33,6 +33,7 @@ def profile(
     plugin: Path | None = None,
     arch: str | None = None,
     trust: bool = False,
+    code: Path | None = None,
     layers: bool = False,
     power: bool = False,
 ) -> list[Profile]:
@@ -44,7 +45,7 @@ def profile(
 
     Args:
         files: ONNX files, engines, checkpoints, and times that trtexec exported (.json), which are only read.
-        input_shape, threads, plugin, arch, trust: see :class:`acmix_deploy.profile.subjects.Setup`.
+        input_shape, threads, plugin, arch, trust, code: see :class:`acmix_deploy.profile.subjects.Setup`.
         samples: latencies to count for each file, over all rounds; fewer when the time is over, at least one a round.
             By default 1000 of an engine, 50 of another.
         rounds: how often each file has its turn.
@@ -57,7 +58,7 @@ def profile(
         MissingComponent: what an engine or a checkpoint needs is not there, or nothing tells power.
         CheckFailed: TensorRT does not run an engine.
     """
-    setup = Setup(input_shape=input_shape, threads=threads, plugin=plugin, arch=arch, trust=trust)
+    setup = Setup(input_shape=input_shape, threads=threads, plugin=plugin, arch=arch, trust=trust, code=code)
     exported = {index: read_times(file) for index, file in enumerate(files) if file.suffix == ".json"}
     subjects = {index: open_subject(file, setup) for index, file in enumerate(files) if index not in exported}
     if plugin and not any(isinstance(subject, Engine) for subject in subjects.values()):

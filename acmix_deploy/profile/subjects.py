@@ -62,6 +62,7 @@ class Setup(BaseModel):
     )
     arch: str | None = Field(default=None, description="see :func:`acmix_deploy.checkpoint.load`")
     trust: bool = Field(default=False, description="see :func:`acmix_deploy.checkpoint.load`")
+    code: Path | None = Field(default=None, description="see :func:`acmix_deploy.checkpoint.load`")
 
 
 class OnnxFile:
@@ -183,7 +184,7 @@ class Checkpoint:
     precision: Precision = "float32"
 
     def __init__(self, file: Path, setup: Setup) -> None:
-        loaded = checkpoint.load(file, arch=setup.arch, trust=setup.trust)
+        loaded = checkpoint.load(file, arch=setup.arch, trust=setup.trust, code=setup.code)
         from torch.export import ExportedProgram
 
         from acmix_deploy.runtime.torch import TorchRunner

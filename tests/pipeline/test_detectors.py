@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import onnx
@@ -12,72 +10,10 @@ import pytest
 import torch
 
 from acmix_deploy import yolo
-from acmix_deploy.runtime.inputs import random_images
-from acmix_deploy.runtime.metrics import deviation
-from acmix_deploy.runtime.onnxruntime import open_session
 from tests.pipeline.parts import deployed
-from tests.untrained import enlivened, make_checkpoint, settled
+from tests.untrained import enlivened, make_checkpoint
 
 tasks = pytest.importorskip("ultralytics.nn.tasks", reason="ultralytics is not installed")
-
-
-STYLE = Path(__file__).with_name("yolov5_style")  # a folder with the package models, as those repositories have it
-ANCHORS = [[10, 13, 16, 30], [30, 61, 62, 45], [116, 90, 156, 198]]
-SIZES = {"nc": 3, "depth_multiple": 0.33, "width_multiple": 0.25, "anchors": ANCHORS}
-STYLES = {
-    "yolov5": {
-        **SIZES,
-        "backbone": [
-            [-1, 1, "Conv", [32, 3, 2]],
-            [-1, 1, "Conv", [64, 3, 2]],
-            [-1, 3, "C3", [64]],
-            [-1, 1, "Conv", [128, 3, 2]],
-            [-1, 6, "C3", [128]],
-            [-1, 1, "Conv", [128, 3, 2]],
-            [-1, 3, "C3", [128]],
-            [-1, 1, "Conv", [256, 3, 2]],
-            [-1, 1, "ACmix", [256]],
-            [-1, 1, "SPPF", [256, 5]],
-        ],
-        "head": [
-            [-1, 1, "Conv", [128, 1, 1]],
-            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
-            [[-1, 6], 1, "Concat", [1]],
-            [-1, 3, "C3", [128, False]],
-            [-1, 1, "ACmix", [128, 7, 2]],
-            [[4, 14, 9], 1, "Detect", ["nc", "anchors"]],
-        ],
-    },
-    "yolov7": {
-        **SIZES,
-        "backbone": [
-            [-1, 1, "Conv", [32, 3, 2]],
-            [-1, 1, "Conv", [64, 3, 2]],
-            [-1, 1, "Conv", [32, 1, 1]],
-            [-2, 1, "Conv", [32, 1, 1]],
-            [-1, 1, "Conv", [32, 3, 1]],
-            [[-1, -2, -3], 1, "Concat", [1]],
-            [-1, 1, "Conv", [64, 1, 1]],
-            [-1, 1, "MP", []],
-            [-1, 1, "Conv", [64, 1, 1]],
-            [-3, 1, "Conv", [64, 3, 2]],
-            [[-1, -2], 1, "Concat", [1]],
-            [-1, 1, "MP", []],
-            [-1, 1, "Conv", [128, 3, 1]],
-            [-1, 1, "MP", []],
-            [-1, 1, "Conv", [256, 1, 1]],
-            [-1, 1, "ACmix", [256]],
-        ],
-        "head": [
-            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
-            [[-1, 12], 1, "Concat", [1]],
-            [-1, 1, "RepConv", [128]],
-            [10, 1, "RepConv", [128]],
-            [15, 1, "RepConv", [256]],
-            [[19, 18, 20], 1, "IDetect", ["nc", "anchors"]],
-        ],
-    },
-}
 
 
 def distances(report):
@@ -182,46 +118,3 @@ def test_yolov5_as_ultralytics_builds_it(tmp_path):
     report = deployed(tmp_path / "model.pt", tmp_path, opset=17, expect=1)
     assert report.passed
     assert {tuple(c.input_shapes["images"]) for c in report.verification.comparisons} == {(1, 3, 128, 160)}
-
-
-@pytest.fixture
-def repository(monkeypatch):
-    """The module models.yolo, in the folder of its code; gone afterwards."""
-    monkeypatch.chdir(STYLE)
-    monkeypatch.syspath_prepend(STYLE)
-    _forget_models()  # any folder of that name on the path becomes the package as soon as someone imports it
-    yield import_module("models.yolo")
-    _forget_models()
-
-
-def _forget_models():
-    for name in [name for name in sys.modules if name.partition(".")[0] == "models"]:
-        del sys.modules[name]
-
-
-@pytest.mark.parametrize(("style", "blocks", "opset"), [("yolov5", 2, 17), ("yolov7", 1, 18)])
-def test_checkpoints_of_repositories_with_a_package_models(tmp_path, repository, style, blocks, opset):
-    """With --trust; the block is somebody's port, and boxes have anchors.
-
-    Of such a model nothing is known but its tensors: decoded boxes, and the raw maps that these come from.
-    """
-    torch.manual_seed(0)
-    model, ema = (settled(repository.Model(STYLES[style])) for _ in range(2))
-    saved = {"epoch": -1, "model": model.half(), "ema": ema.half(), "updates": 7, "optimizer": None}
-    torch.save(saved, tmp_path / "model.pt")
-    report = deployed(
-        tmp_path / "model.pt", tmp_path, input_shape=(1, 3, 128, 160), fp16=True, opset=opset, expect=blocks, trust=True
-    )
-    assert report.passed
-    assert report.notes[0] == "took 'ema' from the checkpoint"
-    assert [block.class_name for block in report.blocks] == ["ACmix"] * blocks
-    assert [output.shape for output in report.export.outputs] == [
-        (1, 2 * (16 * 20 + 8 * 10 + 4 * 5), 8),
-        (1, 2, 16, 20, 8),
-        (1, 2, 8, 10, 8),
-        (1, 2, 4, 5, 8),
-    ]
-    (output, *_) = open_session(tmp_path / "model.fused.onnx").run(None, {"images": random_images((1, 3, 128, 160))})
-    with torch.no_grad():
-        expected = ema.float()(torch.from_numpy(random_images((1, 3, 128, 160))))[0].numpy()
-    assert deviation(expected, output).relative_l2 < 1e-5

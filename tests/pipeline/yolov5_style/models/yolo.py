@@ -1,4 +1,4 @@
-"""A model from a dictionary as YOLOv5 and YOLOv7 write it in YAML, with their heads on anchors."""
+"""A model from a dictionary as YOLOv5, YOLOv7 and YOLOv9 write it in YAML, with heads that give what theirs do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Detect(nn.Module):
 
     def __init__(self, nc: int, anchors: list[list[float]], channels: list[int]) -> None:
         super().__init__()
-        self.no = nc + 5
+        self.nc, self.no = nc, nc + 5
         self.stride = torch.ones(len(anchors))
         self.grid = [torch.zeros(1)] * len(anchors)  # kept from one image to the next
         self.register_buffer("anchors", torch.tensor(anchors).view(len(anchors), -1, 2))
@@ -62,6 +62,95 @@ class IDetect(Detect):
         return self.im[index].implicit * self.m[index](x + self.ia[index].implicit)
 
 
+class Segment(Detect):
+    """YOLOv5: each box weighs prototypes, too. Its export switch leaves out the maps."""
+
+    export = False
+
+    def __init__(self, nc: int, anchors: list[list[float]], nm: int, channels: list[int]) -> None:
+        super().__init__(nc, anchors, channels)
+        self.nm, self.no = nm, self.no + nm
+        self.m = nn.ModuleList(nn.Conv2d(c, self.no * len(anchors[0]) // 2, 1) for c in channels)
+        self.proto = nn.Conv2d(channels[0], nm, 1)
+        self.detect = Detect.forward  # a function on the module, as theirs has one
+
+    def forward(self, x: list[Tensor]) -> Any:
+        prototypes = self.proto(x[0])
+        found = self.detect(self, x)
+        return (found, prototypes) if self.training else (found[0], prototypes, found[1])
+
+
+class DualDetect(nn.Module):
+    """YOLOv9: [B, 4 + classes, boxes] of an auxiliary branch, then of the main one, and the maps of both. Distances to
+    the sides of a box are the mean over ``reg_max`` steps."""
+
+    dynamic = False
+    shape: Any = None
+
+    def __init__(self, nc: int, channels: list[int]) -> None:
+        super().__init__()
+        self.nc, self.nl, self.reg_max = nc, len(channels) // 2, 4
+        self.no = nc + 4 * self.reg_max
+        self.stride = torch.ones(self.nl)
+        self.places, self.steps = torch.empty(0), torch.empty(0)
+        self.m = nn.ModuleList(nn.Conv2d(c, self.no, 1) for c in channels)
+
+    def forward(self, x: list[Tensor]) -> Any:
+        maps = [layer(y) for layer, y in zip(self.m, x, strict=True)]
+        branches = maps[: self.nl], maps[self.nl :]
+        if self.training:
+            return list(branches)
+        if self.dynamic or self.shape != x[0].shape:
+            self.shape = x[0].shape
+            self.places, self.steps = self.anchors_of(branches[0])
+        return [self.decode(branch) for branch in branches], list(branches)
+
+    def anchors_of(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        places, steps = [], []
+        for y, stride in zip(maps, self.stride, strict=True):
+            rows, columns = torch.meshgrid(*(torch.arange(n) + 0.5 for n in y.shape[2:]), indexing="ij")
+            places.append(torch.stack((columns, rows)).reshape(2, -1))
+            steps.append(stride.expand(1, places[-1].shape[1]))
+        return torch.cat(places, 1), torch.cat(steps, 1)
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        values = torch.cat([y.flatten(2) for y in maps], 2)
+        sides, scores = values.split((4 * self.reg_max, self.nc), 1)
+        chances = sides.unflatten(1, (4, self.reg_max)).softmax(2)
+        near, far = (chances * torch.arange(self.reg_max).view(1, 1, -1, 1)).sum(2).chunk(2, 1)
+        first, last = self.places - near, self.places + far
+        return torch.cat((torch.cat(((first + last) / 2, last - first), 1) * self.steps, scores.sigmoid()), 1)
+
+
+class DualSegment(DualDetect):
+    """YOLOv9: of both branches what weighs prototypes; given are those of the main one."""
+
+    def __init__(self, nc: int, nm: int, channels: list[int]) -> None:
+        super().__init__(nc, channels)
+        self.nm = nm
+        self.weights = nn.ModuleList(nn.Conv2d(c, nm, 1) for c in channels[self.nl :])
+        self.proto = nn.Conv2d(channels[self.nl], nm, 1)
+
+    def forward(self, x: list[Tensor]) -> Any:
+        prototypes = self.proto(x[self.nl])
+        weights = torch.cat([layer(y).flatten(2) for layer, y in zip(self.weights, x[self.nl :], strict=True)], 2)
+        found = super().forward(x)
+        if self.training:
+            return found
+        return torch.cat((found[0][1], weights), 1), (found[1][1], weights, prototypes)
+
+
+class Panoptic(DualSegment):
+    """YOLOv9: what every pixel is, too."""
+
+    sem_nc = 6
+
+    def forward(self, x: list[Tensor]) -> Any:
+        pixels = x[self.nl][:, : self.sem_nc]
+        found = super().forward(x)
+        return found if self.training else (*found, pixels)
+
+
 class Model(nn.Module):
     """Layers [from, number, module, arguments], read from first to last."""
 
@@ -79,8 +168,9 @@ class Model(nn.Module):
             if module in _SCALED:
                 out = int(arguments[0] * cfg["width_multiple"])
                 arguments = [given[0], out, *arguments[1:]]
-            elif issubclass(module, Detect):
-                arguments = [cfg["nc"], cfg["anchors"], given]
+            elif issubclass(module, (Detect, DualDetect)):
+                arguments = [cfg["anchors"] if a == "anchors" else cfg["nc"] if a == "nc" else a for a in arguments]
+                arguments.append(given)
             repeated = [module(*arguments) for _ in range(max(1, round(number * cfg["depth_multiple"])))]
             layer: Any = nn.Sequential(*repeated) if len(repeated) > 1 else repeated[0]
             layer.i, layer.f, layer.type = index, source, str(module)
@@ -88,7 +178,10 @@ class Model(nn.Module):
             channels.append(out)
         self.model = nn.Sequential(*layers)
         head: Any = layers[-1]
-        head.stride = torch.tensor([128 / y.shape[-2] for y in self.train()(torch.zeros(1, 3, 128, 128))])
+        maps = self.train()(torch.zeros(1, 3, 128, 128))
+        while not isinstance(maps[0], Tensor):  # of the branch before, of the boxes before the prototypes
+            maps = maps[0]
+        head.stride = torch.tensor([128 / (y.shape[2] if y.dim() == 5 else y.shape[-2]) for y in maps])
         self.stride = head.stride
 
     def forward(self, x: Tensor) -> Any:
