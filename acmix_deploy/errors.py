@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class AcmixDeployError(Exception):
     """Base of every error that ends a command in one sentence instead of a traceback.
@@ -44,3 +47,8 @@ class Inconclusive(AcmixDeployError):
     """What was measured does not tell, or cannot be compared (exit code 4)."""
 
     exit_code = 4
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question that names what a word is nearly; nothing where it is near nothing that is known."""
+    return "".join(f"Did you mean {near}?" for near in get_close_matches(word, list(known), n=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,7 +103,7 @@ def export(
         opset: 17 to 21.
         dynamic: axes to leave free, out of ``batch``, ``height`` and ``width``.
         divisor: H and W must be multiples of it, the model's total stride.
-        metadata: goes into the file's ``metadata_props``.
+        metadata: goes into the file's ``metadata_props``, with what they tell of a file.
         reference: what the file has to compute, where ``module`` was made of another; by default that is ``module``.
         progress: told what is about to be done.
 
@@ -121,6 +122,7 @@ def export(
         # Detectors keep what depends on the last image's size; a copy is traced, so that runs and traces do not mix.
         reference, module = reference or module.eval(), copy.deepcopy(module).eval()
     example = shapes[0]
+    metadata = metadata.for_file(example, dynamic)
     # Traced at a batch of 2 where it is free: the exporters take an axis of length 1 for one that broadcasts.
     traced = (max(example[0], 2), *example[1:]) if "batch" in dynamic else example
     progress("running the model")
@@ -176,9 +178,24 @@ def export(
         else:
             axes = sorted(dynamic) if not reordered else []
             ways = [f"without dynamic {', '.join(axes)}"] * bool(axes) + ["with opset 18"] * (opset < 18)
+            if newer := _newer_operators("; ".join(notes)):
+                ways = [f"with opset {max(newer.values())}, which has {' and '.join(newer)}"]
             raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
     settings = {"input_shape": list(example), "dynamic": sorted(dynamic), "opset": opset}
     return Made(write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found)
+
+
+def _newer_operators(notes: str) -> dict[str, int]:
+    """The standard operators that the opset of a file lacks, by what was said of it, and the first opset of each."""
+    first: dict[str, int] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if not schema.domain:
+            first[schema.name] = min(schema.since_version, first.get(schema.name, schema.since_version))
+    return {
+        name: first[name]
+        for name in re.findall(r"the operator (\w+), which opset \d+ does not", notes)
+        if name in first
+    }
 
 
 def _free_axes(program: ExportedProgram, dynamic: Collection[str]) -> set[str]:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import name_nodes, read
+from acmix_deploy.graph import name_nodes, read, with_weights
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import quantities
 from acmix_deploy.targets import Form, Target
@@ -37,7 +37,9 @@ class TargetReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(description="the target, as in docs/targets.md")
-    tensorrt: str = Field(description="its TensorRT, major and minor version")
+    tensorrt: str = Field(
+        description="its TensorRT, major and minor version; empty where something else reads the file"
+    )
     form: Form = Field(description="any: nodes and definitions; plugin: nodes alone; plain: standard operators")
     file: str = Field(description="name of the file")
     inlined: dict[str, str] = Field(
@@ -62,7 +64,7 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> Made[Ta
     model = read(source)
     name_nodes(model)
     target.check_opset(onnx_file.opset(model), str(source))
-    inlined = {} if form == "plain" else refused(model)
+    inlined = {} if form == "plain" or target.tensorrt is None else refused(model)
     if form:
         target.check_form(form)
     made = (form or target.form) if takes_plugin(model) else "plain"
@@ -76,10 +78,10 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> Made[Ta
         form=made,
         file=path.name,
         inlined=inlined,
-        unread=onnx_file.unread(formed, target),
+        unread=onnx_file.unread(formed, target) if target.tensorrt else {},
     )
     settings = {"target": target.name, "tensorrt": target.version, "form": made}
-    return Made(write_artifact(path, "target", parents=[source], settings=settings), report)
+    return Made(write_artifact(path, "target", parents=with_weights(source), settings=settings), report)
 
 
 def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:

@@ -27,6 +27,7 @@ from acmix_deploy.files import LARGEST_MESSAGE, expect, too_large
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.refusals import unreadable
+from acmix_deploy.targets import OPSETS
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -86,7 +87,8 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
 
     Args:
         path: the file.
-        weights: also read those that lie in files of their own.
+        weights: also read those that lie in files of their own, and lower the version of the format to one that every
+            ONNX Runtime reads, since what is written again uses nothing newer.
 
     Raises:
         UserError: it does not exist, is no ONNX file, or is too large with its weights.
@@ -97,6 +99,7 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         if weights:
             _check_size(path, model)
             onnx.load_external_data_for_model(model, str(path.parent))
+            model.ir_version = min(model.ir_version, ir_version(OPSETS[-1]))
     except UserError:
         raise
     except Exception as error:  # protobuf's DecodeError, or a missing file of weights
@@ -104,6 +107,13 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     if not model.graph.node:
         raise UserError(f"{path} holds no ONNX graph", "Give the file that an exporter wrote.")
     return model
+
+
+def with_weights(path: Path) -> list[Path]:
+    """An ONNX file, and the files beside it that its weights lie in."""
+    stored = onnx.load(path, load_external_data=False).graph.initializer
+    outside = [ExternalDataInfo(tensor) for tensor in stored if tensor.data_location == TensorProto.EXTERNAL]
+    return [path, *(path.parent / location for location in dict.fromkeys(info.location for info in outside))]
 
 
 def _check_size(path: Path, model: onnx.ModelProto) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import onnx
@@ -98,6 +98,11 @@ def fused_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes of this package's operators."""
     ours = {(operator.domain, operator.op_type) for operator in OPERATORS}
     return [node for node in model.graph.node if (node.domain, node.op_type) in ours]
+
+
+def counted(operators: Mapping[str, int]) -> str:
+    """Operators by how often they are there, in words: "3 AcmixLocalAttention"."""
+    return ", ".join(f"{count} {operator}" for operator, count in operators.items())
 
 
 def operators(model: onnx.ModelProto) -> dict[str, list[str]]:

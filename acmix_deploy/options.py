@@ -41,6 +41,8 @@ class Option:
     parse: Callable[[str], object] | None = None
     metavar: str | None = None
     flag: str = ""
+    bare: str = ""
+    """What the option means without a value, spelt as one; empty where it needs one."""
 
 
 def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], *names: str) -> None:
@@ -65,6 +67,8 @@ def _keywords(name: str, field: FieldInfo, option: Option) -> dict[str, Any]:
         return found | {"action": "store_true"}
     if choices := _choices(field.annotation):
         return found | {"choices": choices}
+    if option.bare:
+        found |= {"nargs": "?", "const": option.parse(option.bare) if option.parse else option.bare}
     return found | {"type": option.parse, "metavar": option.metavar}
 
 
@@ -126,9 +130,18 @@ def check_python(python: Path | None, trust: bool, arch: str | None = None, head
         )
 
 
+@parses("names by commas such as batch,height; where it is to mean all axes, --dynamic stands at the end")
 def names(text: str) -> tuple[str, ...]:
     """``batch,height`` as its parts."""
-    return tuple(name for name in text.split(",") if name)
+    parts = tuple(name for name in text.split(",") if name)
+    if not all(name.isidentifier() for name in parts):
+        raise ValueError(text)
+    return parts
+
+
+def provider(text: str) -> str:
+    """``cuda`` as it is; ``0``, ``cuda:0`` and ``gpu``, as others call the first GPU, as that."""
+    return "cuda" if text in ("0", "cuda:0", "gpu") else text
 
 
 @parses("B,C,H,W, four whole numbers of at least 1")

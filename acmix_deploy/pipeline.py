@@ -60,10 +60,12 @@ def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
     inputs = _inputs(plan, source, exported)
     half = work.file("fp16", "converting to FP16", lambda: _to_fp16(work, inputs)) if plan.half else None
     int8 = work.file("int8", "converting to INT8", lambda: _quantize(work, source)) if plan.int8 else None
-    target = work.file("target", f"writing for {plan.target.name}", lambda: _write_for(plan)) if plan.target else None
+    target = None
+    if plan.made_for:
+        target = work.file("target", f"writing for {plan.made_for.name}", lambda: _write_for(plan))
     engines = work.stage("engine", "building engines", lambda: _build(work, exported)) if plan.device else {}
     verification = work.stage("verify", "comparing every file with the model", lambda: _verify(work, source, inputs))
-    latency = work.stage("profile", "timing every file", lambda: _profile(work, source))
+    latency = {} if plan.no_profile else work.stage("profile", "timing every file", lambda: _profile(work, source))
     artifacts = work.marked()
     report = ExportReport(
         model=str(plan.checkpoint),
@@ -125,6 +127,7 @@ def _load(plan: Plan) -> Source:
     return load_source(
         plan.checkpoint,
         image_size=plan.image_size,
+        batch=plan.batch,
         input_shape=plan.input_shape,
         dynamic=plan.dynamic,
         arch=plan.arch,
@@ -161,7 +164,7 @@ def _export(work: _Work, source: Source) -> Made[ExportResult]:
 
 def _fuse(work: _Work) -> Made[FusionReport]:
     plan, files = work.plan, (work.plan.path("plain"), work.plan.path("fused"))
-    return fuse(*files, conv_branch=plan.conv_branch, expect=plan.expect, progress=work.progress)
+    return fuse(*files, conv_branch=plan.chosen_branch, expect=plan.expect, progress=work.progress)
 
 
 def _inputs(plan: Plan, source: Source, exported: ExportResult) -> Scenes | list[Feeds]:
@@ -192,8 +195,8 @@ def _quantize(work: _Work, source: Source) -> Made[Int8Report]:
 
 
 def _write_for(plan: Plan) -> Made[TargetReport]:
-    assert plan.target
-    return write_for(plan.target, plan.path(plan.role_for(plan.target)), plan.form)
+    assert plan.made_for
+    return write_for(plan.made_for, plan.path(plan.role_for(plan.made_for)), plan.form)
 
 
 def _build(work: _Work, exported: ExportResult) -> dict[str, BuildReport]:

@@ -22,14 +22,19 @@ from acmix_deploy.options import (
     float32_list,
     names,
     positive,
+    sides,
 )
-from acmix_deploy.runtime.inputs import check_axes
-from acmix_deploy.targets import DEFAULT_OPSET, INT8_OPSET, Form, Target, check_opset, target_named
+from acmix_deploy.runtime.inputs import AXES, check_axes
+from acmix_deploy.targets import DEFAULT_OPSET, INT8_OPSET, PLAIN, Form, Target, check_opset, target_named
 
 _SUFFIXES = {"plain": ".onnx", "fused": ".fused.onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
 
 
 _Size = Annotated[int, Field(gt=0)]
+
+
+def _sides(size: object) -> object:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _named(target: object) -> object:
@@ -69,28 +74,32 @@ class Plan(BaseModel):
     int8: Annotated[bool, Option()] = Field(
         default=False, description="also write a file whose layers are INT8; --calibration"
     )
-    calibration: Annotated[Path | None, Option(Path, "DIR")] = Field(
+    calibration: Annotated[Path | None, Option(Path, "DIR|YAML")] = Field(
         default=None,
-        description="folder of images for --int8, like those to be seen; every file is verified on them too",
+        description="images for --int8, like those to be seen: a folder, or a data set's YAML; every file is verified "
+        "on them too",
     )
-    image_size: Annotated[int | None, Option(positive, "N")] = Field(
-        default=None, gt=0, description="side of the image (default: the model's own)"
+    image_size: Annotated[tuple[_Size, _Size] | None, BeforeValidator(_sides), Option(sides, "N|H,W")] = Field(
+        default=None, description="side of the image, or height and width (default: the model's own)"
+    )
+    batch: Annotated[int | None, Option(positive, "N")] = Field(
+        default=None, gt=0, description="images in the file's batch (default: 1)"
     )
     input_shape: Annotated[tuple[_Size, _Size, _Size, _Size] | None, Option(bchw, "B,C,H,W")] = Field(
         default=None, description="e.g. 1,3,384,640"
     )
-    dynamic: Annotated[tuple[str, ...], Option(names, "AXES")] = Field(
-        default=(), description="axes to leave free: batch, height, width, separated by commas"
+    dynamic: Annotated[tuple[str, ...], Option(names, "AXES", bare=",".join(AXES))] = Field(
+        default=(), description="axes to leave free: batch, height, width, separated by commas; all where none is named"
     )
     opset: Annotated[int | None, Option(int, "N")] = Field(
         default=None, description="17 to 21 (default: 18, 19 with --int8, or what the target reads)"
     )
     target: Annotated[Target | None, BeforeValidator(_named), Option(str, "TARGET", "--for")] = Field(
-        default=None, description="also write the file for a target, e.g. jetpack-6.2 (docs/targets.md)"
+        default=None, description="also write the file for a target, e.g. jetpack-6.2 or openvino (docs/targets.md)"
     )
     form: Annotated[Form | None, Option(flag="--target")] = Field(
         default=None,
-        description="form of that file, not the device (default: the form in which the target takes the plugin)",
+        description="form of that file, not the device (default: what the target takes); plain needs no --for",
     )
     plugin: Annotated[Path | None, Option(Path, "FILE")] = Field(
         default=None, description="library for the engine (default: made here, if it can be)"
@@ -98,7 +107,8 @@ class Plan(BaseModel):
     no_engine: Annotated[bool, Option()] = Field(default=False, description="write files alone, also where TensorRT is")
     conv_branch: Annotated[ConvBranchChoice, Option()] = Field(
         default="auto",
-        description="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense)",
+        description="form of the convolution branch: dense is fast on a GPU, grouped on a CPU (auto: dense, or grouped "
+        "with --for onnxruntime)",
     )
     expect: Annotated[int | None, Option(count, "N")] = Field(
         default=None, ge=0, description="fail unless exactly N blocks fuse"
@@ -126,6 +136,7 @@ class Plan(BaseModel):
     seconds: Annotated[float, Option(duration, "S")] = Field(
         default=4.0, gt=0, allow_inf_nan=False, description="time to measure the latency of each file for (default: 4)"
     )
+    no_profile: Annotated[bool, Option()] = Field(default=False, description="measure no latencies")
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -143,10 +154,12 @@ class Plan(BaseModel):
             )
         if self.image_size is not None and self.input_shape is not None:
             raise UserError("--image-size and --input-shape both tell the size of images", "Give one of them.")
+        if self.batch is not None and self.input_shape is not None:
+            raise UserError("--batch and --input-shape both tell how many images there are", "Give one of them.")
         check_axes(self.dynamic)
         check_code(self.code, self.trust)
         check_python(self.python, self.trust, self.arch, self.head)
-        check_form(self.target, self.form)
+        made_for(self.target, self.form)
         if self.plugin and not self.device:
             raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")
         if self.plugin and not self.plugin.is_file():
@@ -177,6 +190,16 @@ class Plan(BaseModel):
         wanted = INT8_OPSET if self.int8 else DEFAULT_OPSET
         reader = self.target or self.device
         return min(wanted, reader.opset) if reader else wanted
+
+    @property
+    def made_for(self) -> Target | None:
+        """What a file is written for beside those of every export."""
+        return made_for(self.target, self.form)
+
+    @property
+    def chosen_branch(self) -> ConvBranchChoice:
+        """The form of the convolution branch."""
+        return chosen_branch(self.conv_branch, self.target)
 
     @property
     def device(self) -> Target | None:
@@ -228,9 +251,23 @@ class Plan(BaseModel):
         return "fused" if role == "fp16" and not target.strongly_typed else role
 
 
-def check_form(target: Target | None, form: Form | None) -> None:
-    """Raises UserError where a form is asked for and no target, or a target that does not take it."""
+def chosen_branch(asked: ConvBranchChoice, target: Target | None) -> ConvBranchChoice:
+    """The form of a convolution branch: the one asked for, or the one that is faster on the target."""
+    return "grouped" if asked == "auto" and target and target.grouped else asked
+
+
+def made_for(target: Target | None, form: Form | None) -> Target | None:
+    """What a file is written for: the target, or whatever reads standard operators where that form alone is told.
+
+    Raises:
+        UserError: another form is asked for and no target, or a target that does not take it.
+    """
     if form and not target:
-        raise UserError("--target is the form of the file for a target, and none is named", "Add --for TARGET.")
+        if form != "plain":
+            raise UserError(
+                f"--target {form} is the form of the file for a target, and none is named", "Add --for TARGET."
+            )
+        return PLAIN
     if form and target:
         target.check_form(form)
+    return target

@@ -1,4 +1,5 @@
-"""What a file is made for: the versions of TensorRT, what each takes, and the JetPack releases that carry them.
+"""What a file is made for: the versions of TensorRT, what each takes, and the JetPack releases that carry them; and
+other runtimes.
 
 Pure data, the one place for it. A workstation cannot know what a Jetson runs, so a target is named (``--for``) or taken
 from the TensorRT that was found (:func:`target_of`).
@@ -10,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import UserError, did_you_mean
 
 Form = Literal["any", "plugin", "plain"]
 """How a file carries the custom operators: "any" as nodes with their definitions, "plugin" as nodes alone, "plain" not
@@ -57,13 +58,13 @@ does not have."""
 
 @dataclass(frozen=True)
 class Target:
-    """What a file has to be like for a release of TensorRT, and the machines that it comes with."""
+    """What a file has to be like for a release of TensorRT, with the machines that it is on, or for another runtime."""
 
     name: str
-    tensorrt: Version
-    """Major and minor version."""
+    tensorrt: Version | None
+    """Major and minor version; None where something else reads the file."""
     form: Form
-    """The form in which this release takes the plugin once it is loaded."""
+    """The form in which this release takes the plugin once it is loaded, or that another runtime reads."""
     opset: int
     """The newest that its parser reads."""
     strongly_typed: bool
@@ -74,19 +75,27 @@ class Target:
     """Architectures of the machines that JetPack runs on."""
     package: bool = True
     """Whether this package runs there; JetPack 5.1 has Python 3.8."""
+    grouped: bool = False
+    """Whether the grouped form of a convolution branch is the faster one there."""
+    command: str = ""
+    """What reads a file there, where that is not TensorRT."""
 
     @property
     def version(self) -> str:
-        """The version of TensorRT as it is written: "10.3"."""
-        return ".".join(map(str, self.tensorrt))
+        """The version of TensorRT as it is written: "10.3"; empty where there is none."""
+        return ".".join(map(str, self.tensorrt or ()))
 
     def reads(self, operator: str) -> bool:
-        """Whether this release's parser reads a standard operator."""
+        """Whether this release's parser reads a standard operator; of other runtimes none is known to be missing."""
+        if self.tensorrt is None:
+            return True
         since = READ_SINCE.get(operator, (8, 5))
         return since is not None and since <= self.tensorrt
 
     def check_form(self, form: Form) -> None:
         """Raise UserError if this release does not take the plugin, or nothing at all, from a file of that form."""
+        if self.tensorrt is None and form not in ("plain", self.form):
+            raise UserError(f"{self.name} reads no file of the form {form}", "Leave out --target.")
         if form == "any" and self.form == "plugin":
             raise UserError(
                 f"TensorRT {self.version} passes over either the nodes or their definitions in a file of the form any",
@@ -97,7 +106,7 @@ class Target:
         """Raise UserError if this release does not read ``what``, which has that opset."""
         if opset > self.opset:
             raise UserError(
-                f"{what} has opset {opset}; TensorRT {self.version} reads {self.opset} at most",
+                f"{what} has opset {opset}; {f'TensorRT {self.version}'.strip()} reads {self.opset} at most",
                 f"Export with --opset {min(self.opset, DEFAULT_OPSET)}.",
             )
 
@@ -136,7 +145,7 @@ def target_of(tensorrt: Version) -> Target:
     Raises:
         UserError: that release is not supported: older than 8.5, or 9.
     """
-    release = next((release for release in reversed(_RELEASES) if release.tensorrt <= tensorrt), None)
+    release = next((release for release in reversed(_RELEASES) if (release.tensorrt or tensorrt) <= tensorrt), None)
     version = ".".join(map(str, tensorrt))
     if release is None or tensorrt[0] == 9:
         raise UserError(f"TensorRT {version} is not supported", "Supported: 8.5, 8.6, and 10.0 and later.")
@@ -149,6 +158,20 @@ TARGETS: dict[str, Target] = {
 }
 """The targets that have a name."""
 
+RUNTIMES: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "onnxruntime", None, "any", OPSETS[-1], strongly_typed=True, grouped=True, command="acmix-deploy profile"
+        ),
+        Target("openvino", None, "plain", OPSETS[-1], strongly_typed=True, command="ovc"),
+    )
+}
+"""Targets without TensorRT: ONNX Runtime on a CPU, and OpenVINO, which reads no functions of a file."""
+
+PLAIN = Target("plain", None, "plain", OPSETS[-1], strongly_typed=True)
+"""Whatever reads standard operators."""
+
 NEWEST = target_of((11, 0))
 """Reads whatever an older one does."""
 
@@ -160,15 +183,21 @@ def check_opset(opset: int) -> None:
 
 
 def target_named(name: str) -> Target:
-    """The target called ``name``: one of TARGETS, or ``tensorrt-MAJOR.MINOR``.
+    """The target called ``name``: one of TARGETS or RUNTIMES, or ``tensorrt-MAJOR.MINOR``.
 
     Raises:
         UserError: there is none of that name, or that TensorRT is not supported.
     """
-    if name in TARGETS:
-        return TARGETS[name]
+    named = TARGETS | RUNTIMES
+    if name in named:
+        return named[name]
     if version := re.fullmatch(r"tensorrt-(\d+)\.(\d+)", name):
         return target_of((int(version[1]), int(version[2])))
-    raise UserError(
-        f"there is no target {name!r}", f"Targets: {', '.join(TARGETS)}, or tensorrt-MAJOR.MINOR for another version."
-    )
+    if name == "ncnn":
+        raise UserError(
+            "ncnn is no target: pnnx takes the first of several indices of a Gather, and what it writes computes "
+            "something else, without a word",
+            "docs/targets.md tells what was tried.",
+        )
+    known = f"Targets: {', '.join(named)}, or tensorrt-MAJOR.MINOR for another version."
+    raise UserError(f"there is no target {name!r}", f"{did_you_mean(name, named)} {known}".lstrip())

@@ -246,7 +246,8 @@ def _spelling(action: argparse.Action) -> str:
     repeated = " ..." if action.nargs == "+" else ""
     if not action.option_strings:
         return f"{value}{repeated}"
-    return ", ".join(action.option_strings) + (f" {value}" if takes_value else "")
+    shown = f" [{value}]" if action.nargs == "?" else f" {value}" if takes_value else ""
+    return ", ".join(action.option_strings) + shown
 
 
 def differing() -> dict[Path, str]:

@@ -69,12 +69,13 @@ def train(checkpoint: Path, count: int = 800, **settings: Any) -> None:
     torch.save({"model": model, "ema": None, "train_args": model.args} | {key: saved[key] for key in kept}, checkpoint)
 
 
-def evaluate(model: Path, count: int = 500) -> dict[str, float]:
+def evaluate(model: Path, count: int = 500, **settings: Any) -> dict[str, float]:
     """mAP50, mAP50-95 and the like of Ultralytics' validator on held-back images.
 
     Args:
-        model: a checkpoint, or an ONNX file for images of 160 pixels that was made of one.
+        model: a checkpoint, or an ONNX file that was made of one, whose own size Ultralytics takes.
         count: number of images.
+        settings: other ones of the validator, such as ``imgsz``, which is 160.
 
     Raises:
         FileNotFoundError: there is no such file; Ultralytics would look for it on the network.
@@ -85,7 +86,7 @@ def evaluate(model: Path, count: int = 500) -> dict[str, float]:
         images = shapes.write(Path(name) / "held-back", HELD_BACK, count)
         data = _describe(Path(name), train=images, val=images)
         detector = yolo.ultralytics("models").YOLO(model.resolve(strict=True), task="detect")
-        measured = detector.val(data=data, project=name, batch=1, rect=False, verbose=False, **_LOCAL)
+        measured = detector.val(data=data, project=name, batch=1, rect=False, verbose=False, **(_LOCAL | settings))
     results: dict[str, float] = measured.results_dict
     return results
 

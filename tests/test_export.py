@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import acmix_deploy.export as export_module
 from acmix_deploy.artifacts import sidecar
@@ -17,7 +18,9 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.onnx_file import unread
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.targets import target_of
 
 LIMIT = LOCAL_ATTENTION.tolerances["float32"].limit()
 AXES = ("batch", "height", "width")
@@ -98,7 +101,7 @@ def test_the_file_is_the_module(
     onnx.checker.check_model(model)
     assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain == ""] == [("", opset)]
     assert model.ir_version == ir_version
-    assert {entry.key: entry.value for entry in model.metadata_props} == METADATA.entries
+    assert {entry.key: entry.value for entry in model.metadata_props} == METADATA.for_file(SHAPE, dynamic).entries
     assert {*path.parent.iterdir()} == {path, sidecar(path)}
     content = path.read_bytes()
     assert b".py" not in content
@@ -400,3 +403,43 @@ def test_a_detector_takes_every_size(tmp_path: Path, opset: int) -> None:
     result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=AXES, divisor=4).found
     assert result.notes == ()
     assert_same(path, module, SHAPE, (3, 3, 40, 72), (2, 3, 96, 48))
+
+
+class Rare(nn.Module):
+    """Operators of ONNX that detectors seldom have, each as an output."""
+
+    def forward(self, x):
+        half = [functional.interpolate(x, scale_factor=0.5, mode=mode) for mode in ("nearest", "bilinear")]
+        half.append(functional.interpolate(x, scale_factor=1.5, mode="bicubic"))
+        sampled = functional.grid_sample(x, torch.tanh(x[:, :2]).permute(0, 2, 3, 1), align_corners=True)
+        return torch.einsum("bchw,bcxw->bhx", x, x), torch.fmod(x, 0.3), torch.remainder(x - 0.5, 0.3), sampled, *half
+
+
+def test_rare_operators_are_written_as_onnx_has_them(tmp_path):
+    """Half scales and a part of a pixel, negative remainders, samples outside the map; at any size."""
+    found = export(Rare().eval(), tmp_path / "model.onnx", input_shape=(1, 3, 16, 24), opset=17, dynamic=AXES).found
+    assert found.exporter == "torchscript"
+    model = onnx.load(tmp_path / "model.onnx")
+    written = {node.op_type for node in model.graph.node}
+    assert {"GridSample", "Einsum", "Mod", "Resize"} <= written
+    assert not unread(model, target_of((8, 5)))
+
+
+def test_an_operator_of_a_newer_opset_is_told_with_its_opset(tmp_path):
+    ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed")
+
+    class Deformed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.offsets, self.convolution = nn.Conv2d(3, 18, 3, padding=1), ops.DeformConv2d(3, 8, 3, padding=1)
+
+        def forward(self, x):
+            return self.convolution(x, self.offsets(x))
+
+    module, options = Deformed().eval(), {"input_shape": (1, 3, 16, 24)}
+    with pytest.raises(CheckFailed, match="It may work with opset 19, which has DeformConv"):
+        export(module, tmp_path / "model.onnx", opset=18, **options)
+    export(module, tmp_path / "model.onnx", opset=19, **options)
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [*unread(model, target_of((10, 0)))] == ["DeformConv"]
+    assert not unread(model, target_of((10, 3)))

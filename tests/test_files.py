@@ -20,7 +20,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from acmix_deploy.artifacts import write_artifact
+from acmix_deploy.artifacts import read_artifact, write_artifact
 from acmix_deploy.cli import main
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import Kind, expect, kind_of
@@ -325,6 +325,13 @@ def test_weights_beside_a_file_may_be_more_than_what_is_changed(tmp_path: Path) 
     assert read(path, weights=False).graph.node
 
 
+def test_what_is_written_again_is_in_a_format_that_onnx_runtime_reads(tmp_path: Path) -> None:
+    onnx.save(model(ir=99), path := tmp_path / "new.onnx")
+    assert (read(path, weights=False).ir_version, read(path).ir_version) == (99, 10)
+    assert main(["fp16", str(path), "-o", str(tmp_path / "half.onnx")]) == 0
+    open_session(tmp_path / "half.onnx")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What ONNX Runtime refuses
 
@@ -428,3 +435,19 @@ def test_what_is_not_known_has_no_hint() -> None:
 
     error = refused("a.onnx", RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : something new"))
     assert (error.message, error.hint) == ("ONNX Runtime refuses a.onnx: something new", "")
+
+
+def test_weights_beside_a_file_are_among_what_others_are_made_from(tmp_path: Path, capsys: Any) -> None:
+    made = model(helper.make_node("Mul", ["x", "w"], ["y"]), w=np.ones((1, 3, 8, 8), np.float32))
+    onnx.save_model(made, tmp_path / "a.onnx", save_as_external_data=True, location="a.data", size_threshold=0)
+    for verb, source, target in (("fuse", "a.onnx", "b.onnx"), ("fp16", "a.onnx", "c.onnx")):
+        assert main([verb, str(tmp_path / source), "-o", str(tmp_path / target)]) == 0
+        assert [parent.name for parent in read_artifact(tmp_path / target).parents] == ["a.onnx", "a.data"]
+        assert not (tmp_path / f"{target}.data").exists(), "what is written is one file"
+        open_session(tmp_path / target)
+    with (tmp_path / "a.data").open("ab") as file:
+        file.write(b"more")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "b.onnx"), "--json"]) == 0
+    states = {found["name"]: found["state"] for found in json.loads(capsys.readouterr().out)["ancestors"]}
+    assert states == {"a.onnx": "unchanged", "a.data": "changed"}

@@ -17,7 +17,7 @@ from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main, parser
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.acmix.module import ACmix
-from acmix_deploy.forms import refused, to_form, write_for
+from acmix_deploy.forms import TargetReport, refused, to_form, write_for
 from acmix_deploy.fusion import fuse
 from acmix_deploy.onnx_file import unread, unread_note
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -27,11 +27,12 @@ from acmix_deploy.report.target import target_steps
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import open_session
-from acmix_deploy.targets import TARGETS, target_of
+from acmix_deploy.targets import TARGETS, target_named, target_of
 from tests.cli.test_cli import fails
-from tests.families.parts import export
+from tests.families.parts import export, outputs, relative_l2
 from tests.fusion.test_fuse import randomised
 
+FLOAT32 = LOCAL_ATTENTION.tolerances["float32"].floor
 SHAPES = [(1, 3, 12, 16), (3, 3, 16, 20)]
 
 
@@ -317,6 +318,27 @@ def test_next_can_be_typed(tmp_path, monkeypatch, name, axes):
         assert read or "jetpack-5.1" in first
 
 
+def test_files_for_other_runtimes(files, tmp_path, capsys):
+    """Fused anew from the plain file, with the branch that is faster there; each runs as it is."""
+    source = tmp_path / "model.onnx"
+    x = torch.rand(1, 3, 10, 12)
+    expected = outputs(export(randomised(ACmix(3, 16, head=2)), x, source), x)
+    for name, form, convolutions in (("onnxruntime", "any", 2), ("openvino", "plain", 3)):
+        command = ["fuse", str(source), "-o", str(tmp_path / f"{name}.onnx"), "--for", name, "--json"]
+        assert main(command) == 0
+        found = json.loads(capsys.readouterr().out)["target"]
+        assert (found["name"], found["tensorrt"], found["form"], found["unread"]) == (name, "", form, {})
+        assert found["file"] == f"{name}.{name}.onnx"
+        model = onnx.load(tmp_path / found["file"])
+        assert [node.op_type for node in model.graph.node].count("Conv") == convolutions
+        assert bool(model.functions) == (form == "any")
+        assert relative_l2(outputs(tmp_path / found["file"], x), expected) < FLOAT32
+        report = TargetReport.model_validate(found)
+        first, *steps = target_steps(report, "model.onnx", "float32", None, "images", detector=False)
+        assert first == f"Carry {name}.{name}.onnx and model.onnx to the target ({name}) and run there:"
+        assert steps[-1].split() == [*target_named(name).command.split(), f"{name}.{name}.onnx"]
+
+
 def test_a_wrong_target_file_fails(checkpoint, monkeypatch, capsys):
     """The file for the target is verified, not taken for granted."""
 
@@ -350,7 +372,7 @@ def test_fuse_for_a_target(tmp_path, monkeypatch, capsys):
     ("command", "words"),
     [
         (["export", "model.pt", "--for", "jetpack-9"], "jetpack-6.2"),
-        (["export", "model.pt", "--target", "plain"], "--for TARGET"),
+        (["export", "model.pt", "--target", "any"], "--for TARGET"),
         (["export", "model.pt", "--for", "tensorrt-9.1"], "TensorRT 9.1 is not supported"),
         (
             ["export", "model.pt", "--for", "jetpack-6.0", "--opset", "18"],

@@ -66,6 +66,24 @@ def test_unknown_name(name):
     assert all(known in refusal.value.hint for known in TARGETS)
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "other", "grouped"), [("onnxruntime", "any", "plugin", True), ("openvino", "plain", "any", False)]
+)
+def test_runtimes_without_tensorrt(name, form, other, grouped):
+    target = target_named(name)
+    assert (target.name, target.tensorrt, target.version, target.form) == (name, None, "", form)
+    assert (target.grouped, target.opset) == (grouped, 21)
+    assert target.reads("Col2Im"), "nothing is known that it does not read"
+    target.check_form("plain")
+    with pytest.raises(UserError, match=f"{name} reads no file of the form {other}"):
+        target.check_form(other)
+
+
+def test_ncnn_is_refused_with_what_was_found():
+    with pytest.raises(UserError, match="computes something else, without a word"):
+        target_named("ncnn")
+
+
 @pytest.mark.parametrize("version", [(7, 2), (8, 4), (9, 0), (9, 3)])
 def test_unsupported_release(version):
     with pytest.raises(UserError, match=rf"TensorRT {version[0]}\.{version[1]} is not supported"):

@@ -37,7 +37,8 @@ class Source:
 def load_source(
     path: Path,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    batch: int | None = None,
     input_shape: Sequence[int] | None = None,
     dynamic: Collection[str] = (),
     arch: str | None = None,
@@ -51,8 +52,9 @@ def load_source(
     Args:
         path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``head``, ``trust`` and ``code``.
         python: another interpreter, by which the checkpoint is loaded and run; blocks are then known in its file only.
-        image_size: side of a square image in pixels; by default that of training, else 640.
-        input_shape: [B, C, H, W], instead of ``image_size``.
+        image_size: side of a square image, or height and width, in pixels; by default those of training, else 640.
+        batch: number of images, 1 by default.
+        input_shape: [B, C, H, W], instead of ``image_size`` and ``batch``.
         dynamic: axes that will be free, out of "batch", "height" and "width".
 
     Raises:
@@ -63,8 +65,10 @@ def load_source(
         loaded = load_elsewhere(path, python, trust=trust, code=code)
     else:
         loaded = load(path, arch=arch, head=head, trust=trust, code=code)
-    usual = loaded.metadata.usual_shape
-    shape = tuple(input_shape or ((*usual[:2], image_size, image_size) if image_size else usual))
+    told = loaded.metadata
+    if isinstance(image_size, int):
+        image_size = (image_size, image_size)
+    shape = tuple(input_shape or (batch or 1, told.channels, *(image_size or told.imgsz)))
     shapes = checked_shapes(shape, dynamic, loaded.metadata.stride)
     reference = Reference(loaded)
     module, blocks = loaded.module, list[families.BlockReport]()

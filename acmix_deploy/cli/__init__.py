@@ -31,6 +31,7 @@ from acmix_deploy.cli import (
     verify,
 )
 from acmix_deploy.cli.common import add_common
+from acmix_deploy.cli.habits import Parser, add_aliases, keys_and_values, unrecognized
 from acmix_deploy.errors import AcmixDeployError
 
 VERBS = (
@@ -62,7 +63,7 @@ EXIT_CODES = """exit codes:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``acmix-deploy``."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="acmix-deploy",
         description="Takes detectors with ACmix blocks from a checkpoint to verified, fused ONNX files and engines.",
         epilog=EXIT_CODES,
@@ -100,12 +101,25 @@ def _add_verbs(parent: argparse.ArgumentParser, modules: Iterable[ModuleType]) -
             continue
         verb.add_arguments(command)
         add_common(command)
-        command.set_defaults(run=verb.run)
+        add_aliases(command)
+        command.set_defaults(run=verb.run, command=command)
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    top = parser()
+    for name, command in commands(top).items():
+        words = name.split()
+        if [*arguments[: len(words)]] == words and (said := keys_and_values(name, command, arguments[len(words) :])):
+            command.error(said)
+    options, unknown = top.parse_known_args(arguments)
+    if unknown:
+        options.command.error(unrecognized(options.command, unknown))
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; see EXIT_CODES."""
-    options = parser().parse_args(arguments)
+    options = _parsed(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         return int(options.run(options))

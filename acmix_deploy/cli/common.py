@@ -17,7 +17,7 @@ from rich.console import Console
 from acmix_deploy.artifacts import writing
 from acmix_deploy.document import D
 from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.options import Provider, add_options, bchw, not_negative, positive, share
+from acmix_deploy.options import Provider, add_options, bchw, not_negative, positive, provider, share
 from acmix_deploy.plan import Plan
 
 
@@ -33,7 +33,7 @@ def add_input_shape(parser: argparse.ArgumentParser) -> None:
         "--input-shape",
         type=bchw,
         metavar="B,C,H,W",
-        help="sizes for axes that are free (default: the engine's usual ones, else of training, else 1,3,640,640)",
+        help="sizes for axes that are free (default: the engine's usual ones, else of the metadata, else 1,3,640,640)",
     )
 
 
@@ -54,6 +54,7 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--provider",
+        type=provider,
         choices=get_args(Provider),
         default="cpu",
         help="what ONNX Runtime runs an ONNX file on (default: cpu)",

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the new file goes")
     add_options(parser, Plan, "fp16_io", "float32")
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="images to see ranges of activations on (default: random ones)"
+        "--images", type=Path, metavar="DIR|YAML", help="images to see ranges of activations on (default: random ones)"
     )
     add_input_shape(parser)
     add_max_pixels(parser)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from acmix_deploy.cli.common import progress, show
 from acmix_deploy.options import add_options
-from acmix_deploy.plan import Plan, check_form
+from acmix_deploy.plan import Plan, chosen_branch, made_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="ONNX file, opset 11 to 21")
+    parser.add_argument("model", type=Path, help="ONNX file, opset 11 or above")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the fused file goes")
     add_options(parser, Plan, "conv_branch", "expect", "target", "form")
 
@@ -28,20 +28,20 @@ def run(options: argparse.Namespace) -> int:
     from acmix_deploy.graph import read
     from acmix_deploy.report.documents import FuseDocument
     from acmix_deploy.report.show_stages import show_fusion
-    from acmix_deploy.targets import target_named
+    from acmix_deploy.targets import OPSETS, target_named
 
-    target = target_named(options.target) if options.target else None
-    check_form(target, options.form)
+    target = made_for(target_named(options.target) if options.target else None, options.form)
     if target:
-        target.check_opset(onnx_file.opset(read(options.model, weights=False)), str(options.model))
+        opset = onnx_file.opset(read(options.model, weights=False))
+        target.check_opset(min(opset, OPSETS[-1]), str(options.model))
     with progress() as report_progress:
         made = fuse(
             options.model,
             options.output,
-            conv_branch=options.conv_branch,
+            conv_branch=chosen_branch(options.conv_branch, target),
             expect=options.expect,
             progress=report_progress,
         )
-    made_for = write_for(target, options.output, options.form).found if target else None
-    show(options, FuseDocument.of(made, target=made_for), show_fusion)
+    written = write_for(target, options.output, options.form).found if target else None
+    show(options, FuseDocument.of(made, target=written), show_fusion)
     return 0

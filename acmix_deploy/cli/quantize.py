@@ -19,7 +19,11 @@ from acmix_deploy.plan import Plan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="ONNX file in float32, as `fuse` or `export` wrote it")
     parser.add_argument(
-        "--calibration", type=Path, required=True, metavar="DIR", help="folder of images like those to be seen"
+        "--calibration",
+        type=Path,
+        required=True,
+        metavar="DIR|YAML",
+        help="images like those to be seen: a folder, or a data set's YAML",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the INT8 file goes")
     parser.add_argument(
@@ -42,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=sides,
         metavar="N|H,W",
-        help="image size where the file leaves it free (default: that of training, else 640)",
+        help="image size where the file leaves it free (default: that of its metadata, else 640)",
     )
     parser.add_argument("--limit", type=positive, default=256, metavar="N", help="read at most N images (default: 256)")
     add_max_pixels(parser)

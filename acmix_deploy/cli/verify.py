@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, get_args
 
 from acmix_deploy.cli.common import add_input_shape, add_max_pixels, limit_pixels, progress, show
 from acmix_deploy.errors import UserError
-from acmix_deploy.options import Provider, not_negative, positive, share
+from acmix_deploy.options import Provider, not_negative, positive, provider, share
 
 if TYPE_CHECKING:
     from acmix_deploy.verify import Verification
@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", type=Path, nargs="?", help="file to compare with it, ONNX or an engine")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--images", type=Path, metavar="DIR", help="take inputs from the images in a folder, and compare detections"
+        "--images",
+        type=Path,
+        metavar="DIR|YAML",
+        help="take inputs from the images in a folder or a data set, and compare detections",
     )
     source.add_argument("--random", type=positive, metavar="N", help="take N random inputs (default: 3)")
     source.add_argument(
@@ -38,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_shape(parser)
     parser.add_argument(
         "--provider",
+        type=provider,
         choices=get_args(Provider),
         help="what ONNX Runtime runs the candidate on (default: cpu)",
     )

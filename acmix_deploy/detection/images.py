@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.detection import pictures
+from acmix_deploy.detection.listing import IMAGE_SUFFIXES, listed
 from acmix_deploy.detection.pictures import Broken, TooLarge, Unreadable
 from acmix_deploy.errors import MissingComponent, UserError
 
@@ -20,8 +21,6 @@ Image = NDArray[np.uint8]
 Images = NDArray[np.float32]
 Boxes = NDArray[np.float32]
 Shape = Sequence[int]
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What files hold, whatever their suffix."""
@@ -73,7 +72,7 @@ class Letterbox(BaseModel):
         """Fit an image [h, w, 3] into [height, width, 3].
 
         Bilinear, equal to Ultralytics' ``LetterBox`` with ``auto=False``; a crop with the antialiasing of Pillow and
-        within one level of Ultralytics' ``classify_transforms``.
+        within two levels of Ultralytics' ``classify_transforms``.
         """
         _, fitted, top, left, _ = self.place(image.shape, height, width)
         if self.fit == "crop":
@@ -117,26 +116,26 @@ def _antialiased(image: Image, height: int, width: int) -> Image:
 
 
 class Photos(NamedTuple):
-    """The images of a folder."""
+    """The images of a folder or of a data set."""
 
     paths: list[Path]
     skipped: dict[str, str]
     """Names of files that look like images by their suffix and cannot be read, and why."""
 
 
-def find(folder: Path, limit: int | None = None) -> Photos:
-    """The readable images of a folder, in the order of their names.
+def find(source: Path, limit: int | None = None) -> Photos:
+    """The readable images of a folder or of a data set, in the order of their names.
 
     Args:
-        folder: files in it with other suffixes than :data:`IMAGE_SUFFIXES` are left alone.
+        source: see :func:`acmix_deploy.detection.listing.listed`.
         limit: how many images to find at most.
 
     Raises:
-        UserError: the folder does not exist or holds no readable image.
-        MissingComponent: OpenCV is not installed.
+        UserError: there is no such thing, or no readable image in it.
+        MissingComponent: OpenCV is not installed, or what reads YAML.
     """
     photos = Photos([], {})
-    for path in in_folder(folder):
+    for path in listed(source):
         if limit is not None and len(photos.paths) == limit:
             break
         try:
@@ -148,21 +147,10 @@ def find(folder: Path, limit: int | None = None) -> Photos:
     if not photos.paths:
         tried = "; ".join(f"{name}: {why}" for name, why in islice(photos.skipped.items(), 3))
         raise UserError(
-            f"{folder} holds no readable image" + (f" (tried {tried})" if tried else ""),
+            f"{source} holds no readable image" + (f" (tried {tried})" if tried else ""),
             f"Images end in one of {', '.join(sorted(IMAGE_SUFFIXES))}.",
         )
     return photos
-
-
-def in_folder(folder: Path) -> list[Path]:
-    """The files of a folder that look like images by their suffix, in the order of their names.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder", "Give the folder that the images lie in.")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def read(path: Path) -> Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -63,6 +63,17 @@ class ModelMetadata(RootModel[dict[str, str]]):
         """These and the entries of ``values``: strings, what Python's literals can spell, a letterbox."""
         return ModelMetadata(self.root | {name: _spelt(value) for name, value in values.items()})
 
+    def for_file(self, shape: Sequence[int], free: Collection[str] = ()) -> ModelMetadata:
+        """These as Ultralytics' exporter writes them for a file: what it reads there is the file's, not of training.
+
+        Args:
+            shape: [B, C, H, W] that the file was exported at.
+            free: axes that are free, out of "batch", "height" and "width"; to Ultralytics, all three are dynamic.
+        """
+        batch, _, *size = shape
+        arguments = {"batch": batch, "dynamic": {"batch", "height", "width"} <= {*free}, "nms": self.nms}
+        return self.updated(batch=batch, imgsz=size, args=arguments)
+
     @property
     def task(self) -> str | None:
         """detect, segment, pose, obb, classify or another; None where it is not told."""
@@ -103,7 +114,7 @@ class ModelMetadata(RootModel[dict[str, str]]):
 
     @cached_property
     def imgsz(self) -> tuple[int, int]:
-        """Height and width of the images in training, in pixels; 640 where they are not told."""
+        """Height and width of images, in pixels: of a file's example, of a checkpoint's training; else 640."""
         return self._literal("imgsz", _SIZE, (640, 640), "a height and a width, such as [640, 640]")
 
     @cached_property
@@ -137,7 +148,7 @@ class ModelMetadata(RootModel[dict[str, str]]):
 
     @property
     def usual_shape(self) -> tuple[int, int, int, int]:
-        """[1, C, H, W] of an image of the size of training."""
+        """[1, C, H, W] of an image of the size that is told."""
         return 1, self.channels, *self.imgsz
 
     def check_size(self, name: str, shape: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine.process import ask, find_backend
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.forms import refused, to_form
-from acmix_deploy.graph import name_nodes, read
+from acmix_deploy.graph import name_nodes, read, with_weights
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
 from acmix_deploy.runtime.inputs import Shapes
 from acmix_deploy.runtime.onnxruntime import precision_of
@@ -151,7 +151,9 @@ def build(
         inlined=refused(model) if plugin else {},
         notes=(*answer["notes"], *_notes(machine, plugin, wanted, timing_cache)),
     )
-    return Made(write_artifact(target, KIND, parents=[source], settings=manifest.model_dump(mode="json")), report)
+    return Made(
+        write_artifact(target, KIND, parents=with_weights(source), settings=manifest.model_dump(mode="json")), report
+    )
 
 
 def target_here() -> Target | None:

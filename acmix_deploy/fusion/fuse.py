@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from acmix_deploy.fusion.loading import by_operator, note_smallest_image, refusa
 from acmix_deploy.fusion.prepare import load
 from acmix_deploy.fusion.replace import FusedBlock, Fusion
 from acmix_deploy.fusion.sizes import sources
-from acmix_deploy.graph import count_nodes, rewrite
+from acmix_deploy.graph import count_nodes, rewrite, with_weights
+from acmix_deploy.onnx_file import counted, fused_nodes
 from acmix_deploy.options import ConvBranchChoice
 
 AUTO_BRANCH: ConvBranch = "dense"
@@ -34,6 +36,10 @@ class FusionReport(BaseModel):
     nodes_before: int
     nodes_after: int
     opset: int
+    already: dict[str, int] = Field(
+        default={},
+        description="operators of this package that the file had before, as one that is fused has, and how often",
+    )
     inlined: list[str] = Field(default=[], description="local functions that their calls were replaced by")
     unknown: dict[str, list[str]] = Field(
         default={},
@@ -67,7 +73,8 @@ def fuse(
     unless it does not load the source either, as for an operator that it does not know; the report says so then.
 
     Args:
-        source: ONNX file of opset 11 to 21, float32 or float16, from any exporter; float64 becomes float32.
+        source: ONNX file of opset 11 or above, float32 or float16, from any exporter; float64 becomes float32, and an
+            opset below 17 or above 21 the nearest of these.
         target: where the fused file goes, another path than ``source``.
         conv_branch: form of the convolution branch.
         expect: the number of blocks that must fuse.
@@ -82,6 +89,7 @@ def fuse(
     model, inlined = load(source)
     graph = gs.import_onnx(model)
     before = list(graph.nodes)
+    already = Counter(node.op_type for node in fused_nodes(model))
     branch: ConvBranch = AUTO_BRANCH if conv_branch == "auto" else conv_branch
     fusion = Fusion(graph, [*model.functions], sources(graph, model.functions), branch, progress)
     for family in FAMILIES:
@@ -92,6 +100,7 @@ def fuse(
         nodes_before=count_nodes(model),
         nodes_after=count_nodes(fused),
         opset=graph.opset,
+        already=already,
         inlined=inlined,
         unknown=by_operator(fusion.inputs),
     )
@@ -99,7 +108,11 @@ def fuse(
         reasons = "; ".join(f"{block.name}: {block.reason}" for block in report.blocks if not block.fused)
         raise CheckFailed(
             f"{report.fused} blocks fused in {source}, expected {expect}",
-            f"Left alone: {reasons}" if reasons else "Nothing else in the graph resembles a block.",
+            f"Left alone: {reasons}"
+            if reasons
+            else f"It is fused already: it has {counted(already)}."
+            if already
+            else "Nothing else in the graph resembles a block.",
         )
     if fusion.needs and not all(source.has_fixed_size for source in fusion.inputs):
         progress("finding the smallest image")
@@ -113,7 +126,7 @@ def fuse(
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
     settings = {"conv_branch": conv_branch}
-    return Made(write_artifact(target, "fused", parents=[source], settings=settings), report)
+    return Made(write_artifact(target, "fused", parents=with_weights(source), settings=settings), report)
 
 
 def _written(model: onnx.ModelProto, before: list[gs.Node], fusion: Fusion) -> onnx.ModelProto:

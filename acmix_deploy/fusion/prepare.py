@@ -9,60 +9,108 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import inliner, shape_inference, version_converter
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import DOUBLE, as_float32, check, keep, name_nodes, names_read, read
+from acmix_deploy.graph import DOUBLE, Array, Feeds, as_float32, check, keep, name_nodes, names_read, read
 from acmix_deploy.operators import OPERATORS
-from acmix_deploy.runtime.onnxruntime import ir_version
+from acmix_deploy.runtime.metrics import deviation
+from acmix_deploy.runtime.onnxruntime import inputs_of, ir_version, metadata_of, open_session, why_refused
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.targets import OPSETS
 
 _STANDARD = ("", "ai.onnx")
 _OURS = {(operator.domain, operator.op_type) for operator in OPERATORS}
+_SAME = 1e-6  # relative L2 of a model and the same in another opset
+_SIDES = (64, 160, 224, 320, 640)  # of images to begin with where axes are free
 
 
 def load(path: Path) -> tuple[onnx.ModelProto, list[str]]:
-    """Read an ONNX file at an opset that the operators' bodies are valid in, converting older ones.
+    """Read an ONNX file at an opset that the operators' bodies are valid in, converting older and newer ones.
 
     Local functions, all but those of our own operators, are put in place of their calls, so that a block within one is
     seen; one that cannot be stays a call. float64 becomes float32 throughout: it is an accident of exporters
     (``torch.linspace``), which spreads from the position term to everything behind it, and neither ONNX Runtime nor
-    TensorRT can convolve in it.
+    TensorRT can convolve in it. What is converted down counts only after both were run and gave the same.
 
     Returns:
         The model, and the names of the functions that are no more.
 
     Raises:
-        UserError: there is no such file, it is no ONNX file, not a valid one, or its opset is out of range.
+        UserError: there is no such file, it is no ONNX file, not a valid one, or of an opset that it cannot be
+            converted from.
     """
     model = read(path)
     opset = next((entry.version for entry in model.opset_import if entry.domain in _STANDARD), None)
     if opset is None:
         raise UserError(f"{path} holds no ONNX graph", "Give the file that an exporter wrote.")
-    if opset > OPSETS[-1]:
-        raise UserError(
-            f"{path} has opset {opset}; {OPSETS[0]} to {OPSETS[-1]} are supported, and 11 to 16 are converted",
-            f"Export it with --opset {OPSETS[-1]} or below.",
-        )
     if model.functions:
         check(model, path)  # the inliner takes its word for what the checker looks at
     functions = _ids(model)
     model = _without_calls(model)
     inlined = [f"{domain}::{name}" for domain, name in functions if (domain, name) not in _ids(model)]
-    if opset < OPSETS[0]:
+    nearest = min(max(opset, OPSETS[0]), OPSETS[-1])
+    original = model
+    if opset != nearest:
         try:
-            model = _converted(model, OPSETS[0])
+            model = _converted(model, nearest)
+            if opset > nearest:
+                onnx.checker.check_model(model)  # the converter keeps operators that the lower opset does not have
         except Exception as error:  # the converter raises RuntimeError and its own types
-            raise UserError(
-                f"{path} has opset {opset} and cannot be converted to {OPSETS[0]}: {reason(error)}",
-                f"Export it with --opset {OPSETS[0]}.",
-            ) from error
-    model.ir_version = ir_version(max(opset, OPSETS[0]))
+            raise _not_converted(path, opset, nearest, reason(error)) from error
+    model.ir_version = ir_version(nearest)
     check(model, path)
     as_float32(model, DOUBLE)
+    if opset > nearest and (unlike := _unlike(as_float32(original, DOUBLE), model)):
+        raise _not_converted(path, opset, nearest, unlike)
     name_nodes(model)
     return model, inlined
+
+
+def _not_converted(path: Path, opset: int, nearest: int, why: str) -> UserError:
+    hint = f"Export it with --opset {nearest}."
+    if opset > nearest:
+        hint = f"Export it with --opset {nearest} or below. As it is, " + (
+            why_refused(path) or f"ONNX Runtime {onnxruntime.__version__} runs it, without fused blocks."
+        )
+    return UserError(f"{path} has opset {opset} and cannot be converted to {nearest}: {why}", hint)
+
+
+def _unlike(original: onnx.ModelProto, converted: onnx.ModelProto) -> str:
+    """In what the two differ, run node by node as they are written on random input; nothing where they do not."""
+    try:
+        before, after = (open_session(model, optimize=False, once=True) for model in (original, converted))
+    except UserError as error:
+        return error.message
+    feeds, expected = _first_run(before)
+    if not expected:
+        return "it cannot be run at any size that was tried, so nothing shows that it stays the same"
+    try:
+        found = after.run(None, feeds)
+    except Exception as error:  # ONNX Runtime's error types share no base of their own
+        return reason(error)
+    for output, wanted, got in zip(before.get_outputs(), expected, found, strict=True):
+        distance = deviation(wanted, got)
+        if distance.relative_l2 is None or distance.relative_l2 > _SAME:
+            return f"{output.name} differs: {distance.problem or f'relative L2 {distance.relative_l2:.1e}'}"
+    return ""
+
+
+def _first_run(session: onnxruntime.InferenceSession) -> tuple[Feeds, list[Array]]:
+    """Random input of the first size that a model takes, where axes are free, and its outputs; empty if of none."""
+    height, width = metadata_of(session).imgsz
+    random = np.random.default_rng(0)
+    for free in ({2: height, 3: width}, *({2: side, 3: side} for side in _SIDES)):
+        feeds = {}
+        for node in inputs_of(session):
+            shape = [dim if isinstance(dim, int) else free.get(axis, 1) for axis, dim in enumerate(node.dims)]
+            feeds[node.name] = random.random(shape).astype(node.dtype)
+        try:
+            return feeds, session.run(None, feeds)
+        except Exception:  # ONNX Runtime's error types share no base of their own
+            continue
+    return {}, []
 
 
 def _ids(model: onnx.ModelProto) -> list[tuple[str, str]]:
@@ -128,8 +176,10 @@ def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     converted.graph.node.extend(new.graph.node)
     known = {tensor.name for tensor in dense.graph.initializer}
     converted.graph.initializer.extend(tensor for tensor in new.graph.initializer if tensor.name not in known)
-    for entry in converted.opset_import:
-        entry.version = opset if entry.domain in _STANDARD else entry.version
+    ours = [function for function in converted.functions if (function.domain, function.name) in _OURS]
+    for part in (converted, *ours):  # our definitions hold in all opsets from 17 on
+        for entry in part.opset_import:
+            entry.version = opset if entry.domain in _STANDARD else entry.version
     return converted
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
-from acmix_deploy.graph import Feeds, name_nodes, names_read, read, tidied
+from acmix_deploy.graph import Feeds, fed, name_nodes, names_read, read, tidied, with_weights
 from acmix_deploy.options import FLOAT32
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import precision_of, why_refused
@@ -33,7 +33,8 @@ class Fp16Report(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     float32_nodes: dict[str, str] = Field(
-        description="nodes that still compute in float32, with the group or the pattern that they fit"
+        description="nodes that still compute in float32, with the group or the pattern that they fit; constant where "
+        "they do not see the image"
     )
     out_of_range: dict[str, float] = Field(
         description="nodes that read or write what float16 cannot hold, with the largest magnitude of that"
@@ -62,7 +63,8 @@ def to_fp16(
         fp16_io: make inputs and outputs float16 too.
         float32: what stays in float32. Groups: "decode", see :func:`tail`; "softmax", in the graph and in function
             bodies; "range", the nodes that read or write what float16 cannot hold, see :func:`out_of_range`. All else
-            is a pattern (``*``, ``?``, ``[]``) of names of nodes or of the weights that they read.
+            is a pattern (``*``, ``?``, ``[]``) of names of nodes or of the weights that they read. Layers that do not
+            see the image always do.
         samples: inputs by name, float32, that the ranges of activations are seen on; without any, weights alone count.
 
     Raises:
@@ -78,7 +80,7 @@ def to_fp16(
         if (refused := why_refused(temporary)) and not why_refused(source):
             raise CheckFailed(f"the file in half precision cannot be used: {refused}")
     settings = {"fp16_io": fp16_io, "float32": list(float32)}
-    return Made(write_artifact(target, "fp16", parents=[source], settings=settings), report)
+    return Made(write_artifact(target, "fp16", parents=with_weights(source), settings=settings), report)
 
 
 def halved(
@@ -95,7 +97,7 @@ def halved(
     beyond = out_of_range(model, seen) if "range" in float32 else {}
     choices |= {"decode": tail(model), "softmax": _softmax(model), "range": list(beyond)}
     stored = {name: largest(numpy_helper.to_array(tensor)) for name, tensor in _stored(model).items()}
-    kept: dict[str, str] = {}
+    kept = dict.fromkeys(_unfed(model), "constant")
     for choice in float32:
         kept |= {name: choice for name in choices[choice] if name not in kept}
     if "softmax" not in float32:
@@ -110,6 +112,13 @@ def halved(
     return typed, Fp16Report(
         float32_nodes=kept, out_of_range=beyond, clipped=clipped, float32_io=not fp16_io, samples=len(seen)
     )
+
+
+def _unfed(model: onnx.ModelProto) -> list[str]:
+    """Names of the layers that do not see the image, such as the border map of a block: ONNX Runtime computes them when
+    it loads the file, and has no float16 kernel for that on a CPU (1.32)."""
+    seen = fed(model)
+    return [node.name for node in model.graph.node if node.op_type in _COMPUTE and seen.isdisjoint(node.input)]
 
 
 def check_float32(model: onnx.ModelProto, source: Path) -> None:

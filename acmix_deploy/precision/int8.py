@@ -27,7 +27,7 @@ from acmix_deploy.detection.parts import known_head, parts_of
 from acmix_deploy.detection.rows import paired
 from acmix_deploy.errors import UserError
 from acmix_deploy.forms import custom_nodes
-from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied
+from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied, with_weights
 from acmix_deploy.onnx_file import opset as opset_of
 from acmix_deploy.options import FLOAT32, Method
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
@@ -117,13 +117,13 @@ def quantize(
     Args:
         source: ONNX file in float32 with one image input [B, 3, H, W].
         target: where the INT8 file goes, another path than ``source``.
-        calibration: folder of images like those that the model will see.
+        calibration: images like those that the model will see, as a folder or a data set's YAML file.
         method: how the range of an activation is chosen, see :func:`acmix_deploy.precision.ranges.calibrate`.
         exclude: patterns (``*``, ``?``, ``[]``) of names of nodes or of their weights that are not quantised.
         quantize_head: quantise the detection head too, see :func:`head`.
         fp16: convert what is not quantised by :func:`to_fp16`; scales in float16 need opset 19.
         float32: what stays in float32 then; ranges are seen on the images that errors are measured on.
-        image_size: height and width where the file leaves them free; by default the size of training, else 640.
+        image_size: height and width where the file leaves them free; by default what its metadata tell, else 640.
         limit: how many images to read at most.
         progress: told what is being done.
 
@@ -193,7 +193,7 @@ def quantize(
         "images": report.images,
         "input_shape": list(shape),
     }
-    return Made(write_artifact(target, "int8", parents=[source], settings=settings), report)
+    return Made(write_artifact(target, "int8", parents=with_weights(source), settings=settings), report)
 
 
 def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quantize_head: bool = False) -> Layers:

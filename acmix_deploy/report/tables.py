@@ -13,6 +13,7 @@ from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.manifest import Manifest
+from acmix_deploy.onnx_file import counted
 from acmix_deploy.plugin.library import Library
 from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.profile import Profile
@@ -56,6 +57,8 @@ def graph_blocks(fusion: FusionReport) -> Table:
 def fusion_notes(fusion: FusionReport) -> list[str]:
     """What the table of the blocks in a graph does not say."""
     found = []
+    if fusion.already:
+        found.append(f"the file was fused before: it has {counted(fusion.already)} already")
     if fusion.inlined:
         found.append(f"local functions are put in place of their calls: {', '.join(fusion.inlined)}")
     found += [

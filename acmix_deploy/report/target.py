@@ -9,7 +9,7 @@ from pathlib import Path
 from acmix_deploy import onnx_file
 from acmix_deploy.forms import TargetReport
 from acmix_deploy.runtime.inputs import Shapes
-from acmix_deploy.targets import Precision, Target, target_named
+from acmix_deploy.targets import RUNTIMES, Precision, Target, target_named
 
 
 def plugin_notes(target: TargetReport) -> list[str]:
@@ -35,6 +35,8 @@ def target_steps(
     """
     if made.unread:
         return obstacles(made.file, made.unread)
+    if not made.tensorrt:
+        return _elsewhere(made, reference)
     target = target_named(made.name)
     plugin = made.form != "plain"
     carried = [made.file, reference] if target.package else [made.file]
@@ -49,6 +51,15 @@ def target_steps(
     if made.form == "plugin":
         commands.append(f"without the plugin: export again with --for {target.name} --target plain")
     return carry(carried, f"{target.name}, TensorRT {target.version}", commands)
+
+
+def _elsewhere(made: TargetReport, reference: str) -> tuple[str, ...]:
+    """What to run where another runtime reads a file."""
+    command = RUNTIMES[made.name].command if made.name in RUNTIMES else ""
+    commands = [f"{command} {shlex.quote(made.file)}"] * bool(command)
+    if made.name == "onnxruntime":
+        commands.insert(0, f"acmix-deploy verify {shlex.quote(reference)} {shlex.quote(made.file)}")
+    return carry([made.file, reference], made.name, commands)
 
 
 _LIBRARY = "libacmix_plugin.so"
@@ -85,6 +96,7 @@ def _trtexec(
     file: str, target: Target, precision: Precision, shapes: Shapes | None, image: str, *, plugin: bool
 ) -> str:
     options = ""
+    assert target.tensorrt
     if precision != "float32":
         by_flags = " --fp16" + " --int8" * (precision == "int8")
         typed = " --stronglyTyped" * (target.tensorrt < (11, 0))  # from 11 on there is nothing else

@@ -33,8 +33,8 @@ class Model(NamedTuple):
     """Smallest, usual and largest shape of an engine's inputs with free axes; ONNX files have no such limits."""
 
     def usual_shape(self, name: str) -> Shape:
-        """The shape to run an image input at where nobody says: what the engine is built for, else what the model was
-        trained at. Only its free axes take their sizes from there."""
+        """The shape to run an image input at where nobody says: what the engine is built for, else what the
+        metadata tell. Only its free axes take their sizes from there."""
         profile = self.profiles.get(name)
         return profile[1] if profile else self.metadata.usual_shape
 

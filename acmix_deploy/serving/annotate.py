@@ -14,7 +14,8 @@ import numpy as np
 from acmix_deploy.artifacts import no_space, replacing
 from acmix_deploy.detection.boxes import Detections, named
 from acmix_deploy.detection.drawing import PALETTE, draw_box, draw_outlines, draw_points, draw_text
-from acmix_deploy.detection.images import IMAGE_SUFFIXES, Image, opencv
+from acmix_deploy.detection.images import Image, opencv
+from acmix_deploy.detection.listing import IMAGE_SUFFIXES
 from acmix_deploy.errors import UserError
 from acmix_deploy.serving.sources import Source
 

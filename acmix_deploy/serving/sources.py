@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from acmix_deploy.detection.boxes import Detection, Detections, named
-from acmix_deploy.detection.images import IMAGE_SUFFIXES, Image, in_folder, opencv, read
+from acmix_deploy.detection.images import Image, opencv, read
+from acmix_deploy.detection.listing import IMAGE_SUFFIXES, in_folder
 from acmix_deploy.detection.pictures import TooLarge, Unreadable, check_pixels
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError

@@ -8,7 +8,8 @@ import numpy as np
 
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.detection.drawing import draw_box
-from acmix_deploy.detection.images import IMAGE_SUFFIXES, Image, opencv, read
+from acmix_deploy.detection.images import Image, opencv, read
+from acmix_deploy.detection.listing import IMAGE_SUFFIXES
 from acmix_deploy.detection.pictures import Unreadable
 from acmix_deploy.errors import UserError
 from acmix_deploy.verify.detections import ImageComparison, Outcome

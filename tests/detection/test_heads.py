@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from acmix_deploy.detection import rotated
-from acmix_deploy.detection.boxes import decode, named
+from acmix_deploy.detection.boxes import decode, named, spoilt
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Batch, Letterbox, Placement
 from acmix_deploy.detection.masks import Mask
@@ -140,7 +141,7 @@ def test_similar_rotated_boxes_are_left_out_as_in_ultralytics() -> None:
     )
     scores = random.random(300)
     theirs = metrics.batch_probiou(torch.from_numpy(boxes), torch.from_numpy(boxes)).numpy()
-    np.testing.assert_allclose(rotated.similarities(boxes), theirs, atol=1e-6)
+    np.testing.assert_allclose(rotated.similarities(boxes, boxes), theirs, atol=1e-6)
     expected = nms.TorchNMS.fast_nms(
         torch.from_numpy(boxes), torch.from_numpy(scores), 0.5, iou_func=metrics.batch_probiou
     )
@@ -215,9 +216,21 @@ def test_rows_that_tie_at_the_end_may_be_others_and_no_more() -> None:
         one, two = paired(ROWS, {"output0": right}, {"output0": wrong}, 1e-3)
         assert one["output0"].shape == right.shape
         assert (one["output0"] != two["output0"]).any(), "a row that is wrong stays"
-    everything = right + 900
-    one, two = paired(ROWS, {"output0": right}, {"output0": everything}, 2)
-    assert one["output0"] is right, "half of the rows have to be there"
+    tied = right.copy()
+    tied[0, :, 4] = 0.5
+    others = tied.copy()
+    others[0, ::8, :4] += 300
+    for near in (2e-3, 0.15):
+        one, two = paired(ROWS, {"output0": tied}, {"output0": others}, near)
+        assert one["output0"] is tied, "nine of ten rows have to be there"
+    small = right.copy()
+    small[0, :, 4] *= 1e-3
+    wrong = small.copy()
+    wrong[0, 3, :4] += 300
+    one, two = paired(ROWS, {"output0": small}, {"output0": wrong}, 0.15)
+    assert (one["output0"] != two["output0"]).any(), "small scores are not near each other"
+    nothing = {"output0": np.zeros((1, 0, 6))}
+    assert paired(ROWS, nothing, nothing, 0.1)[0]["output0"].shape == (1, 0, 6)
 
 
 def test_other_heads_are_not_paired() -> None:
@@ -244,15 +257,40 @@ def test_objectness_multiplies_scores_and_queries_are_shares() -> None:
     assert found.classes.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("task", "name", "place"),
+    [
+        ("segment", "output0", np.s_[0, 7, 3]),
+        ("segment", "output1", np.s_[0, 1, 2, 2]),
+        ("pose", "output0", np.s_[0, 9, 3]),
+        ("obb", "output0", np.s_[0, 6, 3]),
+    ],
+)
+def test_what_is_not_finite_beside_a_box_spoils_an_output(task: str, name: str, place: Any) -> None:
+    head, outputs = HEADS[task], outputs_for(HEADS[task])
+    assert spoilt(head, outputs, 0.25) == ""
+    outputs[name][place] = np.nan
+    assert "not finite" in spoilt(head, outputs, 0.25)
+    assert spoilt(head, outputs, 0.95) == "", "no box counts"
+
+
+@pytest.mark.parametrize("kind", [np.nan, 1.5, -1, 5])
+def test_rows_have_a_class(kind: float) -> None:
+    output = rows().astype(np.float32)
+    assert spoilt(ROWS, {"output0": output}, 0.25) == ""
+    output[0, 2, 5] = kind
+    assert spoilt(ROWS, {"output0": output}, 0.25)
+
+
 def test_a_crop_is_that_of_ultralytics() -> None:
     transforms = pytest.importorskip("ultralytics.data.augment", reason="ultralytics is not installed")
     image_module = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     random = np.random.default_rng(0)
-    for height, width in ((70, 128), (300, 200), (40, 50), (1000, 613)):
+    for (height, width), size in product(((70, 128), (300, 200), (40, 50), (1000, 613)), (64, (64, 96))):
         image = cv2.resize(random.integers(0, 256, (height // 8, width // 8, 3)).astype(np.uint8), (width, height))
-        theirs = transforms.classify_transforms(64)(image_module.fromarray(image)).numpy() * 255
-        ours = Letterbox(fit="crop")(image, 64, 64).transpose(2, 0, 1)
-        assert np.abs(ours - theirs).max() <= 1.01
+        theirs = transforms.classify_transforms(size)(image_module.fromarray(image)).numpy() * 255
+        ours = Letterbox(fit="crop")(image, *theirs.shape[1:]).transpose(2, 0, 1)
+        assert np.abs(ours - theirs).max() <= 2.01
         placed = Letterbox(fit="crop").place(image.shape, 64, 64)
         corners = placed.undo(np.array([[0, 0, 64, 64]], np.float32))[0]
         assert corners[2] - corners[0] == pytest.approx(min(height, width), rel=0.02)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acmix_deploy.detection.images import IMAGE_SUFFIXES, Letterbox, batches, find, read, tensor
+from acmix_deploy.detection.images import Letterbox, batches, find, read, tensor
+from acmix_deploy.detection.listing import IMAGE_SUFFIXES
 from acmix_deploy.detection.pictures import MAX_PIXELS, NoPicture, TooLarge
 from acmix_deploy.errors import MissingComponent, UserError
 

@@ -63,6 +63,14 @@ def test_values_are_spelt_as_they_are_read() -> None:
     assert ModelMetadata(TOLD).updated(min_size=[96, 96]).entries == TOLD | {"min_size": "[96, 96]"}
 
 
+def test_what_is_told_of_a_file_is_spelt_as_ultralytics_spells_it() -> None:
+    told = ModelMetadata(TOLD).for_file((2, 3, 96, 128), ("batch", "height", "width"))
+    size = {"imgsz": "[96, 128]", "batch": "2", "args": "{'batch': 2, 'dynamic': True, 'nms': True}"}
+    assert told.entries == TOLD | size
+    (fixed, free) = (ModelMetadata().for_file((1, 3, 64, 64), axes) for axes in ((), ("batch",)))
+    assert fixed.entries == free.entries, "to Ultralytics a file is dynamic with all three axes or not at all"
+
+
 def test_entries_stay_as_they_are() -> None:
     model = onnx.ModelProto()
     helper.set_model_props(model, odd := TOLD | {"names": "{ 0:'a' }", "self": "unknown", "imgsz": "junk"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import nn
 
+from acmix_deploy.cli import main
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.examples import ZeroPadded
@@ -93,17 +95,68 @@ def test_any_geometry(
     assert_fused(block, source, x, conv_branch=conv_branch)
 
 
-@pytest.mark.parametrize("opset", [18, 21])
+@pytest.mark.parametrize("opset", [18, 21, 22, 23, 24])
 def test_newer_opsets(tmp_path, opset):
+    """Above 21 lowered to it. A file format that nobody reads yet is lowered too, where nothing uses it."""
     block, x = randomised(ACmix(4, 8, head=2)), torch.randn(1, 4, 9, 8)
     source = export(block, x, tmp_path / "plain.onnx")
     converted = onnx.version_converter.convert_version(onnx.load(source), opset)
     converted.ir_version = 8 if opset == 18 else 10
     onnx.save(converted, source)
     assert_fused(block, source, x)
+    converted.ir_version = 99
+    onnx.save(converted, source)
+    assert fuse(source, tmp_path / "fused.onnx", expect=1).found.opset == min(opset, 21)
     fused = onnx.load(tmp_path / "fused.onnx")
-    assert {entry.version for entry in fused.opset_import if entry.domain == ""} == {opset}
+    assert {entry.version for entry in fused.opset_import if entry.domain == ""} == {min(opset, 21)}
     assert fused.ir_version <= 10
+
+
+def newer(nodes, folder, opset, shape=("batch", 3, "height", "width")):
+    """A file of standard operators from x to y."""
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in "xy")
+    graph = helper.make_graph([helper.make_node(*node) for node in nodes], "graph", [x], [y])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), folder / "a.onnx"
+    )
+    return folder / "a.onnx"
+
+
+@pytest.mark.parametrize(
+    ("operator", "opset", "why"),
+    [("Swish", 24, "Swish"), ("RMSNormalization", 23, "RMSNormalization"), ("Relu", 99, "")],
+)
+def test_what_cannot_be_lowered_is_told_with_what_reads_it(tmp_path, operator, opset, why):
+    inputs = ["x", "x"] if operator == "RMSNormalization" else ["x"]
+    with pytest.raises(UserError, match=f"has opset {opset} and cannot be converted to 21: .*{why}") as refusal:
+        fuse(newer([(operator, inputs, ["y"])], tmp_path, opset), tmp_path / "fused.onnx")
+    reads = "ONNX Runtime refuses" if opset == 99 else "ONNX Runtime .* runs it, without fused blocks"
+    assert re.search(f"Export it with --opset 21 or below. As it is, {reads}", refusal.value.hint)
+
+
+def test_what_is_lowered_is_compared_with_what_it_was(tmp_path, monkeypatch):
+    source = newer([("Softplus", ["x"], ["z"]), ("Neg", ["z"], ["y"])], tmp_path, 22)
+    fuse(source, tmp_path / "fused.onnx", expect=0)
+    right = onnx.version_converter.convert_version
+
+    def wrong(model, opset):
+        converted = right(model, opset)
+        converted.graph.node[1].op_type = "Abs"
+        return converted
+
+    monkeypatch.setattr(onnx.version_converter, "convert_version", wrong)
+    with pytest.raises(UserError, match="has opset 22 and cannot be converted to 21: y differs: relative L2 2"):
+        fuse(source, tmp_path / "fused.onnx")
+
+
+def test_what_is_fused_already_is_said(tmp_path, capsys):
+    block, x = randomised(ACmix(4, 8, head=2)), torch.randn(1, 4, 9, 8)
+    fuse(export(block, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", expect=1)
+    assert main(["fuse", str(tmp_path / "fused.onnx"), "-o", str(tmp_path / "again.onnx")]) == 0
+    assert "the file was fused before: it has 1 AcmixLocalAttention already" in capsys.readouterr().out
+    with pytest.raises(CheckFailed, match="It is fused already: it has 1 AcmixLocalAttention"):
+        fuse(tmp_path / "fused.onnx", tmp_path / "again.onnx", expect=1)
+    assert fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").found.already == {}
 
 
 def test_constants_folded_into_the_position_term(tmp_path):

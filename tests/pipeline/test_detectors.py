@@ -36,7 +36,7 @@ def test_checkpoint_to_files(tmp_path):
         metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / name).metadata_props}
         assert ast.literal_eval(metadata["names"])[0]
         assert metadata["stride"] == "32"
-        assert metadata["imgsz"] == "[640, 640]"
+        assert (metadata["imgsz"], metadata["batch"]) == ("[160, 160]", "1"), "of the file, not of training"
         assert "padding_value" in metadata["letterbox"]
 
 

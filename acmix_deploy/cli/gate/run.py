@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=duration, default=2.0, metavar="S", help="time for each turn (default: 2)")
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="take the input from images in a folder (default: noise)"
+        "--images",
+        type=Path,
+        metavar="DIR|YAML",
+        help="take the input from images in a folder or a data set (default: noise)",
     )
     parser.add_argument(
         "--parity",

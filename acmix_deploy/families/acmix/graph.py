@@ -125,7 +125,8 @@ def rewrite(
         convolved = write.add("Add", "convolution_with_biases", convolved, biases)
     if grouped and branch.kept.any():
         convolved = write.add("Add", "with_x", convolved, _scaled(write, "kept", write.x, branch.kept))
-    write.graph.outputs = [write.add("Add", "y", attended, convolved)]
+    # In this order: OpenVINO 2026.4.1 adds something else to an attention that comes first, where sizes are fixed.
+    write.graph.outputs = [write.add("Add", "y", convolved, attended)]
     return write.graph
 
 
