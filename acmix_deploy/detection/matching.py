@@ -65,7 +65,7 @@ def match(reference: Detections, candidate: Detections, confidence: float, near:
     if reference.corners is None or candidate.corners is None:
         iou = overlaps(reference.boxes, candidate.boxes)
     else:
-        iou = rotated.overlaps(reference.corners, candidate.corners)
+        iou = rotated.overlaps(reference.corners, candidate.corners, SAME)
     right, found = reference.scores[:, None], candidate.scores[None]
     both, either = np.minimum(right, found) > confidence, np.maximum(right, found) > confidence
     close = either & (np.abs(right - found) <= near)

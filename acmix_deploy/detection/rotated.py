@@ -67,19 +67,26 @@ def kept(boxes: Array, scores: Array, classes: Array, iou: float) -> NDArray[np.
     return np.asarray(order[best])
 
 
-def overlaps(first: Array, second: Array) -> NDArray[np.float64]:
+def overlaps(first: Array, second: Array, least: float = 0.0) -> NDArray[np.float64]:
     """Intersection over union of boxes by their corners in order, [N, 4, 2] and [M, 4, 2], as [N, M].
 
     OpenCV's ``intersectConvexConvex`` is off by some percent for boxes that are all but equal.
+
+    Args:
+        least: pairs that surely overlap by less are 0, which saves most of the time.
     """
+    first, second = first.astype(np.float64), second.astype(np.float64)
     found = np.zeros((len(first), len(second)))
-    ends = [(boxes.min(axis=1), boxes.max(axis=1)) for boxes in (first, second)]
-    near = (ends[0][1][:, None] > ends[1][0]).all(axis=2) & (ends[1][1] > ends[0][0][:, None]).all(axis=2)
-    for i, j in np.argwhere(near).tolist():
-        one, other = first[i].astype(np.float64), second[j].astype(np.float64)
-        shared = _area(_within(one, other))
-        union = _area(one) + _area(other) - shared
-        found[i, j] = shared / union if union > 0 else 0
+    if not found.size:
+        return found
+    sides = np.minimum(first.max(axis=1)[:, None], second.max(axis=1))
+    sides = sides - np.maximum(first.min(axis=1)[:, None], second.min(axis=1))
+    areas = [np.array([_area(box) for box in boxes]) for boxes in (first, second)]
+    most = np.minimum(sides.clip(0).prod(axis=2), np.minimum(areas[0][:, None], areas[1]))
+    both = areas[0][:, None] + areas[1]
+    for i, j in np.argwhere((most > 0) & (most >= least * (both - most))).tolist():
+        shared = _area(_within(first[i], second[j]))
+        found[i, j] = shared / (both[i, j] - shared)
     return found
 
 

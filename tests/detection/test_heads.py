@@ -129,6 +129,10 @@ def test_rotated_overlaps_are_those_of_drawn_boxes() -> None:
     expected = [[(one & other).sum() / (one | other).sum() for other in drawn] for one in drawn]
     np.testing.assert_allclose(found, expected, atol=0.01)
     assert rotated.overlaps(corners[:1], corners[:1] + 500).tolist() == [[0]]
+    assert rotated.overlaps(corners[:0], corners).shape == (0, 12)
+    above = rotated.overlaps(corners, corners, 0.3)
+    np.testing.assert_array_equal(above[found >= 0.3], found[found >= 0.3])
+    assert 12 < (found >= 0.3).sum() <= (above > 0).sum() < (found > 0).sum()
 
 
 def test_similar_rotated_boxes_are_left_out_as_in_ultralytics() -> None:
