@@ -24,6 +24,8 @@ def show_verification(verification: Verification, console: Console) -> None:
         )
         for line in worst_image(found):
             console.print(line)
+    if verification.accuracy:
+        console.print(accuracy(verification))
     if verification.half:
         console.print(half(verification))
     for note in notes(verification):
@@ -72,6 +74,14 @@ def _more(found: DetectionComparison) -> str:
         (found.mean_top5, "top 5 {:.1%}"),
     )
     return ", ".join(text.format(value) for value, text in told if value is not None)
+
+
+def accuracy(verification: Verification) -> Table:
+    """Mean average precision of every file."""
+    rows = table("file", "labelled images", "objects", "mAP50", "mAP50-95", numeric=(1, 2, 3, 4))
+    for found in verification.accuracy:
+        rows.add_row(found.name, str(found.images), str(found.objects), f"{found.map50:.3f}", f"{found.map50_95:.3f}")
+    return rows
 
 
 def worst_image(found: DetectionComparison) -> list[str]:

@@ -14,10 +14,11 @@ from polygraphy.logger import G_LOGGER
 
 from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, unlike_detector
 from acmix_deploy.detection.heads import Head
+from acmix_deploy.detection.images import find
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
-from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import Provider
 from acmix_deploy.runtime.inputs import Shape, Shapes, noise, trial_shapes
@@ -25,6 +26,7 @@ from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner, precision_of
 from acmix_deploy.runtime.reason import reason
+from acmix_deploy.verify.accuracy import Accuracy, labelled, measure
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.distances import Part, distances
 from acmix_deploy.verify.half import HalfRange, half_range
@@ -189,8 +191,9 @@ def compare_files(
 
     Args:
         reference, candidate: ONNX files or engines; the limits follow from the type that the candidate computes in.
-        images: folder to take inputs from, at most 32; random ones without it. In images the detections of a detector
-            are compared as well.
+        images: folder or data set to take inputs from, at most 32; random ones without it. In images the detections of
+            a detector are compared as well, and where images have labels the mean average precision of both files is
+            measured on all of these.
         random: how many random inputs; raised to the number of shapes tried.
         seed: of the first random input; the next ones count up.
         input_shape: sizes for the axes that are free in both files, by default the candidate's own; sides are multiples
@@ -230,7 +233,22 @@ def compare_files(
     notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
     if images is None and other.precision == "int8":
         notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
-    return result.model_copy(update={"notes": notes})
+    found, more = _accuracy([right, other], shapes[0], images, metadata) if images else ((), ())
+    return result.model_copy(update={"notes": (*notes, *more), "accuracy": found})
+
+
+def _accuracy(
+    models: Sequence[Model], shape: Shape, images: Path, metadata: ModelMetadata
+) -> tuple[tuple[Accuracy, ...], tuple[str, ...]]:
+    """The mean average precision of files on the images that have labels, and what to say where there is none."""
+    photos = labelled(find(images).paths)
+    if not photos or not metadata.detects or metadata.task in ("classify", "obb"):
+        return (), ()
+    try:
+        with G_LOGGER.verbosity(_SILENT):
+            return tuple(measure(model, shape, photos, metadata) for model in models), ()
+    except MissingComponent as error:
+        return (), (f"{error.message}: {error.hint}",)
 
 
 def inputs_for(file: Path, images: Path | None = None, input_shape: Sequence[int] | None = None) -> list[Feed]:

@@ -11,6 +11,7 @@ from acmix_deploy.document import check_document, parse, read_json
 from acmix_deploy.errors import CheckFailed
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.metrics import Deviation
+from acmix_deploy.verify.accuracy import Accuracy
 from acmix_deploy.verify.detections import DetectionComparison, ImageComparison
 from acmix_deploy.verify.half import HalfRange
 from acmix_deploy.verify.limits import tolerance_of
@@ -73,6 +74,9 @@ class Verification(BaseModel):
     comparisons: tuple[Comparison, ...] = Field(description="one for each candidate, input and part of an output")
     detections: tuple[DetectionComparison, ...] = Field(
         default=(), description="one for each candidate, where detectors were compared on images"
+    )
+    accuracy: tuple[Accuracy, ...] = Field(
+        default=(), description="mean average precision of the reference and of each candidate, on labelled images"
     )
     half: tuple[HalfRange, ...] = Field(
         default=(), description="one for each candidate that is an ONNX file with tensors in float16"

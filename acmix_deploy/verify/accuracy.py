@@ -1,0 +1,173 @@
+"""How many of the labelled objects a detector finds: mean average precision, as COCO defines it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from acmix_deploy.detection.boxes import IOU, MOST, Detections, decode, no_detector
+from acmix_deploy.detection.heads import Array, NoHead, head_of
+from acmix_deploy.detection.images import Boxes, placed_batches
+from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.runtime.inputs import Shape
+from acmix_deploy.runtime.models import Model
+
+_LEAST = 0.001  # confidence, as Ultralytics' `val` has it
+
+
+class Accuracy(BaseModel):
+    """Of one file, on labelled images."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="of the file")
+    images: int = Field(description="labelled images that it was run on")
+    objects: int = Field(description="labels in them")
+    map50: float = Field(description="mean average precision at an intersection over union of 0.5, 0 to 1")
+    map50_95: float = Field(description="the mean of those at 0.5, 0.55 and so on to 0.95")
+
+
+class Labels(NamedTuple):
+    """What is in one image."""
+
+    classes: NDArray[np.int64]
+    """[N]"""
+    boxes: Boxes
+    """[N, 4], corners (x1, y1, x2, y2) as shares of the image."""
+
+
+def label_file(image: Path) -> Path:
+    """Where the labels of an image are in YOLO's form: beside it, or in ``labels`` where it is in ``images``."""
+    parts = [*image.with_suffix(".txt").parts]
+    if "images" in parts[:-1]:
+        parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
+    return Path(*parts)
+
+
+def read_labels(path: Path, task: str | None) -> Labels:
+    """The labels of an image, a line for each object: class, then x, y, width and height of its box (and keypoints
+    behind it, of the task "pose"), or the points of its outline; as shares of the image.
+
+    Raises:
+        UserError: a line is something else.
+    """
+    classes, boxes = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            kind, *values = map(float, line.split())
+            if len(values) > 4 and task != "pose":
+                points = np.array(values).reshape(-1, 2)
+                box = [*points.min(axis=0), *points.max(axis=0)]
+            else:
+                x, y, width, height = values[:4]
+                box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {number} is {line!r:.60}, and expected are a class and x, y, width and height",
+                "Labels are in YOLO's form: shares of the image, 0 to 1, behind the class.",
+            ) from error
+        classes.append(int(kind))
+        boxes.append(box)
+    return Labels(np.array(classes, np.int64), np.array(boxes, np.float32).reshape(-1, 4))
+
+
+def labelled(images: Sequence[Path]) -> list[Path]:
+    """Those that have a file of labels; an empty one is that of a background."""
+    return [image for image in images if label_file(image).is_file()]
+
+
+def measure(model: Model, shape: Shape, images: Sequence[Path], metadata: ModelMetadata) -> Accuracy:
+    """Run a file on labelled images and compare the boxes that it finds with the labels.
+
+    Args:
+        model: of a task whose boxes are along the axes of the image; not active.
+        shape: [B, 3, H, W] to run it at.
+        images: with labels, see :func:`label_file`.
+        metadata: what the file gives, and how images are fitted.
+
+    Raises:
+        UserError: labels cannot be read, or the outputs cannot be decoded.
+        MissingComponent: pycocotools is not installed.
+    """
+    _coco()
+    truth = {image: read_labels(label_file(image), metadata.task) for image in images}
+    found: dict[Path, Detections] = {}
+    sizes: dict[Path, tuple[int, int]] = {}
+    (node,) = model.inputs
+    with model.runner as runner:
+        for batch in placed_batches(images, [shape], metadata.letterbox):
+            outputs: dict[str, Array] = runner.infer({node.name: batch.images.astype(node.dtype)})
+            try:
+                head = head_of(metadata, {name: array.shape for name, array in outputs.items()})
+            except NoHead as error:
+                raise no_detector(runner.name, str(error)) from error
+            each = decode(head, outputs, batch.placements, confidence=_LEAST, iou=IOU, most=MOST)
+            for path, placement, detections in zip(batch.paths, batch.placements, each, strict=True):
+                found[path], sizes[path] = detections, placement.original
+    map50, map50_95 = _average_precision([(truth[image], found[image], sizes[image]) for image in images])
+    count = sum(len(labels.classes) for labels in truth.values())
+    name = model.runner.name
+    return Accuracy(name=name, images=len(images), objects=count, map50=round(map50, 5), map50_95=round(map50_95, 5))
+
+
+def _average_precision(images: Sequence[tuple[Labels, Detections, tuple[int, int]]]) -> tuple[float, float]:
+    """At an overlap of 0.5, and averaged over those from 0.5 to 0.95; of every class that is in the labels."""
+    coco, evaluator = _coco()
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for index, (labels, detections, (height, width)) in enumerate(images, 1):
+        for kind, corners in zip(labels.classes.tolist(), labels.boxes * np.tile((width, height), 2), strict=True):
+            box = _sides(corners)
+            area = box[2] * box[3]
+            own = {"id": len(annotations) + 1, "image_id": index, "category_id": kind}
+            annotations.append({**own, "bbox": box, "area": area, "iscrowd": 0})
+        rows = zip(detections.classes.tolist(), detections.scores.tolist(), detections.boxes, strict=True)
+        results += [
+            {"image_id": index, "category_id": kind, "bbox": _sides(corners), "score": score}
+            for kind, score, corners in rows
+        ]
+    if not annotations or not results:
+        return 0.0, 0.0
+    truth = coco()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": index + 1} for index in range(len(images))],
+        "annotations": annotations,
+        "categories": [{"id": kind} for kind in sorted({entry["category_id"] for entry in annotations})],
+    }
+    with redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluation = evaluator(truth, truth.loadRes(results), "bbox")
+        evaluation.params.maxDets = [MOST]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision: Any = evaluation.eval["precision"][:, :, :, 0, 0]  # [overlaps, recalls, classes], of objects of any size
+    return float(precision[0].mean()), float(precision.mean())
+
+
+def _coco() -> tuple[Any, Any]:
+    """The classes COCO and COCOeval. Raises MissingComponent."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ModuleNotFoundError as error:
+        raise MissingComponent(
+            "mean average precision needs pycocotools, which is not installed", "Run: pip install pycocotools"
+        ) from error
+    return COCO, COCOeval
+
+
+def _sides(corners: NDArray[Any]) -> list[float]:
+    """Left, top, width and height."""
+    left, top, right, bottom = map(float, corners)
+    return [left, top, right - left, bottom - top]
