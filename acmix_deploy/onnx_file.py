@@ -101,7 +101,7 @@ def fused_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def counted(operators: Mapping[str, int]) -> str:
-    """Operators by how often they are there, in words: "3 AcmixLocalAttention"."""
+    """Operators by how often they are there, in words: "3 Conv"."""
     return ", ".join(f"{count} {operator}" for operator, count in operators.items())
 
 

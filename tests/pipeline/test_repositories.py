@@ -127,7 +127,7 @@ def test_checkpoints_of_repositories_with_a_package_models(tmp_path, repository,
     metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.fused.onnx").metadata_props}
     assert metadata["names"] == "{0: '0', 1: '1', 2: '2'}"
     assert (metadata["task"], metadata["stride"]) == ("detect", "32")
-    assert metadata["imgsz"] == "[128, 128]"
+    assert metadata["imgsz"] == "[128, 160]", "that of the file, not of training"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import nn
 from acmix_deploy import checkpoint, yolo
 from acmix_deploy.cli import main
 from acmix_deploy.doctor import machine
+from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.runtime.reason import place, raised
@@ -53,7 +54,7 @@ class OldLetterBox:
 def test_a_letterbox_whose_border_is_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yolo.ultralytics("data.augment"), "LetterBox", OldLetterBox)
     loaded = checkpoint.load(saved(tmp_path / "a.pt", yolo.smallest()))
-    assert json.loads(loaded.metadata.entries["letterbox"]) == {"center": True, "scaleup": False, "padding_value": 114}
+    assert json.loads(loaded.metadata.entries["letterbox"]) == Letterbox(scaleup=False).model_dump()
 
 
 def test_utilities_without_the_class_for_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
