@@ -22,8 +22,8 @@ from torch import nn
 
 from acmix_deploy import checkpoint, yolo
 from acmix_deploy.cli import main
-from acmix_deploy.doctor import machine
 from acmix_deploy.detection.images import Letterbox
+from acmix_deploy.doctor import machine
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.runtime.reason import place, raised
