@@ -254,10 +254,7 @@ def test_a_request_of_many_images_takes_as_many_runs(tmp_path: Path, monkeypatch
     [
         (lambda path: path.write_bytes(b"garbage"), "is a text file"),
         (lambda path: tiny(path, bias=float("nan")), "gives output0 with .* that are not finite, on noise"),
-        (
-            lambda path: selected(path),
-            "is not a detector: it gives output0 .* whose rows are a box, a score and a class",
-        ),
+        (selected, "is not a detector: it gives output0 .* whose rows are a box, a score and a class"),
         (lambda path: (write_artifact(path, "fused"), path.write_bytes(path.read_bytes()[:-9])), "has changed since"),
         (lambda path: path.unlink(), "does not exist"),
     ],
