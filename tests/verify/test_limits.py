@@ -62,7 +62,7 @@ def passed(outputs: Outputs, precision: str, change: Callable[[Array], None], co
         change(output)
     limits = DETECTION_LIMITS[precision]
     both = [({"output0": right}, {"output0": other}) for right, other in zip(outputs.of["plain"], spoilt, strict=True)]
-    images = compare_detections(outputs.scenes, Head("detect", "anchors", "output0", 3), both, limits.near)
+    images = compare_detections(outputs.scenes, Head("detect", "anchors", "output0", 6), both, limits.near)
     random = np.random.default_rng(0)
     draws = (random.choice(len(images), count, replace=False) for _ in range(200))
     judged = [
