@@ -339,10 +339,10 @@ def exported(model: nn.Module, image: Tensor, outputs: Sequence[Tensor]) -> list
         return [*range(len(outputs))]
     from acmix_deploy.runtime.torch import tensors_of
 
-    return [_place(wanted, outputs) for wanted in tensors_of(_as_exporter(model)(image))]
+    return [place_of(wanted, outputs) for wanted in tensors_of(_as_exporter(model)(image))]
 
 
-def _place(wanted: Tensor, outputs: Sequence[Tensor]) -> int:
+def place_of(wanted: Tensor, outputs: Sequence[Tensor]) -> int:
     """Index of the tensor that is equal to ``wanted``. Raises CheckFailed where none is."""
     import torch
 

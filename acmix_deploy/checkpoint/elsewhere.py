@@ -175,6 +175,8 @@ class Elsewhere:
             "head": type(head).__name__,
             "letterbox": rule,
         }
+        if told["head"] == "RTDETRDecoder":  # later releases rank its queries
+            told["layout"] = "ranked queries" if hasattr(head, "postprocess") else "queries"
         if getattr(model, "kpt_shape", None) is not None:
             told["kpt_shape"] = [int(number) for number in model.kpt_shape]
         return told

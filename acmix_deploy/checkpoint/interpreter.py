@@ -94,7 +94,7 @@ class ModelElsewhere(nn.Module):
             if rows := self._rows:
                 self._kept = yolo.kept(rows, own)
             else:
-                self._kept = [yolo._place(wanted, own) for wanted in self._run(image, prepared=True)]
+                self._kept = [yolo.place_of(wanted, own) for wanted in self._run(image, prepared=True)]
         return [own[index] for index in self._kept]
 
     def export(

@@ -65,6 +65,7 @@ def read_labels(path: Path, task: str | None) -> Labels:
             continue
         try:
             kind, *values = map(float, line.split())
+            classes.append(int(kind))
             if len(values) > 4 and task != "pose":
                 points = np.array(values).reshape(-1, 2)
                 box = [*points.min(axis=0), *points.max(axis=0)]
@@ -76,7 +77,6 @@ def read_labels(path: Path, task: str | None) -> Labels:
                 f"{path}, line {number} is {line!r:.60}, and expected are a class and x, y, width and height",
                 "Labels are in YOLO's form: shares of the image, 0 to 1, behind the class.",
             ) from error
-        classes.append(int(kind))
         boxes.append(box)
     return Labels(np.array(classes, np.int64), np.array(boxes, np.float32).reshape(-1, 4))
 

@@ -55,7 +55,7 @@ def test_labels_in_every_form(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_labels(file, "pose").boxes, [[0.4, 0.3, 0.6, 0.7]], rtol=1e-6)
     file.write_text("")
     assert read_labels(file, "detect").boxes.shape == (0, 4)
-    for wrong in ("0 0.5 0.5 0.2", "car 0.5 0.5 0.2 0.1", "0 0.1 0.1 0.3 0.1 0.2"):
+    for wrong in ("0 0.5 0.5 0.2", "car 0.5 0.5 0.2 0.1", "nan 0.5 0.5 0.2 0.1", "0 0.1 0.1 0.3 0.1 0.2"):
         file.write_text(f"{wrong}\n")
         with pytest.raises(UserError, match=r"a\.txt, line 1 is"):
             read_labels(file, "detect")
