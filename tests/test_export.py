@@ -354,6 +354,27 @@ def test_an_unwritable_place_is_found_before_the_work(tmp_path: Path) -> None:
     assert steps == ["running the model"]
 
 
+class Cancels(nn.Module):
+    """The difference of two sums that are the same but for a share ``rest``, so that rounding is all that is left."""
+
+    def __init__(self, rest: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = (nn.Conv2d(3, 8, 3, bias=False) for _ in range(2))
+        self.two.weight.data = self.one.weight.data * (1 + rest * torch.rand_like(self.one.weight.data))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.one(x) - self.two(x))
+
+
+def test_a_file_may_be_as_far_as_the_module_is_from_itself_in_float64(tmp_path: Path) -> None:
+    """Up to ten times what is asked of others; beyond that nothing can be said of either."""
+    found = export(Cancels(1e-2), tmp_path / "a.onnx", input_shape=SHAPE, opset=17).found
+    assert LIMIT < found.relative_l2 < 1e-4
+    with pytest.raises(CheckFailed, match=r"output0 is not the module's on .*, at most 1e-04 is accepted"):
+        export(Cancels(1e-4), tmp_path / "b.onnx", input_shape=SHAPE, opset=17)
+
+
 def test_a_file_larger_than_protobuf_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "_LARGEST_FILE", 100)
     with pytest.raises(CheckFailed, match="an ONNX file holds"):

@@ -71,11 +71,11 @@ class Reference(nn.Module):
         return ReferenceReport(repaired=moved, uncompared=self.uncompared)
 
 
-def run(module: nn.Module, shape: Shape) -> list[Array]:
+def run(module: nn.Module, shape: Shape, dtype: torch.dtype = torch.float32) -> list[Array]:
     """The outputs of a module on noise [B, C, H, W]. What it cannot compute, no file can: raises UserError."""
     try:
         with quiet(), torch.no_grad():
-            outputs = tensors_of(module(torch.from_numpy(random_images(shape))))
+            outputs = tensors_of(module(torch.from_numpy(random_images(shape)).to(dtype)))
     except AcmixDeployError:
         raise
     except Exception as error:  # the model's own code

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from acmix_deploy import onnx_file
 from acmix_deploy.detection.boxes import unlike_detector
 from acmix_deploy.detection.heads import unlike_told
+from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.parts import known_head
+from acmix_deploy.detection.rows import paired
 from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.fusion import FusedBlock, fuse
@@ -137,7 +140,7 @@ def _frozen(session: onnxruntime.InferenceSession) -> Iterator[Finding]:
     for axis in (axis for axis in free if axis > 0):
         if not _runs(run, base | {axis: base[axis] + _STEP}):
             yield Finding.of("frozen-size", f"it runs at {size} and not with another {_AXES[axis]}", _AXES[axis])
-    if 0 in free and (problem := _mixed(run, base)):
+    if 0 in free and (problem := _mixed(session, run, base)):
         yield Finding.of("frozen-batch", problem, "batch")
 
 
@@ -149,7 +152,7 @@ def _runs(run: Run, sizes: Mapping[int, int]) -> bool:
     return True
 
 
-def _mixed(run: Run, base: dict[int, int]) -> str:
+def _mixed(session: onnxruntime.InferenceSession, run: Run, base: dict[int, int]) -> str:
     """What is wrong with a batch of two, the first of which is the image of batch one; empty where nothing is."""
     alone = run(base)
     try:
@@ -159,7 +162,12 @@ def _mixed(run: Run, base: dict[int, int]) -> str:
     for one, two in zip(alone, both, strict=True):
         if two.shape[:1] != (2,) or one.shape[:1] != (1,):
             return f"an output is {list(two.shape)} for a batch of 2"
-        found = deviation(one, two[:1])
+    names = [node.name for node in session.get_outputs()]
+    expected, actual = dict(zip(names, alone, strict=True)), dict(zip(names, (two[:1] for two in both), strict=True))
+    head = known_head(metadata_of(session), expected)
+    expected, actual = paired(head, expected, actual, NEAR["float16"])
+    for name in names:
+        found = deviation(expected[name], actual[name])
         if found.relative_l2 is None or found.relative_l2 > _BATCH_LIMIT:
             return "an image has another result alone than in a batch of 2"
     return ""

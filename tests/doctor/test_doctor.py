@@ -24,6 +24,7 @@ import tests.families.test_outlook as outlook
 import tests.families.test_swin_acmix as swin
 from acmix_deploy import __version__, cli
 from acmix_deploy.artifacts import write_artifact
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.doctor import Examination, environment, examine, machine
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.errors import MissingComponent, UserError
@@ -267,6 +268,32 @@ def test_a_batch_that_froze(tmp_path: Path, how: str) -> None:
     found = look(path)
     assert faults(found) == (set() if how == "free" else {"frozen-batch"})
     assert {finding.where for finding in found.findings} <= {"batch"}
+
+
+class Turned(nn.Module):
+    """A head that selects six boxes, and gives those of a batch of two in another order, with other ``scores``."""
+
+    def __init__(self, change: float) -> None:
+        super().__init__()
+        self.change = change
+        corners = torch.rand(1, 6, 2) * 32
+        self.rows = nn.Parameter(torch.cat([corners, corners + 8, torch.rand(1, 6, 1), torch.zeros(1, 6, 1)], 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        order = torch.arange(6) * (3 - 2 * batch)
+        return self.rows[:, order] * (1 + self.change * (batch - 1)) + 0 * x.mean((1, 2, 3)).reshape(-1, 1, 1)
+
+
+@pytest.mark.parametrize(("change", "expected"), [(0.0, set()), (0.1, {"frozen-batch"})])
+def test_rows_that_a_head_selects_have_no_order(tmp_path: Path, change: float, expected: set[str]) -> None:
+    torch.manual_seed(0)
+    path = traced(Turned(change), torch.rand(2, 3, 32, 32), tmp_path / "a.onnx", dynamic=AXES)
+    model = onnx.load(path)
+    told = ModelMetadata({"task": "detect", "names": "{0: 'cat'}", "end2end": "True"})
+    onnx.helper.set_model_props(model, told.entries)
+    onnx.save(model, path)
+    assert faults(look(path)) == expected
 
 
 class WindowReverse(nn.Module):
