@@ -65,8 +65,8 @@ def show_int8(found: QuantizeDocument, console: Console) -> None:
         notes.append(f"{len(found.skipped)} images could not be read: {'; '.join(found.skipped)}")
     for note in notes:
         console.print(f"Note: {note}", style="yellow")
-    share = f"{found.int8_share:.1%} of the multiply-adds"
-    console.print(f"{len(found.layers)} layers in INT8, {share}, calibrated on {found.images} images")
+    console.print(f"{len(found.layers)} layers in INT8, calibrated on {found.images} images")
+    console.print(f"{found.int8_share:.1%} of the multiply-adds of all layers are in INT8")
     sizes = f"{found.bytes_before / 1e6:.2f} MB became {found.bytes_after / 1e6:.2f} MB"
     console.print(f"{sizes}: {found.artifact.path}")
 

@@ -59,6 +59,8 @@ def fusion_notes(fusion: FusionReport) -> list[str]:
     found = []
     if fusion.already:
         found.append(f"the file was fused before: it has {counted(fusion.already)} already")
+    if fusion.why_hidden:
+        found.append(fusion.why_hidden)
     if fusion.inlined:
         found.append(f"local functions are put in place of their calls: {', '.join(fusion.inlined)}")
     found += [

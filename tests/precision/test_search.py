@@ -188,6 +188,13 @@ def test_the_layer_that_spoils_it_is_left_in_float(
     assert cost == {"mean": 64 * 40 * 192, "spoilt": 64 * 1600, "same": 64 * 1600, "score": 64 * 40}
     assert document.int8_share == pytest.approx(found.best.multiply_adds, abs=1e-5)
     assert len(calls) == 1, "calibrated once"
+    Path("found").mkdir()
+    Path("found/quantize.json").write_text(document.model_dump_json(by_alias=True))
+    assert main(["report", "found"]) == 0
+    page = Path("found/report.html").read_text(encoding="utf-8")
+    assert "Search for the INT8 target" in page
+    assert page.count('<use x="') >= 2 * 3, "two sets and a ring, for a wide and for a narrow page"
+    capsys.readouterr()
     assert command("--exclude", "spoilt", validation=None) == 0  # type: ignore[arg-type]
     assert read_artifact(Path("int8.onnx")).sha256 == document.artifact.sha256
 
@@ -202,7 +209,7 @@ def test_what_is_told(command: Callable[..., int], capsys: pytest.CaptureFixture
     assert "where the float file has mAP50 1, mAP50-95 1: drop, points 0 (0.5 is accepted)" in told.out
     assert "left in floating point: spoilt" in told.out
     assert "judged on 16 images with" in told.out
-    assert "2 layers in INT8, 85.0% of the multiply-adds" in told.out
+    assert "85.0% of the multiply-adds of all layers are in INT8" in told.out
 
 
 def test_no_set_meets_it(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
