@@ -26,7 +26,7 @@ UNUSABLE = 0.1
 _LEAST = 0.001  # confidence, as Ultralytics' `val` has it
 _EDGE = 0.01  # beyond the image's edge, as a share of it, that a label may lie for rounding
 _SHOWN = 3  # labels that are named
-_HINT = "Labels are in YOLO's form: a class, then x, y, width and height as shares of the image, 0 to 1."
+HINT = "Labels are in YOLO's form: a class, then x, y, width and height as shares of the image, 0 to 1."
 
 
 class Accuracy(BaseModel):
@@ -124,7 +124,7 @@ def read_truth(images: Sequence[Path], metadata: ModelMetadata) -> Truth:
         metadata: see :func:`read_labels`.
 
     Raises:
-        UserError: more than :data:`UNUSABLE` of the labels cannot be used, or there is none.
+        UserError: more than :data:`UNUSABLE` of the labels cannot be used.
     """
     truth = {image: read_labels(label_file(image), metadata) for image in images}
     unusable = [why for labels in truth.values() for why in labels.unusable]
@@ -133,10 +133,8 @@ def read_truth(images: Sequence[Path], metadata: ModelMetadata) -> Truth:
     count = found.objects + len(unusable)
     if len(unusable) > UNUSABLE * count:
         raise UserError(
-            f"{len(unusable)} of {count} labels cannot be used, and at most {UNUSABLE:.0%} may be so: {shown}", _HINT
+            f"{len(unusable)} of {count} labels cannot be used, and at most {UNUSABLE:.0%} may be so: {shown}", HINT
         )
-    if not found.objects:
-        raise UserError(f"the label files of {len(images)} images hold no label", _HINT)
     return found._replace(notes=(f"{len(unusable)} of {count} labels are left out: {shown}",) if unusable else ())
 
 

@@ -18,7 +18,7 @@ from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner, open_session
-from acmix_deploy.verify.accuracy import Accuracy, labelled, measure, read_truth
+from acmix_deploy.verify.accuracy import HINT, Accuracy, labelled, measure, read_truth
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.limits import DETECTION_LIMITS
 
@@ -61,6 +61,8 @@ class ByLabels:
                 "Without labels judge by --max-lost and --max-score-change.",
             )
         self._truth = read_truth(self.images, metadata)
+        if not self._truth.objects:
+            raise UserError(f"the label files of the {len(self.images)} images of {images} hold no label", HINT)
         found = self._measure(source)
         self.reference = {"map50": found.map50, "map50_95": found.map50_95}
         if not found.map50_95:

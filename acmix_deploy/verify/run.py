@@ -244,7 +244,10 @@ def _accuracy(
     photos = labelled(find(images).paths)
     if not photos or not metadata.detects or metadata.task in ("classify", "obb"):
         return (), ()
-    truth = read_truth(photos, metadata)
+    try:
+        truth = read_truth(photos, metadata)
+    except UserError as error:  # of files that may be something else
+        return (), (f"mean average precision was not measured: {error.message}",)
     try:
         with G_LOGGER.verbosity(_SILENT):
             return tuple(measure(model, shape, truth, metadata) for model in models), truth.notes

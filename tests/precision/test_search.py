@@ -293,7 +293,7 @@ def test_labels_that_judge_nothing(
     assert "cannot be used, and at most 10% may be so" in refused(command, capsys, *DROP, validation=bad)
     for label in labels:
         label.write_text("")
-    assert "label files of 16 images hold no label" in refused(command, capsys, *DROP, validation=bad)
+    assert "label files of the 16 images" in refused(command, capsys, *DROP, validation=bad)
     for label in labels:
         label.write_text("0 0.99 0.01 0.01 0.01\n")
     assert "finds nothing of what the labels" in refused(command, capsys, *DROP, validation=bad)
