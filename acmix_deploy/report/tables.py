@@ -180,6 +180,7 @@ def figure_name(name: str) -> str:
         "map50": "mAP50",
         "map50_95": "mAP50-95",
         "map_drop": "drop, points",
+        "map_drop_error": "+-",
         "lost": "lost or added",
         "score_change": "score change",
     }

@@ -52,6 +52,15 @@ class Labels(NamedTuple):
     """What is wrong with each of the other lines."""
 
 
+class Seen(NamedTuple):
+    """One image."""
+
+    labels: Labels
+    detections: Detections
+    size: tuple[int, int]
+    """Height and width in pixels."""
+
+
 class Truth(NamedTuple):
     """Labelled images."""
 
@@ -144,7 +153,14 @@ def labelled(images: Sequence[Path]) -> list[Path]:
 
 
 def measure(model: Model, shape: Shape, truth: Truth, metadata: ModelMetadata) -> Accuracy:
-    """Run a file on labelled images and compare the boxes that it finds with the labels.
+    """Run a file on labelled images and compare the boxes that it finds with the labels. See :func:`look`."""
+    map50, map50_95 = average_precision(look(model, shape, truth, metadata))
+    name = model.runner.name
+    return Accuracy(name=name, images=len(truth.labels), objects=truth.objects, map50=map50, map50_95=map50_95)
+
+
+def look(model: Model, shape: Shape, truth: Truth, metadata: ModelMetadata) -> list[Seen]:
+    """Run a file on labelled images.
 
     Args:
         model: of a task whose boxes are along the axes of the image; not active.
@@ -171,17 +187,10 @@ def measure(model: Model, shape: Shape, truth: Truth, metadata: ModelMetadata) -
             each = decode(head, outputs, batch.placements, confidence=_LEAST, iou=IOU, most=MOST)
             for path, placement, detections in zip(batch.paths, batch.placements, each, strict=True):
                 found[path], sizes[path] = detections, placement.original
-    map50, map50_95 = _average_precision([(truth.labels[image], found[image], sizes[image]) for image in images])
-    return Accuracy(
-        name=model.runner.name,
-        images=len(images),
-        objects=truth.objects,
-        map50=round(map50, 5),
-        map50_95=round(map50_95, 5),
-    )
+    return [Seen(truth.labels[image], found[image], sizes[image]) for image in images]
 
 
-def _average_precision(images: Sequence[tuple[Labels, Detections, tuple[int, int]]]) -> tuple[float, float]:
+def average_precision(images: Sequence[Seen]) -> tuple[float, float]:
     """At an overlap of 0.5, and averaged over those from 0.5 to 0.95; of every class that is in the labels."""
     coco, evaluator = _coco()
     annotations: list[dict[str, Any]] = []
@@ -213,7 +222,7 @@ def _average_precision(images: Sequence[tuple[Labels, Detections, tuple[int, int
         evaluation.evaluate()
         evaluation.accumulate()
     precision: Any = evaluation.eval["precision"][:, :, :, 0, 0]  # [overlaps, recalls, classes], of objects of any size
-    return float(precision[0].mean()), float(precision.mean())
+    return round(float(precision[0].mean()), 5), round(float(precision.mean()), 5)
 
 
 def _coco() -> tuple[Any, Any]:

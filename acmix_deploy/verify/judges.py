@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from polygraphy.logger import G_LOGGER
 
@@ -18,11 +19,12 @@ from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner, open_session
-from acmix_deploy.verify.accuracy import HINT, Accuracy, labelled, measure, read_truth
+from acmix_deploy.verify.accuracy import HINT, Seen, average_precision, labelled, look, read_truth
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.limits import DETECTION_LIMITS
 
 _SILENT = G_LOGGER.CRITICAL + 1
+_FOLDS = 5  # of the images, to tell how much their choice matters
 _IMAGES = 128  # at most, where outputs of the float file are kept
 
 
@@ -63,28 +65,53 @@ class ByLabels:
         self._truth = read_truth(self.images, metadata)
         if not self._truth.objects:
             raise UserError(f"the label files of the {len(self.images)} images of {images} hold no label", HINT)
-        found = self._measure(source)
-        self.reference = {"map50": found.map50, "map50_95": found.map50_95}
-        if not found.map50_95:
+        self._right = self._look(source)
+        map50, map50_95 = average_precision(self._right)
+        self.reference = {"map50": map50, "map50_95": map50_95}
+        if not map50_95:
             raise UserError(
                 f"{source} finds nothing of what the labels in {images} tell, so that nothing can be lost",
                 "Give the images and labels that it was validated on.",
             )
-        self.notes = [*self._truth.notes]
+        self._notes = [*self._truth.notes]
         if unlabelled := len(photos) - len(self.images):
-            self.notes.append(f"{unlabelled} of {len(photos)} images have no file of labels and were left out")
-        self.notes += _too_few(len(self.images), found.objects, "labels", accepted / 100, f"{accepted:g} points")
+            self._notes.append(f"{unlabelled} of {len(photos)} images have no file of labels and were left out")
+        objects, limit = self._truth.objects, f"{accepted:g} points"
+        self._notes += _too_few(len(self.images), objects, "labels", accepted / 100, limit)
+        self._accepted, self._error = accepted, 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say of the labels, and of how much could be told from them."""
+        if self._error <= self._accepted:
+            return self._notes
+        return [
+            *self._notes,
+            f"{len(self.images)} images tell a drop to {self._error:.2g} points (standard error), and "
+            f"{self._accepted:g} cannot be told from chance",
+        ]
 
     def __call__(self, model: onnx.ModelProto) -> dict[str, float]:
-        """map50, map50_95 and map_drop."""
-        found = self._measure(model)
-        drop = round(100 * (self.reference["map50_95"] - found.map50_95), 3)
-        return {"map50": found.map50, "map50_95": found.map50_95, "map_drop": drop}
+        """map50, map50_95, map_drop, and its standard error where there are enough images."""
+        found = self._look(model)
+        map50, map50_95 = average_precision(found)
+        figures = {"map50": map50, "map50_95": map50_95}
+        figures["map_drop"] = round(100 * (self.reference["map50_95"] - map50_95), 3)
+        if len(found) >= 2 * _FOLDS:
+            self._error = figures["map_drop_error"] = round(self._spread(found) / _FOLDS**0.5, 3)
+        return figures
 
-    def _measure(self, model: Path | onnx.ModelProto) -> Accuracy:
+    def _spread(self, found: Sequence[Seen]) -> float:
+        """Standard deviation of the drop in every fifth image, in points."""
+        folds = range(_FOLDS)
+        before = [average_precision(self._right[fold::_FOLDS])[1] for fold in folds]
+        after = [average_precision(found[fold::_FOLDS])[1] for fold in folds]
+        return 100 * float(np.std(np.subtract(before, after), ddof=1))
+
+    def _look(self, model: Path | onnx.ModelProto) -> list[Seen]:
         runner = onnx_runner(model, model.name if isinstance(model, Path) else "INT8")
         with G_LOGGER.verbosity(_SILENT):
-            return measure(self._float._replace(runner=runner), self._shape, self._truth, self._float.metadata)
+            return look(self._float._replace(runner=runner), self._shape, self._truth, self._float.metadata)
 
 
 class ByDetections:

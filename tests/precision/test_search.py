@@ -369,14 +369,32 @@ def test_judges_agree_with_verify(there: SimpleNamespace, tmp_path: Path) -> Non
     shape = (1, 3, blobs.SIZE, blobs.SIZE)
     by_labels = ByLabels(there.model, shape, there.validation, 0.5)
     by_detections = ByDetections(there.model, shape, there.validation, 0.01)
-    assert by_labels(model) == {"map50": 1.0, "map50_95": 1.0, "map_drop": 0.0}
+    assert by_labels(model) == {"map50": 1.0, "map50_95": 1.0, "map_drop": 0.0, "map_drop_error": 0.0}
     assert by_detections(model) == {"lost": 0.0, "score_change": 0.0}
     weights = next(tensor for tensor in model.graph.initializer if tensor.name == "score.bias")
     weights.CopyFrom(numpy_helper.from_array(np.array([-9.4], np.float32), weights.name))
+    boxes = next(tensor for tensor in model.graph.initializer if tensor.name == "boxes")
+    moved = numpy_helper.to_array(boxes).copy()
+    moved[:, 0, :32] += 1.5
+    boxes.CopyFrom(numpy_helper.from_array(moved, boxes.name))
     onnx.save(model, tmp_path / "other.onnx")
     found = compare_files(there.model, tmp_path / "other.onnx", images=there.validation)
     (detections,) = found.detections
     assert 0 < detections.lost < detections.expected
     lost = by_detections(model)
     assert lost["lost"] == pytest.approx(detections.lost_share, abs=0.15)  # another `near` counts as crossing
-    assert by_labels(model)["map50_95"] == found.accuracy[1].map50_95
+    lost = by_labels(model)
+    assert lost["map50_95"] == found.accuracy[1].map50_95
+    parts = [by_labels_of(there, images, model) for images in range(5)]
+    assert lost["map_drop_error"] == pytest.approx(np.std(parts, ddof=1) / 5**0.5, abs=1e-3)
+    assert any("cannot be told from chance" in note for note in by_labels.notes)
+
+
+def by_labels_of(there: SimpleNamespace, fold: int, model: onnx.ModelProto) -> float:
+    """The drop in every fifth image, which lie in a folder of their own."""
+    folder = there.validation.with_name(f"fold-{fold}")
+    folder.mkdir()
+    for image in sorted(there.validation.glob("*.png"))[fold::5]:
+        for file in (image, image.with_suffix(".txt")):
+            shutil.copy(file, folder)
+    return ByLabels(there.model, (1, 3, blobs.SIZE, blobs.SIZE), folder, 0.5)(model)["map_drop"]

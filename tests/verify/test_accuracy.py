@@ -13,8 +13,9 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.report.documents import VerifyDocument
 from acmix_deploy.verify.accuracy import (
     Labels,
+    Seen,
     Truth,
-    _average_precision,
+    average_precision,
     label_file,
     labelled,
     read_labels,
@@ -50,8 +51,8 @@ A, B, C = [0.0, 0, 40, 40], [60.0, 0, 100, 40], [120.0, 0, 160, 40]
 )
 def test_average_precision(truth: list, detections: list, map50: float, map50_95: float) -> None:
     """The mean of the precision at 101 recalls."""
-    values = _average_precision([(labels(*truth), found(*detections), SIZE)])
-    assert values == pytest.approx((map50, map50_95), abs=1e-6)
+    values = average_precision([Seen(labels(*truth), found(*detections), SIZE)])
+    assert values == pytest.approx((map50, map50_95), abs=1e-5)
 
 
 def of(task: str, names: str = "{}") -> ModelMetadata:
