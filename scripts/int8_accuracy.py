@@ -37,6 +37,8 @@ class Row(NamedTuple):
     report: Int8Report
     drop: float
     """In points of mAP50-95, on the held-back images."""
+    error: float
+    """Its standard error."""
 
 
 def fused(folder: Path) -> Path:
@@ -71,7 +73,8 @@ class Bench:
             labelled = shapes.write(self.folder / "search", SEARCH, self.count)
             wanted = Goal({"map_drop": goal}, lambda source, shape: ByLabels(source, shape, labelled, goal))
         made = quantize(self.source, target, images, goal=wanted, **options)
-        return Row(name, seed, made.found, self.judge(onnx.load(made.artifact.path))["map_drop"])
+        figures = self.judge(onnx.load(made.artifact.path))
+        return Row(name, seed, made.found, figures["map_drop"], figures["map_drop_error"])
 
 
 def main() -> None:
@@ -88,14 +91,14 @@ def main() -> None:
             for seed in CALIBRATION:
                 row = bench.row(name, seed, **options)
                 share = f"{len(row.report.layers)} layers, {row.report.int8_share:.1%} of multiply-adds"
-                print(f"{name:16} seed {seed}: {share}, drop {row.drop:.3f}", flush=True)
+                print(f"{name:16} seed {seed}: {share}, drop {row.drop:.3f} +- {row.error:.3f}", flush=True)
         row = bench.row("search", goal=arguments.goal, quantize_head=True)
         assert row.report.search
         print(searched(row.report.search))
         table = search_steps(row.report.search)
         for cells in zip(*(column.cells for column in table.columns), strict=True):
             print(" | ".join(map(str, cells)))
-        print(f"on the held-back images: drop {row.drop:.3f}; {time.monotonic() - start:.0f} s")
+        print(f"on the held-back images: drop {row.drop:.3f} +- {row.error:.3f}; {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
