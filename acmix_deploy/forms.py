@@ -46,7 +46,8 @@ class TargetReport(BaseModel):
         description="nodes that the plugin refuses, and why; standard operators in the file"
     )
     unread: dict[str, tuple[str, ...]] = Field(
-        default={}, description="operators that its TensorRT does not read, with their nodes"
+        default={},
+        description="what its TensorRT does not read, with the nodes: an operator, or one with what keeps it from it",
     )
 
 
@@ -70,6 +71,8 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> Made[Ta
     made = (form or target.form) if takes_plugin(model) else "plain"
     path = source.with_name(f"{source.stem}.{target.name}.onnx")
     formed = to_form(model, made)
+    if target.tensorrt:
+        onnx_file.leave_out_defaults(formed)
     with replacing(path) as temporary:
         onnx.save(formed, temporary)
     report = TargetReport(
