@@ -1,15 +1,18 @@
-"""What a release of TensorRT does not read of a file: operators by name and by what it asks of them, with the way out."""
+"""What a release of TensorRT does not read of a file, by the name of an operator or its attributes, and the way out."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 
 import numpy as np
 import onnx
+import onnxruntime.quantization as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
@@ -17,9 +20,11 @@ from acmix_deploy.cli import main, parser
 from acmix_deploy.export import export
 from acmix_deploy.forms import write_for
 from acmix_deploy.onnx_file import read_since, unread, unread_note
-from acmix_deploy.targets import LIMITS, NEWEST, READ_SINCE, WAYS_OUT, target_named, target_of
+from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.targets import LIMITS, READ_SINCE, WAYS_OUT, target_named, target_of
 
 SHAPE = (1, 3, 8, 12)
+AXES = ("batch", "height", "width")
 RELEASES = ("8.5", "8.6", "10.0", "10.11", "10.12", "11.1")
 
 
@@ -38,7 +43,8 @@ def model(*nodes, x=(1, 3, 8, 8), opset=18, types=("FLOAT", "FLOAT"), **constant
 
 
 def node(operator, inputs="x", outputs="y", **attributes):
-    return helper.make_node(operator, inputs.split(" "), outputs.split(" "), "it", **attributes)
+    """Named after its outputs, since names have to differ."""
+    return helper.make_node(operator, inputs.split(" "), outputs.split(" "), f"/{outputs}", **attributes)
 
 
 def pool(operator, opset, **attributes):
@@ -106,8 +112,8 @@ EVERY = " ".join(RELEASES)
 LIMITED = {
     "AveragePool with dilations 2, 2": (pool("AveragePool", 19, dilations=[2, 2]), EVERY),
     "BatchNormalization with training_mode 1": (trained(1), EVERY),
-    "Cast with to INT16": (cast("INT16"), EVERY),
-    "Cast with to UINT8 elsewhere than at an output": (cast("UINT8"), EVERY),
+    "Cast with the type INT16": (cast("INT16"), EVERY),
+    "Cast with the type UINT8 elsewhere than at an output": (cast("UINT8"), EVERY),
     "DeformConv with pads 0, 0, 1 and 1 more": (deformed(0, 0, 1, 1), "10.11 10.12 11.1"),
     "DequantizeLinear with x of INT32": (quantised(np.int8(0), np.int32), EVERY),
     "Einsum with a diagonal": (einsum("bchh->bch"), "8.5 8.6 10.0 10.11"),
@@ -166,7 +172,9 @@ def test_limits_of_operators_that_are_read(told):
         note = unread_note(told, found[told])
         first = {"8.5 8.6": "10.0", "8.5": "8.6", "8.5 8.6 10.0 10.11": "10.12"}.get(releases)
         release = f"TensorRT before {first}" if first else "TensorRT"
-        assert note.startswith(f"{told} (it), which {release} does not read: a model without it is needed there")
+        assert note.startswith(
+            f"{told} ({found[told][0]}), which {release} does not read: a model without it is needed there"
+        )
         assert read_since(file) == tuple(map(int, (first or "8.5").split("."))) or "Conv" in told or "Layer" in told
     assert not unread(file, target_named("onnxruntime"))
 
@@ -209,3 +217,164 @@ def test_tables_name_what_there_is():
     for way in [*WAYS_OUT.values(), *(limit.way for limit in LIMITS)]:
         assert set(re.findall(r"acmix-deploy (\w+)", way)) <= {*verbs.choices}
         assert all(option in verbs.choices["export"].format_help() for option in re.findall(r"--[a-z-]+", way))
+
+
+class Of(nn.Module):
+    """A function of an image, with its module."""
+
+    def __init__(self, compute, *modules):
+        super().__init__()
+        self.compute, self.modules_of = compute, nn.ModuleList(modules)
+
+    def forward(self, x):
+        return self.compute(x, *self.modules_of)
+
+
+def folded(x):
+    return functional.fold(functional.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1)
+
+
+def transposed(x):
+    kernels = torch.eye(9).view(9, 1, 3, 3).repeat(x.shape[1], 1, 1, 1)
+    windows = functional.unfold(x, 3, padding=1).view(x.shape[0], -1, *x.shape[2:])
+    return functional.conv_transpose2d(windows, kernels, padding=1, groups=x.shape[1])
+
+
+def added(name):
+    """Channels 0 and 2 in one place, by index_add or scatter_add."""
+    place = torch.tensor([0, 1, 0])
+
+    def compute(x):
+        index = place if name == "index_add" else place.view(1, 3, 1, 1).expand_as(x)
+        return getattr(torch.zeros_like(x), name)(1, index, x)
+
+    return compute
+
+
+def warped(x):
+    theta = torch.tensor([[[1.0, 0.1, 0.0], [0.0, 1.0, 0.2]]]).expand(x.shape[0], 2, 3)
+    return functional.grid_sample(x, functional.affine_grid(theta, x.shape, align_corners=True), align_corners=True)
+
+
+def shifted(x):
+    return ((x * 8).int() >> 1).float()
+
+
+def best(x):
+    scores = x.flatten(1)
+    return scores.topk(min(300, scores.shape[1]))[0]
+
+
+def products(*equations):
+    def compute(x):
+        y = x
+        for equation in equations:
+            y = torch.einsum(equation, y, *[x] * equation.count(","))
+        return y
+
+    return compute
+
+
+def infinite(test):
+    return lambda x: torch.where(test(x), torch.zeros_like(x), x)
+
+
+WAYS = {
+    "Col2Im": ("11.1", (folded, 18, ()), (transposed, 17, ())),
+    "BitShift, BitwiseOr": ("11.1", (shifted, 18, ()), (shifted, 17, ())),
+    "AffineGrid": ("11.1", (warped, 20, AXES), (warped, 20, ())),
+    "IsInf": ("8.5", (infinite(torch.isinf), 17, ()), (infinite(lambda x: x.abs() == float("inf")), 17, ())),
+    "ScatterND with reduction add": ("10.0", (added("index_add"), 18, ()), (added("scatter_add"), 17, ())),
+    "Einsum with 3 operands": (
+        *("8.6", (products("bchw,bcxw,bdhw->bhxd"), 17, ())),
+        (products("bchw,bcxw->bhxw", "bhxw,bdhw->bhxd"), 17, ()),
+    ),
+    "Einsum with an ellipsis": ("8.6", (products("...hw,...xw->...hx"), 17, ()), (products("bchw,bcxw->bchx"), 17, ())),
+    "TopK with a K that nodes compute": ("8.5", (best, 17, AXES), (best, 17, ())),
+}
+
+
+@pytest.mark.parametrize("what", WAYS)
+def test_the_way_out_is_one(tmp_path, what):
+    """Told of the file as it was, with the way; not of the file that follows it, which computes the same."""
+    release, *ways = WAYS[what]
+    target, image = target_named(f"tensorrt-{release}"), torch.rand(SHAPE)
+    before, after = (Of(compute).eval() for compute, _, _ in ways)
+    assert torch.allclose(before(image), after(image), atol=1e-5)
+    told = []
+    for module, (_, opset, dynamic) in zip((before, after), ways, strict=True):
+        file = tmp_path / "model.onnx"
+        export(module, file, input_shape=SHAPE, opset=opset, dynamic=dynamic)
+        told.append(unread(onnx.load(file), target))
+    for one in what.split(", "):
+        assert re.search(r" is needed there.*; \w", unread_note(one, told[0][one]))
+    assert not told[1]
+
+
+def test_opset_17_has_no_newer_activations(tmp_path):
+    """TensorRT 8 reads no Gelu and no Mish, and no file of the opsets that have them."""
+    module = Of(lambda x: functional.mish(functional.gelu(x)) + functional.gelu(x, approximate="tanh"))
+    for opset, expected in ((17, set()), (20, {"Gelu", "Mish"})):
+        export(module, tmp_path / "model.onnx", input_shape=SHAPE, opset=opset)
+        assert {*unread(onnx.load(tmp_path / "model.onnx"), target_of((8, 6)))} == expected
+
+
+def test_a_layer_normalisation_for_the_oldest_release(tmp_path, monkeypatch, capsys):
+    """An export by PyTorch at opset 16, which fuse takes, has none."""
+    monkeypatch.chdir(tmp_path)
+    module = Of(lambda x, conv, norm: norm(conv(x).permute(0, 2, 3, 1)), nn.Conv2d(3, 4, 1), nn.LayerNorm(4)).eval()
+    for opset, told in ((17, ["LayerNormalization"]), (16, [])):
+        torch.onnx.export(module, (torch.rand(SHAPE),), "model.onnx", dynamo=False, opset_version=opset)
+        assert main(["fuse", "model.onnx", "-o", "fused.onnx", "--for", "jetpack-5.1", "--json"]) == 0
+        assert [*json.loads(capsys.readouterr().out)["target"]["unread"]] == told
+        made = unread(onnx.load("fused.jetpack-5.1.onnx"), target_of((8, 5)))
+        assert [*made] == told
+
+
+def test_quantised_files_of_others(tmp_path, monkeypatch, capsys):
+    """ONNX Runtime's own forms are told, and what quantize makes of the float file is read."""
+    monkeypatch.chdir(tmp_path)
+    export(nn.Conv2d(3, 4, 3).eval(), tmp_path / "model.onnx", input_shape=(1, 3, 32, 32), opset=17)
+
+    class Images(ort.CalibrationDataReader):
+        def __init__(self):
+            self.left = [{"images": np.random.default_rng(0).random((1, 3, 32, 32), np.float32)}]
+
+        def get_next(self):
+            return self.left.pop() if self.left else None
+
+    told = {}
+    for form in (ort.QuantFormat.QOperator, ort.QuantFormat.QDQ):
+        ort.quantize_static("model.onnx", "theirs.onnx", Images(), form)
+        told[form.name] = {*unread(onnx.load("theirs.onnx"), target_of((10, 3)))}
+    ort.quantize_dynamic("model.onnx", "theirs.onnx")
+    told["dynamic"] = {*unread(onnx.load("theirs.onnx"), target_of((10, 3)))}
+    assert "QLinearConv" in told["QOperator"]
+    assert "DequantizeLinear with x of INT32" in told["QDQ"]
+    assert {"ConvInteger", "DynamicQuantizeLinear"} <= told["dynamic"]
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32), (90, 120, 30)).save("photos/one.png")
+    command = ["quantize", "model.onnx", "--calibration", "photos", "-o", "int8.onnx", "--image-size", "32"]
+    assert main([*command, "--quantize-head"]) == 0
+    ours = onnx.load("int8.onnx")
+    assert "DequantizeLinear" in {node.op_type for node in ours.graph.node}
+    assert not unread(ours, target_of((8, 5)))
+
+
+def test_a_stated_default_is_left_out_for_tensorrt(tmp_path):
+    """Of ScatterND, whose attribute TensorRT 10.0 refuses whatever it says; the file computes the same."""
+
+    def written(x):
+        y = x.clone()
+        y[:, :, ::2, 1:] = x.mean((2, 3), keepdim=True)
+        return y
+
+    export(Of(written), tmp_path / "model.onnx", input_shape=SHAPE, opset=18)
+    reductions = []
+    for name in ("model.onnx", write_for(target_named("jetpack-6.2"), tmp_path / "model.onnx").found.file):
+        nodes = [node for node in onnx.load(tmp_path / name).graph.node if node.op_type == "ScatterND"]
+        reductions.append([attribute.s for node in nodes for attribute in node.attribute])
+        image = np.random.default_rng(0).random(SHAPE, np.float32)
+        (y,) = open_session(tmp_path / name).run(None, {"images": image})
+        assert np.allclose(y, written(torch.from_numpy(image)).numpy(), atol=1e-6)
+    assert reductions == [[b"none", b"none"], []]
