@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 
 import numpy as np
@@ -318,19 +317,44 @@ def test_opset_17_has_no_newer_activations(tmp_path):
         assert {*unread(onnx.load(tmp_path / "model.onnx"), target_of((8, 6)))} == expected
 
 
-def test_a_layer_normalisation_for_the_oldest_release(tmp_path, monkeypatch, capsys):
-    """An export by PyTorch at opset 16, which fuse takes, has none."""
-    monkeypatch.chdir(tmp_path)
-    module = Of(lambda x, conv, norm: norm(conv(x).permute(0, 2, 3, 1)), nn.Conv2d(3, 4, 1), nn.LayerNorm(4)).eval()
-    for opset, told in ((17, ["LayerNormalization"]), (16, [])):
-        torch.onnx.export(module, (torch.rand(SHAPE),), "model.onnx", dynamo=False, opset_version=opset)
-        assert main(["fuse", "model.onnx", "-o", "fused.onnx", "--for", "jetpack-5.1", "--json"]) == 0
-        assert [*json.loads(capsys.readouterr().out)["target"]["unread"]] == told
-        made = unread(onnx.load("fused.jetpack-5.1.onnx"), target_of((8, 5)))
-        assert [*made] == told
+@pytest.mark.parametrize("dynamic", [(), AXES])
+def test_layer_normalisation_is_spelled_out_for_the_oldest_release(tmp_path, dynamic):
+    """Over one axis and over two, with a bias and without; it computes the same. TensorRT 8.6 reads it as it is."""
+
+    def compute(x, conv, *norms):
+        x = conv(x).permute(0, 2, 3, 1)
+        return norms[0](x), norms[1](x), norms[2](x.flatten(2).unflatten(2, (12, 4)) if not dynamic else x)
+
+    norms = [nn.LayerNorm(4), nn.LayerNorm(4, 1e-2, bias=False), nn.LayerNorm(4 if dynamic else (12, 4))]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+    path = tmp_path / "model.onnx"
+    export(Of(compute, nn.Conv2d(3, 4, 1), *norms), path, input_shape=SHAPE, opset=17, dynamic=dynamic)
+    found = write_for(target_named("jetpack-5.1"), path).found
+    assert not found.unread
+    onnx.checker.check_model(onnx.load(tmp_path / found.file), full_check=True)
+    image = {"images": 5 * np.random.default_rng(0).random((2, 3, 16, 20) if dynamic else SHAPE, np.float32)}
+    pairs = zip(*(open_session(tmp_path / name).run(None, image) for name in ("model.onnx", found.file)), strict=True)
+    assert all(np.allclose(wanted, y, atol=1e-5) for wanted, y in pairs)
+    other = onnx.load(tmp_path / write_for(target_named("jetpack-6.0"), path).found.file)
+    assert [node.op_type for node in other.graph.node].count("LayerNormalization") == 3
 
 
-def test_quantised_files_of_others(tmp_path, monkeypatch, capsys):
+def test_a_layer_normalisation_that_stays(tmp_path):
+    """One with more outputs is told, and one of an export by PyTorch at opset 16 is none."""
+    file = normalised("y mean")
+    file.opset_import[0].version = 17
+    onnx.save(file, tmp_path / "model.onnx")
+    found = write_for(target_named("jetpack-5.1"), tmp_path / "model.onnx").found
+    assert [*found.unread] == ["LayerNormalization"]
+    assert "opset_version=16" in unread_note("LayerNormalization", found.unread["LayerNormalization"])
+    module = Of(lambda x, norm: norm(x), nn.LayerNorm(12)).eval()
+    torch.onnx.export(module, (torch.rand(SHAPE),), tmp_path / "model.onnx", dynamo=False, opset_version=16)
+    assert main(["fuse", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "f.onnx"), "--for", "jetpack-5.1"]) == 0
+    assert not unread(onnx.load(tmp_path / "f.jetpack-5.1.onnx"), target_of((8, 5)))
+
+
+def test_quantised_files_of_others(tmp_path, monkeypatch):
     """ONNX Runtime's own forms are told, and what quantize makes of the float file is read."""
     monkeypatch.chdir(tmp_path)
     export(nn.Conv2d(3, 4, 3).eval(), tmp_path / "model.onnx", input_shape=(1, 3, 32, 32), opset=17)
