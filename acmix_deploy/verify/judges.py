@@ -15,6 +15,7 @@ from acmix_deploy.detection.heads import NoHead, head_of
 from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.errors import UserError
+from acmix_deploy.half import runnable
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import open_model
@@ -109,7 +110,7 @@ class ByLabels:
         return 100 * float(np.std(np.subtract(before, after), ddof=1))
 
     def _look(self, model: Path | onnx.ModelProto) -> list[Seen]:
-        runner = onnx_runner(model, model.name if isinstance(model, Path) else "INT8")
+        runner = onnx_runner(runnable(model), model.name if isinstance(model, Path) else "INT8")
         with G_LOGGER.verbosity(_SILENT):
             return look(self._float._replace(runner=runner), self._shape, self._truth, self._float.metadata)
 
@@ -157,7 +158,7 @@ class ByDetections:
 
     def __call__(self, model: onnx.ModelProto) -> dict[str, float]:
         """lost, which is the larger one of the shares that are lost or added, and score_change, on average."""
-        actual = self._run(open_session(model))
+        actual = self._run(open_session(runnable(model)))
         images = [
             image
             for batch, right, other in zip(self._batches(), self._expected, actual, strict=True)

@@ -15,10 +15,12 @@ from onnx import helper, numpy_helper
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main
+from acmix_deploy.half import runnable
 from acmix_deploy.precision import SearchReport, int8, quantize
 from acmix_deploy.precision.cost import multiply_adds
 from acmix_deploy.precision.search import Goal, search
 from acmix_deploy.report.documents import QuantizeDocument
+from acmix_deploy.verify import judges
 from acmix_deploy.verify.judges import ByDetections, ByLabels
 from tests.precision import blobs
 
@@ -200,6 +202,21 @@ def test_the_layer_that_spoils_it_is_left_in_float(
 
 
 calibrate = int8.calibrate
+
+
+def test_what_is_in_float16_is_rounded(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The judge runs a file with --fp16 as it says: ONNX Runtime on a CPU would keep float32 between the layers."""
+    run: list[object] = []
+    monkeypatch.setattr(judges, "runnable", lambda model: run.append(runnable(model)) or run[-1])
+    assert command(*DROP, "--fp16", "--json") == 0
+    assert QuantizeDocument.model_validate_json(capsys.readouterr().out).rest == "float16"
+    _, *trials = run
+    assert len(trials) == 2
+    for trial in trials:
+        assert isinstance(trial, onnx.ModelProto)
+        assert [node for node in trial.graph.node if node.op_type == "Cast" and node.name.endswith("/half/Cast")]
 
 
 def test_what_is_told(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
