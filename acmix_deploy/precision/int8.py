@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from itertools import islice
@@ -198,10 +199,16 @@ def quantize(
         target = target if found.met else best_beside(target)
     progress("quantising")
     excluded = frozenset(found.excluded) if found else Excluded()
-    with replacing(target) as temporary:
-        onnx.save(typed(excluded), temporary)
-        progress("measuring the outputs")
-        outputs = _compare(source, temporary, samples, metadata)
+    try:
+        with replacing(target) as temporary:
+            onnx.save(typed(excluded), temporary)
+            progress("measuring the outputs")
+            outputs = _compare(source, temporary, samples, metadata)
+    except UserError as error:  # a full disk
+        if excluded:
+            again = " ".join(f"--exclude {shlex.quote(name)}" for name in sorted(excluded))
+            error.hint += f" What the search found is made again, without a search, by {again}"
+        raise
     rest: Literal["float32", "float16"] = "float16" if fp16 else "float32"
     left = [
         FloatLayer(name=layer.name, weight=layer.weight, reason="left by the search for the target")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -118,7 +119,7 @@ def search(
     stopped: Literal["", "time limit", "interrupted"] = ""
     try:
         run.all()
-    except TimeoutError:
+    except _TimeIsUp:
         stopped = "time limit"
     except KeyboardInterrupt:
         if not run.steps:
@@ -137,24 +138,25 @@ def search(
     )
 
 
+class _TimeIsUp(Exception):
+    pass
+
+
+@dataclass
 class _Search:
-    def __init__(
-        self,
-        layers: Mapping[str, int],
-        total: int,
-        write: Callable[[Excluded], onnx.ModelProto],
-        judge: Judge,
-        goal: Goal,
-        progress: Callable[[str], None],
-    ) -> None:
-        self.layers, self.total, self.write, self.judge, self.goal, self.progress = (
-            layers, total, write, judge, goal, progress,
-        )  # fmt: skip
-        self.end = time.monotonic() + (math.inf if goal.seconds is None else goal.seconds)
-        self.steps: dict[Excluded, SearchStep] = {}
+    layers: Mapping[str, int]
+    total: int
+    write: Callable[[Excluded], onnx.ModelProto]
+    judge: Judge
+    goal: Goal
+    progress: Callable[[str], None]
+    steps: dict[Excluded, SearchStep] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._end = time.monotonic() + (math.inf if self.goal.seconds is None else self.goal.seconds)
 
     def all(self) -> None:
-        """Raises TimeoutError."""
+        """Try sets until none is left to be tried. Raises _TimeIsUp."""
         if self._meets(frozenset(), "all in INT8"):
             return
         names = list(self.layers)
@@ -192,8 +194,8 @@ class _Search:
         if excluded in self.steps:
             return self.steps[excluded].met
         start = time.monotonic()
-        if self.steps and start > self.end:
-            raise TimeoutError
+        if self.steps and start > self._end:
+            raise _TimeIsUp
         kept = len(self.layers) - len(excluded)
         before = f"; so far {self._told()}" if self.steps else ""
         self.progress(f"step {len(self.steps) + 1}, {kept} of {len(self.layers)} layers in INT8{before}")

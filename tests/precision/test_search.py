@@ -350,7 +350,9 @@ def test_a_full_disk(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(int8.onnx, "save", full)
-    assert "cannot write int8.onnx: No space left" in refused(command, capsys, *DROP)
+    said = refused(command, capsys, *DROP)
+    assert "cannot write int8.onnx: No space left" in said
+    assert "made again, without a search, by --exclude spoilt" in said
 
 
 def test_calibration_that_cannot_be_right(there: SimpleNamespace, tmp_path: Path) -> None:
