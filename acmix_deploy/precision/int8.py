@@ -30,7 +30,7 @@ from acmix_deploy.onnx_file import opset as opset_of
 from acmix_deploy.options import FLOAT32, Method
 from acmix_deploy.precision.cost import multiply_adds
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
-from acmix_deploy.precision.pairs import RANK, ends, insert
+from acmix_deploy.precision.pairs import RANK, between, ends, insert
 from acmix_deploy.precision.ranges import bounds, calibrate
 from acmix_deploy.precision.samples import Samples, doubts
 from acmix_deploy.precision.search import Excluded, Goal, Judge, SearchReport, search
@@ -180,7 +180,11 @@ def quantize(
     progress("looking at the calibration images")
     notes = doubts(images, source)
     progress(f"calibrating on {len(images.paths)} images")
-    largest = calibrate(model, dict.fromkeys(ends(chosen.quantized, scheme)), images.feeds, method)
+
+    def integer(layers: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        return [*layers, *between(model, layers)] if scheme == "uint8" else layers
+
+    largest = calibrate(model, dict.fromkeys(ends(integer(chosen.quantized), scheme)), images.feeds, method)
     if scheme == "uint8":
         ranges = bounds(model, largest, images.feeds())
     else:
@@ -198,7 +202,7 @@ def quantize(
     def typed(excluded: Excluded = frozenset()) -> onnx.ModelProto:
         nonlocal half
         kept = [node for node in chosen.quantized if node.name not in excluded]
-        quantized = insert(model, kept, ranges, scheme)
+        quantized = insert(model, integer(kept), ranges, scheme)
         if fp16:
             quantized, half = halved(quantized, float32=float32, samples=samples)
         return quantized

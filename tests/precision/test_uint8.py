@@ -22,7 +22,7 @@ from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.precision import quantize
 from acmix_deploy.precision.int8 import compute_nodes
-from acmix_deploy.precision.pairs import ends, insert
+from acmix_deploy.precision.pairs import between, ends, insert
 from acmix_deploy.precision.ranges import bounds
 from acmix_deploy.report.documents import QuantizeDocument
 from acmix_deploy.runtime.metrics import deviation
@@ -95,16 +95,18 @@ def test_what_stands_in_the_file(made: SimpleNamespace) -> None:
         assert held[weight.input[1]].size == (held[weight.input[0]].shape[0] if node.op_type != "MatMul" else 1)
         assert [held[one.input[0]].dtype for one in bias] == [np.int32] * len(bias)
     assert len(zeros) > 3
+    between = {"Sigmoid": 1, "Mul": 1, "Add": 1}  # what the block's output goes through stays in float
+    for operator, count in between.items():
+        nodes = [node for node in model.graph.node if node.op_type == operator]
+        quantised = [node for node in nodes if all(producers[one].op_type[0] == "D" for one in node.input)]
+        assert len(quantised) == count, operator
+        assert len(nodes) > count
     custom = [node for node in model.graph.node if node.domain == "acmix"]
     assert custom == [node for node in before.graph.node if node.domain == "acmix"]
     assert model.functions == before.functions
     assert [node.op_type for node in model.graph.node].count("Add") == [n.op_type for n in before.graph.node].count(
         "Add"
     )
-    for node in model.graph.node:
-        if node.op_type == "Add":
-            first = producers[node.input[0]]
-            assert first.op_type != "DequantizeLinear" or "_QuantizeLinear_Input" not in node.input[0]
 
 
 def test_its_integer_kernels_run(made: SimpleNamespace, tmp_path: Path) -> None:
@@ -113,6 +115,7 @@ def test_its_integer_kernels_run(made: SimpleNamespace, tmp_path: Path) -> None:
     layers = {layer.name for layer in made.report.layers}
     convolutions = [node for node in model.graph.node if node.op_type == "Conv" and node.name in layers]
     assert found.count("QLinearConv") == len(convolutions) == 5
+    assert [found.count(f"QLinear{operator}") for operator in ("Sigmoid", "Mul", "Add")] == [1, 1, 1]
     assert found.count("QGemm") == 1
     assert {operator for operator in found if "Conv" in operator} <= {"QLinearConv", "Conv", "FusedConv"}
 
@@ -137,6 +140,38 @@ def test_a_bound_is_what_occurs_within_what_the_method_takes() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     samples = [{"x": np.array(x, np.float32)} for x in ([-1, 9], [2, 3])]
     assert bounds(model, {"x": 5, "y": 10}, samples) == {"x": (-1, 5), "y": (-9, 1)}
+
+
+def test_what_lies_between() -> None:
+    """Between layers in INT8, whatever moves or sums; not where a float tensor comes in, nor where none reads it."""
+    chain = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="a"),
+        helper.make_node("MaxPool", ["a"], ["p"], name="pool", kernel_shape=[1, 1]),
+        helper.make_node("Split", ["p", "sizes"], ["s", "t"], name="split", axis=1),
+        helper.make_node("Concat", ["s", "t"], ["c"], name="concat", axis=1),
+        helper.make_node("Resize", ["c", "", "scales"], ["r"], name="resize", mode="nearest"),
+        helper.make_node("Add", ["r", "x"], ["f"], name="of a float tensor"),
+        helper.make_node("Mul", ["r", "scales"], ["m"], name="of a stored tensor"),
+        helper.make_node("Conv", ["r", "w"], ["b"], name="b"),
+        helper.make_node("Sigmoid", ["b"], ["y"], name="read by none"),
+    ]
+    held = {"w": np.ones((4, 4, 1, 1), np.float32), "sizes": np.array([2, 2]), "scales": np.ones(4, np.float32)}
+    values = [helper.make_tensor_value_info(name, 1, [1, 4, 8, 8]) for name in "xyfm"]
+    stored = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    graph = helper.make_graph(chain, "g", values[:1], values[1:], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    chain = [*model.graph.node]
+    layers = [node for node in chain if node.op_type == "Conv"]
+    assert [node.name for node in between(model, layers)] == ["pool", "split", "concat", "resize"]
+    assert not between(model, layers[:1])
+    assert [*ends(chain[1:3], "uint8")] == ["a", "p", "p", "s", "t"]
+    nodes = [*layers, *between(model, layers)]
+    typed = insert(model, nodes, dict.fromkeys(ends(nodes, "uint8"), (0, 9)), "uint8")
+    producers = {name: node for node in typed.graph.node for name in node.output}
+    for node in (node for node in typed.graph.node if node.name in {node.name for node in nodes}):
+        assert producers[node.input[0]].op_type == "DequantizeLinear", node.name
+        readers = [reader for name in node.output for reader in typed.graph.node if name in reader.input]
+        assert {reader.op_type for reader in readers} == {"QuantizeLinear"}, node.name
 
 
 def test_layers_of_nothing_and_a_shared_bias(tmp_path: Path) -> None:
