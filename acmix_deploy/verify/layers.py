@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnxruntime import InferenceSession
 from polygraphy.backend.onnx import modify_outputs
 from polygraphy.logger import G_LOGGER
 from pydantic import BaseModel, ConfigDict, Field, computed_field
@@ -29,7 +30,7 @@ from acmix_deploy.verify.limits import FILE_TOLERANCES, tolerance_of
 INPUTS = 3
 """How many inputs are looked at, the first ones: one of each size that is tried."""
 
-_HELD = 1 << 27  # bytes of the tensors of one file that are held at a time
+_HELD = 1 << 26  # bytes of the tensors of one file that are held at a time
 _FLOATS = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(double)": 8}  # with their bytes
 _HALF = "tensor(float16)"
 _SCORES = frozenset({"Sigmoid", "Softmax"})
@@ -149,7 +150,7 @@ def compare_layers(
 
     Tensors inside function bodies and branches are not looked at. What is behind a choice, such as of the best boxes, is
     left out: rounding decides the order of what it chose. Tensors are fetched in parts, so that of either file at most
-    128 MiB, or one tensor, are held beside what ONNX Runtime needs; for each part both run once more on each input.
+    64 MiB, or one tensor, are held beside what ONNX Runtime needs; for each part both run once more on each input.
 
     Args:
         name: of the candidate.
@@ -181,13 +182,15 @@ def compare_layers(
     found: dict[str, Deviation] = {}
     unfit: set[str] = set()
     for part in _parts(sizes):
-        expected, actual = right.values(part, feeds), other.values(part, feeds, provider)
-        with np.errstate(all="ignore"):
+        sessions = right.fetching(part), other.fetching(part, provider)
+        for feed in feeds:
+            expected, actual = (_run(session, feed) for session in sessions)
             for tensor in part:
-                pairs = [(one.pop(tensor), two.pop(tensor)) for one, two in zip(expected, actual, strict=True)]
-                found[tensor] = max((deviation(*pair) for pair in pairs), key=_distance)
-                beyond = _distance(found[tensor]) > limits[False] and other.types[tensor] == _HALF
-                if beyond and not all(_holds(exact, limits[False]) for exact, _ in pairs):
+                exact = expected.pop(tensor)
+                distance = deviation(exact, actual.pop(tensor))
+                found[tensor] = max(found.get(tensor, distance), distance, key=_distance)
+                beyond = _distance(distance) > limits[False] and other.types[tensor] == _HALF
+                if beyond and _distance(deviation(exact, exact.astype(np.float16))) > limits[False]:
                     unfit.add(tensor)
     scores = other.scores()
     mends = _Mends(right, other, found, unfit, limits[False])
@@ -244,25 +247,17 @@ class _Graph(NamedTuple):
         writers = {tensor: node for node in computing for tensor in node.output if tensor}
         return cls(model, {tensor: types[tensor] for tensor in names if tensor in types}, writers, readers)
 
-    def values(
-        self, tensors: Sequence[str], feeds: Sequence[Mapping[str, Array]], provider: Provider = "cpu"
-    ) -> list[dict[str, Array]]:
-        """Tensors by name, for each input."""
-        return _run(_marked(_rounded(self.model), tensors), tensors, feeds, provider)
+    def fetching(self, tensors: Iterable[str], provider: Provider = "cpu") -> InferenceSession:
+        """A session that gives these tensors."""
+        return open_session(_marked(_rounded(self.model), tensors), lean=True, provider=provider)
 
-    def shapes(
-        self, tensors: Sequence[str], feeds: Sequence[Mapping[str, Array]], provider: Provider = "cpu"
-    ) -> list[dict[str, tuple[int, ...]]]:
-        """Shapes of tensors, for each input; no tensor is kept for it."""
+    def measuring(self, tensors: Iterable[str], provider: Provider = "cpu") -> InferenceSession:
+        """One that gives the shapes of these tensors by their names with ``/shape``, and keeps none."""
         told = onnx.ModelProto()
         told.CopyFrom(self.model)
-        names = [f"{tensor}/shape" for tensor in tensors]
-        pairs = zip(tensors, names, strict=True)
-        told.graph.node.extend(helper.make_node("Shape", [tensor], [name]) for tensor, name in pairs)
-        found = _run(_marked(told, names), names, feeds, provider, reduces=True)
-        return [
-            {tensor: tuple(map(int, one[name])) for tensor, name in zip(tensors, names, strict=True)} for one in found
-        ]
+        told.graph.node.extend(helper.make_node("Shape", [tensor], [f"{tensor}/shape"]) for tensor in tensors)
+        named = _marked(told, (f"{tensor}/shape" for tensor in tensors))
+        return open_session(named, reduces=True, lean=True, provider=provider)
 
     def writer(self, tensor: str) -> onnx.NodeProto:
         """The node that computes a tensor, before the casts that a conversion put behind it."""
@@ -394,11 +389,6 @@ def _distance(found: Deviation) -> float:
     return np.inf if found.relative_l2 is None else found.relative_l2
 
 
-def _holds(exact: Array, limit: float) -> bool:
-    """Whether float16 holds an array within the limit."""
-    return _distance(deviation(exact, exact.astype(np.float16))) <= limit
-
-
 def _stored(model: onnx.ModelProto) -> dict[str, Array]:
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     return {
@@ -418,41 +408,32 @@ def _marked(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     return marked
 
 
-def _run(
-    model: onnx.ModelProto,
-    tensors: Sequence[str],
-    feeds: Sequence[Mapping[str, Array]],
-    provider: Provider,
-    *,
-    reduces: bool = False,
-) -> list[dict[str, Array]]:
-    session = open_session(model, reduces=reduces, provider=provider)
-    types = {value.name: value.dtype for value in inputs_of(session)}
+def _run(session: InferenceSession, feed: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs by name. Raises CheckFailed."""
+    inputs = {node.name: feed[node.name].astype(node.dtype) for node in inputs_of(session)}
+    names = [value.name for value in session.get_outputs()]
     try:
-        return [
-            dict(
-                zip(
-                    tensors,
-                    session.run([*tensors], {key: array.astype(types[key]) for key, array in feed.items()}),
-                    strict=True,
-                )
-            )
-            for feed in feeds
-        ]
+        with np.errstate(all="ignore"):
+            return dict(zip(names, session.run(names, inputs), strict=True))
     except Exception as error:  # ONNX Runtime's error types share no base of their own
-        raise CheckFailed(f"a file with more outputs fails on the inputs: {reason(error)}") from error
+        raise CheckFailed(f"with all its tensors as outputs a file fails on the inputs: {reason(error)}") from error
 
 
 def _sizes(
     right: _Graph, other: _Graph, tensors: Sequence[str], feeds: Sequence[Mapping[str, Array]], provider: Provider
 ) -> dict[str, int]:
-    """Bytes over all inputs of each tensor that has the same shape in both."""
-    pairs = list(zip(right.shapes(tensors, feeds), other.shapes(tensors, feeds, provider), strict=True))
-    return {
-        tensor: sum(int(np.prod(one[tensor])) * _FLOATS[right.types[tensor]] for one, _ in pairs)
-        for tensor in tensors
-        if all(one[tensor] == two[tensor] for one, two in pairs)
-    }
+    """Bytes, of the largest input, of each tensor that has the same shape in both on every input."""
+    sizes = dict.fromkeys(tensors, 0)
+    sessions = right.measuring(tensors), other.measuring(tensors, provider)
+    for feed in feeds:
+        expected, actual = (_run(session, feed) for session in sessions)
+        for tensor in [*sizes]:
+            shape = expected[f"{tensor}/shape"]
+            if np.array_equal(shape, actual[f"{tensor}/shape"]):
+                sizes[tensor] = max(sizes[tensor], int(shape.prod()) * _FLOATS[right.types[tensor]])
+            else:
+                del sizes[tensor]
+    return sizes
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
