@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import shlex
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families.blocks import FUSED_NODE
 from acmix_deploy.graph import RESHAPING, name_nodes, names_read, read
+from acmix_deploy.half import runnable
 from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
@@ -49,13 +51,13 @@ class Mend(BaseModel):
     nodes: tuple[str, ...] = Field(description="names of the nodes that it has to name")
 
     def spelt(self, float32: Sequence[str] = FLOAT32) -> str:
-        """The option as on a command line.
+        """The option as on a command line, of `quantize` where no other verb has it.
 
         Args:
             float32: what stays in float32 already; ``--float32`` takes one list of all.
         """
         if self.option == "--exclude":
-            return " ".join(f"--exclude {shlex.quote(glob.escape(name))}" for name in self.nodes)
+            return " ".join(("quantize", *(f"--exclude {shlex.quote(glob.escape(name))}" for name in self.nodes)))
         names = (glob.escape(name).replace(",", "?") for name in self.nodes)
         return f"--float32 {shlex.quote(','.join(dict.fromkeys((*float32, *names))))}"
 
@@ -67,15 +69,17 @@ class LayerError(Deviation):
     node: str = Field(description="name of the node of the candidate that computes it")
     operator: str = Field(description="type of that node")
     block: str = Field(default="", description="the fused block that the node is part of; empty where it is in none")
+    sources: tuple[str, ...] = Field(description="the nearest tensors before it that were compared")
     unseen: tuple[str, ...] = Field(
-        default=(), description="nodes right before it whose results the reference does not have"
+        default=(), description="nodes between these and it, whose results the reference does not have"
     )
+    end: bool = Field(description="whether it is an output of the graph, or one is moved or joined from it")
     scores: bool = Field(description="whether it holds what logistic functions give, which have a wider limit")
     limit: float = Field(description="largest relative L2 accepted")
     mend: Mend | None = Field(
         default=None,
-        description="what mends it, where the limit of the candidate's type is left; null where it is not, or no option "
-        "does",
+        description="what mends it, where the limit of the candidate's type is left; null where it is not, or where no "
+        "option does",
     )
 
     @computed_field(description="whether relative_l2 is there and within the limit")  # type: ignore[prop-decorator]
@@ -112,10 +116,25 @@ class LayerErrors(BaseModel):
     )
     layers: tuple[LayerError, ...] = Field(description="one for each tensor, in the order of the candidate's nodes")
 
-    @computed_field(description="the first that leaves its limit; null where none does")  # type: ignore[prop-decorator]
+    @computed_field(  # type: ignore[prop-decorator]
+        description="the first that leaves its limit: where an output is beyond its own, on a way to it on which all "
+        "are; null where none does"
+    )
     @property
     def first(self) -> LayerError | None:
-        return next((layer for layer in self.layers if not layer.passed), None)
+        beyond = {layer.tensor: layer for layer in self.layers if not layer.passed}
+        queue, reached = [layer for layer in beyond.values() if layer.end], set[str]()
+        while queue:
+            layer = queue.pop()
+            if layer.tensor not in reached:
+                reached.add(layer.tensor)
+                queue.extend(beyond[tensor] for tensor in layer.sources if tensor in beyond)
+        return next((layer for name, layer in beyond.items() if name in reached or not reached), None)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether an output is beyond its limit too."""
+        return any(layer.end and not layer.passed for layer in self.layers)
 
     def worst(self, most: int = 10) -> list[LayerError]:
         """Those with the largest errors as multiples of their limits."""
@@ -128,12 +147,13 @@ class LayerErrors(BaseModel):
         return self.model_copy(update={"layers": layers})
 
     def __str__(self) -> str:
-        if self.first is None:
-            worst = max((layer.relative_l2 or 0 for layer in self.layers), default=0)
-            return f"{self.candidate} stays within the limit in all {len(self.layers)} tensors, {worst:.1e} at most"
-        mend = self.first.mend
-        advice = f"; keep it in floating point: {mend.spelt(self.float32)}" if mend else ""
-        return f"{self.candidate} leaves the limit of {self.first.limit:.1e} first {self.first}{advice}"
+        first = self.first
+        if first is None:
+            return f"{self.candidate} is within the limits in all {len(self.layers)} tensors that were compared"
+        left = f"{self.candidate} leaves the limit of {first.limit:.1e} first {first}"
+        if not self.lasts:
+            return f"{left}; in the outputs it is within the limits again"
+        return f"{left}; keep it in floating point: {first.mend.spelt(self.float32)}" if first.mend else left
 
 
 def compare_layers(
@@ -148,9 +168,9 @@ def compare_layers(
 ) -> LayerErrors:
     """Compare every floating-point tensor that the graphs of two ONNX files share by name and shape.
 
-    Tensors inside function bodies and branches are not looked at. What is behind a choice, such as of the best boxes, is
-    left out: rounding decides the order of what it chose. Tensors are fetched in parts, so that of either file at most
-    64 MiB, or one tensor, are held beside what ONNX Runtime needs; for each part both run once more on each input.
+    Tensors inside function bodies and branches are not looked at. What is behind a choice, such as of the best boxes,
+    is left out: rounding decides the order of what it chose. Tensors are fetched in parts, so that of either file at
+    most 64 MiB, or one tensor, are held beside what ONNX Runtime needs; for each part both run once more on each input.
 
     Args:
         name: of the candidate.
@@ -165,7 +185,7 @@ def compare_layers(
         UserError: they share nothing but their outputs, or ONNX Runtime refuses one.
         CheckFailed: one fails on an input.
     """
-    right, other = (_Graph.of(model) for model in (reference, candidate))
+    right, other = _Graph.of(reference), _Graph.of(candidate, provider)
     feeds = feeds[:INPUTS]
     outputs = {value.name for value in (*right.model.graph.output, *other.model.graph.output)}
     behind = right.behind_choice() | other.behind_choice()
@@ -190,14 +210,18 @@ def compare_layers(
                 distance = deviation(exact, actual.pop(tensor))
                 found[tensor] = max(found.get(tensor, distance), distance, key=_distance)
                 beyond = _distance(distance) > limits[False] and other.types[tensor] == _HALF
-                if beyond and _distance(deviation(exact, exact.astype(np.float16))) > limits[False]:
+                if beyond and not _fits(exact, limits[False]):
                     unfit.add(tensor)
-    scores = other.scores()
+    scores, ends = other.scores(), other.ends()
     mends = _Mends(right, other, found, unfit, limits[False])
     layers = []
     for tensor in (tensor for tensor in other.types if tensor in found):
         node = other.writer(tensor)
         block = FUSED_NODE.match(node.name)
+        sources, between = other.before(node, found.__contains__)
+        hidden = (
+            one for one in between if one.op_type not in _TYPING and not other.types.keys().isdisjoint(one.output)
+        )
         layers.append(
             LayerError(
                 **found[tensor].model_dump(),
@@ -205,7 +229,9 @@ def compare_layers(
                 node=node.name,
                 operator=node.op_type,
                 block=block[1] if block else "",
-                unseen=tuple(other.unseen(tensor, found)),
+                sources=tuple(sources),
+                unseen=tuple(one.name for one in hidden),
+                end=tensor in ends,
                 scores=tensor in scores,
                 limit=limits[tensor in scores],
                 mend=mends.of(tensor, precision) if _distance(found[tensor]) > limits[tensor in scores] else None,
@@ -226,13 +252,15 @@ class _Graph(NamedTuple):
     """A model with what has to be known of its graph."""
 
     model: onnx.ModelProto
+    run: onnx.ModelProto
+    """What computes the same here, see :mod:`acmix_deploy.half`."""
     types: dict[str, str]
     """ONNX Runtime's name of the type of every floating-point tensor that a node computes, in order."""
     writers: dict[str, onnx.NodeProto]
     readers: dict[str, list[onnx.NodeProto]]
 
     @classmethod
-    def of(cls, source: Path | onnx.ModelProto) -> _Graph:
+    def of(cls, source: Path | onnx.ModelProto, provider: Provider = "cpu") -> _Graph:
         model = onnx.ModelProto()
         model.CopyFrom(read(source) if isinstance(source, Path) else source)
         name_nodes(model)
@@ -245,11 +273,12 @@ class _Graph(NamedTuple):
             for tensor in names_read(node):
                 readers.setdefault(tensor, []).append(node)
         writers = {tensor: node for node in computing for tensor in node.output if tensor}
-        return cls(model, {tensor: types[tensor] for tensor in names if tensor in types}, writers, readers)
+        run = _faithful(model) if provider == "cpu" else model
+        return cls(model, run, {tensor: types[tensor] for tensor in names if tensor in types}, writers, readers)
 
     def fetching(self, tensors: Iterable[str], provider: Provider = "cpu") -> InferenceSession:
         """A session that gives these tensors."""
-        return open_session(_marked(_rounded(self.model), tensors), lean=True, provider=provider)
+        return open_session(_marked(self.run, tensors), lean=True, provider=provider)
 
     def measuring(self, tensors: Iterable[str], provider: Provider = "cpu") -> InferenceSession:
         """One that gives the shapes of these tensors by their names with ``/shape``, and keeps none."""
@@ -283,22 +312,34 @@ class _Graph(NamedTuple):
                 found.update(node.output)
         return found
 
-    def unseen(self, tensor: str, seen: Mapping[str, object]) -> Iterator[str]:
-        """Names of the nodes before a tensor, up to the nearest that were compared, the nearest to it first."""
-        for node in self.before(self.writer(tensor), lambda name: name in seen):
-            if node.op_type not in _TYPING and not self.types.keys().isdisjoint(node.output):
-                yield node.name
-
-    def before(self, node: onnx.NodeProto, stop: Callable[[str], bool]) -> Iterator[onnx.NodeProto]:
-        """The nodes that a node is computed from, each once, not looking behind tensors that ``stop`` accepts."""
-        queue, met = [*names_read(node)], set[int]()
+    def ends(self) -> set[str]:
+        """The outputs, and what they are moved and joined from."""
+        found: set[str] = set()
+        queue = [value.name for value in self.model.graph.output]
         while queue:
-            tensor = queue.pop(0)
-            found = self.writers.get(tensor)
-            if found is not None and not stop(tensor) and id(found) not in met:
-                met.add(id(found))
-                yield found
-                queue.extend(names_read(found))
+            tensor = queue.pop()
+            found.add(tensor)
+            writer = self.writers.get(tensor)
+            if writer is not None and writer.op_type in _MOVING:
+                queue.extend(name for name in writer.input if name not in found)
+        return found
+
+    def before(self, node: onnx.NodeProto, stop: Callable[[str], bool]) -> tuple[list[str], list[onnx.NodeProto]]:
+        """The nearest tensors before a node that ``stop`` accepts, and the nodes between them and it."""
+        queue, met = deque(names_read(node)), set[str]()
+        tensors, nodes = [], dict[int, onnx.NodeProto]()
+        while queue:
+            tensor = queue.popleft()
+            writer = self.writers.get(tensor)
+            if tensor in met or writer is None:
+                continue
+            met.add(tensor)
+            if stop(tensor):
+                tensors.append(tensor)
+            else:
+                nodes[id(writer)] = writer
+                queue.extend(names_read(writer))
+        return tensors, [*nodes.values()]
 
 
 class _Mends:
@@ -325,10 +366,8 @@ class _Mends:
 
     def of(self, tensor: str, precision: str) -> Mend | None:
         node = self.other.writer(tensor)
-        if tensor in self.unfit:  # what reads it has to read float32, or it is rounded all the same
-            readers = [reader for name in self._casts(node) for reader in self.other.readers.get(name, ())]
-            names = (reader.name for reader in readers if reader.op_type not in _TYPING)
-            return Mend(option="--float32", nodes=tuple(dict.fromkeys((node.name, *names))))
+        if tensor in self.unfit:
+            return Mend(option="--float32", nodes=tuple(dict.fromkeys((node.name, *self._readers(node)))))
         if precision == "int8":
             layer = self.worst.get(tensor)
             return Mend(option="--exclude", nodes=(layer[1],)) if layer else None
@@ -337,27 +376,29 @@ class _Mends:
         before = [] if not self.coarse.isdisjoint(node.input) else self._halves_before(node)
         return Mend(option="--float32", nodes=tuple(dict.fromkeys((node.name, *before))))
 
-    def _casts(self, node: onnx.NodeProto) -> list[str]:
-        """What a node writes, and the same in other types."""
-        found = [*node.output]
-        for tensor in found:
-            found += [out for user in self.other.readers.get(tensor, ()) if user.op_type == "Cast" for out in user.output]
+    def _readers(self, node: onnx.NodeProto) -> list[str]:
+        """What reads a result that float16 cannot hold, and what reads theirs where it cannot hold these either: each
+        has to compute in float32, or there is a float16 tensor before it."""
+        found: list[str] = []
+        queue, met = deque(node.output), set[str]()
+        while queue:
+            for reader in self.other.readers.get(queue.popleft(), ()):
+                if reader.output[0] in met:
+                    continue
+                met.add(reader.output[0])
+                if reader.op_type != "Cast":
+                    found.append(reader.name)
+                if reader.op_type == "Cast" or not self.unfit.isdisjoint(reader.output):
+                    queue.extend(reader.output)
         return found
 
     def _halves_before(self, node: onnx.NodeProto) -> list[str]:
         """The nearest nodes before one that compute in float16; what they give was rounded before it came here."""
-        halves: list[str] = []
 
-        def stop(tensor: str) -> bool:
-            writer = self.other.writers.get(tensor)
-            if writer is None or writer.op_type == "Cast" or self.other.types.get(tensor) != _HALF:
-                return False
-            halves.append(writer.name)
-            return True
+        def computed(tensor: str) -> bool:
+            return self.other.types.get(tensor) == _HALF and self.other.writers[tensor].op_type != "Cast"
 
-        for _ in self.other.before(node, stop):
-            pass
-        return halves
+        return [self.other.writers[tensor].name for tensor in self.other.before(node, computed)[0]]
 
     def _layers(self) -> dict[str, tuple[float, str]]:
         """For each tensor of the INT8 layers that it is computed from the one that adds most to the error: how much, by
@@ -389,6 +430,12 @@ def _distance(found: Deviation) -> float:
     return np.inf if found.relative_l2 is None else found.relative_l2
 
 
+def _fits(exact: Array, limit: float) -> bool:
+    """Whether float16 holds an array within the limit."""
+    with np.errstate(all="ignore"):
+        return _distance(deviation(exact, exact.astype(np.float16))) <= limit
+
+
 def _stored(model: onnx.ModelProto) -> dict[str, Array]:
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     return {
@@ -396,9 +443,15 @@ def _stored(model: onnx.ModelProto) -> dict[str, Array]:
     }
 
 
-def _rounded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What is run in the place of a model: the model itself."""
-    return model
+def _faithful(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What computes in float16 what the model says; the model itself where it cannot be rewritten, as in
+    :func:`acmix_deploy.verify.verify`, which says so."""
+    try:
+        found = runnable(model)
+    except Exception:  # whatever rewriting a file stumbles over
+        return model
+    assert isinstance(found, onnx.ModelProto)
+    return found
 
 
 def _marked(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:

@@ -14,6 +14,7 @@ from acmix_deploy.runtime.metrics import Deviation
 from acmix_deploy.verify.accuracy import Accuracy
 from acmix_deploy.verify.detections import DetectionComparison, ImageComparison
 from acmix_deploy.verify.half import HalfRange
+from acmix_deploy.verify.layers import LayerErrors
 from acmix_deploy.verify.limits import tolerance_of
 
 
@@ -85,6 +86,9 @@ class Verification(BaseModel):
         default=(),
         description="candidates whose float16 tensors were rounded one by one, on a machine that computes in float32",
     )
+    layers: tuple[LayerErrors, ...] = Field(
+        default=(), description="the error along the graph, of candidates of which that was asked for"
+    )
     notes: tuple[str, ...] = Field(default=(), description="inputs that could not be used, and why")
 
     @computed_field(  # type: ignore[prop-decorator]
@@ -153,22 +157,24 @@ class Verification(BaseModel):
             tolerances: of outputs, by precision.
             detection_limits: ``lost``, ``score_change`` or ``iou`` of :class:`DetectionLimits`, whatever the precision.
         """
-        comparisons, detections = self.comparisons, self.detections
+        comparisons, detections, layers = self.comparisons, self.detections, self.layers
         if tolerances is not None:
             comparisons = tuple(found.judged_by(tolerances) for found in comparisons)
+            layers = tuple(found.judged_by(tolerances) for found in layers)
         if detection_limits:
             detections = tuple(
                 found.model_copy(update={"limits": found.limits.model_copy(update=detection_limits)})
                 for found in detections
             )
-        return self.model_copy(update={"comparisons": comparisons, "detections": detections})
+        return self.model_copy(update={"comparisons": comparisons, "detections": detections, "layers": layers})
 
     def check(self) -> None:
         """Raise CheckFailed with the worst failure of each candidate, if there is any."""
         if self.passed is False:
             by_candidate = {failure.candidate: failure for failure in sorted(self.failures, key=_badness)}
             found = (*by_candidate.values(), *self.overflows, *self.losses)
-            raise CheckFailed("; ".join(map(str, found)) or "nothing was compared")
+            begins = (str(one) for one in self.layers if one.candidate in self.beyond)
+            raise CheckFailed("; ".join(map(str, found)) or "nothing was compared", "\n".join(begins))
 
 
 def read_verification(path: Path) -> Verification:
