@@ -108,7 +108,8 @@ class LayerErrors(BaseModel):
     float32: tuple[str, ...] = Field(description="what stays in float32 by the options of the file, where it is half")
     inputs: tuple[dict[str, tuple[int, ...]], ...] = Field(description="shapes of the inputs that it was looked at on")
     unshared: int = Field(
-        description="how many floating-point tensors of the candidate the reference does not have, or in another shape"
+        description="how many floating-point tensors of the candidate are not in the reference, or in another shape; "
+        "those that only change the type left out"
     )
     chosen: int = Field(
         description="how many were left out because they depend on a choice, such as of the best boxes, whose order "
@@ -242,7 +243,9 @@ def compare_layers(
         precision=precision,
         float32=tuple(float32),
         inputs=tuple({key: array.shape for key, array in feed.items()} for feed in feeds),
-        unshared=len(other.types.keys() - found.keys() - behind),
+        unshared=sum(
+            other.writers[tensor].op_type not in _TYPING for tensor in other.types.keys() - found.keys() - behind
+        ),
         chosen=len(other.types.keys() & behind),
         layers=tuple(layers),
     )
@@ -422,8 +425,12 @@ class _Mends:
 
 def _limits(tolerances: Mapping[str, Tolerance | None], precision: str) -> dict[bool, float]:
     """Of a tensor, and of one that holds scores."""
-    found = {scores: tolerance_of(tolerances, precision, "scores" if scores else "") for scores in (False, True)}
-    return {scores: tolerance.limit() if tolerance else np.inf for scores, tolerance in found.items()}
+    found = {}
+    for scores in (False, True):
+        tolerance = tolerance_of(tolerances, precision, "scores" if scores else "")
+        assert tolerance
+        found[scores] = tolerance.limit()
+    return found
 
 
 def _distance(found: Deviation) -> float:
