@@ -198,7 +198,10 @@ def depth(steps: Sequence[Step]) -> Plot:
             places = [index for index, one in enumerate(steps) if one.passed is passed and one.value != 0]
             heights = [steps[index].value or high / 1.3 for index in places]
             axes.plot(places, heights, mark, color=_light(colour), ms=5 if passed else 8, mew=0)
-        shown = [*centres][:: max(1, -(-len(centres) * 90 // width))]
+        shown: list[str] = []
+        for block, centre in sorted(centres.items(), key=lambda pair: pair[1]):
+            if not shown or centre - centres[shown[-1]] >= 100 * step:
+                shown.append(block)
         axes.set_xticks([centres[block] for block in shown], [_shortened(block, 14) for block in shown])
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(numticks=8))
         axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())

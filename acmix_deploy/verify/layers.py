@@ -73,8 +73,8 @@ class LayerError(Deviation):
     unseen: tuple[str, ...] = Field(
         default=(), description="nodes between these and it, whose results the reference does not have"
     )
-    end: bool = Field(description="whether it is an output of the graph, or one is moved or joined from it")
-    scores: bool = Field(description="whether it holds what logistic functions give, which have a wider limit")
+    end: bool = Field(description="whether it is an output of the graph, or one is moved, joined or chosen from it")
+    scores: bool = Field(description="whether it is so and holds what logistic functions give, which has a wider limit")
     limit: float = Field(description="largest relative L2 accepted")
     mend: Mend | None = Field(
         default=None,
@@ -118,13 +118,13 @@ class LayerErrors(BaseModel):
     layers: tuple[LayerError, ...] = Field(description="one for each tensor, in the order of the candidate's nodes")
 
     @computed_field(  # type: ignore[prop-decorator]
-        description="the first that leaves its limit: where an output is beyond its own, on a way to it on which all "
-        "are; null where none does"
+        description="the first that leaves its limit: where an output is beyond its own, or a tensor is infinite or all "
+        "zeros in one file alone, on a way to it on which all are; null where none does"
     )
     @property
     def first(self) -> LayerError | None:
         beyond = {layer.tensor: layer for layer in self.layers if not layer.passed}
-        queue, reached = [layer for layer in beyond.values() if layer.end], set[str]()
+        queue, reached = self._lasting(), set[str]()
         while queue:
             layer = queue.pop()
             if layer.tensor not in reached:
@@ -132,10 +132,9 @@ class LayerErrors(BaseModel):
                 queue.extend(beyond[tensor] for tensor in layer.sources if tensor in beyond)
         return next((layer for name, layer in beyond.items() if name in reached or not reached), None)
 
-    @property
-    def lasts(self) -> bool:
-        """Whether an output is beyond its limit too."""
-        return any(layer.end and not layer.passed for layer in self.layers)
+    def _lasting(self) -> list[LayerError]:
+        """What is beyond its limit, and no error on the way that an output no longer shows."""
+        return [layer for layer in self.layers if not layer.passed and (layer.end or layer.problem)]
 
     def worst(self, most: int = 10) -> list[LayerError]:
         """Those with the largest errors as multiples of their limits."""
@@ -152,7 +151,7 @@ class LayerErrors(BaseModel):
         if first is None:
             return f"{self.candidate} is within the limits in all {len(self.layers)} tensors that were compared"
         left = f"{self.candidate} leaves the limit of {first.limit:.1e} first {first}"
-        if not self.lasts:
+        if not self._lasting():
             return f"{left}; in the outputs it is within the limits again"
         return f"{left}; keep it in floating point: {first.mend.spelt(self.float32)}" if first.mend else left
 
@@ -213,7 +212,8 @@ def compare_layers(
                 beyond = _distance(distance) > limits[False] and other.types[tensor] == _HALF
                 if beyond and not _fits(exact, limits[False]):
                     unfit.add(tensor)
-    scores, ends = other.scores(), other.ends()
+    ends = other.ends()
+    scores = other.scores() & ends
     mends = _Mends(right, other, found, unfit, limits[False])
     layers = []
     for tensor in (tensor for tensor in other.types if tensor in found):
@@ -316,14 +316,14 @@ class _Graph(NamedTuple):
         return found
 
     def ends(self) -> set[str]:
-        """The outputs, and what they are moved and joined from."""
+        """The outputs, and what they are moved, joined and chosen from."""
         found: set[str] = set()
         queue = [value.name for value in self.model.graph.output]
         while queue:
             tensor = queue.pop()
             found.add(tensor)
             writer = self.writers.get(tensor)
-            if writer is not None and writer.op_type in _MOVING:
+            if writer is not None and writer.op_type in _MOVING | _CHOOSING:
                 queue.extend(name for name in writer.input if name not in found)
         return found
 

@@ -15,7 +15,7 @@ from acmix_deploy.verify.accuracy import Accuracy
 from acmix_deploy.verify.detections import DetectionComparison, ImageComparison
 from acmix_deploy.verify.half import HalfRange
 from acmix_deploy.verify.layers import LayerErrors
-from acmix_deploy.verify.limits import tolerance_of
+from acmix_deploy.verify.limits import AS_SCORES, tolerance_of
 
 
 class Comparison(Deviation):
@@ -147,6 +147,15 @@ class Verification(BaseModel):
             if found.part not in parts or _badness(found) > _badness(parts[found.part]):
                 parts[found.part] = found
         return list(parts.values())
+
+    def limits_of(self, candidate: str) -> dict[str, Tolerance]:
+        """Tolerances that are the smallest limits of a candidate's outputs, whatever widened them."""
+        found: dict[str, Tolerance] = {}
+        for one in self.comparisons:
+            if one.candidate == candidate and one.limit is not None and one.channel is None:
+                kind = f"{one.precision} scores" if one.output in AS_SCORES else one.precision
+                found[kind] = Tolerance(floor=min(one.limit, found[kind].floor if kind in found else one.limit))
+        return found
 
     def judged_by(
         self, tolerances: Mapping[str, Tolerance | None] | None = None, **detection_limits: float
