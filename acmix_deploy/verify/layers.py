@@ -118,13 +118,13 @@ class LayerErrors(BaseModel):
     layers: tuple[LayerError, ...] = Field(description="one for each tensor, in the order of the candidate's nodes")
 
     @computed_field(  # type: ignore[prop-decorator]
-        description="the first that leaves its limit: where an output is beyond its own, or a tensor is infinite or all "
-        "zeros in one file alone, on a way to it on which all are; null where none does"
+        description="the first that leaves its limit: where an output is beyond its own, or a tensor is infinite or "
+        "all zeros in one file alone, on a way to it on which all are; null where none does"
     )
     @property
     def first(self) -> LayerError | None:
         beyond = {layer.tensor: layer for layer in self.layers if not layer.passed}
-        queue, reached = self._lasting(), set[str]()
+        queue, reached = self.lasting, set[str]()
         while queue:
             layer = queue.pop()
             if layer.tensor not in reached:
@@ -132,7 +132,8 @@ class LayerErrors(BaseModel):
                 queue.extend(beyond[tensor] for tensor in layer.sources if tensor in beyond)
         return next((layer for name, layer in beyond.items() if name in reached or not reached), None)
 
-    def _lasting(self) -> list[LayerError]:
+    @property
+    def lasting(self) -> list[LayerError]:
         """What is beyond its limit, and no error on the way that an output no longer shows."""
         return [layer for layer in self.layers if not layer.passed and (layer.end or layer.problem)]
 
@@ -151,7 +152,7 @@ class LayerErrors(BaseModel):
         if first is None:
             return f"{self.candidate} is within the limits in all {len(self.layers)} tensors that were compared"
         left = f"{self.candidate} leaves the limit of {first.limit:.1e} first {first}"
-        if not self._lasting():
+        if not self.lasting:
             return f"{left}; in the outputs it is within the limits again"
         return f"{left}; keep it in floating point: {first.mend.spelt(self.float32)}" if first.mend else left
 

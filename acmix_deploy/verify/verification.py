@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.document import check_document, parse, read_json
 from acmix_deploy.errors import CheckFailed
+from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.metrics import Deviation
 from acmix_deploy.verify.accuracy import Accuracy
 from acmix_deploy.verify.detections import DetectionComparison, ImageComparison
 from acmix_deploy.verify.half import HalfRange
-from acmix_deploy.verify.layers import LayerErrors
+from acmix_deploy.verify.layers import LayerErrors, Mend
 from acmix_deploy.verify.limits import AS_SCORES, tolerance_of
 
 
@@ -182,8 +183,17 @@ class Verification(BaseModel):
         if self.passed is False:
             by_candidate = {failure.candidate: failure for failure in sorted(self.failures, key=_badness)}
             found = (*by_candidate.values(), *self.overflows, *self.losses)
-            begins = (str(one) for one in self.layers if one.candidate in self.beyond)
-            raise CheckFailed("; ".join(map(str, found)) or "nothing was compared", "\n".join(begins))
+            raise CheckFailed("; ".join(map(str, found)) or "nothing was compared", "\n".join(self._beginnings()))
+
+    def _beginnings(self) -> Iterator[str]:
+        """Where the errors of the candidates that are beyond a limit begin, and what mends them."""
+        for along in self.layers:
+            nodes = [one.node for half in self.overflows if half.candidate == along.candidate for one in half.overflows]
+            if nodes and not along.lasting:  # inside the definition of a custom operator
+                mend = Mend(option="--float32", nodes=tuple(nodes)).spelt(along.float32)
+                yield f"{along.candidate} overflows in {some(nodes)}; keep it in floating point: {mend}"
+            elif along.first and along.candidate in self.beyond:
+                yield str(along)
 
 
 def read_verification(path: Path) -> Verification:

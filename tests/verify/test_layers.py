@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from acmix_deploy.cli import main
+from acmix_deploy.families.acmix.module import ACmix
+from acmix_deploy.fusion import fuse
 from acmix_deploy.precision import quantize, to_fp16
 from acmix_deploy.runtime.inputs import random_images
 from acmix_deploy.runtime.onnxruntime import open_session
@@ -19,6 +23,7 @@ from acmix_deploy.verify import Verification, compare_files, layers
 from acmix_deploy.verify.layers import LayerError, LayerErrors, Mend, compare_layers
 from acmix_deploy.verify.limits import relative_at_most
 from tests.engine.parts import make_engine
+from tests.families.parts import export
 
 FLOAT = TensorProto.FLOAT
 SIZE = 16
@@ -194,6 +199,34 @@ def test_tensors_are_matched_by_name_and_shape_alone(tmp_path: Path) -> None:
     )
 
 
+def test_a_fused_block_is_told_as_a_whole(tmp_path: Path) -> None:
+    """Against the plain export a block is one tensor; against the fused file each of its nodes is."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), ACmix(16, 16, head=2), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    x = torch.rand(1, 3, 16, 12)
+    plain, fused, half = export(module, x, tmp_path / "plain.onnx"), tmp_path / "fused.onnx", tmp_path / "half.onnx"
+    fuse(plain, fused, expect=1)
+    model = onnx.load(fused)
+    feeds = [{model.graph.input[0].name: x.numpy()}]
+    found = compare_layers("fused", plain, model, feeds)
+    assert found.first is None
+    (block,) = (layer for layer in found.layers if layer.block)
+    assert block.block == "acmix_0"
+    assert {"acmix_0.qkv", "acmix_0.attention", "acmix_0.convolution"} <= {block.node, *block.unseen}
+    to_fp16(fused, half)
+    inside = [layer for layer in compare_layers("half", fused, half, feeds).layers if layer.block]
+    assert {"acmix_0.qkv", "acmix_0.attention", "acmix_0.convolution"} <= {layer.node for layer in inside}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    (qkv,) = (node for node in model.graph.node if node.name == "acmix_0.qkv")
+    weight = stored[qkv.input[1]]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+    wrong = compare_layers("fused", plain, model, feeds)
+    assert wrong.first
+    assert wrong.first.block == "acmix_0"
+    assert wrong.first.mend is None
+    assert "acmix_0" in str(wrong)
+
+
 def test_files_that_share_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = chain(tmp_path / "plain.onnx")
     model = onnx.load(plain)
@@ -214,27 +247,32 @@ def test_what_is_behind_a_choice_is_left_out(tmp_path: Path) -> None:
         helper.make_node("TopK", ["flat", "two"], ["values", "indices"], "best"),
         node("Neg", "after", "values", "after"),
     )
-    plain = write(tmp_path / "plain.onnx", nodes, weights(), ("output0", "after"))
+    plain = write(tmp_path / "plain.onnx", nodes, weights(), ("values", "after"))
     model = onnx.load(plain)
     model.graph.initializer.append(numpy_helper.from_array(np.array([2]), "two"))
     found = compare_layers("same", model, model, FEEDS)
     assert [layer.tensor for layer in found.layers] == [*TENSORS, "flat"]
     assert found.chosen == 2
+    assert [layer.tensor for layer in found.layers if layer.end] == ["output0", "flat"]
 
 
 def test_scores_have_the_limit_of_scores(tmp_path: Path) -> None:
+    """Those that are given, but no gate inside, as in SiLU."""
     nodes = (
         *CHAIN,
-        node("Sigmoid", "scores", "output0", "scores"),
-        node("Concat", "both", "output0 scores", "both", axis=1),
+        node("Sigmoid", "gate", "output0", "gate"),
+        node("Mul", "silu", "output0 gate", "silu"),
+        node("Sigmoid", "scores", "silu", "scores"),
+        node("Concat", "both", "silu scores", "both", axis=1),
         node("Transpose", "turned", "scores", "turned", perm=[0, 2, 3, 1]),
     )
     plain = write(tmp_path / "plain.onnx", nodes, weights(), ("both", "turned"))
     to_fp16(plain, tmp_path / "half.onnx", float32=())
     found = compare_layers("half", plain, tmp_path / "half.onnx", FEEDS)
     limits = {layer.tensor: layer.limit for layer in found.layers}
-    assert limits == dict.fromkeys(TENSORS, 0.01) | {"scores": 0.1, "both": 0.01, "turned": 0.1}
-    assert {layer.tensor for layer in found.layers if layer.end} == {"output0", "scores", "both", "turned"}
+    tight = [*TENSORS, "gate", "silu", "both"]
+    assert limits == dict.fromkeys(tight, 0.01) | {"scores": 0.1, "turned": 0.1}
+    assert {layer.tensor for layer in found.layers if layer.end} == {"silu", "scores", "both", "turned"}
 
 
 def along(*errors: float | None, sources: Sequence[Sequence[int]] | None = None) -> LayerErrors:
@@ -256,7 +294,7 @@ def along(*errors: float | None, sources: Sequence[Sequence[int]] | None = None)
 def test_the_first_is_on_the_way_to_what_is_wrong() -> None:
     assert along(0.001, 0.002).first is None
     assert along(0.001, 0.02, 0.03).first.tensor == "1"
-    assert along(0.02, 0.002, 0.001, 0.5, None).first.tensor == "3", "an error that vanishes again is not its cause"
+    assert along(0.02, 0.002, 0.001, 0.5, 0.4).first.tensor == "3", "an error that vanishes again is not its cause"
     recovered = along(0.001, 0.02, 0.002)
     assert recovered.first.tensor == "1"
     assert str(recovered) == (
@@ -265,6 +303,8 @@ def test_the_first_is_on_the_way_to_what_is_wrong() -> None:
     )
     # 0 -> 1, and 2 -> 3: branches that meet in no tensor; 1 is no output
     assert along(0.02, 0.03, 0.04, 0.05, sources=[[], [0], [], [2]]).first.tensor == "2"
+    assert along(0.001, None, 0.002).first.tensor == "1"
+    assert "--float32" in str(along(0.001, None, 0.002)), "an infinity is never right, whatever becomes of it"
     infinite = along(0.001, None)
     assert str(infinite) == (
         "half.onnx leaves the limit of 1.0e-02 first at node 1 with NaNs and infinities differ; keep it in floating "
@@ -326,5 +366,10 @@ def test_the_verb_prints_keeps_and_judges_again(tmp_path: Path, capsys: pytest.C
     assert found.layers[0].first.node == "/1/conv"
     assert main(["verify", "--from", str(kept), "--max-relative", "1"]) == 0
     assert "half.onnx is within the limits in all 5 tensors" in " ".join(capsys.readouterr().out.split())
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Along half.onnx" in page
+    assert "first at /1/conv" in page
+    capsys.readouterr()
     assert main(["verify", "--from", str(kept), "--layers"]) == 2
     assert "--layers would change nothing" in capsys.readouterr().err
