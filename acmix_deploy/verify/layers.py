@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import shlex
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -35,6 +36,8 @@ INPUTS = 3
 _HELD = 1 << 26  # bytes of the tensors of one file that are held at a time
 _FLOATS = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(double)": 8}  # with their bytes
 _HALF = "tensor(float16)"
+_RANGE = "range"  # the group of what float16 cannot hold, see acmix_deploy.options.FLOAT32
+_NAMED = 4  # nodes in place of that group
 _SCORES = frozenset({"Sigmoid", "Softmax"})
 _MOVING = RESHAPING | {"Concat", "DequantizeLinear", "Gather", "QuantizeLinear", "ReduceMax", "Slice", "Split"}
 _CHOOSING = frozenset({"ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "TopK", "Unique"})
@@ -48,7 +51,7 @@ class Mend(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     option: Literal["--float32", "--exclude"] = Field(description="option of the verb that made the file")
-    nodes: tuple[str, ...] = Field(description="names of the nodes that it has to name")
+    nodes: tuple[str, ...] = Field(description="names of the nodes that it has to name, or a group of nodes")
 
     def spelt(self, float32: Sequence[str] = FLOAT32) -> str:
         """The option as on a command line, of `quantize` where no other verb has it.
@@ -94,8 +97,8 @@ class LayerError(Deviation):
 
     def __str__(self) -> str:
         found = self.problem or f"relative L2 {self.relative_l2:.1e}"
-        before = f", or at {some(self.unseen)} before it, which the reference does not have," if self.unseen else ""
-        return f"at {self.node}{before} with {found}"
+        before = f", or at {some(self.unseen)} before it, which the reference does not have" if self.unseen else ""
+        return f"at {self.node}{before} ({found})"
 
 
 class LayerErrors(BaseModel):
@@ -215,7 +218,7 @@ def compare_layers(
                     unfit.add(tensor)
     ends = other.ends()
     scores = other.scores() & ends
-    mends = _Mends(right, other, found, unfit, limits[False])
+    mends = _Mends(right, other, found, unfit, limits[False], float32)
     layers = []
     for tensor in (tensor for tensor in other.types if tensor in found):
         node = other.writer(tensor)
@@ -350,7 +353,13 @@ class _Mends:
     """What mends an error that begins at a tensor."""
 
     def __init__(
-        self, right: _Graph, other: _Graph, found: Mapping[str, Deviation], unfit: set[str], limit: float
+        self,
+        right: _Graph,
+        other: _Graph,
+        found: Mapping[str, Deviation],
+        unfit: set[str],
+        limit: float,
+        float32: Collection[str],
     ) -> None:
         """
         Args:
@@ -358,20 +367,29 @@ class _Mends:
             found: errors by tensor.
             unfit: tensors that float16, in which the candidate has them, cannot hold within the limit.
             limit: of the relative L2.
+            float32: what stays in float32 in the candidate already.
         """
         self.other, self.found, self.unfit = other, found, unfit
+        self.right, self.limit, self.float32 = right, limit, float32
         self.worst = self._layers()
-        stored, exact = _stored(other.model), _stored(right.model)
-        self.coarse = {  # weights that the candidate does not hold within the limit
+
+    @cached_property
+    def coarse(self) -> set[str]:
+        """Weights that the candidate does not hold within the limit."""
+        stored, exact = _stored(self.other.model), _stored(self.right.model)
+        pairs = {name: (exact[name], weight) for name, weight in stored.items() if name in exact}
+        return {
             name
-            for name, weight in stored.items()
-            if name in exact and weight.dtype == np.float16 and _distance(deviation(exact[name], weight)) > limit
+            for name, (right, weight) in pairs.items()
+            if weight.dtype == np.float16 and _distance(deviation(right, weight)) > self.limit
         }
 
     def of(self, tensor: str, precision: str) -> Mend | None:
         node = self.other.writer(tensor)
         if tensor in self.unfit:
-            return Mend(option="--float32", nodes=tuple(dict.fromkeys((node.name, *self._readers(node)))))
+            names = tuple(dict.fromkeys((node.name, *self._readers(node))))
+            many = len(names) > _NAMED and _RANGE not in self.float32
+            return Mend(option="--float32", nodes=(_RANGE,) if many else names)
         if precision == "int8":
             layer = self.worst.get(tensor)
             return Mend(option="--exclude", nodes=(layer[1],)) if layer else None

@@ -246,7 +246,7 @@ def test_tells_what_the_documents_say(parsed: Parsed) -> None:
     assert [row[2] for row in worst] == [f"tensor {index}" for index in range(29, 19, -1)]
     assert worst[0] == [f"29 {SHOWN}", "Conv", "tensor 29", "", "3 of 4 values are NaN", "1.0e-02", "beyond"]
     assert worst[-1][3:] == [f"acmix_2 {SHOWN}", "3.8e-03", "1.0e-02", "ok"]
-    assert f"{SHOWN} leaves the limit of 1.0e-02 first at 26 {SHOWN} with relative L2 1.1e-02; keep it" in parsed.text
+    assert f"{SHOWN} leaves the limit of 1.0e-02 first at 26 {SHOWN} (relative L2 1.1e-02); keep it" in parsed.text
     figures = [f"{np.percentile(samples(4.0), q):.3f}" for q in (50, 90, 95, 99)]
     assert parsed.row(FILE, figures[0])[1:5] == figures
     assert parsed.rows.count(["acmix_0.attention", "Conv", "acmix_0", "3.000", "30.0%"]) == 2
