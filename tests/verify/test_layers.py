@@ -16,10 +16,11 @@ from torch import nn
 from acmix_deploy.cli import main
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.precision import quantize, to_fp16
 from acmix_deploy.runtime.inputs import random_images
 from acmix_deploy.runtime.onnxruntime import open_session
-from acmix_deploy.verify import Verification, compare_files, layers
+from acmix_deploy.verify import Comparison, Verification, compare_files, failing_first, layers
 from acmix_deploy.verify.layers import LayerError, LayerErrors, Mend, compare_layers
 from acmix_deploy.verify.limits import relative_at_most
 from tests.engine.parts import make_engine
@@ -163,7 +164,7 @@ def uneven(path: Path) -> Path:
     stored = weights()
     stored["w0"][0] *= 2000
     stored["w1"][:, 0] /= 20000
-    return write(path, CHAIN, stored)
+    return write(path, (node("Conv", "/zero/conv", "images w0", "c0"), *CHAIN[1:]), stored)
 
 
 def test_the_layer_that_int8_cannot_do_is_found_and_excluding_it_mends(tmp_path: Path) -> None:
@@ -194,7 +195,10 @@ def test_tensors_are_matched_by_name_and_shape_alone(tmp_path: Path) -> None:
         node("Relu", "", "renamed", "r1"),
         node("Conv", "last", "r1 w2", "output0"),
     )
-    plain, changed = chain(tmp_path / "plain.onnx"), write(tmp_path / "changed.onnx", other, stored)
+    turned = node("Transpose", "turn", "c0", "turned", perm=[0, 2, 3, 1])
+    plain = write(tmp_path / "plain.onnx", (*CHAIN, turned), stored)
+    other = (*other, node("Transpose", "turn", "c0", "turned", perm=[0, 2, 1, 3]))
+    changed = write(tmp_path / "changed.onnx", other, stored)
     found = compare_layers("changed", plain, changed, FEEDS)
     assert [(layer.tensor, layer.node) for layer in found.layers] == [
         ("c0", "first"), ("r0", "positive"), ("r1", "Relu_4"), ("output0", "last"),
@@ -203,7 +207,7 @@ def test_tensors_are_matched_by_name_and_shape_alone(tmp_path: Path) -> None:
         ((), ()), (("c0",), ("negative",)), (("r0",), ("second",)), (("r1",), ()),
     ]  # fmt: skip
     assert found.first is None
-    assert found.unshared == 2
+    assert found.unshared == 3, "n0, renamed, and turned, which has another shape"
     stored["w1"] = stored["w1"] * np.float32(1.01)
     found = compare_layers("changed", plain, write(changed, other, stored), FEEDS)
     assert found.first
@@ -330,6 +334,28 @@ def test_the_first_is_on_the_way_to_what_is_wrong() -> None:
     assert [layer.tensor for layer in along(0.001, None, 0.5).worst(2)] == ["1", "2"]
 
 
+def test_limits_and_inputs_follow_what_failed() -> None:
+    def compared(output: str, limit: float | None, height: int, error: float = 0.5, **more: int) -> Comparison:
+        return Comparison(
+            candidate="half.onnx", precision="float16", output=output, input_shapes={"images": (1, 3, height, 8)},
+            limit=limit, relative_l2=error, **more,
+        )  # fmt: skip
+
+    found = Verification(
+        reference="r",
+        comparisons=(
+            compared("boxes", 0.003, 8, 0), compared("boxes", 0.002, 16), compared("scores", 0.03, 16),
+            compared("o", 1e-6, 8, 0, channel=1), compared("o", None, 8, 0),
+        ),
+    )  # fmt: skip
+    assert found.limits_of("half.onnx") == {
+        "float16": Tolerance(floor=0.002), "float16 scores": Tolerance(floor=0.03),
+    }  # fmt: skip
+    assert found.limits_of("another") == {}
+    feeds = [{"images": np.zeros((1, 3, height, 8), np.float32)} for height in (8, 24, 16)]
+    assert [feed["images"].shape[2] for feed in failing_first(found, feeds)] == [16, 8, 24]
+
+
 def test_names_that_are_patterns_or_lists() -> None:
     mend = Mend(option="--float32", nodes=("a[0], b",))
     assert mend.spelt(()) == "--float32 'a[[]0]? b'"
@@ -347,6 +373,16 @@ def test_parts_that_are_held_one_after_another(tmp_path: Path, monkeypatch: pyte
     )
     assert compare_layers("half", plain, half, FEEDS) == whole
     assert sum(more.get("lean", False) for more in opened) == 2 * (1 + 3), "one for sizes and three for parts"
+
+
+def test_the_worst_input_counts(tmp_path: Path) -> None:
+    plain, half = chain(tmp_path / "plain.onnx", w0=100, w1=200, w2=1e-3), tmp_path / "half.onnx"
+    to_fp16(plain, half, float32=())
+    dark, light = ({"images": FEEDS[0]["images"] * factor} for factor in (1e-2, 10))
+    assert compare_layers("half", plain, half, [dark]).first is None
+    for feeds in ([light, dark], [dark, light]):
+        assert compare_layers("half", plain, half, feeds).first.node == "/1/conv"
+    assert compare_layers("half", plain, half, [dark] * 3 + [light]).first is None, "the first three are used"
 
 
 def test_names_with_brackets_are_no_patterns(tmp_path: Path) -> None:
