@@ -38,6 +38,7 @@ _FLOATS = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(double)": 8}  # wit
 _HALF = "tensor(float16)"
 _RANGE = "range"  # the group of what float16 cannot hold, see acmix_deploy.options.FLOAT32
 _NAMED = 4  # nodes in place of that group
+_SHAPE = "shape of {}"  # name of a tensor; exporters write "x/shape" themselves
 _SCORES = frozenset({"Sigmoid", "Softmax"})
 _MOVING = RESHAPING | {"Concat", "DequantizeLinear", "Gather", "QuantizeLinear", "ReduceMax", "Slice", "Split"}
 _CHOOSING = frozenset({"ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "TopK", "Unique"})
@@ -288,11 +289,11 @@ class _Graph(NamedTuple):
         return open_session(_marked(self.run, tensors), lean=True, provider=provider)
 
     def measuring(self, tensors: Iterable[str], provider: Provider = "cpu") -> InferenceSession:
-        """One that gives the shapes of these tensors by their names with ``/shape``, and keeps none."""
+        """One that gives the shapes of these tensors by :data:`_SHAPE`, and keeps none."""
         told = onnx.ModelProto()
         told.CopyFrom(self.model)
-        told.graph.node.extend(helper.make_node("Shape", [tensor], [f"{tensor}/shape"]) for tensor in tensors)
-        named = _marked(told, (f"{tensor}/shape" for tensor in tensors))
+        told.graph.node.extend(helper.make_node("Shape", [tensor], [_SHAPE.format(tensor)]) for tensor in tensors)
+        named = _marked(told, (_SHAPE.format(tensor) for tensor in tensors))
         return open_session(named, reduces=True, lean=True, provider=provider)
 
     def writer(self, tensor: str) -> onnx.NodeProto:
@@ -507,8 +508,8 @@ def _sizes(
     for feed in feeds:
         expected, actual = (_run(session, feed) for session in sessions)
         for tensor in [*sizes]:
-            shape = expected[f"{tensor}/shape"]
-            if np.array_equal(shape, actual[f"{tensor}/shape"]):
+            shape = expected[_SHAPE.format(tensor)]
+            if np.array_equal(shape, actual[_SHAPE.format(tensor)]):
                 sizes[tensor] = max(sizes[tensor], int(shape.prod()) * _FLOATS[right.types[tensor]])
             else:
                 del sizes[tensor]

@@ -424,3 +424,11 @@ def test_the_verb_prints_keeps_and_judges_again(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert main(["verify", "--from", str(kept), "--layers"]) == 2
     assert "--layers would change nothing" in capsys.readouterr().err
+
+
+def test_a_tensor_may_be_called_as_the_shape_of_another(tmp_path: Path) -> None:
+    """As PyTorch's exporter does: the operand of the Reshape that makes ``view`` is ``view/shape``."""
+    nodes = [CHAIN[0], node("Abs", "abs", "c0", "c0/shape"), node("Conv", "last", "c0/shape w1", "output0")]
+    plain = write(tmp_path / "plain.onnx", nodes, weights())
+    found = compare_layers("itself", plain, plain, FEEDS)
+    assert [one.tensor for one in found.layers] == ["c0", "c0/shape", "output0"]
