@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, shape_inference
 
 from acmix_deploy.forms import to_form
-from acmix_deploy.graph import as_float32, keep
+from acmix_deploy.graph import as_float32, in_order, keep
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.runtime.onnxruntime import precision_of
 
@@ -52,7 +52,10 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         UserError: a custom operator has no definition in the file.
     """
-    formed = to_form(shape_inference.infer_shapes(model), "any")
+    ordered = onnx.ModelProto()
+    ordered.CopyFrom(model)
+    in_order(ordered)
+    formed = to_form(shape_inference.infer_shapes(ordered), "any")
     ours = {(operator.domain, operator.op_type) for operator in OPERATORS}
     bodies = {(function.domain, function.name) for function in formed.functions}
     if bodies - ours:

@@ -173,3 +173,14 @@ def test_what_holds_no_half_is_run_as_it_is(tmp_path: Path) -> None:
     assert runnable(path) is path
     to_fp16(path, tmp_path / "half.onnx")
     assert isinstance(runnable(tmp_path / "half.onnx"), onnx.ModelProto)
+
+
+def test_casts_at_the_end_of_a_file_are_no_hindrance() -> None:
+    """ONNX Runtime's and onnxconverter-common's float16 append them with ``keep_io_types``; ONNX Runtime sorts them."""
+    nodes, stored = EXACT["a sum that swallows"]
+    made = model(*nodes, **stored)
+    made.graph.input[0].type.tensor_type.elem_type = made.graph.output[0].type.tensor_type.elem_type = FLOAT
+    made.graph.node[0].input[0], made.graph.node[1].output[0] = "x/cast", "y/cast"
+    made.graph.node.append(node("Cast", "x", "x/cast", to=HALF))
+    made.graph.node.append(helper.make_node("Cast", ["y/cast"], ["y"], "back", to=FLOAT))
+    np.testing.assert_array_equal(ran(runnable(made), IMAGE), ran(rounded(model(*nodes, **stored)), IMAGE))

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families.blocks import FUSED_NODE
-from acmix_deploy.graph import RESHAPING, name_nodes, names_read, read
+from acmix_deploy.graph import RESHAPING, in_order, name_nodes, names_read, read
 from acmix_deploy.half import runnable
 from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
@@ -272,6 +272,7 @@ class _Graph(NamedTuple):
         model = onnx.ModelProto()
         model.CopyFrom(read(source) if isinstance(source, Path) else source)
         name_nodes(model)
+        in_order(model)
         computing = [node for node in model.graph.node if node.op_type != "Constant"]
         names = [tensor for node in computing for tensor in node.output if tensor]
         session = open_session(_marked(model, names), optimize=False, once=True)
