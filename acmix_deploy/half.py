@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, inliner, shape_inference
 from acmix_deploy.forms import to_form
 from acmix_deploy.graph import as_float32, in_order, keep
 from acmix_deploy.operators import OPERATORS
-from acmix_deploy.runtime.onnxruntime import precision_of
+from acmix_deploy.runtime.onnxruntime import open_session, precision_of
 
 HALF = TensorProto.FLOAT16
 
@@ -50,7 +50,7 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
         names; before it is rounded, ``x`` is ``x/exact``.
 
     Raises:
-        UserError: a custom operator has no definition in the file.
+        UserError: a custom operator has no definition in the file, or ONNX Runtime does not know an operator.
     """
     ordered = onnx.ModelProto()
     ordered.CopyFrom(model)
@@ -62,7 +62,7 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
         formed = inliner.inline_selected_functions(formed, [*bodies - ours])
     wide = shape_inference.infer_shapes(formed)
     values = (*wide.graph.input, *wide.graph.value_info, *wide.graph.output)
-    half = {value.name for value in values if value.type.tensor_type.elem_type == HALF}
+    half = {value.name for value in values if value.type.tensor_type.elem_type == HALF} | _halves_untold(wide)
     inputs = {value.name: f"{value.name}/rounded" for value in wide.graph.input if value.name in half}
     as_float32(wide, {HALF})
     keep(wide.graph.value_info, [])
@@ -75,6 +75,20 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     rewritten = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     keep(wide.graph.node, rewritten)
     return wide
+
+
+def _halves_untold(model: onnx.ModelProto) -> set[str]:
+    """Results in float16 of which ONNX cannot tell the type, as behind an operator of ONNX Runtime's own."""
+    graph = model.graph
+    told = {value.name for value in (*graph.value_info, *graph.output)}
+    untold = [name for node in graph.node for name in node.output if name and name not in told]
+    if not untold:
+        return set()
+    asked = onnx.ModelProto()
+    asked.CopyFrom(model)
+    keep(asked.graph.output, [onnx.ValueInfoProto(name=name) for name in untold])
+    session = open_session(asked, optimize=False, once=True)
+    return {value.name for value in session.get_outputs() if value.type == "tensor(float16)"}
 
 
 def _pair(source: str, target: str) -> tuple[onnx.NodeProto, onnx.NodeProto]:

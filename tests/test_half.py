@@ -184,3 +184,19 @@ def test_casts_at_the_end_of_a_file_are_no_hindrance() -> None:
     made.graph.node.append(node("Cast", "x", "x/cast", to=HALF))
     made.graph.node.append(helper.make_node("Cast", ["y/cast"], ["y"], "back", to=FLOAT))
     np.testing.assert_array_equal(ran(runnable(made), IMAGE), ran(rounded(model(*nodes, **stored)), IMAGE))
+
+
+def test_what_is_behind_an_operator_that_onnx_does_not_know_is_rounded() -> None:
+    """Its shape inference stops there; ONNX Runtime's does not."""
+    stored = {"big": 30000}
+    flat = model(node("Erf", "x", "e"), node("Add", "e big", "s"), node("Sub", "s big", "y"), **stored)
+    held = model(
+        node("QuickGelu", "x", "e", domain="com.microsoft", alpha=1.0),
+        *flat.graph.node[1:],
+        **stored,
+    )
+    held.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", HALF, [1, 4, 8, 8]))
+    held.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert not ran(rounded(flat), IMAGE).any()
+    assert not ran(rounded(held), IMAGE).any()
+    assert ran(held, IMAGE.astype(np.float16)).any(), "ONNX Runtime alone computes another file"
