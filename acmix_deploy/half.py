@@ -69,7 +69,8 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [cast for name, taken in inputs.items() for cast in _pair(name, taken)]
     for node in wide.graph.node:
         node.input[:] = [inputs.get(name, name) for name in node.input]
-        results = [name for name in node.output if name in half and node.op_type not in _EXACT]
+        stated = any(attribute.type == onnx.AttributeProto.FLOAT for attribute in node.attribute)  # before opset 11
+        results = [name for name in node.output if name in half and (stated or node.op_type not in _EXACT)]
         node.output[:] = [f"{name}/exact" if name in results else name for name in node.output]
         nodes += [node, *(cast for name in results for cast in _pair(f"{name}/exact", name))]
     rewritten = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]

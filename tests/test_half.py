@@ -200,3 +200,12 @@ def test_what_is_behind_an_operator_that_onnx_does_not_know_is_rounded() -> None
     assert not ran(rounded(flat), IMAGE).any()
     assert not ran(rounded(held), IMAGE).any()
     assert ran(held, IMAGE.astype(np.float16)).any(), "ONNX Runtime alone computes another file"
+
+
+@pytest.mark.parametrize("bounds", [{"min": 0.1}, {"max": 0.3}])
+def test_bounds_in_attributes_are_rounded(bounds: dict[str, float]) -> None:
+    """Clip and Pad have float32 attributes before opset 11."""
+    made = model(node("Clip", "x", "y", **bounds))
+    made.opset_import[0].version = 10
+    (expected,) = ReferenceEvaluator(made).run(None, {"x": IMAGE.astype(np.float16)})
+    np.testing.assert_array_equal(ran(rounded(made), IMAGE), expected.astype(np.float32))
