@@ -190,7 +190,8 @@ def compare_layers(
         UserError: they share nothing but their outputs, or ONNX Runtime refuses one.
         CheckFailed: one fails on an input.
     """
-    right, other = _Graph.of(reference), _Graph.of(candidate, provider)
+    right = _Graph.of(reference)
+    other = _Graph.of(candidate, provider, {tensor: node.name for tensor, node in right.writers.items()})
     feeds = feeds[:INPUTS]
     outputs = {value.name for value in (*right.model.graph.output, *other.model.graph.output)}
     behind = right.behind_choice() | other.behind_choice()
@@ -268,9 +269,20 @@ class _Graph(NamedTuple):
     readers: dict[str, list[onnx.NodeProto]]
 
     @classmethod
-    def of(cls, source: Path | onnx.ModelProto, provider: Provider = "cpu") -> _Graph:
+    def of(
+        cls, source: Path | onnx.ModelProto, provider: Provider = "cpu", known: Mapping[str, str] | None = None
+    ) -> _Graph:
+        """Nodes without a name are called as what computes the same, before casts, in ``known``: names by tensor."""
         model = onnx.ModelProto()
         model.CopyFrom(read(source) if isinstance(source, Path) else source)
+        taken = {node.name for node in model.graph.node}
+        called = dict(known or {})
+        for node in reversed(model.graph.node):
+            name = next((called[tensor] for tensor in node.output if tensor in called), "")
+            if node.op_type == "Cast" and node.input[0] not in called:
+                called[node.input[0]] = name
+            elif not node.name and name not in taken:
+                node.name = name
         name_nodes(model)
         in_order(model)
         computing = [node for node in model.graph.node if node.op_type != "Constant"]
