@@ -211,6 +211,30 @@ def depth(steps: Sequence[Step]) -> Plot:
     return _draw(_HEIGHT, paint)
 
 
+def histogram(values: Sequence[float], limit: float) -> Plot:
+    """How many of some positive values are how large, by four bars a decade of a logarithmic axis, with their limit."""
+    low = np.floor(np.log10(min(values, default=1e-6)))
+    high = np.ceil(np.log10(max([*values, limit if np.isfinite(limit) else 0.0, 10**low * 10])))
+    edges = np.logspace(low, high, int(4 * (high - low)) + 1)
+    counts, _ = np.histogram(values, edges)
+
+    def paint(axes: Axes, width: int) -> None:
+        axes.set_xscale("log")
+        pixel = 10 ** ((high - low) / width)
+        axes.set_xlim(edges[0] / pixel**60, edges[-1] * pixel**25)  # numbers of the other axis stand at the left
+        axes.set_ylim(0, max(counts, default=0) * 1.15 or 1)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_light("accent"), edgecolor="none", alpha=0.7)
+        if np.isfinite(limit):
+            axes.axvline(limit, color=_light("ink"), lw=1.5)
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(numticks=width // 70))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
+        _numbers_inside(axes)
+
+    return _draw(_HEIGHT, paint)
+
+
 def printable(text: str) -> str:
     """A text without control characters, which XML does not have, and without those that turn the direction."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "·" for letter in text)

@@ -420,6 +420,7 @@ def test_the_verb_prints_keeps_and_judges_again(tmp_path: Path, capsys: pytest.C
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "Along half.onnx" in page
+    assert "Errors within half.onnx" in page
     assert "first at /1/conv (" in page
     capsys.readouterr()
     assert main(["verify", "--from", str(kept), "--layers"]) == 2
