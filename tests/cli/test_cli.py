@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -42,9 +44,16 @@ def checkpoint(folder):
     return folder / "model.pt"
 
 
+@pytest.fixture(scope="module")
+def block(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "plain.onnx"
+    return export(randomised(ACmix(3, 8, head=2)), torch.randn(1, 3, 10, 12), path, dynamic=AXES)
+
+
 @pytest.fixture
-def plain(folder):
-    return export(randomised(ACmix(3, 8, head=2)), torch.randn(1, 3, 10, 12), folder / "plain.onnx", dynamic=AXES)
+def plain(block, folder):
+    """A copy of a file with one block."""
+    return Path(shutil.copy(block, folder))
 
 
 def fails(capsys, code, *command):
