@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -27,7 +26,6 @@ from tests.plugin import kernels
 from tests.plugin.kernels import Array, Kernels, Refused, windows_of
 
 MISSING = kernels.missing_compiler()
-SOAK = bool(os.environ.get("ACMIX_SOAK"))
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
@@ -81,7 +79,7 @@ every_way = pytest.mark.parametrize(("dtype", "layout", "kernel"), ways_of(LOCAL
 
 
 @every_operator
-@settings(max_examples=80 if SOAK else 30, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_equals_oracle(library, operator, data):
     dtype, layout, kernel = data.draw(st.sampled_from(ways_of(operator)))
@@ -121,20 +119,22 @@ def compiled_apart(operator: Operator, kernel: str, turn: int) -> list[dict[str,
     What else a window has is an argument of the kernel, and goes through its values from ``turn`` to ``turn``.
     """
     windows = windows_of(operator)
-    if SOAK or (operator, kernel) == (LOCAL_ATTENTION, "mma") or operator.head_dims == (0,):  # or few and quick
+    if (operator, kernel) == (LOCAL_ATTENTION, "mma") or operator.head_dims == (0,):  # or few and quick
         return windows
     by_size = [[w for w in windows if w["kernel_size"] == size] for size in operator.kernel_limits["kernel_size"]]
     return [alike[(turn + index) % len(alike)] for index, alike in enumerate(by_size)]
 
 
 @every_operator
-def test_every_entry(library, operator):
+@pytest.mark.parametrize("windows", ["in turn", pytest.param("all", marks=pytest.mark.soak)])
+def test_every_entry(library, operator, windows):
     """All the functions behind a row of the table; heads are full or padded."""
     rows = library.entries(operator)
     expected = [(*way, head_dim) for way in ways_of(operator) for head_dim in operator.head_dims]
     assert [(row["dtype"], row["layout"], row["kernel"], row["head_dim"]) for row in rows] == expected
     for turn, row in enumerate(rows):
-        for index, window in enumerate(compiled_apart(operator, row["kernel"], turn)):
+        tried = windows_of(operator) if windows == "all" else compiled_apart(operator, row["kernel"], turn)
+        for index, window in enumerate(tried):
             of_entry(library, operator, row, 8 * ((turn // 2 + index) % 2), window)
 
 
