@@ -23,8 +23,9 @@ os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
 # Ultralytics has PyTorch use all cores but one; where those are busy, threads that spin at barriers hold up their own.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# PyTorch's exporter with free axes spends more on keeping what it computed of symbolic sizes than it saves.
+# PyTorch's newer exporter with free axes spends more on keeping shapes of tensors than it saves, and SymPy keeps too few.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+os.environ.setdefault("SYMPY_CACHE_SIZE", "50000")
 with suppress(ModuleNotFoundError):  # not on a machine for GPU tests
     import onnxruntime
 
