@@ -20,13 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import name_nodes, read, with_weights
+from acmix_deploy.graph import keep, name_nodes, read, with_weights
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import quantities
 from acmix_deploy.targets import Form, Target
 
 _OPERATORS = {(operator.domain, operator.op_type): operator for operator in OPERATORS}
 _STANDARD = ("", "ai.onnx")
+_NORMALIZATION = "LayerNormalization"
 _FATAL = 4
 _LARGEST_CONSTANT = 1 << 20  # bytes; what is larger stays computed, such as P*l of a large map
 
@@ -46,7 +47,8 @@ class TargetReport(BaseModel):
         description="nodes that the plugin refuses, and why; standard operators in the file"
     )
     unread: dict[str, tuple[str, ...]] = Field(
-        default={}, description="operators that its TensorRT does not read, with their nodes"
+        default={},
+        description="what its TensorRT does not read, with the nodes: an operator, or one with what keeps it from it",
     )
 
 
@@ -70,6 +72,10 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> Made[Ta
     made = (form or target.form) if takes_plugin(model) else "plain"
     path = source.with_name(f"{source.stem}.{target.name}.onnx")
     formed = to_form(model, made)
+    if target.tensorrt:
+        onnx_file.leave_out_defaults(formed)
+        if not target.reads(_NORMALIZATION):
+            _spell_layer_normalization(formed)
     with replacing(path) as temporary:
         onnx.save(formed, temporary)
     report = TargetReport(
@@ -115,6 +121,48 @@ def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     if form != "plugin":  # the checker knows a custom operator by its function
         onnx.checker.check_model(formed)
     return formed
+
+
+def _spell_layer_normalization(model: onnx.ModelProto) -> None:
+    """Write each LayerNormalization of the graph in operators that TensorRT 8.5 reads, in place; opset 17.
+
+    One stays whose other outputs are read, that is not in float32, or whose axis counts from the front of a tensor of
+    unknown rank.
+    """
+    tensors = _tensors(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        axis = values.get("axis", -1)
+        rank = len(tensors[node.input[0]][1]) if node.op_type == _NORMALIZATION and node.input[0] in tensors else 0
+        first = axis - rank if axis >= 0 else axis
+        float32 = node.op_type == _NORMALIZATION and tensors.get(node.input[1], (0,))[0] == onnx.TensorProto.FLOAT
+        if not float32 or node.domain not in _STANDARD or any(node.output[1:]) or first >= 0:
+            nodes.append(node)
+            continue
+        epsilon = f"{node.name}/epsilon"
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(values.get("epsilon", 1e-5)), epsilon))
+        nodes += _normalized(node, [*range(first, 0)], epsilon)
+    keep(model.graph.node, nodes)
+
+
+def _normalized(node: onnx.NodeProto, axes: list[int], epsilon: str) -> list[onnx.NodeProto]:
+    """A LayerNormalization by its definition: (x - mean) / sqrt(variance + epsilon) * scale + bias."""
+    made: list[onnx.NodeProto] = []
+
+    def add(operator: str, *inputs: str, **attributes: Any) -> str:
+        name = f"{node.name}/{operator}_{len(made)}"
+        made.append(helper.make_node(operator, inputs, [name], name, **attributes))
+        return name
+
+    x, scale, *bias = filter(None, node.input)
+    difference = add("Sub", x, add("ReduceMean", x, axes=axes))
+    variance = add("ReduceMean", add("Mul", difference, difference), axes=axes)
+    y = add("Mul", add("Div", difference, add("Sqrt", add("Add", variance, epsilon))), scale)
+    if bias:
+        add("Add", y, *bias)
+    made[-1].output[0] = node.output[0]
+    return made
 
 
 def takes_plugin(model: onnx.ModelProto) -> bool:

@@ -320,7 +320,10 @@ def as_float32(model: onnx.ModelProto, types: Collection[int] = FLOATS) -> onnx.
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.tensor_type.elem_type in types:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
-        for node in graph.node:
+        convert_nodes(graph.node)
+
+    def convert_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
+        for node in nodes:
             for attribute in node.attribute:
                 if attribute.type == onnx.AttributeProto.TENSOR:
                     convert(attribute.t)
@@ -330,6 +333,8 @@ def as_float32(model: onnx.ModelProto, types: Collection[int] = FLOATS) -> onnx.
                     attribute.i = TensorProto.FLOAT
 
     convert_graph(model.graph)
+    for function in model.functions:
+        convert_nodes(function.node)
     return model
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.runtime.onnxruntime import precision_of
-from acmix_deploy.targets import READ_SINCE, Precision, Target
+from acmix_deploy.targets import LIMITS, READ_SINCE, WAYS_OUT, Limit, Precision, Target, Version
 
 FormFound = Literal["any", "plugin", "plain"]
 
 _SHOWN = 3  # names in a sentence
+_SMALL = 1 << 16  # values of a constant that are looked at
 
 
 class OnnxTensor(BaseModel):
@@ -112,31 +115,62 @@ def operators(model: onnx.ModelProto) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for node in _nodes([*model.graph.node, *bodies]):
         if (node.domain, node.op_type) not in functions:
-            found.setdefault(node.op_type, []).append(node.name or f"the one that makes {node.output[0]}")
+            found.setdefault(node.op_type, []).append(_called(node))
     return found
 
 
 def unread(model: onnx.ModelProto, target: Target) -> dict[str, tuple[str, ...]]:
-    """Operators that the parser of a target does not read, with their nodes; those of this package left out.
+    """What the parser of a target does not read, with its nodes: operators, and those outside its limits.
 
     A parser goes by the name alone, whatever the domain. For what it does not read it looks for a plugin of that name.
+    Operators of this package are left out. Limits are told as "Resize with antialias 1", by :data:`LIMITS`.
     """
     ours = {operator.op_type for operator in OPERATORS}
-    return {
+    found = {
         operator: tuple(nodes)
         for operator, nodes in operators(model).items()
         if operator not in ours and not (_is_standard(operator, opset(model)) and target.reads(operator))
     }
+    outside: dict[str, list[str]] = {}
+    for node, limit, value in _limits(model):
+        if target.tensorrt and node.op_type not in found and (limit.since is None or target.tensorrt < limit.since):
+            outside.setdefault(f"{node.op_type} with {limit.told.format(_shown_value(value))}", []).append(
+                _called(node)
+            )
+    return found | {what: tuple(nodes) for what, nodes in outside.items()}
 
 
-def unread_note(operator: str, nodes: Sequence[str]) -> str:
-    """What a person has to know of an operator that a TensorRT does not read: "Col2Im (/fold), which ..."."""
-    since = READ_SINCE.get(operator)
+def read_since(model: onnx.ModelProto) -> Version:
+    """The first TensorRT that reads all that some release reads; (8, 5) where all that are supported do."""
+    since = [READ_SINCE.get(operator) for operator in operators(model)]
+    since += [limit.since for _, limit, _ in _limits(model)]
+    return max([(8, 5), *filter(None, since)])
+
+
+def unread_note(what: str, nodes: Sequence[str]) -> str:
+    """What a person has to know of one entry of :func:`unread`: "Col2Im (/fold), which TensorRT does not read: ..."."""
+    operator, _, told = what.partition(" with ")
+    limit = next((one for one in LIMITS if operator in one.operators.split() and _tells(one, told)), None)
+    since, way = (limit.since, limit.way) if limit else (READ_SINCE.get(operator), WAYS_OUT.get(operator, ""))
     release = f"TensorRT before {'.'.join(map(str, since))}" if since else "TensorRT"
-    return (
-        f"{operator} ({some(nodes)}), which {release} does not read: a plugin called {operator} is needed there, "
-        "or a model without it"
-    )
+    plugin = "" if limit else f"a plugin called {operator} is needed there, or "
+    needed = f"{plugin}a model without it{' is needed there' * (not plugin)}"
+    return f"{what} ({some(nodes)}), which {release} does not read: {needed}{f'; {way}' if way else ''}"
+
+
+def leave_out_defaults(model: onnx.ModelProto) -> None:
+    """Take the reduction "none" out of every ScatterND, in place.
+
+    It is ONNX's default and PyTorch's exporter states it. onnx-tensorrt refuses the attribute whatever it says, at 10.0
+    and 10.1 (onnxOpImporters.cpp) and maybe up to 10.8, since docs/Changelog.md of 10.9 has a fix of ScatterND.
+    """
+    for node in _nodes([*model.graph.node, *(node for function in model.functions for node in function.node)]):
+        if node.op_type == "ScatterND":
+            keep = [
+                attribute for attribute in node.attribute if (attribute.name, attribute.s) != ("reduction", b"none")
+            ]
+            del node.attribute[:]
+            node.attribute.extend(keep)
 
 
 def some(names: Sequence[str]) -> str:
@@ -158,6 +192,96 @@ def _is_standard(operator: str, opset: int) -> bool:
     except onnx.defs.SchemaError:
         return False
     return True
+
+
+def _called(node: onnx.NodeProto) -> str:
+    return node.name or f"the one that makes {node.output[0]}"
+
+
+def _tells(limit: Limit, told: str) -> bool:
+    """Whether this is what a limit says of some value."""
+    return re.fullmatch(re.escape(limit.told).replace(r"\{\}", ".+"), told) is not None
+
+
+def _shown_value(value: Any) -> str:
+    """A fact in a sentence; of several numbers the first ones."""
+    return some([str(one) for one in value]) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _limits(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, Limit, Any]]:
+    """The nodes that a release does not read for one of :data:`LIMITS`, with the fact."""
+    limits: dict[str, list[Limit]] = {}
+    for limit in LIMITS:
+        for operator in limit.operators.split():
+            limits.setdefault(operator, []).append(limit)
+    bodies = (node for function in model.functions for node in function.node)
+    nodes = [*_nodes([*model.graph.node, *bodies])]
+    constants = {tensor.name: tensor for graph in _graphs(model.graph) for tensor in graph.initializer}
+    constants |= {
+        node.output[0]: attribute.t
+        for node in nodes
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
+    if any(node.op_type == "GridSample" for node in nodes):
+        graph = onnx.shape_inference.infer_shapes(model).graph
+        ranks = {value.name: len(shape(value)) for value in (*graph.input, *graph.value_info) if _has_shape(value)}
+    else:
+        ranks = {}
+    results = {value.name for value in model.graph.output}
+    for node in nodes:
+        if node.op_type in limits and node.domain in ("", "ai.onnx") and _is_standard(node.op_type, opset(model)):
+            facts = _facts(node, onnx.defs.get_schema(node.op_type, opset(model)), constants, ranks, results)
+            for limit in limits[node.op_type]:
+                if limit.fact in facts and not limit.read(facts[limit.fact]):
+                    yield node, limit, facts[limit.fact]
+
+
+def _facts(
+    node: onnx.NodeProto,
+    schema: onnx.defs.OpSchema,
+    constants: Mapping[str, onnx.TensorProto],
+    ranks: Mapping[str, int],
+    results: Container[str],
+) -> dict[str, Any]:
+    """What :attr:`Limit.fact` can name of a node, as far as the file tells."""
+    defaults = [attribute.default_value for attribute in schema.attributes.values() if attribute.default_value.name]
+    stated = [attribute for attribute in node.attribute if not attribute.ref_attr_name]
+    held = {attribute.name: helper.get_attribute_value(attribute) for attribute in (*defaults, *stated)}
+    facts = {
+        name: value.decode(errors="replace") if isinstance(value, bytes) else value for name, value in held.items()
+    }
+    for name in {attribute.name for attribute in node.attribute if attribute.ref_attr_name}:
+        facts.pop(name, None)
+    if node.op_type == "Cast" and "to" in facts:
+        facts["to"] = onnx.TensorProto.DataType.Name(facts["to"])
+        if node.output[0] not in results:
+            facts["to.within"] = facts["to"]
+    facts |= {"operands": len(node.input), "outputs": sum(map(bool, node.output))}
+    for parameter, name in zip(schema.inputs, node.input, strict=False):
+        if name in ranks:
+            facts[f"{parameter.name}.rank"] = ranks[name]
+        if tensor := constants.get(name):
+            facts[f"{parameter.name}.type"] = onnx.TensorProto.DataType.Name(tensor.data_type)
+            if tensor.data_location != onnx.TensorProto.EXTERNAL and np.prod(tensor.dims) <= _SMALL:
+                facts[f"{parameter.name}.value"] = tuple(numpy_helper.to_array(tensor).reshape(-1).tolist())
+        elif name:
+            facts[f"{parameter.name}.value"] = None
+    return facts
+
+
+def _has_shape(value: onnx.ValueInfoProto) -> bool:
+    return bool(value.type.tensor_type.HasField("shape"))
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and those in its branches and loops."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
 
 
 def _tensor(value: onnx.ValueInfoProto) -> OnnxTensor:

@@ -8,8 +8,9 @@ from the TensorRT that was found (:func:`target_of`).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from acmix_deploy.errors import UserError, did_you_mean
 
@@ -35,25 +36,108 @@ INT8_OPSET = 19
 _READ_SINCE: tuple[tuple[Version | None, str], ...] = (
     (
         None,
-        "AffineGrid Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CenterCropPad Col2Im Compress "
-        "ConcatFromSequence ConvInteger DFT Det DynamicQuantizeLinear ImageDecoder MatMulInteger MaxRoiPool MaxUnpool "
-        "MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional OptionalGetElement OptionalHasElement "
-        "QLinearConv QLinearMatMul RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty SequenceErase "
-        "SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence StringConcat "
-        "StringNormalizer StringSplit TfIdfVectorizer Unique",
+        "AffineGrid Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CausalConvWithState "
+        "CenterCropPad Col2Im Compress ConcatFromSequence ConvInteger CumProd DFT Det DynamicQuantizeLinear "
+        "ImageDecoder LinearAttention MatMulInteger MaxRoiPool MaxUnpool MelWeightMatrix Multinomial "
+        "NegativeLogLikelihoodLoss Optional OptionalGetElement OptionalHasElement QLinearConv QLinearMatMul "
+        "RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength "
+        "SequenceMap SoftmaxCrossEntropyLoss SplitToSequence StringConcat StringNormalizer StringSplit SwiGLU "
+        "TfIdfVectorizer Unique",
     ),
     ((8, 6), "GroupNormalization IsInf LayerNormalization"),
     ((10, 0), "CastLike Gelu Hardmax Mish"),
     ((10, 1), "DeformConv"),
     ((10, 4), "BlackmanWindow HammingWindow HannWindow"),
     ((10, 5), "STFT"),
+    ((10, 14), "Attention"),
+    ((10, 15), "RMSNormalization RotaryEmbedding TensorScatter"),
+    ((11, 1), "Swish"),
 )
 READ_SINCE = {operator: since for since, operators in _READ_SINCE for operator in operators.split()}
-"""Standard operators up to opset 21 that TensorRT 8.5 does not read: the first release that does, None where none does.
+"""Standard operators that TensorRT 8.5 does not read: the first release that does, None where none is known to.
 
-From onnx-tensorrt: the importers that builtin_op_importers.cpp registers at 8.5, 8.6, 10.0 and 10.1, docs/Changelog.md
-up to 10.15, and docs/operators.md at 10.15. The parser of TensorRT-RTX 1.7.1 agrees but for DeformConv, whose plugin it
-does not have."""
+From onnx-tensorrt: the importers that are registered at 8.5 and 8.6 (builtin_op_importers.cpp) and at 10.0 and 10.1
+(onnxOpImporters.cpp), docs/Changelog.md up to 10.15, and docs/operators.md at 8.5, 8.6, 10.0, 10.1, 10.15 and 11.1. At
+8.5 the last is behind the importers: HardSwish, Mod and OneHot have one. Swish is in the list of 11.1 and not in that
+of 10.15; what lies between was not seen. Operators of opset 25 and later are in no list. The parser of TensorRT-RTX
+1.7.1 agrees up to opset 24, but for DeformConv, whose plugin it does not have."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a node of a standard operator has to be like for TensorRT to read it."""
+
+    operators: str
+    fact: str
+    """An attribute; ``to.within``, where the result is no output of the file; ``type``, ``value`` or ``rank`` of an
+    input, as in ``x.type``; ``operands`` or ``outputs``, their number."""
+    read: Callable[[Any], bool]
+    """Whether it is read. Types by ONNX's names; a value as a tuple, None where nodes compute it."""
+    told: str
+    """What the node has, where it is not; ``{}`` is the fact."""
+    since: Version | None = None
+    """The first release without this limit; None where none is known."""
+    way: str = ""
+    """What to do without it."""
+
+
+_TYPES = {"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT32", "INT64", "INT8", "BOOL", "UINT8"}
+_QUANTISED = {"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}
+_MAPPINGS = {"half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners"}
+_QUANTIZE = "acmix-deploy quantize makes one of the float file"
+_LETTERS = "several of two operands each, with a letter for every axis"
+_DIAGONAL = re.compile(r"([a-z])[^,]*\1")
+
+LIMITS = (
+    Limit("AveragePool LpPool MaxPool", "dilations", lambda sizes: set(sizes) <= {1}, "dilations {}"),
+    Limit("LayerNormalization MaxPool", "outputs", lambda count: count == 1, "{} outputs"),
+    Limit("BatchNormalization", "training_mode", lambda flag: not flag, "training_mode {}"),
+    Limit("Cast", "to", lambda name: name in _TYPES, "the type {}"),
+    Limit("Cast", "to.within", lambda name: name != "UINT8", "the type UINT8 elsewhere than at an output"),
+    Limit("DeformConv", "pads", lambda pads: pads[: len(pads) // 2] == pads[len(pads) // 2 :], "pads {}"),
+    Limit("DequantizeLinear", "x.type", lambda name: name in _QUANTISED, "x of {}", way=_QUANTIZE),
+    Limit("DequantizeLinear", "x_zero_point.value", lambda zero: not any(zero or ()), "x_zero_point {}", way=_QUANTIZE),
+    Limit("QuantizeLinear", "y_zero_point.type", lambda name: name in _QUANTISED, "y_zero_point of {}", way=_QUANTIZE),
+    Limit("QuantizeLinear", "y_zero_point.value", lambda zero: not any(zero or ()), "y_zero_point {}", way=_QUANTIZE),
+    Limit("Einsum", "equation", lambda text: "." not in text, "an ellipsis", (10, 0), _LETTERS),
+    Limit("Einsum", "operands", lambda count: count <= 2, "{} operands", (10, 0), _LETTERS),
+    Limit("Einsum", "equation", lambda text: not _DIAGONAL.search(text.split("->")[0]), "a diagonal", (10, 12)),
+    Limit("Einsum", "equation", lambda text: text == text.lower(), "capital letters", way="small letters"),
+    Limit("GridSample", "X.rank", lambda rank: rank == 4, "{} axes"),
+    Limit("Resize", "antialias", lambda flag: not flag, "antialias {}"),
+    Limit("Resize", "coordinate_transformation_mode", lambda mode: mode in _MAPPINGS, "the mapping {}"),
+    Limit("Resize", "keep_aspect_ratio_policy", lambda policy: policy == "stretch", "the policy {}"),
+    Limit("ScatterElements", "reduction", lambda name: name == "none", "reduction {}", (10, 0)),
+    Limit(
+        *("ScatterND", "reduction", lambda name: name == "none", "reduction {}"),
+        way="scatter_add or scatter_reduce in place of index_add, from TensorRT 10.0 on",
+    ),
+    Limit("TopK", "K.value", lambda k: max(k or (0,)) <= 3840, "K {}"),
+    Limit("TopK", "K.value", lambda k: k is not None, "a K that nodes compute", (8, 6), "an export at fixed sizes"),
+)
+"""Of the limits that onnx-tensorrt states, those that people meet and a file tells. Not looked at: other types,
+broadcast axes of Einsum, and what lies within Loop, If and Scan.
+
+From docs/operators.md at 8.5, 8.6, 10.0, 10.1, 10.15 and 11.1, and docs/Changelog.md (ScatterElements at 10.0, Einsum
+at 10.12). Where the lists of 8 are silent, from the importers of 8.5, 8.6, 10.0 and 10.1: Einsum since 10.0, TopK since
+8.6, and reductions, which those of 8 pass over. NvInfer.h of 8.5 has the 3840 of TopK and the four axes of GridSample.
+Mode cubic of Resize is no limit: no list has it, but every importer that was read, at the last two axes. The parser of
+TensorRT-RTX 1.7.1 agrees, but that it reads GridSample of five axes and has no plugin for ScatterElements."""
+
+WAYS_OUT = {
+    "AffineGrid": "an export at a fixed height and width stores it",
+    "BitShift": "export with --opset 17",
+    "BitwiseOr": "export with --opset 17, where it belongs to a shift",
+    "Col2Im": "a transposed convolution with one-hot kernels in place of fold",
+    "ConvInteger": _QUANTIZE,
+    "DynamicQuantizeLinear": _QUANTIZE,
+    "IsInf": "x.abs() == float('inf') in place of isinf",
+    "LayerNormalization": "export with torch.onnx.export(dynamo=False, opset_version=16), then acmix-deploy fuse",
+    "MatMulInteger": _QUANTIZE,
+    "QLinearConv": _QUANTIZE,
+    "QLinearMatMul": _QUANTIZE,
+}
+"""What to do where an operator is not read, other than a plugin of its name."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +256,7 @@ RUNTIMES: dict[str, Target] = {
 PLAIN = Target("plain", None, "plain", OPSETS[-1], strongly_typed=True)
 """Whatever reads standard operators."""
 
-NEWEST = target_of((11, 0))
+NEWEST = target_of((11, 1))
 """Reads whatever an older one does."""
 
 

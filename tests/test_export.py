@@ -429,38 +429,70 @@ def test_a_detector_takes_every_size(tmp_path: Path, opset: int) -> None:
 class Rare(nn.Module):
     """Operators of ONNX that detectors seldom have, each as an output."""
 
+    def __init__(self, *modes):
+        super().__init__()
+        self.modes = modes
+
     def forward(self, x):
-        half = [functional.interpolate(x, scale_factor=0.5, mode=mode) for mode in ("nearest", "bilinear")]
+        half = [functional.interpolate(x, scale_factor=0.5, mode=mode) for mode in self.modes]
+        half.append(functional.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=True))
         half.append(functional.interpolate(x, scale_factor=1.5, mode="bicubic"))
-        sampled = functional.grid_sample(x, torch.tanh(x[:, :2]).permute(0, 2, 3, 1), align_corners=True)
-        return torch.einsum("bchw,bcxw->bhx", x, x), torch.fmod(x, 0.3), torch.remainder(x - 0.5, 0.3), sampled, *half
+        grid = 1.5 * torch.tanh(x[:, :2]).permute(0, 2, 3, 1)
+        sampled = [
+            functional.grid_sample(x, grid, mode=mode, padding_mode=padding, align_corners=padding == "zeros")
+            for mode in self.modes
+            for padding in ("zeros", "border", "reflection")
+        ]
+        whole = (x * 100).long() - 50
+        remainders = [torch.fmod(x, 0.3), torch.remainder(x - 0.5, 0.3), (whole % 7) / 1.0, torch.fmod(whole, 7) / 1.0]
+        return torch.einsum("bchw,bcxw->bhx", x, x), *remainders, *sampled, *half
 
 
-def test_rare_operators_are_written_as_onnx_has_them(tmp_path):
-    """Half scales and a part of a pixel, negative remainders, samples outside the map; at any size."""
-    found = export(Rare().eval(), tmp_path / "model.onnx", input_shape=(1, 3, 16, 24), opset=17, dynamic=AXES).found
-    assert found.exporter == "torchscript"
-    model = onnx.load(tmp_path / "model.onnx")
+@pytest.mark.parametrize(
+    ("opset", "dynamic", "modes"),
+    [
+        (17, AXES, ("bilinear", "nearest", "bicubic")),
+        (20, (), ("bilinear",)),
+        *(
+            pytest.param(opset, AXES, ("bilinear", "nearest", "bicubic"), marks=pytest.mark.soak)
+            for opset in (18, 19, 20, 21)
+        ),
+    ],
+)
+def test_rare_operators_are_written_as_onnx_has_them(tmp_path, opset, dynamic, modes):
+    """Half scales and a part of a pixel, negative remainders, samples outside the map; at any size and opset."""
+    path = tmp_path / "model.onnx"
+    found = export(Rare(*modes).eval(), path, input_shape=(1, 3, 16, 24), opset=opset, dynamic=dynamic).found
+    assert found.exporter == ("torchscript" if opset < 18 else "dynamo")
+    assert not found.notes
+    model = onnx.load(path)
     written = {node.op_type for node in model.graph.node}
     assert {"GridSample", "Einsum", "Mod", "Resize"} <= written
     assert not unread(model, target_of((8, 5)))
 
 
-def test_an_operator_of_a_newer_opset_is_told_with_its_opset(tmp_path):
+@pytest.mark.parametrize("opset", [19, pytest.param(21, marks=pytest.mark.soak)])
+def test_an_operator_of_a_newer_opset_is_told_with_its_opset(tmp_path, opset):
+    """Modulated, in two groups, with a stride: written at the opset that has it, right at any size, told by target."""
     ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed")
 
     class Deformed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.offsets, self.convolution = nn.Conv2d(3, 18, 3, padding=1), ops.DeformConv2d(3, 8, 3, padding=1)
+            self.offsets, self.mask = nn.Conv2d(4, 36, 3, 2, 1), nn.Conv2d(4, 18, 3, 2, 1)
+            self.widened = nn.Conv2d(3, 4, 1)
+            self.convolution = ops.DeformConv2d(4, 8, 3, stride=2, padding=1, groups=2)
 
         def forward(self, x):
-            return self.convolution(x, self.offsets(x))
+            x = self.widened(x)
+            return self.convolution(x, 3 * self.offsets(x), torch.sigmoid(self.mask(x)))
 
-    module, options = Deformed().eval(), {"input_shape": (1, 3, 16, 24)}
+    module, path = Deformed().eval(), tmp_path / "model.onnx"
+    options = {"input_shape": (1, 3, 16, 24), "dynamic": AXES, "divisor": 2}
     with pytest.raises(CheckFailed, match="It may work with opset 19, which has DeformConv"):
-        export(module, tmp_path / "model.onnx", opset=18, **options)
-    export(module, tmp_path / "model.onnx", opset=19, **options)
-    model = onnx.load(tmp_path / "model.onnx")
+        export(module, path, opset=18, **options)
+    export(module, path, opset=opset, **options)
+    assert_same(path, module, (1, 3, 16, 24), (2, 3, 32, 20))
+    model = onnx.load(path)
     assert [*unread(model, target_of((10, 0)))] == ["DeformConv"]
-    assert not unread(model, target_of((10, 3)))
+    assert not unread(model, target_of((10, 1)))

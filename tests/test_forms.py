@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import nn
+from torch.nn import functional
 
 from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.cli import main, parser
@@ -232,19 +233,43 @@ def test_export_for_targets(checkpoint, capsys):
     assert not any("plugin" in step for step in report["next_steps"])
 
 
+class Halved(nn.Module):
+    """An operator that no TensorRT reads, and one that it reads otherwise."""
+
+    def forward(self, x):
+        folded = functional.fold(x.flatten(2).repeat(1, 4, 1), (6, 8), 2, stride=2)
+        return functional.interpolate(folded, scale_factor=0.5, mode="bilinear", antialias=True)
+
+
 def test_operators_that_the_target_does_not_read(tmp_path, monkeypatch, capsys):
-    """They are told before the file is carried: by export, with --for and without, and by fuse."""
+    """They are told before the file is carried, with the way out: by export, with --for and without, by fuse, and by
+    doctor; as fields too."""
     monkeypatch.chdir(tmp_path)
-    torch.save(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.Fold((6, 8), 2, stride=2)), "model.pt")
-    said = r"model\S*.onnx has Col2Im \(\S+\), which TensorRT does not read: a plugin called Col2Im is needed there"
+    torch.save(nn.Sequential(nn.Conv2d(3, 3, 1), Halved()), "model.pt")
+    lacking = ["Col2Im", "Resize with antialias 1"]
+    said = (
+        r"has Col2Im \(\S+\), which TensorRT does not read: a plugin called Col2Im is needed there, or a model "
+        "without it; a transposed convolution with one-hot kernels in place of fold",
+        r"has Resize with antialias 1 \(\S+\), which TensorRT does not read: a model without it is needed there",
+    )
+    command = ["export", "model.pt", "--trust", "--input-shape", "1,3,3,4", "--out", "deploy"]
     for options in ([], ["--for", "jetpack-6.2"], ["--for", "tensorrt-11", "--target", "plain"]):
-        assert main(["export", "model.pt", "--input-shape", "1,3,3,4", "--out", "deploy", *QUICK, *options]) == 0
-        (step,) = exported(tmp_path).next_steps
-        assert re.match(said, step)
-        assert step in capsys.readouterr().out
-    assert list(exported(tmp_path).target.unread) == ["Col2Im"]
-    assert main(["fuse", "deploy/model.onnx", "-o", "model.fused.onnx", "--for", "jetpack-7.2"]) == 0
-    assert re.search(said, capsys.readouterr().out)
+        assert main([*command, *QUICK, *options]) == 0
+        steps = exported(tmp_path).next_steps
+        printed = capsys.readouterr().out
+        for step, words in zip(steps, said, strict=True):
+            assert re.fullmatch(rf"model\S*.onnx {words}", step)
+            assert step in printed
+    assert list(exported(tmp_path).target.unread) == lacking
+    command = ["fuse", "deploy/model.onnx", "-o", "model.fused.onnx", "--for", "jetpack-7.2"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert all(re.search(words, printed) for words in said)
+    assert main([*command, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["target"]["unread"]) == lacking
+    main(["doctor", "deploy/model.onnx"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(re.search(words, told) for words in said)
 
 
 def test_unread_operators_are_found_everywhere():

@@ -16,6 +16,8 @@ ALIASES = {
     "--half": ("--fp16",),
     "--data": ("--calibration", "--images"),
     "--device": ("--provider",),
+    "-o": ("--out",),
+    "--output": ("--out",),
 }
 """Other names of options, wherever one of those is; --help shows the options alone."""
 

@@ -18,13 +18,12 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import Feeds, fed, name_nodes, names_read, read, tidied, with_weights
 from acmix_deploy.options import FLOAT32
-from acmix_deploy.runtime.magnitudes import LARGEST_HALF, largest, largest_magnitudes
+from acmix_deploy.runtime.magnitudes import LARGEST_HALF, SMALLEST_HALF, largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import precision_of, why_refused
 
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"})
 _DECODE_WEIGHTS = 32  # at most; the fixed kernel in a YOLOv8 head's decode has 16, the bins of its integral
-_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 
 
 class Fp16Report(BaseModel):
@@ -179,7 +178,7 @@ def out_of_range(model: onnx.ModelProto, samples: Iterable[Feeds] = ()) -> dict[
     values = (*graph.input, *graph.value_info, *graph.output)
     seen = [value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT]
     magnitudes |= largest_magnitudes(plain, seen, samples)
-    beyond = {name: m for name, m in magnitudes.items() if m > LARGEST_HALF or 0 < m < _SMALLEST}
+    beyond = {name: m for name, m in magnitudes.items() if m > LARGEST_HALF or 0 < m < SMALLEST_HALF}
     owners = {node.name for node in model.graph.node}
     found: dict[str, float] = {}
     for node in plain.graph.node:

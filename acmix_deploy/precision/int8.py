@@ -28,6 +28,7 @@ from acmix_deploy.detection.rows import paired
 from acmix_deploy.errors import UserError
 from acmix_deploy.forms import custom_nodes
 from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied, with_weights
+from acmix_deploy.half import runnable
 from acmix_deploy.onnx_file import opset as opset_of
 from acmix_deploy.options import FLOAT32, Method
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
@@ -397,7 +398,7 @@ def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: Mod
     """The distance of every output from the float file's, and of the parts of those whose parts are known."""
 
     def outputs(path: Path) -> Feeds:
-        session = open_session(path)
+        session = open_session(runnable(path))
         runs = zip(*(session.run(None, feed) for feed in samples), strict=True)
         names = [value.name for value in session.get_outputs()]
         return {name: np.concatenate(arrays) for name, arrays in zip(names, runs, strict=True)}

@@ -23,7 +23,7 @@ from acmix_deploy.manifest import KIND as ENGINE
 from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.profile import Profile
 from acmix_deploy.report.target import carry, engine_steps, obstacles, target_steps
-from acmix_deploy.targets import NEWEST, READ_SINCE, Precision
+from acmix_deploy.targets import NEWEST, Precision
 from acmix_deploy.verify import Verification
 
 
@@ -101,7 +101,7 @@ def next_steps(
     model = read(artifacts[role].path, weights=False)
     if unread := onnx_file.unread(model, NEWEST):
         return obstacles(file, unread)
-    since = max([READ_SINCE.get(operator) or (0, 0) for operator in onnx_file.operators(model)] + [_STRONGLY_TYPED])
+    since = max(onnx_file.read_since(model), _STRONGLY_TYPED)
     release = ".".join(map(str, since)).removesuffix(".0")
     commands = engine_steps(file, reference, shapes, plugin=takes_plugin(model), detector=detector)
     return (

@@ -44,7 +44,11 @@ def notes(verification: Verification) -> list[str]:
         for found in verification.half
         if found.unknown
     )
-    return [*verification.notes, *unjudged, *unseen]
+    rounding = [
+        f"{' and '.join(verification.rounded)} computed here as a GPU does, every float16 tensor rounded and sums in "
+        "float32; TensorRT rounds less often where it fuses a convolution with what follows"
+    ] * bool(verification.rounded)
+    return [*verification.notes, *unjudged, *unseen, *rounding]
 
 
 def detections(verification: Verification) -> Table:

@@ -99,6 +99,10 @@ def half(verification: Verification) -> Table:
             rows.add_row(found.candidate, str(found.tensors), size, overflow.node, verdict(False))
         if rest := len(found.overflows[_OVERFLOWS:]):
             rows.add_row(found.candidate, "", "", f"and {rest} more", verdict(False))
+        for zero in found.vanished[:_OVERFLOWS]:
+            rows.add_row(found.candidate, str(found.tensors), f"{zero.magnitude:.4g}", zero.node, Cell("becomes zero"))
+        if rest := len(found.vanished[_OVERFLOWS:]):
+            rows.add_row(found.candidate, "", "", f"and {rest} more", Cell("becomes zero"))
     return rows
 
 

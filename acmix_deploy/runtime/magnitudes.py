@@ -15,6 +15,9 @@ from acmix_deploy.runtime.onnxruntime import open_session
 LARGEST_HALF = float(np.finfo(np.float16).max)
 """65504: what float16 cannot hold is larger."""
 
+SMALLEST_HALF = float(np.finfo(np.float16).smallest_subnormal)
+"""6e-8: what is half of it or less becomes zero in float16."""
+
 _INFINITY, _ZERO = "infinity/float32", "zero/float32"  # names of two constants
 
 

@@ -1,4 +1,4 @@
-"""What float16 tensors of an ONNX file hold: ONNX Runtime keeps them in float32 on a CPU, where nothing overflows."""
+"""What float16 tensors of an ONNX file would hold: seen in float32, where nothing overflows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import as_float32, fed, name_nodes
-from acmix_deploy.runtime.magnitudes import LARGEST_HALF, magnitudes
+from acmix_deploy.runtime.magnitudes import LARGEST_HALF, SMALLEST_HALF, magnitudes
 from acmix_deploy.runtime.metrics import Array
 
 _POLES = frozenset({"Div", "Log", "Reciprocal"})  # infinite at zero, in every type
 
 
-class Overflow(BaseModel):
+class OutOfRange(BaseModel):
     """A node whose result float16 cannot hold."""
 
     model_config = ConfigDict(frozen=True)
@@ -45,8 +45,11 @@ class HalfRange(BaseModel):
         description="how many tensors were not looked at: inside a branch or loop, or of a type that nothing tells"
     )
     largest: float = Field(description="largest finite magnitude of any of them")
-    overflows: tuple[Overflow, ...] = Field(
+    overflows: tuple[OutOfRange, ...] = Field(
         description="nodes that write more than 65504, in the order of the graph; each with its largest"
+    )
+    vanished: tuple[OutOfRange, ...] = Field(
+        default=(), description="nodes all of whose result becomes zero, as nothing in it reaches 6e-8"
     )
 
     @computed_field(description="whether float16 holds all of them, on every input")  # type: ignore[prop-decorator]
@@ -97,7 +100,7 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
     named.CopyFrom(model)
     name_nodes(named)
     nodes = {node.name for node in named.graph.node}
-    largest, worst = 0.0, dict[str, Overflow]()
+    largest, worst, zero = 0.0, dict[str, OutOfRange](), dict[str, OutOfRange]()
     for feed, found in zip(feeds, magnitudes(wide, watched, feeds), strict=True):
         beyond = infinite | {tensor for tensor in watched if found[tensor].infinite}
         largest = max(largest, *(found[tensor].finite for tensor in computed), 0.0)
@@ -105,24 +108,30 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
             node = writers.get(tensor)
             pole = node is not None and node.op_type in _POLES
             made = tensor in beyond & seen and not pole and not (node and beyond & {*node.input})
-            if not made and found[tensor].finite <= LARGEST_HALF:
+            vanishes = tensor not in beyond and 0 < found[tensor].finite < SMALLEST_HALF
+            if not made and not vanishes and found[tensor].finite <= LARGEST_HALF:
                 continue
-            overflow = Overflow(
+            out = OutOfRange(
                 node=owner(node.name, nodes) if node else tensor,
                 tensor=tensor,
                 magnitude=None if made else found[tensor].finite,
                 input_shapes={key: array.shape for key, array in feed.items()},
             )
-            before = worst.get(overflow.node)
-            if before is None or _size(overflow) > _size(before):
-                worst[overflow.node] = overflow
+            kind = zero if vanishes else worst
+            if out.node not in kind or _size(out) > _size(kind[out.node]):
+                kind[out.node] = out
     return HalfRange(
-        candidate=name, tensors=len(computed), unknown=unknown, largest=largest, overflows=tuple(worst.values())
+        candidate=name,
+        tensors=len(computed),
+        unknown=unknown,
+        largest=largest,
+        overflows=tuple(worst.values()),
+        vanished=tuple(zero.values()),
     )
 
 
-def _size(overflow: Overflow) -> float:
-    return np.inf if overflow.magnitude is None else overflow.magnitude
+def _size(found: OutOfRange) -> float:
+    return np.inf if found.magnitude is None else found.magnitude
 
 
 def _halves(function: onnx.FunctionProto) -> bool:

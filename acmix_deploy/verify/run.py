@@ -19,6 +19,7 @@ from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
+from acmix_deploy.half import runnable
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import Provider
 from acmix_deploy.runtime.inputs import Shape, Shapes, noise, trial_shapes
@@ -35,6 +36,7 @@ from acmix_deploy.verify.verification import Comparison, Verification
 
 Feed = dict[str, Array]
 _SILENT = G_LOGGER.CRITICAL + 1
+_FLOAT32 = np.dtype(np.float32)
 _IMAGES = 32  # of a folder, at most: their outputs are all held until they are compared
 
 
@@ -46,14 +48,41 @@ class Candidate(NamedTuple):
     """Element type that it computes in."""
     file: Path | onnx.ModelProto | None = None
     """The ONNX file that it runs, to look into; None where it runs something else."""
+    rounded: bool = False
+    """Whether float16 of the file is rounded on a machine that computes in float32."""
+    note: str = ""
+    """What is to be said of how it is run."""
 
     @classmethod
     def of(cls, model: Path | onnx.ModelProto, name: str) -> Candidate:
         """What is made of a file or a model in memory. Raises what :func:`open_model` does."""
-        if isinstance(model, onnx.ModelProto):
-            return cls(onnx_runner(model, name), precision_of(model), model)
-        opened = open_model(model, name)
-        return cls(opened.runner, opened.precision, model if model.suffix == ".onnx" else None)
+        if isinstance(model, Path):
+            return _open(model, name)[1]
+        faithful, note = _faithful(model, name)
+        return cls(onnx_runner(faithful, name), precision_of(model), model, faithful is not model, note)
+
+
+def _open(
+    path: Path, name: str = "", *, provider: Provider = "cpu", plugin: Path | None = None
+) -> tuple[Model, Candidate]:
+    """What :func:`open_model` opens; on a CPU a file in float16 as it says, see :mod:`acmix_deploy.half`."""
+    model = open_model(path, name, provider=provider, plugin=plugin)
+    if path.suffix != ".onnx":
+        return model, Candidate(model.runner, model.precision)
+    name = model.runner.name
+    faithful, note = _faithful(path, name) if provider == "cpu" and model.precision != "float32" else (path, "")
+    if faithful is not path:
+        inputs = (node._replace(dtype=_FLOAT32) if node.dtype == np.float16 else node for node in model.inputs)
+        model = model._replace(runner=onnx_runner(faithful, name), inputs=tuple(inputs))
+    return model, Candidate(model.runner, model.precision, path, faithful is not path, note)
+
+
+def _faithful(model: Path | onnx.ModelProto, name: str) -> tuple[Path | onnx.ModelProto, str]:
+    """What computes in float16 what the file says, and what to say where there is nothing."""
+    try:
+        return runnable(model), ""
+    except Exception as error:  # whatever rewriting a file stumbles over
+        return model, f"{name} was run with its float16 tensors in float32, without rounding: {reason(error)}"
 
 
 def verify(
@@ -95,7 +124,7 @@ def verify(
     if len(set(names)) < len(names):
         raise ValueError(f"runners share a name: {names}")
 
-    notes: list[str] = []
+    notes = [candidate.note for candidate in candidates if candidate.note]
     comparisons: list[Comparison] = []
     detections: list[DetectionComparison] = []
     half: list[HalfRange] = []
@@ -172,6 +201,7 @@ def verify(
         comparisons=tuple(comparisons),
         detections=tuple(detections),
         half=tuple(half),
+        rounded=tuple(candidate.runner.name for candidate in candidates if candidate.rounded),
     )
 
 
@@ -211,8 +241,8 @@ def compare_files(
     if reference.resolve() == candidate.resolve() and provider == "cpu":
         raise UserError(f"{reference} is compared with itself", "Name two files.")
     labels = [path.name if reference.name != candidate.name else str(path) for path in (reference, candidate)]
-    right = open_model(reference, labels[0], plugin=plugin)
-    other = open_model(
+    right, _ = _open(reference, labels[0], plugin=plugin)
+    other, compared = _open(
         candidate, labels[1] if provider == "cpu" else f"{labels[1]} on {provider}", provider=provider, plugin=plugin
     )
     metadata = other.metadata.updated(**right.metadata.entries)
@@ -224,7 +254,7 @@ def compare_files(
     )
     result = verify(
         right.runner,
-        [Candidate(other.runner, other.precision, candidate if candidate.suffix == ".onnx" else None)],
+        [compared],
         inputs,
         metadata=metadata,
         tolerances=FILE_TOLERANCES,

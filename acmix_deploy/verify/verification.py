@@ -81,6 +81,10 @@ class Verification(BaseModel):
     half: tuple[HalfRange, ...] = Field(
         default=(), description="one for each candidate that is an ONNX file with tensors in float16"
     )
+    rounded: tuple[str, ...] = Field(
+        default=(),
+        description="candidates whose float16 tensors were rounded one by one, on a machine that computes in float32",
+    )
     notes: tuple[str, ...] = Field(default=(), description="inputs that could not be used, and why")
 
     @computed_field(  # type: ignore[prop-decorator]

@@ -365,7 +365,7 @@ def test_an_operator_that_tensorrt_does_not_read(tmp_path: Path) -> None:
     assert faults(found) == set()
     assert [note for note in found.notes if "does not read" in note] == [
         "it has Col2Im (the_fold), which TensorRT does not read: a plugin called Col2Im is needed there, "
-        "or a model without it"
+        "or a model without it; a transposed convolution with one-hot kernels in place of fold"
     ]
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acmix_deploy.half import rounded
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import shapes
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
@@ -20,7 +21,8 @@ from acmix_deploy.operators.neighborhood_attention import NEIGHBORHOOD_ATTENTION
 from acmix_deploy.operators.outlook_attention import OUTLOOK_ATTENTION
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.runtime.metrics import deviation
-from tests.operators.parts import attributes_of, every_operator, example_of, oracle
+from acmix_deploy.runtime.onnxruntime import open_session
+from tests.operators.parts import attributes_of, every_operator, example_of, one_node_model, oracle
 from tests.operators.strategies import sizes
 from tests.plugin import kernels
 from tests.plugin.kernels import Array, Kernels, Refused, windows_of
@@ -94,6 +96,25 @@ def test_equals_oracle(library, operator, data):
     if operator is LOCAL_ATTENTION and data.draw(st.booleans()):
         inputs[1] = None
     check(library, operator, inputs, launch, **attributes)
+
+
+@every_operator
+def test_a_file_in_half_precision_is_run_as_the_kernels_compute_it(library, operator):
+    """By :func:`acmix_deploy.half.rounded`, but for ties; kernels on tensor cores round probabilities as well."""
+    random = np.random.default_rng(0)
+    size = example_of(operator, height=9, width=11, kernel_size=3)
+    attributes = attributes_of(operator, size)
+    inputs = [normal(random, "float16", *shape) for shape in shapes(operator, size)[: len(operator.inputs)]]
+    file = rounded(one_node_model(operator, "float16", [array.shape for array in inputs], attributes))
+    session = open_session(file)
+    feeds = {node.name: array.astype(np.float32) for node, array in zip(session.get_inputs(), inputs, strict=True)}
+    (found,) = session.run(None, feeds)
+    np.testing.assert_array_equal(found, found.astype(np.float16))
+    for kernel in operator.kernels:
+        for dtype, layout in kernel.formats:
+            if dtype == "float16":
+                y = library.launch(operator, *inputs, **attributes, layout=layout, kernel=kernel.name)
+                assert (deviation(y, found).relative_l2 or 0) < (2**-11 if kernel.name == "mma" else 2**-15)
 
 
 def of_entry(

@@ -563,7 +563,7 @@ def test_an_engine_is_run_within_its_profile(
     library = Path("libacmix_plugin.so")
     result = compare_files(*files_as_engines, random=1, provider="tensorrt", plugin=library)
     assert list(dict.fromkeys(found.input_shapes["images"] for found in result.comparisons)) == expected
-    assert opened == [{"plugin": library}, {"provider": "tensorrt", "plugin": library}]
+    assert opened == [{"provider": "cpu", "plugin": library}, {"provider": "tensorrt", "plugin": library}]
     assert {found.candidate for found in result.comparisons} == {"b.engine on tensorrt"}
 
 
