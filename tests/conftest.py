@@ -23,7 +23,7 @@ os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
 # Ultralytics has PyTorch use all cores but one; where those are busy, threads that spin at barriers hold up their own.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# PyTorch's newer exporter with free axes spends more on keeping shapes of tensors than it saves, and SymPy keeps too few.
+# With free axes PyTorch's newer exporter spends more on its cache of shapes than that saves; SymPy's is too small.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 os.environ.setdefault("SYMPY_CACHE_SIZE", "50000")
 with suppress(ModuleNotFoundError):  # not on a machine for GPU tests
