@@ -33,7 +33,7 @@ from acmix_deploy.report.documents import (
 from acmix_deploy.report.folder import Folder, read_folder
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.report.show_verification import detections, notes
-from acmix_deploy.verify import DetectionComparison, Verification
+from acmix_deploy.verify import DetectionComparison, LayerErrors, Verification
 from acmix_deploy.verify.detections import ImageComparison
 from acmix_deploy.verify.picture import COLOURS, halves
 
@@ -199,6 +199,8 @@ def _errors(folder: Folder) -> Iterator[Part]:
         )
         if found.half:
             yield Part("Magnitudes in float16", name, table=_grid(tables.half(found)))
+        for along in found.layers:
+            yield _along(name, along)
     for name, half in folder.of(Fp16Document).items():
         yield Part(
             "In float32 beside float16", name, table=_grid(tables.kept_in_float32(half)), lines=tables.fp16_notes(half)
@@ -207,6 +209,16 @@ def _errors(folder: Folder) -> Iterator[Part]:
     for name, report in (*quantized.items(), *folder.of(QuantizeDocument).items()):
         yield Part("Layers in INT8", name, table=_grid(tables.quantized_layers(report)), folded=True)
         yield Part("Layers not in INT8", name, table=_grid(tables.float_layers(report)), folded=True)
+
+
+def _along(source: str, found: LayerErrors) -> Part:
+    steps = [plots.Step(one.relative_l2, one.limit, one.passed, one.block) for one in found.layers]
+    caption = (
+        f"Relative L2 of {len(steps)} tensors in the order of the graph, worst over the inputs. The line is the limit; "
+        "a cross is beyond it, and stands at the top where nothing could be compared. Shades are fused blocks."
+    )
+    worst, said = _grid(tables.worst_layers(found)), tables.layer_notes(found)
+    return Part(f"Along {found.candidate}", source, plots.depth(steps), caption, table=worst, lines=said)
 
 
 def _detections(folder: Folder) -> Iterator[Part]:
