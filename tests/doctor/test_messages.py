@@ -309,7 +309,8 @@ def test_every_example_is_explained_by_its_message_alone() -> None:
     for name, message in MESSAGES.items():
         for text in (message.example, *OTHER_WORDS.get(name, ())):
             assert names(text) == [name], text
-            assert names(f"\x1b[31m2026-01-02 03:04:05.678 [E] {text}\x1b[0m\r\n") == [name], text
+            coloured = f"{text[:9]}\x1b[1;31m{text[9:]}\x1b[0m"
+            assert names(f"2026-01-02 03:04:05.678 [E] {coloured}\r\n") == [name], text
             assert names(re.sub("(?<=.{20}) ", "\n    ", text, count=1)) == [name], text
     assert set(OTHER_WORDS) <= set(MESSAGES)
 
@@ -410,6 +411,9 @@ def test_what_a_message_names_is_told() -> None:
     assert found.named == {"node": ("/model.7/Reshape.../model.7/Transpose + a",)}
     (found,) = explain("OSError: /home/me/lib/libnvinfer_plugin.so.8: cannot open shared object file")
     assert found.named == {"library": ("libnvinfer_plugin.so.8",)}
+    (found,) = explain('External data path does not exist: "/home/me/models/model.onnx.data"')
+    assert found.named == {"file": ("model.onnx.data",)}
+    assert "/home" not in found.model_dump_json()
     (found,) = explain(f"Unsupported: ONNX export of operator {'x' * 900}")
     assert len(found.quoted) == 300
 
