@@ -37,7 +37,7 @@ class Found(BaseModel):
 
     message: str = Field(description="its name in docs/doctor.md")
     said_by: Speaker
-    line: int = Field(description="where it stands first, from 1")
+    line: int = Field(description="where it stands first, from 1, in what is searched")
     times: int = Field(description="how often it stands there")
     quoted: str = Field(description="the words by which it is known")
     named: dict[str, tuple[str, ...]] = Field(description="what it names, such as nodes, operators and versions")
