@@ -52,6 +52,7 @@ def open_session(
     optimize: bool = True,
     once: bool = False,
     reduces: bool = False,
+    lean: bool = False,
     provider: Provider = "cpu",
     plugin: Path | None = None,
 ) -> onnxruntime.InferenceSession:
@@ -67,6 +68,7 @@ def open_session(
             that grows with the square of the number of nodes.
         reduces: for a graph whose outputs are sums or maxima of many tensors: compute these as soon as a tensor is
             there, which ONNX Runtime by itself puts off until every activation is in memory.
+        lean: give memory back as soon as it is free; by itself ONNX Runtime keeps it for the next run.
         provider: what runs it.
         plugin: library that provider "tensorrt" loads.
 
@@ -83,6 +85,7 @@ def open_session(
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_reuse = not once
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
     if reduces:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     source = model if isinstance(model, (Path, bytes)) else model.SerializeToString()

@@ -239,6 +239,13 @@ def test_an_attention_that_overflows(overflowing, kept, capsys):
     assert {overflow.node for overflow in half.overflows} == {"acmix_0.attention"}
     assert "acmix_0.attention reaches" in printed.err
     assert "acmix_0.attention" in printed.out
+    mend = "acmix_0.attention" if kept == "none" else f"{kept},acmix_0.attention"
+    assert printed.err.endswith(f"keep it in floating point: --float32 {mend}\n")
+    if kept == "softmax":
+        mended = ["model-deploy/model.fused.onnx", "mended.onnx"]
+        assert main(["fp16", mended[0], "-o", mended[1], "--float32", mend]) == 0
+        assert main(["verify", *mended, "--layers"]) == 0
+        capsys.readouterr()
     pair = ["model-deploy/model.onnx", "model-deploy/model.fp16.onnx"]
     assert main(["verify", *pair]) == 1
     assert "acmix_0.attention reaches" in capsys.readouterr().err
