@@ -98,6 +98,11 @@ FAULTS: dict[FaultId, Fault] = {
         "",
         "It is exported as it is and not fused; if it should be a known block, the reason says what to change.",
     ),
+    "hidden-block": Fault(
+        "the file was quantised before it was fused: Q/DQ nodes stand in and around its blocks",
+        "acmix-deploy fuse finds no block in it, and attention runs through dequantised tensors",
+        "acmix-deploy fuse on the float file first, then acmix-deploy quantize on what that wrote.",
+    ),
     "blocked-load": Fault(
         "a configuration object (yacs, argparse) lies beside the weights",
         "PyTorch: `Unsupported global: GLOBAL yacs.config.CfgNode was not an allowed global by default`",

@@ -19,6 +19,7 @@ from acmix_deploy.detection.images import Image, opencv
 from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.history import histories
 from acmix_deploy.gate.samples import GateSamples, Measured
+from acmix_deploy.precision import SearchReport
 from acmix_deploy.profile import Machine, Profile, ProfileDocument, compare
 from acmix_deploy.report import plots, show, show_gate, show_profile, show_samples, tables
 from acmix_deploy.report.documents import (
@@ -212,8 +213,32 @@ def _precision(folder: Folder) -> Iterator[Part]:
         )
     quantized = {name: report.int8 for name, report in folder.of(ExportReport).items() if report.int8}
     for name, report in (*quantized.items(), *folder.of(QuantizeDocument).items()):
-        yield Part("Layers in INT8", name, table=_grid(tables.quantized_layers(report)), folded=True)
+        if report.search:
+            yield _search(name, report.search)
+        lines = tables.int8_notes(report)
+        yield Part("Layers in INT8", name, table=_grid(tables.quantized_layers(report)), lines=lines, folded=True)
         yield Part("Layers not in INT8", name, table=_grid(tables.float_layers(report)), folded=True)
+
+
+def _search(name: str, found: SearchReport) -> Part:
+    """What every set of layers bought; drawn by the first limit, told by all."""
+    key, limit = next(iter(found.limits.items()))
+    trials = [
+        plots.Trial(step.multiply_adds, step.figures[key], step.met, index == found.chosen)
+        for index, step in enumerate(found.steps)
+    ]
+    caption = (
+        f"Each set of layers that was tried: the share of multiply-adds in INT8, and {tables.figure_name(key)}. "
+        "The line is what is accepted; a cross is beyond a limit; the ring is what was written."
+    )
+    return Part(
+        "Search for the INT8 target",
+        name,
+        plots.trials(trials, limit),
+        caption,
+        table=_grid(tables.search_steps(found)),
+        lines=[tables.searched(found)],
+    )
 
 
 def _along(source: str, found: LayerErrors) -> Iterator[Part]:

@@ -176,6 +176,42 @@ def history(medians: Sequence[float], bounds: Floats, names: Sequence[str]) -> P
     return _draw(_HEIGHT, paint)
 
 
+class Trial(NamedTuple):
+    """A set of layers in INT8."""
+
+    share: float
+    """Of the multiply-adds that is in INT8, 0 to 1."""
+    loss: float
+    met: bool
+    kept: bool
+
+
+def trials(found: Sequence[Trial], limit: float) -> Plot:
+    """What each set loses over its share in INT8, with a line at the limit; a ring is around the one that is kept."""
+    shares, losses = [100 * trial.share for trial in found], [trial.loss for trial in found]
+    low, high = min(0.0, *losses), max(limit, *losses)
+
+    def paint(axes: Axes, width: int) -> None:
+        height = high - low or 1
+        axes.set_ylim(low - 0.1 * height, high + 0.15 * height)
+        pad = 0.05 * np.ptp(shares) or 1
+        left = (max(shares) - min(shares) + 2 * pad) * 90 / width  # numbers of the other axis stand there
+        axes.set_xlim(min(shares) - pad - left, max(shares) + pad)
+        axes.axhline(limit, color=_light("ink"), lw=1.5)
+        for share, trial in zip(shares, found, strict=True):
+            mark, colour = ("o", "accent") if trial.met else ("X", "bad")
+            axes.plot(share, trial.loss, mark, color=_light(colour), ms=8, mew=0)
+            if trial.kept:
+                axes.plot(share, trial.loss, "o", color="none", markeredgecolor=_light("ink"), ms=15, mew=1.5)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(max(2, width // 120)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _numbers_inside(axes)
+
+    return _draw(_HEIGHT, paint)
+
+
 def depth(steps: Sequence[Step]) -> Plot:
     """Distances along a graph on a logarithmic axis, with the line of their limits, and fused blocks by their names."""
     told = [step.value for step in steps if step.value] + [step.limit for step in steps if 0 < step.limit < np.inf]
