@@ -18,6 +18,7 @@ FaultId = Literal[
     "folded-position",
     "misplaced-argument",
     "no-block",
+    "hidden-block",
     "blocked-load",
     "missing-class",
     "refused-file",

@@ -69,7 +69,13 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
         progress("looking for blocks")
         try:
             with tempfile.TemporaryDirectory() as folder:
-                blocks = fuse(path, Path(folder, "fused.onnx"), progress=progress).found.blocks
+                fusion = fuse(path, Path(folder, "fused.onnx"), progress=progress).found
+            blocks = fusion.blocks
+            if fusion.hidden:
+                findings.append(Finding.of("hidden-block", fusion.why_hidden))
+                blocks = [block for block in blocks if block.fused]  # what hides a block is no near miss
+            elif fusion.why_hidden:
+                notes.append(fusion.why_hidden)
         except AcmixDeployError as error:
             notes.append(f"blocks cannot be looked for: {reason(error)}")
     findings += [

@@ -16,6 +16,7 @@ from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.conv_branch import ConvBranch
 from acmix_deploy.fusion.loading import by_operator, note_smallest_image, refusal
 from acmix_deploy.fusion.prepare import load
+from acmix_deploy.fusion.quantized import quantization, without_pairs
 from acmix_deploy.fusion.replace import FusedBlock, Fusion
 from acmix_deploy.fusion.sizes import sources
 from acmix_deploy.graph import count_nodes, rewrite, with_weights
@@ -25,6 +26,9 @@ from acmix_deploy.options import ConvBranchChoice
 AUTO_BRANCH: ConvBranch = "dense"
 """What "auto" means. In a prototype on a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); the CPU
 prefers the grouped one from about 128 channels, but the file is made for the target."""
+
+
+_PAIR = {"QuantizeLinear", "DequantizeLinear"}
 
 
 class FusionReport(BaseModel):
@@ -46,6 +50,12 @@ class FusionReport(BaseModel):
         description="operators that ONNX Runtime does not know, with their nodes; blocks behind these were proven on "
         "random numbers for their results",
     )
+    quantized: dict[str, int] = Field(
+        default={}, description="operators that quantise or compute in integers, and how often the file has each"
+    )
+    hidden: int = Field(
+        default=0, description="blocks that would be fused if the file were not quantised: Q/DQ nodes hide them"
+    )
     unproven: str = Field(
         default="",
         description="why ONNX Runtime refuses the fused file, where it refuses the source too: as a whole the file is "
@@ -56,6 +66,20 @@ class FusionReport(BaseModel):
     def fused(self) -> int:
         """How many blocks were fused."""
         return sum(block.fused for block in self.blocks)
+
+    @property
+    def why_hidden(self) -> str:
+        """What to say of a file that was quantised too early; empty where it was not."""
+        if self.hidden:
+            hidden = f"hide {self.hidden} block{'s' * (self.hidden > 1)}"
+        elif self.fused or self.already or not self.quantized.keys() - _PAIR:
+            return ""
+        else:
+            hidden = "hide what blocks there may be"
+        return (
+            f"it was quantised before it was fused, and {counted(self.quantized)} {hidden}: fuse the float file, then "
+            "quantise the fused one (acmix-deploy quantize)"
+        )
 
 
 def fuse(
@@ -94,6 +118,8 @@ def fuse(
     fusion = Fusion(graph, [*model.functions], sources(graph, model.functions), branch, progress)
     for family in FAMILIES:
         fusion.fuse(family)
+    quantized = quantization(model)
+    hidden = _hidden(model, branch, fusion, progress) if quantized else 0
     fused = _written(model, before, fusion)
     report = FusionReport(
         blocks=fusion.blocks,
@@ -103,12 +129,16 @@ def fuse(
         already=already,
         inlined=inlined,
         unknown=by_operator(fusion.inputs),
+        quantized=quantized,
+        hidden=hidden,
     )
     if expect is not None and report.fused != expect:
         reasons = "; ".join(f"{block.name}: {block.reason}" for block in report.blocks if not block.fused)
         raise CheckFailed(
             f"{report.fused} blocks fused in {source}, expected {expect}",
-            f"Left alone: {reasons}"
+            f"{report.why_hidden[0].upper()}{report.why_hidden[1:]}."
+            if report.why_hidden
+            else f"Left alone: {reasons}"
             if reasons
             else f"It is fused already: it has {counted(already)}."
             if already
@@ -127,6 +157,16 @@ def fuse(
         onnx.save(fused, temporary)
     settings = {"conv_branch": conv_branch}
     return Made(write_artifact(target, "fused", parents=with_weights(source), settings=settings), report)
+
+
+def _hidden(model: onnx.ModelProto, branch: ConvBranch, found: Fusion, progress: Callable[[str], None]) -> int:
+    """How many more blocks would be fused without Q/DQ pairs."""
+    progress("looking for blocks behind Q/DQ nodes")
+    graph = gs.import_onnx(without_pairs(model))
+    plain = Fusion(graph, [*model.functions], sources(graph, model.functions), branch, progress)
+    for family in FAMILIES:
+        plain.fuse(family)
+    return max(0, len(plain.fused) - len(found.fused))
 
 
 def _written(model: onnx.ModelProto, before: list[gs.Node], fusion: Fusion) -> onnx.ModelProto:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
 from acmix_deploy.detection.boxes import no_detector, unlike_detector
 from acmix_deploy.detection.heads import unlike_told
-from acmix_deploy.detection.images import batches, find
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
@@ -31,8 +31,11 @@ from acmix_deploy.graph import Feeds, fed, name_nodes, read, tidied, with_weight
 from acmix_deploy.half import runnable
 from acmix_deploy.onnx_file import opset as opset_of
 from acmix_deploy.options import FLOAT32, Method
+from acmix_deploy.precision.cost import multiply_adds
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
 from acmix_deploy.precision.ranges import calibrate
+from acmix_deploy.precision.samples import Samples, doubts
+from acmix_deploy.precision.search import Excluded, Goal, Judge, SearchReport, search
 from acmix_deploy.runtime.metrics import Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
 
@@ -53,6 +56,7 @@ class QuantizedLayer(BaseModel):
     relative_l2: float = Field(
         description="error of its output over the calibration images, if this layer alone were in INT8"
     )
+    multiply_adds: int = Field(default=0, description="for a batch of the calibration")
 
 
 class FloatLayer(BaseModel):
@@ -63,6 +67,7 @@ class FloatLayer(BaseModel):
     name: str = Field(description="name of its node")
     weight: str = Field(description="name of its second input")
     reason: str = Field(description="why it is not in INT8")
+    multiply_adds: int = Field(default=0, description="for a batch of the calibration")
 
 
 class Int8Report(BaseModel):
@@ -86,6 +91,16 @@ class Int8Report(BaseModel):
     outputs: dict[str, Deviation] = Field(description="error of each output; of boxes and scores, where they are known")
     bytes_before: int = Field(description="size of the float file")
     bytes_after: int = Field(description="size of the INT8 file")
+    search: SearchReport | None = Field(default=None, description="how a target was met, where there is one")
+    notes: list[str] = Field(
+        default=[], description="why the calibration may be wrong, and where the error begins if it is large"
+    )
+
+    @property
+    def int8_share(self) -> float:
+        """The share of the multiply-adds that is in INT8, 0 to 1."""
+        quantized = sum(layer.multiply_adds for layer in self.layers)
+        return quantized / max(1, quantized + sum(layer.multiply_adds for layer in self.float_layers))
 
 
 class Layers(NamedTuple):
@@ -107,6 +122,7 @@ def quantize(
     float32: Sequence[str] = FLOAT32,
     image_size: tuple[int, int] | None = None,
     limit: int = 256,
+    goal: Goal | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Made[Int8Report]:
     """Write a float32 ONNX file as one whose convolutions and matrix products are INT8.
@@ -126,12 +142,16 @@ def quantize(
         float32: what stays in float32 then; ranges are seen on the images that errors are measured on.
         image_size: height and width where the file leaves them free; by default what its metadata tell, else 640.
         limit: how many images to read at most.
+        goal: leave more layers in floating point until the file meets it, see
+            :func:`acmix_deploy.precision.search.search`. Where none does, the best one is written to
+            :func:`best_beside` instead.
         progress: told what is being done.
 
     Raises:
         UserError: the file cannot be used, is quantised already or of too low an opset, or says that it is a detector
-            and gives something else than boxes and scores; there is no readable image; a pattern fits nothing.
-        MissingComponent: OpenCV is not installed.
+            and gives something else than boxes and scores; there is no readable image; a pattern fits nothing; the
+            images of the goal cannot be used.
+        MissingComponent: OpenCV, or what measures the goal, is not installed.
     """
     check_output(target, source)
     session = open_session(source)
@@ -146,29 +166,57 @@ def quantize(
         kept_by_pattern(model, float32)  # before the long work
     shape = _shape(session, source, metadata, image_size)
     (name,) = (node.name for node in inputs_of(session))
-    photos = find(calibration, limit)
-
-    def feeds() -> Iterator[Feeds]:
-        return ({name: batch} for batch in batches(photos.paths, [shape], metadata.letterbox))
-
     del session
-    progress(f"calibrating on {len(photos.paths)} images")
-    inputs = dict.fromkeys(node.input[0] for node in chosen.quantized)
-    ranges = calibrate(model, inputs, feeds, method)
-    progress("quantising")
-    typed = _insert(model, chosen.quantized, ranges)
-    samples = list(islice(feeds(), _MEASURED))
+    images = Samples.find(calibration, limit, name, shape, metadata)
+    judge = None
+    if goal:
+        progress("measuring the float file")
+        judge = goal.judge(source, shape)
+    progress("looking at the calibration images")
+    notes = doubts(images, source)
+    progress(f"calibrating on {len(images.paths)} images")
+    ranges = calibrate(model, dict.fromkeys(node.input[0] for node in chosen.quantized), images.feeds, method)
     progress("measuring each layer")
-    layers = _measure(model, typed, chosen.quantized, samples)
-    half = None
-    if fp16:
-        progress("converting the rest to float16")
-        typed, half = halved(typed, float32=float32, samples=samples)
-    with replacing(target) as temporary:
-        onnx.save(typed, temporary)
-        progress("measuring the outputs")
-        outputs = _compare(source, temporary, samples, metadata)
+    samples = list(islice(images.feeds(), _MEASURED))
+    costs = multiply_adds(model, compute_nodes(model), samples[0])
+    measured = _measure(model, chosen.quantized, ranges, samples)
+    layers = [
+        QuantizedLayer(name=node.name, weight=node.input[1], relative_l2=error, multiply_adds=costs[node.name])
+        for node, error in sorted(measured, key=lambda found: found[1], reverse=True)
+    ]
+    half: Fp16Report | None = None
+
+    def typed(excluded: Excluded = frozenset()) -> onnx.ModelProto:
+        nonlocal half
+        quantized = _insert(model, [node for node in chosen.quantized if node.name not in excluded], ranges)
+        if fp16:
+            quantized, half = halved(quantized, float32=float32, samples=samples)
+        return quantized
+
+    found = None
+    if goal and judge:
+        sensitive = {layer.name: layer.multiply_adds for layer in layers}
+        found = search(sensitive, sum(costs.values()), typed, judge, goal, progress)
+        notes += _of_the_search(found, judge, images)
+        target = target if found.met else best_beside(target)
+    progress("quantising")
+    excluded = frozenset(found.excluded) if found else Excluded()
+    try:
+        with replacing(target) as temporary:
+            onnx.save(typed(excluded), temporary)
+            progress("measuring the outputs")
+            outputs = _compare(source, temporary, samples, metadata)
+    except UserError as error:  # a full disk
+        if excluded:
+            again = " ".join(f"--exclude {shlex.quote(name)}" for name in sorted(excluded))
+            error.hint += f" What the search found is made again, without a search, by {again}"
+        raise
     rest: Literal["float32", "float16"] = "float16" if fp16 else "float32"
+    left = [
+        FloatLayer(name=layer.name, weight=layer.weight, reason="left by the search for the target")
+        for layer in layers
+        if layer.name in excluded
+    ]
     report = Int8Report(
         method=method,
         rest=rest,
@@ -176,18 +224,20 @@ def quantize(
         fp16=half,
         opset=opset_of(model),
         input_shape=shape,
-        images=len(photos.paths),
-        measured=min(len(photos.paths), len(samples) * shape[0]),
-        skipped=[f"{name}: {why}" for name, why in photos.skipped.items()],
-        layers=sorted(layers, key=lambda layer: layer.relative_l2, reverse=True),
-        float_layers=chosen.kept,
+        images=len(images.paths),
+        measured=min(len(images.paths), len(samples) * shape[0]),
+        skipped=images.skipped,
+        layers=[layer for layer in layers if layer.name not in excluded],
+        float_layers=[layer.model_copy(update={"multiply_adds": costs[layer.name]}) for layer in (*left, *chosen.kept)],
         outputs=outputs,
         bytes_before=source.stat().st_size,
         bytes_after=target.stat().st_size,
+        search=found,
+        notes=notes,
     )
     settings = {
         "method": method,
-        "exclude": list(exclude),
+        "exclude": [*exclude, *(found.excluded if found else ())],
         "quantize_head": quantize_head,
         "fp16": fp16,
         "float32": list(float32),
@@ -197,6 +247,21 @@ def quantize(
     return Made(write_artifact(target, "int8", parents=with_weights(source), settings=settings), report)
 
 
+def best_beside(target: Path) -> Path:
+    """Where the best file goes that does not meet its goal."""
+    return target.with_name(f"{target.stem}.best{target.suffix}")
+
+
+def _of_the_search(found: SearchReport, judge: Judge, images: Samples) -> list[str]:
+    """What to say of a search beside its steps."""
+    notes = [*judge.notes]
+    if shared := {path.resolve() for path in images.paths} & {path.resolve() for path in judge.images}:
+        notes.append(f"{len(shared)} images were calibrated on and judged on: on others more may be lost")
+    if found.stopped:
+        notes.append(f"the search was stopped ({found.stopped}): fewer layers in floating point may do")
+    return notes
+
+
 def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quantize_head: bool = False) -> Layers:
     """What becomes INT8 among the nodes of the main graph, and why the others do not; function bodies never do.
 
@@ -204,7 +269,7 @@ def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quanti
         UserError: a pattern fits no layer, or nothing is left.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    compute = [node for node in model.graph.node if node.op_type in _COMPUTE and node.domain in ("", "ai.onnx")]
+    compute = compute_nodes(model)
     excluded = {pattern: [node for node in compute if fits(node, pattern, weights)] for pattern in exclude}
     for pattern, fitting in excluded.items():
         if not fitting:
@@ -234,6 +299,11 @@ def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quanti
         reasons = "; ".join(f"{node.name}: {why}" for node, why in found[:3])
         raise UserError(f"no layer is left to quantise ({reasons or 'the graph has none'})")
     return Layers(quantized, [FloatLayer(name=n.name, weight=n.input[1], reason=why) for n, why in found if why])
+
+
+def compute_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The convolutions and matrix products of the main graph."""
+    return [node for node in model.graph.node if node.op_type in _COMPUTE and node.domain in ("", "ai.onnx")]
 
 
 def head(model: onnx.ModelProto) -> set[str]:
@@ -363,9 +433,10 @@ def _insert(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], ranges: di
 
 
 def _measure(
-    model: onnx.ModelProto, typed: onnx.ModelProto, layers: Sequence[onnx.NodeProto], samples: Sequence[Feeds]
-) -> list[QuantizedLayer]:
+    model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], ranges: dict[str, float], samples: Sequence[Feeds]
+) -> list[tuple[onnx.NodeProto, float]]:
     """The error of each layer in a graph where what follows it reads its float twin, so that no two errors add up."""
+    typed = _insert(model, layers, ranges)
     twins = {node.name: node for node in layers}
     both = onnx.ModelProto()
     both.CopyFrom(typed)
@@ -388,10 +459,7 @@ def _measure(
     both.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in present)
     session = open_session(both, reduces=True)
     powers = np.sum([session.run(None, feed) for feed in samples], axis=0, dtype=np.float64).reshape(-1, 2)
-    return [
-        QuantizedLayer(name=node.name, weight=node.input[1], relative_l2=float(np.sqrt(error / (power or 1))))
-        for node, (error, power) in zip(order, powers, strict=True)
-    ]
+    return [(node, float(np.sqrt(error / (power or 1)))) for node, (error, power) in zip(order, powers, strict=True)]
 
 
 def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: ModelMetadata) -> dict[str, Deviation]:

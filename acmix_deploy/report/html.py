@@ -19,6 +19,7 @@ from acmix_deploy.detection.images import Image, opencv
 from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.history import histories
 from acmix_deploy.gate.samples import GateSamples, Measured
+from acmix_deploy.precision import SearchReport
 from acmix_deploy.profile import Machine, Profile, ProfileDocument, compare
 from acmix_deploy.report import plots, show, show_gate, show_profile, show_samples, tables
 from acmix_deploy.report.documents import (
@@ -197,28 +198,61 @@ def _errors(folder: Folder) -> Iterator[Part]:
             caption,
             table=_grid(tables.errors(found)),
         )
+
+
+def _precision(folder: Folder) -> Iterator[Part]:
+    """What a reduced type does inside a file, and what was left out of it."""
+    for name, found in _verifications(folder):
+        for along in found.layers:
+            yield from _along(name, along)
         if found.half:
             yield Part("Magnitudes in float16", name, table=_grid(tables.half(found)))
-        for along in found.layers:
-            yield _along(name, along)
     for name, half in folder.of(Fp16Document).items():
         yield Part(
             "In float32 beside float16", name, table=_grid(tables.kept_in_float32(half)), lines=tables.fp16_notes(half)
         )
     quantized = {name: report.int8 for name, report in folder.of(ExportReport).items() if report.int8}
     for name, report in (*quantized.items(), *folder.of(QuantizeDocument).items()):
-        yield Part("Layers in INT8", name, table=_grid(tables.quantized_layers(report)), folded=True)
+        if report.search:
+            yield _search(name, report.search)
+        lines = tables.int8_notes(report)
+        yield Part("Layers in INT8", name, table=_grid(tables.quantized_layers(report)), lines=lines, folded=True)
         yield Part("Layers not in INT8", name, table=_grid(tables.float_layers(report)), folded=True)
 
 
-def _along(source: str, found: LayerErrors) -> Part:
+def _search(name: str, found: SearchReport) -> Part:
+    """What every set of layers bought; drawn by the first limit, told by all."""
+    key, limit = next(iter(found.limits.items()))
+    trials = [
+        plots.Trial(step.multiply_adds, step.figures[key], step.met, index == found.chosen)
+        for index, step in enumerate(found.steps)
+    ]
+    caption = (
+        f"Each set of layers that was tried: the share of multiply-adds in INT8, and {tables.figure_name(key)}. "
+        "The line is what is accepted; a cross is beyond a limit; the ring is what was written."
+    )
+    return Part(
+        "Search for the INT8 target",
+        name,
+        plots.trials(trials, limit),
+        caption,
+        table=_grid(tables.search_steps(found)),
+        lines=[tables.searched(found)],
+    )
+
+
+def _along(source: str, found: LayerErrors) -> Iterator[Part]:
     steps = [plots.Step(one.relative_l2, one.limit, one.passed, one.block) for one in found.layers]
     caption = (
         f"Relative L2 of {len(steps)} tensors in the order of the graph, worst over the inputs. The line is the limit; "
         "a cross is beyond it, and stands at the top where nothing could be compared. Shades are fused blocks."
     )
     worst, said = _grid(tables.worst_layers(found)), tables.layer_notes(found)
-    return Part(f"Along {found.candidate}", source, plots.depth(steps), caption, table=worst, lines=said)
+    yield Part(f"Along {found.candidate}", source, plots.depth(steps), caption, table=worst, lines=said)
+    if errors := [step.value for step in steps if step.value]:
+        limit = min(step.limit for step in steps)
+        caption = f"How many of these tensors have which error; {len(steps) - len(errors)} without one are left out."
+        yield Part(f"Errors within {found.candidate}", source, plots.histogram(errors, limit), caption)
 
 
 def _detections(folder: Folder) -> Iterator[Part]:
@@ -393,6 +427,7 @@ _SECTIONS: dict[str, Callable[[Folder], Iterator[Part]]] = {
     "What was fused": _fused,
     "Files": _files,
     "Error": _errors,
+    "Precision": _precision,
     "Detections": _detections,
     "Latency": _latency,
     "Gate": _gate,

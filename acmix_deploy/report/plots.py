@@ -176,6 +176,42 @@ def history(medians: Sequence[float], bounds: Floats, names: Sequence[str]) -> P
     return _draw(_HEIGHT, paint)
 
 
+class Trial(NamedTuple):
+    """A set of layers in INT8."""
+
+    share: float
+    """Of the multiply-adds that is in INT8, 0 to 1."""
+    loss: float
+    met: bool
+    kept: bool
+
+
+def trials(found: Sequence[Trial], limit: float) -> Plot:
+    """What each set loses over its share in INT8, with a line at the limit; a ring is around the one that is kept."""
+    shares, losses = [100 * trial.share for trial in found], [trial.loss for trial in found]
+    low, high = min(0.0, *losses), max(limit, *losses)
+
+    def paint(axes: Axes, width: int) -> None:
+        height = high - low or 1
+        axes.set_ylim(low - 0.1 * height, high + 0.15 * height)
+        pad = 0.05 * np.ptp(shares) or 1
+        left = (max(shares) - min(shares) + 2 * pad) * 90 / width  # numbers of the other axis stand there
+        axes.set_xlim(min(shares) - pad - left, max(shares) + pad)
+        axes.axhline(limit, color=_light("ink"), lw=1.5)
+        for share, trial in zip(shares, found, strict=True):
+            mark, colour = ("o", "accent") if trial.met else ("X", "bad")
+            axes.plot(share, trial.loss, mark, color=_light(colour), ms=8, mew=0)
+            if trial.kept:
+                axes.plot(share, trial.loss, "o", color="none", markeredgecolor=_light("ink"), ms=15, mew=1.5)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(max(2, width // 120)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _numbers_inside(axes)
+
+    return _draw(_HEIGHT, paint)
+
+
 def depth(steps: Sequence[Step]) -> Plot:
     """Distances along a graph on a logarithmic axis, with the line of their limits, and fused blocks by their names."""
     told = [step.value for step in steps if step.value] + [step.limit for step in steps if 0 < step.limit < np.inf]
@@ -206,6 +242,30 @@ def depth(steps: Sequence[Step]) -> Plot:
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(numticks=8))
         axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        _numbers_inside(axes)
+
+    return _draw(_HEIGHT, paint)
+
+
+def histogram(values: Sequence[float], limit: float) -> Plot:
+    """How many of some positive values are how large, by four bars a decade of a logarithmic axis, with their limit."""
+    low = np.floor(np.log10(min(values, default=1e-6)))
+    high = np.ceil(np.log10(max([*values, limit if np.isfinite(limit) else 0.0, 10**low * 10])))
+    edges = np.logspace(low, high, int(4 * (high - low)) + 1)
+    counts, _ = np.histogram(values, edges)
+
+    def paint(axes: Axes, width: int) -> None:
+        axes.set_xscale("log")
+        pixel = 10 ** ((high - low) / width)
+        axes.set_xlim(edges[0] / pixel**60, edges[-1] * pixel**25)  # numbers of the other axis stand at the left
+        axes.set_ylim(0, max(counts, default=0) * 1.15 or 1)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_light("accent"), edgecolor="none", alpha=0.7)
+        if np.isfinite(limit):
+            axes.axvline(limit, color=_light("ink"), lw=1.5)
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(numticks=width // 70))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
         _numbers_inside(axes)
 
     return _draw(_HEIGHT, paint)

@@ -76,6 +76,7 @@ def notes(report: ExportReport) -> list[str]:
     faults = [FAULTS[fault].of_block for fault in report.reference.repaired]
     repaired = (f"repaired, so that the model runs here: {fault}" for fault in faults)
     found = [*report.notes, *repaired, *report.export.notes, *fusion_notes(report.fusion)]
+    found += report.int8.notes if report.int8 else []
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped
         found.append(f"{len(skipped)} calibration images could not be read: {'; '.join(skipped)}")

@@ -19,6 +19,8 @@ from acmix_deploy.report.tables import (
     kernels,
     output_errors,
     quantized_layers,
+    search_steps,
+    searched,
 )
 from acmix_deploy.report.target import obstacles, plugin_notes
 
@@ -54,12 +56,17 @@ def show_int8(found: QuantizeDocument, console: Console) -> None:
     console.print(float_layers(found))
     console.print(f"\nError of the whole file, on {found.measured} calibration images:")
     console.print(output_errors(found))
+    if found.search:
+        console.print("\nSearch for the target:")
+        console.print(search_steps(found.search))
+        console.print(searched(found.search))
     notes = int8_notes(found)
     if found.skipped:
         notes.append(f"{len(found.skipped)} images could not be read: {'; '.join(found.skipped)}")
     for note in notes:
         console.print(f"Note: {note}", style="yellow")
     console.print(f"{len(found.layers)} layers in INT8, calibrated on {found.images} images")
+    console.print(f"{found.int8_share:.1%} of the multiply-adds of all layers are in INT8")
     sizes = f"{found.bytes_before / 1e6:.2f} MB became {found.bytes_after / 1e6:.2f} MB"
     console.print(f"{sizes}: {found.artifact.path}")
 

@@ -15,7 +15,7 @@ from acmix_deploy.fusion import FusionReport
 from acmix_deploy.manifest import Manifest
 from acmix_deploy.onnx_file import counted
 from acmix_deploy.plugin.library import Library
-from acmix_deploy.precision import Fp16Report, Int8Report
+from acmix_deploy.precision import Fp16Report, Int8Report, SearchReport
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import LayerErrors, Verification
 
@@ -59,6 +59,8 @@ def fusion_notes(fusion: FusionReport) -> list[str]:
     found = []
     if fusion.already:
         found.append(f"the file was fused before: it has {counted(fusion.already)} already")
+    if fusion.why_hidden:
+        found.append(fusion.why_hidden)
     if fusion.inlined:
         found.append(f"local functions are put in place of their calls: {', '.join(fusion.inlined)}")
     found += [
@@ -153,13 +155,14 @@ def fp16_notes(report: Fp16Report) -> list[str]:
 
 
 def int8_notes(report: Int8Report) -> list[str]:
-    """What it costs that the attention is in float32."""
+    """Why the calibration may be wrong, and what it costs that the attention is in float32."""
     if report.rest == "float16" or not report.attention:
-        return []
+        return report.notes
     return [
+        *report.notes,
         f"the attention ({', '.join(report.attention)}) computes in float32, as all between the layers. From TensorRT "
         "10 on types come from the file, and in float32 the plugin has scalar kernels alone, none for tensor cores: "
-        "use --fp16 there, which needs a file of opset 19"
+        "use --fp16 there, which needs a file of opset 19",
     ]
 
 
@@ -171,6 +174,44 @@ def quantized_layers(report: Int8Report, most: int = 12) -> Table:
     if rest := report.layers[most:]:
         rows.add_row(f"and {len(rest)} more", "", f"at most {rest[0].relative_l2:.1e}")
     return rows
+
+
+def search_steps(search: SearchReport) -> Table:
+    """The sets of layers that were tried for a target, and what each has."""
+    names = list(search.steps[0].figures)
+    heads = "step", "tried", "layers in INT8", "of multiply-adds"
+    rows = table(*heads, *map(figure_name, names), "s", "", numeric=(0, 2, 3, *range(4, 5 + len(names))))
+    for index, step in enumerate(search.steps):
+        figures = [f"{step.figures[name]:.4g}" for name in names]
+        counts = str(step.layers), f"{step.multiply_adds:.1%}"
+        kept = " (kept)" if index == search.chosen else ""
+        outcome = Cell(f"ok{kept}", "good") if step.met else Cell(f"beyond{kept}", "bad")
+        rows.add_row(str(index + 1), step.trial, *counts, *figures, f"{step.seconds:.1f}", outcome)
+    return rows
+
+
+def searched(search: SearchReport) -> str:
+    """What a search found, in a sentence."""
+    told = ", ".join(
+        f"{figure_name(name)} {search.best.figures[name]:.3g} ({limit:g} is accepted)"
+        for name, limit in search.limits.items()
+    )
+    reference = ", ".join(f"{figure_name(name)} {value:.4g}" for name, value in search.reference.items())
+    left = ", ".join(search.excluded) or "none"
+    return f"On {search.images} images, where the float file has {reference}: {told}; left in floating point: {left}"
+
+
+def figure_name(name: str) -> str:
+    """What a judge measures, in words."""
+    known = {
+        "map50": "mAP50",
+        "map50_95": "mAP50-95",
+        "map_drop": "drop, points",
+        "map_drop_error": "+-",
+        "lost": "lost or added",
+        "score_change": "score change",
+    }
+    return known.get(name, name)
 
 
 def float_layers(report: Int8Report) -> Table:

@@ -20,7 +20,13 @@ from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.models import Model
 
+UNUSABLE = 0.1
+"""Share of the labels that may be malformed or of a class that the model does not have; these are left out."""
+
 _LEAST = 0.001  # confidence, as Ultralytics' `val` has it
+_EDGE = 0.01  # beyond the image's edge, as a share of it, that a label may lie for rounding
+_SHOWN = 3  # labels that are named
+HINT = "Labels are in YOLO's form: a class, then x, y, width and height as shares of the image, 0 to 1."
 
 
 class Accuracy(BaseModel):
@@ -42,6 +48,31 @@ class Labels(NamedTuple):
     """[N]"""
     boxes: Boxes
     """[N, 4], corners (x1, y1, x2, y2) as shares of the image."""
+    unusable: tuple[str, ...] = ()
+    """What is wrong with each of the other lines."""
+
+
+class Seen(NamedTuple):
+    """One image."""
+
+    labels: Labels
+    detections: Detections
+    size: tuple[int, int]
+    """Height and width in pixels."""
+
+
+class Truth(NamedTuple):
+    """Labelled images."""
+
+    labels: dict[Path, Labels]
+    """By image."""
+    notes: tuple[str, ...]
+    """Which labels are left out."""
+
+    @property
+    def objects(self) -> int:
+        """How many there are in all images."""
+        return sum(len(labels.classes) for labels in self.labels.values())
 
 
 def label_file(image: Path) -> Path:
@@ -52,33 +83,68 @@ def label_file(image: Path) -> Path:
     return Path(*parts)
 
 
-def read_labels(path: Path, task: str | None) -> Labels:
+def read_labels(path: Path, metadata: ModelMetadata) -> Labels:
     """The labels of an image, a line for each object: class, then x, y, width and height of its box (and keypoints
     behind it, of the task "pose"), or the points of its outline; as shares of the image.
 
-    Raises:
-        UserError: a line is something else.
+    Args:
+        path: the file. Lines that are something else are left out.
+        metadata: tell the task, and the names of the classes where all others are left out.
     """
-    classes, boxes = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    classes, boxes, unusable = [], [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
+        where = f"{path.name}, line {number}"
         try:
-            kind, *values = map(float, line.split())
-            classes.append(int(kind))
-            if len(values) > 4 and task != "pose":
-                points = np.array(values).reshape(-1, 2)
-                box = [*points.min(axis=0), *points.max(axis=0)]
-            else:
-                x, y, width, height = values[:4]
-                box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-        except ValueError as error:
-            raise UserError(
-                f"{path}, line {number} is {line!r:.60}, and expected are a class and x, y, width and height",
-                "Labels are in YOLO's form: shares of the image, 0 to 1, behind the class.",
-            ) from error
+            kind, box = _parsed(line, metadata.task)
+        except ValueError:
+            unusable.append(f"{where} is {line!r:.60}")
+            continue
+        if metadata.names and kind not in metadata.names:
+            unusable.append(f"{where} is of the class {kind}, and the model has {len(metadata.names)}")
+            continue
+        classes.append(kind)
         boxes.append(box)
-    return Labels(np.array(classes, np.int64), np.array(boxes, np.float32).reshape(-1, 4))
+    return Labels(np.array(classes, np.int64), np.array(boxes, np.float32).reshape(-1, 4), tuple(unusable))
+
+
+def _parsed(line: str, task: str | None) -> tuple[int, list[float]]:
+    """Class and corners. Raises ValueError where a line is no label."""
+    kind, *values = map(float, line.split())
+    if kind != int(kind) or kind < 0:
+        raise ValueError(line)
+    if len(values) > 4 and task != "pose":
+        points = np.array(values).reshape(-1, 2)
+        box = [*points.min(axis=0), *points.max(axis=0)]
+    else:
+        x, y, width, height = values[:4]
+        box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+    if not all(-_EDGE <= edge <= 1 + _EDGE for edge in box):
+        raise ValueError(line)
+    return int(kind), box
+
+
+def read_truth(images: Sequence[Path], metadata: ModelMetadata) -> Truth:
+    """The labels of all images.
+
+    Args:
+        images: with labels, see :func:`label_file`.
+        metadata: see :func:`read_labels`.
+
+    Raises:
+        UserError: more than :data:`UNUSABLE` of the labels cannot be used.
+    """
+    truth = {image: read_labels(label_file(image), metadata) for image in images}
+    unusable = [why for labels in truth.values() for why in labels.unusable]
+    found = Truth(truth, ())
+    shown = "; ".join(unusable[:_SHOWN]) + (f"; and {len(unusable) - _SHOWN} more" if len(unusable) > _SHOWN else "")
+    count = found.objects + len(unusable)
+    if len(unusable) > UNUSABLE * count:
+        raise UserError(
+            f"{len(unusable)} of {count} labels cannot be used, and at most {UNUSABLE:.0%} may be so: {shown}", HINT
+        )
+    return found._replace(notes=(f"{len(unusable)} of {count} labels are left out: {shown}",) if unusable else ())
 
 
 def labelled(images: Sequence[Path]) -> list[Path]:
@@ -86,21 +152,28 @@ def labelled(images: Sequence[Path]) -> list[Path]:
     return [image for image in images if label_file(image).is_file()]
 
 
-def measure(model: Model, shape: Shape, images: Sequence[Path], metadata: ModelMetadata) -> Accuracy:
-    """Run a file on labelled images and compare the boxes that it finds with the labels.
+def measure(model: Model, shape: Shape, truth: Truth, metadata: ModelMetadata) -> Accuracy:
+    """Run a file on labelled images and compare the boxes that it finds with the labels. See :func:`look`."""
+    map50, map50_95 = average_precision(look(model, shape, truth, metadata))
+    name = model.runner.name
+    return Accuracy(name=name, images=len(truth.labels), objects=truth.objects, map50=map50, map50_95=map50_95)
+
+
+def look(model: Model, shape: Shape, truth: Truth, metadata: ModelMetadata) -> list[Seen]:
+    """Run a file on labelled images.
 
     Args:
         model: of a task whose boxes are along the axes of the image; not active.
         shape: [B, 3, H, W] to run it at.
-        images: with labels, see :func:`label_file`.
+        truth: what is in which images.
         metadata: what the file gives, and how images are fitted.
 
     Raises:
-        UserError: labels cannot be read, or the outputs cannot be decoded.
+        UserError: the outputs cannot be decoded.
         MissingComponent: pycocotools is not installed.
     """
     _coco()
-    truth = {image: read_labels(label_file(image), metadata.task) for image in images}
+    images = list(truth.labels)
     found: dict[Path, Detections] = {}
     sizes: dict[Path, tuple[int, int]] = {}
     (node,) = model.inputs
@@ -114,13 +187,10 @@ def measure(model: Model, shape: Shape, images: Sequence[Path], metadata: ModelM
             each = decode(head, outputs, batch.placements, confidence=_LEAST, iou=IOU, most=MOST)
             for path, placement, detections in zip(batch.paths, batch.placements, each, strict=True):
                 found[path], sizes[path] = detections, placement.original
-    map50, map50_95 = _average_precision([(truth[image], found[image], sizes[image]) for image in images])
-    count = sum(len(labels.classes) for labels in truth.values())
-    name = model.runner.name
-    return Accuracy(name=name, images=len(images), objects=count, map50=round(map50, 5), map50_95=round(map50_95, 5))
+    return [Seen(truth.labels[image], found[image], sizes[image]) for image in images]
 
 
-def _average_precision(images: Sequence[tuple[Labels, Detections, tuple[int, int]]]) -> tuple[float, float]:
+def average_precision(images: Sequence[Seen]) -> tuple[float, float]:
     """At an overlap of 0.5, and averaged over those from 0.5 to 0.95; of every class that is in the labels."""
     coco, evaluator = _coco()
     annotations: list[dict[str, Any]] = []
@@ -152,7 +222,7 @@ def _average_precision(images: Sequence[tuple[Labels, Detections, tuple[int, int
         evaluation.evaluate()
         evaluation.accumulate()
     precision: Any = evaluation.eval["precision"][:, :, :, 0, 0]  # [overlaps, recalls, classes], of objects of any size
-    return float(precision[0].mean()), float(precision.mean())
+    return round(float(precision[0].mean()), 5), round(float(precision.mean()), 5)
 
 
 def _coco() -> tuple[Any, Any]:

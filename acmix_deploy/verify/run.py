@@ -28,7 +28,7 @@ from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner, precision_of
 from acmix_deploy.runtime.reason import reason
-from acmix_deploy.verify.accuracy import Accuracy, labelled, measure
+from acmix_deploy.verify.accuracy import Accuracy, labelled, measure, read_truth
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.distances import Part, distances
 from acmix_deploy.verify.half import HalfRange, half_range
@@ -311,8 +311,12 @@ def _accuracy(
     if not photos or not metadata.detects or metadata.task in ("classify", "obb"):
         return (), ()
     try:
+        truth = read_truth(photos, metadata)
+    except UserError as error:  # of files that may be something else
+        return (), (f"mean average precision was not measured: {error.message}",)
+    try:
         with G_LOGGER.verbosity(_SILENT):
-            return tuple(measure(model, shape, photos, metadata) for model in models), ()
+            return tuple(measure(model, shape, truth, metadata) for model in models), truth.notes
     except MissingComponent as error:
         return (), (f"{error.message}: {error.hint}",)
 

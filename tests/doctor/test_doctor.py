@@ -25,8 +25,11 @@ import tests.families.test_swin_acmix as swin
 from acmix_deploy import __version__, cli
 from acmix_deploy.artifacts import write_artifact
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.doctor import Examination, environment, examine, machine
+from acmix_deploy.doctor import machine
+from acmix_deploy.doctor.diagnosis import Examination
 from acmix_deploy.doctor.faults import FAULTS
+from acmix_deploy.doctor.files import examine
+from acmix_deploy.doctor.machine import environment
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
@@ -38,6 +41,7 @@ from tests.engine.parts import make_engine
 from tests.families.parts import export as traced
 from tests.families.test_recognise_module import Port, port
 from tests.fusion.test_fuse import Frozen, Published, position_map, randomised
+from tests.precision.test_quantised_before import plain, quantised
 from tests.serving.parts import selected, tiny
 
 
@@ -604,6 +608,14 @@ def test_what_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for name in ("text.txt", "empty.pt", "missing"):
         assert cli.main(["doctor", str(tmp_path / name)]) == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_file_that_was_quantised_before_it_was_fused(tmp_path: Path) -> None:
+    examined = examine(quantised(plain(tmp_path / "plain.onnx", randomised(ACmix(8, 8, head=2)))), progress=str)
+    (finding,) = examined.findings
+    assert finding.fault == "hidden-block"
+    assert "hide 1 block: fuse the float file" in finding.found
+    assert "acmix-deploy fuse on the float file first" in finding.remedy
 
 
 def test_every_fault_has_a_test() -> None:

@@ -275,6 +275,14 @@ def test_errors_along_a_graph_are_drawn_for_both_widths() -> None:
         assert "<svg" in plots.depth(few).wide
 
 
+def test_a_histogram_of_errors_has_its_limit_in_it() -> None:
+    wide, narrow = plots.histogram([1e-6, 3e-4, 4e-4, 2e-3], 1e-2)
+    for drawn in (wide, narrow):
+        assert {">1e-06<", ">1e-02<"} <= {*re.findall(r">1e-\d\d<", drawn)}
+        assert drawn.count("var(--ink)") == 1
+    assert "<svg" in plots.histogram([0.5], np.inf).wide
+
+
 def test_names_stay_text(parsed: Parsed, page: Path) -> None:
     assert {tag for tag, _ in parsed.elements} & {
         "script",

@@ -101,7 +101,7 @@ def test_commands_and_code_run(
             if not command.startswith("acmix-deploy "):
                 continue
             elsewhere = ("acmix-deploy plugin ", "acmix-deploy build ", "acmix-deploy gate run ", "acmix-deploy serve ")
-            if command.startswith(elsewhere) or ".engine" in command:
+            if command.startswith(elsewhere) or ".engine" in command or "--validation" in command:
                 cli.parser().parse_args(shlex.split(command)[1:])
             else:
                 capsys.readouterr()

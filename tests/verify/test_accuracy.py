@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 
 from acmix_deploy.cli import main
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import UserError
 from acmix_deploy.report.documents import VerifyDocument
-from acmix_deploy.verify.accuracy import Labels, _average_precision, label_file, labelled, read_labels
+from acmix_deploy.verify.accuracy import (
+    Labels,
+    Seen,
+    Truth,
+    average_precision,
+    label_file,
+    labelled,
+    read_labels,
+    read_truth,
+)
 from scripts import shapes
 from tests.detection.test_boxes import found
 
@@ -41,24 +51,53 @@ A, B, C = [0.0, 0, 40, 40], [60.0, 0, 100, 40], [120.0, 0, 160, 40]
 )
 def test_average_precision(truth: list, detections: list, map50: float, map50_95: float) -> None:
     """The mean of the precision at 101 recalls."""
-    values = _average_precision([(labels(*truth), found(*detections), SIZE)])
-    assert values == pytest.approx((map50, map50_95), abs=1e-6)
+    values = average_precision([Seen(labels(*truth), found(*detections), SIZE)])
+    assert values == pytest.approx((map50, map50_95), abs=1e-5)
+
+
+def of(task: str, names: str = "{}") -> ModelMetadata:
+    return ModelMetadata({"task": task, "names": names})
 
 
 def test_labels_in_every_form(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("1 0.5 0.5 0.2 0.4\n\n0 0.1 0.1 0.3 0.1 0.2 0.6\n")
-    found = read_labels(file, "segment")
+    found = read_labels(file, of("segment"))
     assert found.classes.tolist() == [1, 0]
     np.testing.assert_allclose(found.boxes, [[0.4, 0.3, 0.6, 0.7], [0.1, 0.1, 0.3, 0.6]], rtol=1e-6)
     file.write_text("0 0.5 0.5 0.2 0.4 0.1 0.2 2 0.3 0.3 1\n")
-    np.testing.assert_allclose(read_labels(file, "pose").boxes, [[0.4, 0.3, 0.6, 0.7]], rtol=1e-6)
+    np.testing.assert_allclose(read_labels(file, of("pose")).boxes, [[0.4, 0.3, 0.6, 0.7]], rtol=1e-6)
     file.write_text("")
-    assert read_labels(file, "detect").boxes.shape == (0, 4)
-    for wrong in ("0 0.5 0.5 0.2", "car 0.5 0.5 0.2 0.1", "nan 0.5 0.5 0.2 0.1", "0 0.1 0.1 0.3 0.1 0.2"):
-        file.write_text(f"{wrong}\n")
-        with pytest.raises(UserError, match=r"a\.txt, line 1 is"):
-            read_labels(file, "detect")
+    assert read_labels(file, of("detect")).boxes.shape == (0, 4)
+    wrong = (
+        "0 0.5 0.5 0.2", "car 0.5 0.5 0.2 0.1", "nan 0.5 0.5 0.2 0.1", "0 0.1 0.1 0.3 0.1 0.2", "1.5 0.5 0.5 0.2 0.1",
+        "0 320 240 64 64", "0 0.5 nan 0.2 0.1", "-1 0.5 0.5 0.2 0.1",
+    )  # fmt: skip
+    for line in wrong:
+        file.write_text(f"{line}\n0 0.5 0.5 0.2 0.4\n")
+        found = read_labels(file, of("detect"))
+        assert [why.partition(" is ")[0] for why in found.unusable] == ["a.txt, line 1"], line
+        assert found.classes.tolist() == [0]
+    file.write_bytes(b"\xff\xfe0 0.5\n")
+    assert len(read_labels(file, of("detect")).unusable) == 1
+
+
+def test_labels_that_cannot_be_used(tmp_path: Path) -> None:
+    """One in ten is left out and named; more are refused."""
+    names = of("detect", "{0: 'a', 1: 'b'}")
+
+    def truth(*lines: str) -> Truth:
+        (tmp_path / "a.txt").write_text("\n".join(lines))
+        return read_truth([tmp_path / "a.jpg"], names)
+
+    good = ["1 0.5 0.5 0.2 0.4"] * 9
+    found = truth(*good, "2 0.5 0.5 0.2 0.4")
+    assert found.objects == 9
+    assert found.notes == ("1 of 10 labels are left out: a.txt, line 10 is of the class 2, and the model has 2",)
+    assert truth(*good).notes == ()
+    with pytest.raises(UserError, match=r"2 of 11 labels cannot be used, and at most 10% may be so: a.txt, line 10"):
+        truth(*good, "2 0.5 0.5 0.2 0.4", "0 0.5")
+    assert truth().objects == 0, "a background"
 
 
 def test_where_labels_are(tmp_path: Path) -> None:
@@ -84,6 +123,10 @@ def test_the_trained_detector(shapes_model: Path, tmp_path: Path, capsys: pytest
     assert same == right.model_copy(update={"name": "other.onnx"})
     assert right.objects > 20
     assert 0.7 < right.map50_95 < right.map50 <= 1
+    for path in folder.parent.glob("labels/*"):
+        path.write_text("a photograph of shapes\n")
+    assert main([*command, "--images", str(folder)]) == 0
+    assert "mean average precision was not measured: 12 of 12 labels" in " ".join(capsys.readouterr().out.split())
     for path in folder.parent.glob("labels/*"):
         path.unlink()
     assert main([*command, "--images", str(folder)]) == 0

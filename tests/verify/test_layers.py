@@ -167,7 +167,9 @@ def uneven(path: Path) -> Path:
     return write(path, (node("Conv", "/zero/conv", "images w0", "c0"), *CHAIN[1:]), stored)
 
 
-def test_the_layer_that_int8_cannot_do_is_found_and_excluding_it_mends(tmp_path: Path) -> None:
+def test_the_layer_that_int8_cannot_do_is_found_and_excluding_it_mends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     photos = images(tmp_path / "images")
     plain, int8 = uneven(tmp_path / "plain.onnx"), tmp_path / "int8.onnx"
     quantize(plain, int8, photos, quantize_head=True, method="minmax")
@@ -175,6 +177,11 @@ def test_the_layer_that_int8_cannot_do_is_found_and_excluding_it_mends(tmp_path:
     assert along.first
     assert (along.first.node, along.first.limit) == ("/1/conv", 0.25)
     assert str(along).endswith("keep it in floating point: quantize --exclude /1/conv")
+    command = ["quantize", plain, "--calibration", photos, "--quantize-head", "--method", "minmax", "-o", int8]
+    assert main([*map(str, command)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "int8.onnx leaves the limit of 2.5e-01 first at /1/conv" in said
+    assert "quantize --exclude /1/conv" in said
     quantize(plain, int8, photos, quantize_head=True, method="minmax", exclude=["/1/conv"])
     (again,) = compare_files(plain, int8, images=photos, layers=True).layers
     assert again.first is None
@@ -420,6 +427,7 @@ def test_the_verb_prints_keeps_and_judges_again(tmp_path: Path, capsys: pytest.C
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "Along half.onnx" in page
+    assert "Errors within half.onnx" in page
     assert "first at /1/conv (" in page
     capsys.readouterr()
     assert main(["verify", "--from", str(kept), "--layers"]) == 2
