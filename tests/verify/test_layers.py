@@ -220,7 +220,7 @@ def test_tensors_are_matched_by_name_and_shape_alone(tmp_path: Path) -> None:
     assert found.first
     assert found.first.mend is None, "it is in float32"
     assert str(found) == (
-        "changed leaves the limit of 1.0e-05 first at Relu_4, or at second before it, which the reference does not "
+        "changed leaves the limit of 1.0e-05 first at /1/act, or at second before it, which the reference does not "
         "have (relative L2 1.0e-02)"
     )
 
