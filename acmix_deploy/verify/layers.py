@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families.blocks import FUSED_NODE
-from acmix_deploy.graph import RESHAPING, name_nodes, names_read, read
+from acmix_deploy.graph import RESHAPING, in_order, name_nodes, names_read, read
 from acmix_deploy.half import runnable
 from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
@@ -38,6 +38,7 @@ _FLOATS = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(double)": 8}  # wit
 _HALF = "tensor(float16)"
 _RANGE = "range"  # the group of what float16 cannot hold, see acmix_deploy.options.FLOAT32
 _NAMED = 4  # nodes in place of that group
+_SHAPE = "shape of {}"  # name of a tensor; exporters write "x/shape" themselves
 _SCORES = frozenset({"Sigmoid", "Softmax"})
 _MOVING = RESHAPING | {"Concat", "DequantizeLinear", "Gather", "QuantizeLinear", "ReduceMax", "Slice", "Split"}
 _CHOOSING = frozenset({"ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "TopK", "Unique"})
@@ -189,7 +190,8 @@ def compare_layers(
         UserError: they share nothing but their outputs, or ONNX Runtime refuses one.
         CheckFailed: one fails on an input.
     """
-    right, other = _Graph.of(reference), _Graph.of(candidate, provider)
+    right = _Graph.of(reference)
+    other = _Graph.of(candidate, provider, {tensor: node.name for tensor, node in right.writers.items()})
     feeds = feeds[:INPUTS]
     outputs = {value.name for value in (*right.model.graph.output, *other.model.graph.output)}
     behind = right.behind_choice() | other.behind_choice()
@@ -267,10 +269,22 @@ class _Graph(NamedTuple):
     readers: dict[str, list[onnx.NodeProto]]
 
     @classmethod
-    def of(cls, source: Path | onnx.ModelProto, provider: Provider = "cpu") -> _Graph:
+    def of(
+        cls, source: Path | onnx.ModelProto, provider: Provider = "cpu", known: Mapping[str, str] | None = None
+    ) -> _Graph:
+        """Nodes without a name are called as what computes the same, before casts, in ``known``: names by tensor."""
         model = onnx.ModelProto()
         model.CopyFrom(read(source) if isinstance(source, Path) else source)
+        taken = {node.name for node in model.graph.node}
+        called = dict(known or {})
+        for node in reversed(model.graph.node):
+            name = next((called[tensor] for tensor in node.output if tensor in called), "")
+            if node.op_type == "Cast" and node.input[0] not in called:
+                called[node.input[0]] = name
+            elif not node.name and name not in taken:
+                node.name = name
         name_nodes(model)
+        in_order(model)
         computing = [node for node in model.graph.node if node.op_type != "Constant"]
         names = [tensor for node in computing for tensor in node.output if tensor]
         session = open_session(_marked(model, names), optimize=False, once=True)
@@ -288,11 +302,11 @@ class _Graph(NamedTuple):
         return open_session(_marked(self.run, tensors), lean=True, provider=provider)
 
     def measuring(self, tensors: Iterable[str], provider: Provider = "cpu") -> InferenceSession:
-        """One that gives the shapes of these tensors by their names with ``/shape``, and keeps none."""
+        """One that gives the shapes of these tensors by :data:`_SHAPE`, and keeps none."""
         told = onnx.ModelProto()
         told.CopyFrom(self.model)
-        told.graph.node.extend(helper.make_node("Shape", [tensor], [f"{tensor}/shape"]) for tensor in tensors)
-        named = _marked(told, (f"{tensor}/shape" for tensor in tensors))
+        told.graph.node.extend(helper.make_node("Shape", [tensor], [_SHAPE.format(tensor)]) for tensor in tensors)
+        named = _marked(told, (_SHAPE.format(tensor) for tensor in tensors))
         return open_session(named, reduces=True, lean=True, provider=provider)
 
     def writer(self, tensor: str) -> onnx.NodeProto:
@@ -507,8 +521,8 @@ def _sizes(
     for feed in feeds:
         expected, actual = (_run(session, feed) for session in sessions)
         for tensor in [*sizes]:
-            shape = expected[f"{tensor}/shape"]
-            if np.array_equal(shape, actual[f"{tensor}/shape"]):
+            shape = expected[_SHAPE.format(tensor)]
+            if np.array_equal(shape, actual[_SHAPE.format(tensor)]):
                 sizes[tensor] = max(sizes[tensor], int(shape.prod()) * _FLOATS[right.types[tensor]])
             else:
                 del sizes[tensor]

@@ -245,7 +245,7 @@ def compare_files(
     if reference.resolve() == candidate.resolve() and provider == "cpu":
         raise UserError(f"{reference} is compared with itself", "Name two files.")
     labels = [path.name if reference.name != candidate.name else str(path) for path in (reference, candidate)]
-    right, _ = _open(reference, labels[0], plugin=plugin)
+    right, expected = _open(reference, labels[0], plugin=plugin)
     other, compared = _open(
         candidate, labels[1] if provider == "cpu" else f"{labels[1]} on {provider}", provider=provider, plugin=plugin
     )
@@ -265,6 +265,7 @@ def compare_files(
     )
     skipped = inputs.skipped if isinstance(inputs, Scenes) else {}
     notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
+    notes += (expected.note,) if expected.note else ()
     if images is None and other.precision == "int8":
         notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
     found, more = _accuracy([right, other], shapes[0], images, metadata) if images else ((), ())

@@ -208,7 +208,7 @@ def test_tensors_are_matched_by_name_and_shape_alone(tmp_path: Path) -> None:
     changed = write(tmp_path / "changed.onnx", other, stored)
     found = compare_layers("changed", plain, changed, FEEDS)
     assert [(layer.tensor, layer.node) for layer in found.layers] == [
-        ("c0", "first"), ("r0", "positive"), ("r1", "Relu_4"), ("output0", "last"),
+        ("c0", "first"), ("r0", "positive"), ("r1", "/1/act"), ("output0", "last"),
     ]  # fmt: skip
     assert [(layer.sources, layer.unseen) for layer in found.layers] == [
         ((), ()), (("c0",), ("negative",)), (("r0",), ("second",)), (("r1",), ()),
@@ -220,7 +220,7 @@ def test_tensors_are_matched_by_name_and_shape_alone(tmp_path: Path) -> None:
     assert found.first
     assert found.first.mend is None, "it is in float32"
     assert str(found) == (
-        "changed leaves the limit of 1.0e-05 first at Relu_4, or at second before it, which the reference does not "
+        "changed leaves the limit of 1.0e-05 first at /1/act, or at second before it, which the reference does not "
         "have (relative L2 1.0e-02)"
     )
 
@@ -432,3 +432,26 @@ def test_the_verb_prints_keeps_and_judges_again(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert main(["verify", "--from", str(kept), "--layers"]) == 2
     assert "--layers would change nothing" in capsys.readouterr().err
+
+
+def test_a_tensor_may_be_called_as_the_shape_of_another(tmp_path: Path) -> None:
+    """As PyTorch's exporter does: the operand of the Reshape that makes ``view`` is ``view/shape``."""
+    nodes = [CHAIN[0], node("Abs", "abs", "c0", "c0/shape"), node("Conv", "last", "c0/shape w1", "output0")]
+    plain = write(tmp_path / "plain.onnx", nodes, weights())
+    found = compare_layers("itself", plain, plain, FEEDS)
+    assert [one.tensor for one in found.layers] == ["c0", "c0/shape", "output0"]
+
+
+def test_nodes_without_names_are_called_as_in_the_reference(tmp_path: Path) -> None:
+    """That is what the advice is for; the casts of another converter count where nodes are called by their place."""
+    plain = onnx.load(cancelling(tmp_path / "plain.onnx"))
+    to_fp16(tmp_path / "plain.onnx", tmp_path / "half.onnx", float32=())
+    half = onnx.load(tmp_path / "half.onnx")
+    for entry in (*plain.graph.node, *half.graph.node):
+        entry.name = ""
+    found = compare_layers("half", plain, half, FEEDS)
+    first = found.first
+    assert first
+    assert first.mend
+    assert first.mend.nodes == ("Sub_3", "Add_2")
+    assert found.layers[-1].node == "Conv_6"
