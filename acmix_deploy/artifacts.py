@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -137,13 +138,16 @@ def sha256(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of those :data:`DISTRIBUTIONS` that are installed; imports none of them."""
-    found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in DISTRIBUTIONS}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+
+
+@cache
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def sidecar(path: Path) -> Path:

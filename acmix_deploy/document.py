@@ -16,6 +16,7 @@ Written = Literal[
     "detect",
     "detect response",
     "doctor",
+    "doctor error",
     "export",
     "fp16",
     "fuse",

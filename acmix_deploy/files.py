@@ -228,13 +228,18 @@ def _check_onnx(path: Path) -> None:
         raise too_large(path, size)
 
 
+TOO_LARGE_HINT = (
+    "Files with their weights beside them (external_data=True of torch.onnx.export) may be larger. ONNX Runtime "
+    "runs those, so detect, verify and profile take them, and what changes a file does not."
+)
+
+
 def too_large(path: Path, size: int) -> UserError:
     """For an ONNX file of ``size`` bytes with its weights, more than protobuf can hold in one piece."""
     return UserError(
         f"{path} holds {size / 1e9:.1f} GB, and an ONNX model in one piece has at most {LARGEST_MESSAGE / 1e9:.1f} GB, "
         "where protobuf ends",
-        "Files with their weights beside them (external_data=True of torch.onnx.export) may be larger. ONNX Runtime "
-        "runs those, so detect, verify and profile take them, and what changes a file does not.",
+        TOO_LARGE_HINT,
     )
 
 

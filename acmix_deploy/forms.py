@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Made, replacing, write_artifact
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import keep, name_nodes, read, with_weights
+from acmix_deploy.graph import in_order, keep, name_nodes, read, with_weights
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import quantities
 from acmix_deploy.targets import Form, Target
@@ -107,6 +107,7 @@ def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     formed = onnx.ModelProto()
     formed.CopyFrom(model)
     name_nodes(formed)
+    in_order(formed)
     formed = _inline(formed, refused(formed) if form != "plain" else {node.name for node in custom_nodes(formed)})
     if form != "any":
         # Without the definitions nobody can infer what is behind a custom node.

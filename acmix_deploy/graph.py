@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -453,6 +454,26 @@ def name_nodes(model: onnx.ModelProto) -> None:
         if not node.name:
             node.name = next(name for n in count() if (name := f"{node.op_type}_{index + n}") not in taken)
             taken.add(node.name)
+
+
+def in_order(model: onnx.ModelProto) -> None:
+    """Put every node behind those whose results it reads, in place: converters append casts at the end of the graph."""
+    nodes = [*model.graph.node]
+    writers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    needs = [{writers[name] for name in names_read(node) if name in writers} for node in nodes]
+    readers: dict[int, list[int]] = {}
+    for index, before in enumerate(needs):
+        for writer in before:
+            readers.setdefault(writer, []).append(index)
+    ready, order = [index for index, before in enumerate(needs) if not before], []
+    while ready:
+        order.append(index := heappop(ready))
+        for reader in readers.get(index, ()):
+            needs[reader].remove(index)
+            if not needs[reader]:
+                heappush(ready, reader)
+    if len(order) == len(nodes):  # a circle is for others to refuse
+        keep(model.graph.node, [nodes[index] for index in order])
 
 
 def tidied(model: onnx.ModelProto, *passes: onnx_ir.passes.PassBase) -> onnx.ModelProto:

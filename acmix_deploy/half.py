@@ -12,9 +12,9 @@ import onnx
 from onnx import TensorProto, helper, inliner, shape_inference
 
 from acmix_deploy.forms import to_form
-from acmix_deploy.graph import as_float32, keep
+from acmix_deploy.graph import as_float32, in_order, keep
 from acmix_deploy.operators import OPERATORS
-from acmix_deploy.runtime.onnxruntime import precision_of
+from acmix_deploy.runtime.onnxruntime import open_session, precision_of
 
 HALF = TensorProto.FLOAT16
 
@@ -50,28 +50,46 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
         names; before it is rounded, ``x`` is ``x/exact``.
 
     Raises:
-        UserError: a custom operator has no definition in the file.
+        UserError: a custom operator has no definition in the file, or ONNX Runtime does not know an operator.
     """
-    formed = to_form(shape_inference.infer_shapes(model), "any")
+    ordered = onnx.ModelProto()
+    ordered.CopyFrom(model)
+    in_order(ordered)
+    formed = to_form(shape_inference.infer_shapes(ordered), "any")
     ours = {(operator.domain, operator.op_type) for operator in OPERATORS}
     bodies = {(function.domain, function.name) for function in formed.functions}
     if bodies - ours:
         formed = inliner.inline_selected_functions(formed, [*bodies - ours])
     wide = shape_inference.infer_shapes(formed)
     values = (*wide.graph.input, *wide.graph.value_info, *wide.graph.output)
-    half = {value.name for value in values if value.type.tensor_type.elem_type == HALF}
+    half = {value.name for value in values if value.type.tensor_type.elem_type == HALF} | _halves_untold(wide)
     inputs = {value.name: f"{value.name}/rounded" for value in wide.graph.input if value.name in half}
     as_float32(wide, {HALF})
     keep(wide.graph.value_info, [])
     nodes = [cast for name, taken in inputs.items() for cast in _pair(name, taken)]
     for node in wide.graph.node:
         node.input[:] = [inputs.get(name, name) for name in node.input]
-        results = [name for name in node.output if name in half and node.op_type not in _EXACT]
+        stated = any(attribute.type == onnx.AttributeProto.FLOAT for attribute in node.attribute)  # before opset 11
+        results = [name for name in node.output if name in half and (stated or node.op_type not in _EXACT)]
         node.output[:] = [f"{name}/exact" if name in results else name for name in node.output]
         nodes += [node, *(cast for name in results for cast in _pair(f"{name}/exact", name))]
     rewritten = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     keep(wide.graph.node, rewritten)
     return wide
+
+
+def _halves_untold(model: onnx.ModelProto) -> set[str]:
+    """Results in float16 of which ONNX cannot tell the type, as behind an operator of ONNX Runtime's own."""
+    graph = model.graph
+    told = {value.name for value in (*graph.value_info, *graph.output)}
+    untold = [name for node in graph.node for name in node.output if name and name not in told]
+    if not untold:
+        return set()
+    asked = onnx.ModelProto()
+    asked.CopyFrom(model)
+    keep(asked.graph.output, [onnx.ValueInfoProto(name=name) for name in untold])
+    session = open_session(asked, optimize=False, once=True)
+    return {value.name for value in session.get_outputs() if value.type == "tensor(float16)"}
 
 
 def _pair(source: str, target: str) -> tuple[onnx.NodeProto, onnx.NodeProto]:

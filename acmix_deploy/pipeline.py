@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,7 @@ from acmix_deploy.detection.boxes import no_detector
 from acmix_deploy.detection.heads import unlike_told
 from acmix_deploy.document import write_document
 from acmix_deploy.engine.build import BuildReport, build
-from acmix_deploy.errors import AcmixDeployError
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.export import INPUT, ExportResult, export
 from acmix_deploy.forms import TargetReport, takes_plugin, to_form, write_for
 from acmix_deploy.fusion import FusionReport, fuse
@@ -36,7 +36,16 @@ from acmix_deploy.report.model import ExportReport, describe_file, next_steps
 from acmix_deploy.runtime.inputs import noise
 from acmix_deploy.runtime.torch import TorchRunner
 from acmix_deploy.targets import INT8_OPSET
-from acmix_deploy.verify import Candidate, Scenes, Verification, verify
+from acmix_deploy.verify import (
+    Candidate,
+    LayerErrors,
+    Scenes,
+    Verification,
+    compare_layers,
+    failing_first,
+    verify,
+)
+from acmix_deploy.verify.limits import FILE_TOLERANCES
 
 Progress = Callable[[str], None]
 Result = TypeVar("Result")
@@ -245,7 +254,25 @@ def _verify(work: _Work, source: Source, exported: ExportResult, inputs: Scenes 
     if exported.relative_l2 > TOLERANCES["float32"].floor:
         eager["float32"] = TorchRunner(copy.deepcopy(source.reference).double(), "torch float64")
     runner = TorchRunner(source.reference, str(source.reference.report))
-    return verify(runner, candidates, inputs, metadata=source.metadata, eager=eager)
+    found = verify(runner, candidates, inputs, metadata=source.metadata, eager=eager)
+    return found.model_copy(update={"layers": tuple(_along(work, found, inputs))})
+
+
+def _along(work: _Work, found: Verification, inputs: Scenes | list[Feeds]) -> Iterator[LayerErrors]:
+    """Where the error begins in the typed files of which something is beyond a limit."""
+    plan = work.plan
+    feeds = failing_first(found, inputs.feeds if isinstance(inputs, Scenes) else inputs)
+    for artifact in (artifact for role, artifact in work.artifacts.items() if role in ("fp16", "int8")):
+        name = artifact.path.name
+        if name in found.beyond:
+            work.progress(f"looking where the error of {name} begins")
+            limits = {**FILE_TOLERANCES, **found.limits_of(name)}
+            try:
+                yield compare_layers(
+                    name, plan.path("fused"), artifact.path, feeds, tolerances=limits, float32=plan.float32
+                )
+            except (CheckFailed, UserError) as error:
+                work.notes.append(f"where the error of {name} begins cannot be told: {error.message}")
 
 
 def _profile(work: _Work, source: Source) -> dict[str, Profile]:

@@ -22,6 +22,7 @@ from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.options import HeadChoice
+from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.reason import raised, reason
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ def ultralytics(module: str) -> ModuleType:
         if error.name == "ultralytics":
             raise MissingComponent(
                 "Ultralytics is needed here and is not installed",
-                "Run: pip install 'acmix-deploy[ultralytics]' (the licence of Ultralytics is AGPL-3.0)",
+                hints.NO_ULTRALYTICS,
             ) from error
         if error.name and error.name.startswith("ultralytics."):
             raise UserError(
                 f"the Ultralytics that is found has no {error.name}",
-                "docs/checkpoints.md#ultralytics names releases that were tried.",
+                hints.OTHER_ULTRALYTICS,
             ) from error
         raise MissingComponent(
             f"Ultralytics is installed and lacks what it imports: {reason(error)}", f"Run: pip install {error.name}"

@@ -16,7 +16,7 @@ FOLDER = Path("out/demo")
 def main() -> int:
     calibration = shapes.write(FOLDER / "calibration", seed=11, count=64)
     unseen = shapes.write(FOLDER / "unseen", seed=12, count=32)
-    files = [FOLDER / f"{CHECKPOINT.stem}{suffix}.onnx" for suffix in ("", ".int8")]
+    plain, half, int8 = (FOLDER / f"{CHECKPOINT.stem}{suffix}.onnx" for suffix in ("", ".fp16", ".int8"))
     picture = FOLDER / "found.png"
     for command in (
         [
@@ -31,7 +31,8 @@ def main() -> int:
             "--out",
             FOLDER,
         ],
-        ["verify", *files, "--images", unseen, "--worst", picture],
+        ["verify", plain, half, "--images", unseen, "--layers", "-o", FOLDER / "half.json"],
+        ["verify", plain, int8, "--images", unseen, "--layers", "--worst", picture, "-o", FOLDER / "int8.json"],
         ["report", FOLDER],
     ):
         arguments = [*map(str, command)]

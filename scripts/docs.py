@@ -13,6 +13,8 @@ from typing import Any
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
 from acmix_deploy.doctor.faults import FAULTS
+from acmix_deploy.doctor.messages import MESSAGES, Message
+from acmix_deploy.doctor.pasted import PastedDocument, groups_in
 from acmix_deploy.document import Document, written
 from acmix_deploy.gate.samples import GateSamples
 from acmix_deploy.manifest import Manifest
@@ -58,6 +60,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     HtmlDocument,
     InspectDocument,
     PackageDocument,
+    PastedDocument,
     PluginDocument,
     ProfileDocument,
     QuantizeDocument,
@@ -83,7 +86,7 @@ def generated() -> dict[Path, str]:
             "report": _fields(schemas["export"]),
             "sidecar": _fields(Artifact.model_json_schema(mode="serialization")),
         },
-        "docs/doctor.md": {"faults": _faults()},
+        "docs/doctor.md": {"faults": _faults(), "messages": _messages()},
         "docs/targets.md": {"targets": _targets()},
         "docs/verify.md": {"limits": _verify_limits()},
     }
@@ -199,6 +202,20 @@ def _targets() -> str:
 def _faults() -> str:
     rows = [(f"`{name}`", fault.what, fault.symptom, fault.remedy) for name, fault in FAULTS.items()]
     return _table(("fault", "what it is", "how it shows", "what mends it"), *rows)
+
+
+def _messages() -> str:
+    def row(name: str, message: Message) -> tuple[str, ...]:
+        shown = {group: f"*{group}*" for text in (message.means, message.remedy) for group in groups_in(text)}
+        means, remedy = (text.format_map(shown) for text in (message.means, message.remedy))
+        return f"`{name}`", message.said_by, _code(message.example), means, remedy
+
+    rows = [row(name, message) for name, message in MESSAGES.items()]
+    return _table(("message", "of", "how it reads", "what it means", "what mends it"), *rows)
+
+
+def _code(text: str) -> str:
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def _verify_limits() -> str:

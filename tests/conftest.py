@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -22,6 +23,9 @@ os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
 # Ultralytics has PyTorch use all cores but one; where those are busy, threads that spin at barriers hold up their own.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# With free axes PyTorch's newer exporter spends more on its cache of shapes than that saves; SymPy's is too small.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+os.environ.setdefault("SYMPY_CACHE_SIZE", "50000")
 with suppress(ModuleNotFoundError):  # not on a machine for GPU tests
     import onnxruntime
 
@@ -55,6 +59,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _seed() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_registry() -> None:
+    """PyTorch's newer exporter reads its operators anew at each export, for 0.8 s; here once in a process."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if registration and not hasattr(registration.ONNXRegistry.from_torchlib, "cache_info"):
+        registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(registration.ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture

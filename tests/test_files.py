@@ -206,7 +206,7 @@ def test_a_verb_says_what_a_file_is_that_it_does_not_take(
     command, taken = VERBS[verb]
     if verb == "build":
         request.getfixturevalue("fake")
-    monkeypatch.setattr("acmix_deploy.doctor.environment", lambda plugin: ())
+    monkeypatch.setattr("acmix_deploy.doctor.machine.environment", lambda plugin: ())
     for source, (kind, suffix, _) in SOURCES.items():
         if kind in taken:
             continue
@@ -292,7 +292,7 @@ def test_more_than_protobuf_holds(
     with Path("big.onnx").open("wb") as file:
         file.write(b"\x08\x08" + b"\x3a" + bytes([*_varint(size)]))
         file.truncate(size + 16)
-    monkeypatch.setattr("acmix_deploy.doctor.environment", lambda plugin: ())
+    monkeypatch.setattr("acmix_deploy.doctor.machine.environment", lambda plugin: ())
     for verb in TOO_LARGE:
         if verb == "build":
             request.getfixturevalue("fake")

@@ -314,8 +314,14 @@ def typed(step):
     return step.removeprefix("  ").removeprefix("or ")
 
 
-@pytest.mark.parametrize("axes", ["", "batch,height,width"], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", NEXT)
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        pytest.param(name, axes, id=f"{name}-{'dynamic' if axes else 'static'}", marks=marks)
+        for name in NEXT
+        for axes, marks in (("batch,height,width", ()), ("", () if name == "no block" else pytest.mark.soak))
+    ],
+)
 def test_next_can_be_typed(tmp_path, monkeypatch, name, axes):
     """Every command parses, no file is named twice, and the plugin is there where a node of the file is for it."""
     monkeypatch.chdir(tmp_path)

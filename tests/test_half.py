@@ -173,3 +173,39 @@ def test_what_holds_no_half_is_run_as_it_is(tmp_path: Path) -> None:
     assert runnable(path) is path
     to_fp16(path, tmp_path / "half.onnx")
     assert isinstance(runnable(tmp_path / "half.onnx"), onnx.ModelProto)
+
+
+def test_casts_at_the_end_of_a_file_are_no_hindrance() -> None:
+    """ONNX Runtime's and onnxconverter-common's float16 append them with ``keep_io_types``; ONNX Runtime sorts them."""
+    nodes, stored = EXACT["a sum that swallows"]
+    made = model(*nodes, **stored)
+    made.graph.input[0].type.tensor_type.elem_type = made.graph.output[0].type.tensor_type.elem_type = FLOAT
+    made.graph.node[0].input[0], made.graph.node[1].output[0] = "x/cast", "y/cast"
+    made.graph.node.append(node("Cast", "x", "x/cast", to=HALF))
+    made.graph.node.append(helper.make_node("Cast", ["y/cast"], ["y"], "back", to=FLOAT))
+    np.testing.assert_array_equal(ran(runnable(made), IMAGE), ran(rounded(model(*nodes, **stored)), IMAGE))
+
+
+def test_what_is_behind_an_operator_that_onnx_does_not_know_is_rounded() -> None:
+    """Its shape inference stops there; ONNX Runtime's does not."""
+    stored = {"big": 30000}
+    flat = model(node("Erf", "x", "e"), node("Add", "e big", "s"), node("Sub", "s big", "y"), **stored)
+    held = model(
+        node("QuickGelu", "x", "e", domain="com.microsoft", alpha=1.0),
+        *flat.graph.node[1:],
+        **stored,
+    )
+    held.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", HALF, [1, 4, 8, 8]))
+    held.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert not ran(rounded(flat), IMAGE).any()
+    assert not ran(rounded(held), IMAGE).any()
+    assert ran(held, IMAGE.astype(np.float16)).any(), "ONNX Runtime alone computes another file"
+
+
+@pytest.mark.parametrize("bounds", [{"min": 0.1}, {"max": 0.3}])
+def test_bounds_in_attributes_are_rounded(bounds: dict[str, float]) -> None:
+    """Clip and Pad have float32 attributes before opset 11."""
+    made = model(node("Clip", "x", "y", **bounds))
+    made.opset_import[0].version = 10
+    (expected,) = ReferenceEvaluator(made).run(None, {"x": IMAGE.astype(np.float16)})
+    np.testing.assert_array_equal(ran(rounded(made), IMAGE), expected.astype(np.float32))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acmix_deploy.errors import UserError
+from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.reason import place, raised, reason
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def unreadable(path: Path, error: Exception) -> UserError:
         found = "its content makes no sense as one"
     return UserError(
         f"{path} cannot be read as a PyTorch checkpoint: {found}",
-        "Is it complete, and was it written by torch.save? Copy or download it again.",
+        hints.INCOMPLETE,
     )
 
 
@@ -68,7 +69,7 @@ def does_not_run(what: str, module: nn.Module, shape: Sequence[int], error: Exce
         return UserError(
             f"{what} does not run: {kind.__module__}.{kind.__qualname__}{f' of {here}' if here else ''} reads the "
             f"attribute {attribute!r}, and the one in the checkpoint{by} has none{where}",
-            f"The class is older or newer than the checkpoint: install the release that saved it{_pinned(saved)}.",
+            f"{hints.OTHER_RELEASE}{_pinned(saved)}.",
         )
     if isinstance(error, (NameError, ImportError, AttributeError, KeyError)):
         return UserError(f"{what} does not run: {raised(error)}", "No input helps: mend the code of the model.")
@@ -105,8 +106,7 @@ def untrusted(path: Path, found: list[str]) -> UserError:
     """For a file that would run ``found``."""
     return UserError(
         f"{path} names what a restricted load refuses: {_listed(found)}",
-        "If these classes can be imported here, --trust loads it; with --code DIR, from the folder of their code. That "
-        "runs code from the file: use it only if you know where the file comes from.",
+        hints.UNTRUSTED,
     )
 
 

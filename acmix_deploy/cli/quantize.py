@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from acmix_deploy.cli.common import add_max_pixels, limit_pixels, progress, show
-from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.options import Method, add_options, duration, not_negative, positive, share, sides
 from acmix_deploy.plan import Plan
 from acmix_deploy.targets import RUNTIMES
 
 if TYPE_CHECKING:
-    from acmix_deploy.precision import Goal
+    from acmix_deploy.artifacts import Made
+    from acmix_deploy.precision import Goal, Int8Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +124,7 @@ def run(options: argparse.Namespace) -> int:
             goal=goal,
             progress=report_progress,
         )
+        made = _explained(made, options.model, options.calibration, report_progress)
     show(options, QuantizeDocument.of(made), show_int8)
     found = made.found.search
     if found and found.stopped == "interrupted":
@@ -135,6 +139,28 @@ def run(options: argparse.Namespace) -> int:
             f"It is {made.artifact.path}; try --method, --fp16 or more calibration images.",
         )
     return 0
+
+
+def _explained(made: Made[Int8Report], source: Path, images: Path, progress: Callable[[str], None]) -> Made[Int8Report]:
+    """With a note of where the error begins, where an output is beyond what `verify` accepts."""
+    from acmix_deploy.verify import compare_layers, inputs_for
+    from acmix_deploy.verify.limits import FILE_TOLERANCES, tolerance_of
+
+    for part, found in made.found.outputs.items():
+        tolerance = tolerance_of(FILE_TOLERANCES, "int8", part)
+        if tolerance and (found.relative_l2 is None or found.relative_l2 > tolerance.floor):
+            break
+    else:
+        return made
+    path = made.artifact.path
+    progress(f"looking where the error of {path.name} begins")
+    try:
+        along = compare_layers(path.name, source, path, inputs_for(source, images, made.found.input_shape))
+    except AcmixDeployError as error:
+        note = f"where the error of {path.name} begins cannot be told: {error.message}"
+    else:
+        note = str(along)
+    return replace(made, found=made.found.model_copy(update={"notes": [*made.found.notes, note]}))
 
 
 def _goal(options: argparse.Namespace) -> Goal | None:

@@ -3,6 +3,7 @@
 example:
   acmix-deploy verify model.onnx model.fused.onnx --random 5
   acmix-deploy verify model.onnx model.fused.onnx --images photos -o verify.json
+  acmix-deploy verify model.fused.onnx model.fp16.onnx --images photos --layers
   acmix-deploy verify --from verify.json --max-relative 0.02
 """
 
@@ -76,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="smallest mean overlap of matching boxes (default: by the candidate's type, docs/verify.md)",
     )
+    parser.add_argument(
+        "--layers",
+        action="store_true",
+        default=None,
+        help="also compare all tensors inside that both ONNX files have, and tell where the error begins",
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write what --json prints to a file")
     parser.add_argument("--worst", type=Path, metavar="FILE", help="draw the worst image, both detectors side by side")
     add_max_pixels(parser)
@@ -112,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _found(options: argparse.Namespace) -> Verification:
-    names = ("images", "random", "input_shape", "confidence", "provider", "plugin")
+    names = ("images", "random", "input_shape", "confidence", "provider", "plugin", "layers")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.findings:
         if options.reference:
@@ -128,5 +135,5 @@ def _found(options: argparse.Namespace) -> Verification:
     from acmix_deploy.verify import compare_files
 
     with progress() as report_progress:
-        report_progress("comparing")
+        report_progress("comparing, tensor by tensor" if options.layers else "comparing")
         return compare_files(options.reference, options.candidate, **given)

@@ -1,7 +1,4 @@
-"""What is wrong with a machine or a file, and what mends it."""
+"""What is wrong with a machine, a file or a message that somebody got, and what mends it.
 
-from acmix_deploy.doctor.diagnosis import Component, Diagnosis, Examination, Finding
-from acmix_deploy.doctor.files import examine
-from acmix_deploy.doctor.machine import environment
-
-__all__ = ["Component", "Diagnosis", "Examination", "Finding", "environment", "examine"]
+Imports nothing by itself: :mod:`acmix_deploy.doctor.pasted` works where packages are broken.
+"""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from acmix_deploy.detection.boxes import NO_DETECTOR_HINT
 from acmix_deploy.faults import FaultId
 
-_REPLACED = "acmix-deploy export replaces the block by its own, proven equal"
+REPLACED = "acmix-deploy export replaces the block by its own, proven equal"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ FAULTS: dict[FaultId, Fault] = {
     "linspace-position": Fault(
         "coordinates come from `torch.linspace`, whose length an exporter keeps as a constant or whose type it widens",
         "other sizes fail, though the signature is dynamic",
-        f"{_REPLACED}; in code: `a = torch.arange(W); a * 2 / a[-1:] - 1`.",
+        f"{REPLACED}; in code: `a = torch.arange(W); a * 2 / a[-1:] - 1`.",
         "position computed with linspace",
     ),
     "frozen-size": Fault(
@@ -50,19 +50,19 @@ FAULTS: dict[FaultId, Fault] = {
     "traced-batch": Fault(
         "the batch is computed with `int(...)`, which tracing keeps as a constant",
         "the file exports, and fails at batch 2",
-        f"{_REPLACED}; in code: reshape with -1 for the batch.",
+        f"{REPLACED}; in code: reshape with -1 for the batch.",
         "exported by tracing it holds for one batch alone",
     ),
     "float32-position": Fault(
         "position tensors are made in float32 whatever the model's type",
         "PyTorch: `Input type (float) and bias type (c10::Half) should be the same`",
-        f"{_REPLACED}; in code: make the coordinates in the type of the input.",
+        f"{REPLACED}; in code: make the coordinates in the type of the input.",
         "does not run in the type of its weights",
     ),
     "cuda-position": Fault(
         "`.cuda()` whatever the input's device",
         "fails without a GPU, or on the second one",
-        f"{_REPLACED}; in code: give `device=x.device`.",
+        f"{REPLACED}; in code: give `device=x.device`.",
         "tensors moved to CUDA whatever the input's device",
     ),
     "no-bias": Fault(
@@ -80,7 +80,7 @@ FAULTS: dict[FaultId, Fault] = {
     "col2im": Fault(
         "`torch.nn.functional.fold`, which exporters write as Col2Im",
         "TensorRT reads no Col2Im, and the TorchScript exporter writes none of sizes that it traces",
-        f"{_REPLACED}, or acmix-deploy fuse takes it out of the file.",
+        f"{REPLACED}, or acmix-deploy fuse takes it out of the file.",
         "fold, which exporters write as Col2Im and TensorRT does not read",
     ),
     "folded-position": Fault(

@@ -21,6 +21,7 @@ from acmix_deploy.plugin.build import NAME
 from acmix_deploy.plugin.library import check, installed_tensorrt
 from acmix_deploy.plugin.toolchain import find_cmake, find_cuda, find_tensorrt
 from acmix_deploy.profile.monitor import Monitor
+from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.reason import raised, reason
 from acmix_deploy.targets import target_of
 
@@ -80,7 +81,7 @@ def _package(module: str, title: str, purpose: str, extra: str) -> Component:
             name=title,
             state="fault",
             found=f"{found}, and a checkpoint that it makes does not load: {problem}",
-            advice="docs/checkpoints.md#ultralytics names releases that were tried.",
+            advice=hints.OTHER_ULTRALYTICS,
         )
     return Component(name=title, state="ok", found=found)
 
@@ -114,8 +115,7 @@ def _tensorrt() -> Iterator[Component]:
                     name=title,
                     state="missing",
                     found=f"{f'{libraries}, but ' if libraries else ''}not for this Python; engines need it",
-                    advice="On a Jetson make the environment with --system-site-packages; elsewhere: pip install "
-                    "tensorrt",
+                    advice=hints.NO_TENSORRT,
                 )
             continue
         try:

@@ -20,6 +20,7 @@ from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.forms import refused, to_form
 from acmix_deploy.graph import name_nodes, read, with_weights
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
+from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.inputs import Shapes
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import out_of_memory
@@ -236,7 +237,7 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
         if shapes is None or len(declared) != len(shapes[0]):
             raise UserError(
                 f"input {value.name} of {source} has free axes: {', '.join(free)}",
-                "Give the shapes to build for: --min, --opt and --max, each B,C,H,W.",
+                hints.FREE_AXES,
             )
         for option, shape in zip(("--min", "--opt", "--max"), shapes, strict=True):
             if any(isinstance(size, int) and size != asked for size, asked in zip(declared, shape, strict=True)):
@@ -266,7 +267,7 @@ def _failure(
         by_plugin = f"; the plugin says: {said}" if said else ""
         return UserError(
             f"{source} has operators that {machine.tensorrt} does not know: {named}{by_plugin}",
-            "Operators of acmix need --plugin or a file with their definitions; others have to be exported otherwise.",
+            hints.UNKNOWN_OPERATORS,
         )
     if step == "plugin":
         return UserError(f"the plugin cannot be loaded: {errors[0]}", "Build it here: acmix-deploy plugin build")
@@ -275,7 +276,7 @@ def _failure(
     if out_of_memory(" ".join(texts)):
         return MissingComponent(
             f"too little memory on {machine.device} for {machine.tensorrt} to build {source}: {text}",
-            "End other programs on the device, or build for a smaller --max.",
+            hints.TOO_LITTLE_MEMORY,
         )
     if step == "parse":
         return UserError(f"{machine.tensorrt} cannot read {source}: {text}")

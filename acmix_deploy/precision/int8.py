@@ -94,7 +94,9 @@ class Int8Report(BaseModel):
     bytes_before: int = Field(description="size of the float file")
     bytes_after: int = Field(description="size of the INT8 file")
     search: SearchReport | None = Field(default=None, description="how a target was met, where there is one")
-    notes: list[str] = Field(default=[], description="why the calibration may be wrong")
+    notes: list[str] = Field(
+        default=[], description="why the calibration may be wrong, and where the error begins if it is large"
+    )
 
     @property
     def int8_share(self) -> float:

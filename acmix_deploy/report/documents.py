@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from acmix_deploy.artifacts import Artifact, Made
-from acmix_deploy.doctor import Diagnosis
+from acmix_deploy.doctor.diagnosis import Diagnosis
 from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.forms import TargetReport

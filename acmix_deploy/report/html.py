@@ -34,7 +34,7 @@ from acmix_deploy.report.documents import (
 from acmix_deploy.report.folder import Folder, read_folder
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.report.show_verification import detections, notes
-from acmix_deploy.verify import DetectionComparison, Verification
+from acmix_deploy.verify import DetectionComparison, LayerErrors, Verification
 from acmix_deploy.verify.detections import ImageComparison
 from acmix_deploy.verify.picture import COLOURS, halves
 
@@ -198,6 +198,13 @@ def _errors(folder: Folder) -> Iterator[Part]:
             caption,
             table=_grid(tables.errors(found)),
         )
+
+
+def _precision(folder: Folder) -> Iterator[Part]:
+    """What a reduced type does inside a file, and what was left out of it."""
+    for name, found in _verifications(folder):
+        for along in found.layers:
+            yield from _along(name, along)
         if found.half:
             yield Part("Magnitudes in float16", name, table=_grid(tables.half(found)))
     for name, half in folder.of(Fp16Document).items():
@@ -232,6 +239,20 @@ def _search(name: str, found: SearchReport) -> Part:
         table=_grid(tables.search_steps(found)),
         lines=[tables.searched(found)],
     )
+
+
+def _along(source: str, found: LayerErrors) -> Iterator[Part]:
+    steps = [plots.Step(one.relative_l2, one.limit, one.passed, one.block) for one in found.layers]
+    caption = (
+        f"Relative L2 of {len(steps)} tensors in the order of the graph, worst over the inputs. The line is the limit; "
+        "a cross is beyond it, and stands at the top where nothing could be compared. Shades are fused blocks."
+    )
+    worst, said = _grid(tables.worst_layers(found)), tables.layer_notes(found)
+    yield Part(f"Along {found.candidate}", source, plots.depth(steps), caption, table=worst, lines=said)
+    if errors := [step.value for step in steps if step.value]:
+        limit = min(step.limit for step in steps)
+        caption = f"How many of these tensors have which error; {len(steps) - len(errors)} without one are left out."
+        yield Part(f"Errors within {found.candidate}", source, plots.histogram(errors, limit), caption)
 
 
 def _detections(folder: Folder) -> Iterator[Part]:
@@ -406,6 +427,7 @@ _SECTIONS: dict[str, Callable[[Folder], Iterator[Part]]] = {
     "What was fused": _fused,
     "Files": _files,
     "Error": _errors,
+    "Precision": _precision,
     "Detections": _detections,
     "Latency": _latency,
     "Gate": _gate,

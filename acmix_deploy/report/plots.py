@@ -72,6 +72,15 @@ class Error(NamedTuple):
     passed: bool | None
 
 
+class Step(NamedTuple):
+    """A distance in a row of them, None where nothing could be compared, its limit, and the block that it is of."""
+
+    value: float | None
+    limit: float
+    passed: bool
+    block: str
+
+
 def distributions(samples: Mapping[str, Sequence[float]]) -> Plot:
     """A hill for each label from its smallest sample to the 99th percentile, with the median and 10th to 90th.
 
@@ -160,8 +169,9 @@ def history(medians: Sequence[float], bounds: Floats, names: Sequence[str]) -> P
         shown = np.unique(np.linspace(0, len(names) - 1, max(2, width // 160)).round().astype(int))
         axes.set_xticks(shown, [_shortened(names[index], 18) for index in shown])
         axes.get_xticklabels()[-1].set_horizontalalignment("right")
-        axes.grid(axis="x", visible=False)
-        _numbers_inside(axes, lambda value, _: f"{value:.4g} ms")
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g} ms")
+        _numbers_inside(axes)
 
     return _draw(_HEIGHT, paint)
 
@@ -195,7 +205,68 @@ def trials(found: Sequence[Trial], limit: float) -> Plot:
                 axes.plot(share, trial.loss, "o", color="none", markeredgecolor=_light("ink"), ms=15, mew=1.5)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(max(2, width // 120)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        _numbers_inside(axes, lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _numbers_inside(axes)
+
+    return _draw(_HEIGHT, paint)
+
+
+def depth(steps: Sequence[Step]) -> Plot:
+    """Distances along a graph on a logarithmic axis, with the line of their limits, and fused blocks by their names."""
+    told = [step.value for step in steps if step.value] + [step.limit for step in steps if 0 < step.limit < np.inf]
+    low, high = min(told, default=0.1) / 3, max(told, default=1) * 3
+    blocks: dict[str, list[int]] = {}
+    for index, step in enumerate(steps):
+        if step.block:
+            blocks.setdefault(step.block, []).append(index)
+    centres = {block: (places[0] + places[-1]) / 2 for block, places in blocks.items()}
+
+    def paint(axes: Axes, width: int) -> None:
+        axes.set_yscale("log")
+        axes.set_ylim(low, high)
+        step = (len(steps) or 1) / (width - 100)
+        axes.set_xlim(-70 * step, len(steps) - 1 + 10 * step)  # numbers of the other axis stand at the left
+        for places in blocks.values():
+            axes.axvspan(places[0] - 0.5, places[-1] + 0.5, color=_light("line"), lw=0)
+        axes.step(range(len(steps)), [one.limit for one in steps], where="mid", color=_light("ink"), lw=1.5)
+        for passed, mark, colour in ((True, "o", "accent"), (False, "X", "bad")):
+            places = [index for index, one in enumerate(steps) if one.passed is passed and one.value != 0]
+            heights = [steps[index].value or high / 1.3 for index in places]
+            axes.plot(places, heights, mark, color=_light(colour), ms=5 if passed else 8, mew=0)
+        shown: list[str] = []
+        for block, centre in sorted(centres.items(), key=lambda pair: pair[1]):
+            if not shown or centre - centres[shown[-1]] >= 100 * step:
+                shown.append(block)
+        axes.set_xticks([centres[block] for block in shown], [_shortened(block, 14) for block in shown])
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(numticks=8))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        _numbers_inside(axes)
+
+    return _draw(_HEIGHT, paint)
+
+
+def histogram(values: Sequence[float], limit: float) -> Plot:
+    """How many of some positive values are how large, by four bars a decade of a logarithmic axis, with their limit."""
+    low = np.floor(np.log10(min(values, default=1e-6)))
+    high = np.ceil(np.log10(max([*values, limit if np.isfinite(limit) else 0.0, 10**low * 10])))
+    edges = np.logspace(low, high, int(4 * (high - low)) + 1)
+    counts, _ = np.histogram(values, edges)
+
+    def paint(axes: Axes, width: int) -> None:
+        axes.set_xscale("log")
+        pixel = 10 ** ((high - low) / width)
+        axes.set_xlim(edges[0] / pixel**60, edges[-1] * pixel**25)  # numbers of the other axis stand at the left
+        axes.set_ylim(0, max(counts, default=0) * 1.15 or 1)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_light("accent"), edgecolor="none", alpha=0.7)
+        if np.isfinite(limit):
+            axes.axvline(limit, color=_light("ink"), lw=1.5)
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(numticks=width // 70))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
+        _numbers_inside(axes)
 
     return _draw(_HEIGHT, paint)
 
@@ -260,23 +331,22 @@ def _light(name: str) -> str:
     return PALETTE[name][0]
 
 
+def _numbers_inside(axes: Axes) -> None:
+    """Have the numbers of the upright axis stand on its lines, inside at the left."""
+    axes.grid(axis="x", visible=False)
+    axes.grid(axis="y", color=_light("line"), lw=1)
+    axes.yaxis.set_visible(True)
+    axes.tick_params(axis="y", pad=0, length=0)
+    for text in axes.get_yticklabels():
+        text.set(horizontalalignment="left", verticalalignment="bottom")
+
+
 def _label(axes: Axes, index: int, width: int, label: str, value: str) -> None:
     """The name of a row at its left and a number at its right, above what is drawn in it."""
     room = int((width - 2 * _MARGIN) / _GLYPH) - len(value) - 2
     place = axes.get_yaxis_transform()
     axes.text(0, _ROW * index + 13, _shortened(label, room), transform=place, fontsize=12)
     axes.text(1, _ROW * index + 13, value, transform=place, fontsize=12, horizontalalignment="right")
-
-
-def _numbers_inside(axes: Axes, form: Callable[[float, float], str]) -> None:
-    """The numbers of the y axis, above its lines."""
-    axes.grid(axis="y", color=_light("line"), lw=1)
-    axes.yaxis.set_visible(True)
-    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    axes.yaxis.set_major_formatter(form)
-    axes.tick_params(axis="y", pad=0, length=0)
-    for text in axes.get_yticklabels():
-        text.set(horizontalalignment="left", verticalalignment="bottom")
 
 
 def _shortened(text: str, most: int) -> str:

@@ -22,9 +22,10 @@ from acmix_deploy.report.tables import (
     module_blocks,
     quantized_layers,
     table,
+    worst_layers,
 )
 from acmix_deploy.report.target import plugin_notes
-from acmix_deploy.verify import Verification
+from acmix_deploy.verify import LayerErrors, Verification
 
 _WORST = 5  # layers in INT8 that are shown
 
@@ -41,6 +42,7 @@ def show_export(report: ExportReport, console: Console) -> None:
             *_titled(f"Error against {report.reference}, worst over all inputs", errors(report.verification)),
             *(_titled("Magnitudes in float16", half(report.verification)) if report.verification.half else ()),
             *_detections(report.verification),
+            *(line for along in report.verification.layers for line in _layers(along)),
         )
     )
     for note in notes(report):
@@ -63,6 +65,10 @@ def _detections(verification: Verification) -> list[RenderableType]:
         return []
     worst = [line for found in verification.detections for line in worst_image(found)]
     return [*_titled(f"Detections against {verification.reference}", detections(verification)), *worst]
+
+
+def _layers(found: LayerErrors) -> list[RenderableType]:
+    return _titled(f"Along {found.candidate}, the worst of {len(found.layers)} tensors", worst_layers(found))
 
 
 def notes(report: ExportReport) -> list[str]:

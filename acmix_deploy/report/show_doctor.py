@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from acmix_deploy.doctor import Diagnosis, Examination, Finding
+from acmix_deploy.doctor.diagnosis import Diagnosis, Examination, Finding
 from acmix_deploy.doctor.diagnosis import State as ComponentState
 from acmix_deploy.report.tables import Cell, State, table
 

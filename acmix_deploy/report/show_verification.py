@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from acmix_deploy.report.tables import errors, half, table, verdict
+from acmix_deploy.report.tables import errors, half, layer_notes, table, verdict, worst_layers
 from acmix_deploy.verify import DetectionComparison, Verification
 
 _SHOWN = 8  # pairs of the worst image that do not match
@@ -28,6 +28,9 @@ def show_verification(verification: Verification, console: Console) -> None:
         console.print(accuracy(verification))
     if verification.half:
         console.print(half(verification))
+    for along in verification.layers:
+        console.print(f"Along {along.candidate}, the worst of {len(along.layers)} tensors:")
+        console.print(worst_layers(along))
     for note in notes(verification):
         console.print(f"Note: {note}", style="yellow")
 
@@ -48,7 +51,8 @@ def notes(verification: Verification) -> list[str]:
         f"{' and '.join(verification.rounded)} computed here as a GPU does, every float16 tensor rounded and sums in "
         "float32; TensorRT rounds less often where it fuses a convolution with what follows"
     ] * bool(verification.rounded)
-    return [*verification.notes, *unjudged, *unseen, *rounding]
+    begins = (note for along in verification.layers for note in layer_notes(along))
+    return [*verification.notes, *begins, *unjudged, *unseen, *rounding]
 
 
 def detections(verification: Verification) -> Table:

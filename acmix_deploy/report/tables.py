@@ -17,7 +17,7 @@ from acmix_deploy.onnx_file import counted
 from acmix_deploy.plugin.library import Library
 from acmix_deploy.precision import Fp16Report, Int8Report, SearchReport
 from acmix_deploy.profile import Profile
-from acmix_deploy.verify import Verification
+from acmix_deploy.verify import LayerErrors, Verification
 
 _OVERFLOWS = 8  # nodes of a file
 
@@ -106,6 +106,29 @@ def half(verification: Verification) -> Table:
         if rest := len(found.vanished[_OVERFLOWS:]):
             rows.add_row(found.candidate, "", "", f"and {rest} more", Cell("becomes zero"))
     return rows
+
+
+def worst_layers(found: LayerErrors) -> Table:
+    """The tensors of a candidate with the largest errors, and the node that each begins at."""
+    rows = table("node", "operator", "tensor", "block", "relative L2", "limit", "", numeric=(4, 5))
+    for layer in found.worst():
+        row = (layer.node, layer.operator, layer.tensor, layer.block)
+        error = layer.problem or f"{layer.relative_l2:.1e}"
+        rows.add_row(*row, error, f"{layer.limit:.1e}", Cell("ok", "good") if layer.passed else Cell("beyond", "bad"))
+    return rows
+
+
+def layer_notes(found: LayerErrors) -> list[str]:
+    """Where the error begins, and what was not looked at."""
+    counts = (
+        (found.unshared, "are not in the reference, or in another shape"),
+        (found.chosen, "are behind a choice, such as of the best boxes"),
+    )
+    left = " and ".join(f"{count} {why}" for count, why in counts if count)
+    return [
+        f"{found}",
+        *([f"of the floating-point tensors of {found.candidate} {left}, and were not compared"] * bool(left)),
+    ]
 
 
 def verdict(passed: bool | None, unjudged: str = "not judged") -> Cell:

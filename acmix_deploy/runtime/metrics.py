@@ -40,7 +40,8 @@ def deviation(expected: Array, actual: Array) -> Deviation:
         return Deviation(problem="NaNs and infinities differ")
     if expected.size and not finite.any():
         return Deviation(problem="nothing in either is finite")
-    expected, actual = expected[finite], actual[finite]
+    if not finite.all():
+        expected, actual = expected[finite], actual[finite]
     difference = actual - expected
     error, norm, other = (float(np.linalg.norm(values)) for values in (difference, expected, actual))
     if norm == 0 or other == 0:

@@ -19,6 +19,7 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.options import Provider
+from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.refusals import refused, unreadable
@@ -52,6 +53,7 @@ def open_session(
     optimize: bool = True,
     once: bool = False,
     reduces: bool = False,
+    lean: bool = False,
     provider: Provider = "cpu",
     plugin: Path | None = None,
 ) -> onnxruntime.InferenceSession:
@@ -67,6 +69,7 @@ def open_session(
             that grows with the square of the number of nodes.
         reduces: for a graph whose outputs are sums or maxima of many tensors: compute these as soon as a tensor is
             there, which ONNX Runtime by itself puts off until every activation is in memory.
+        lean: give memory back as soon as it is free; by itself ONNX Runtime keeps it for the next run.
         provider: what runs it.
         plugin: library that provider "tensorrt" loads.
 
@@ -83,6 +86,7 @@ def open_session(
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_reuse = not once
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
     if reduces:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     source = model if isinstance(model, (Path, bytes)) else model.SerializeToString()
@@ -107,9 +111,7 @@ def _providers(provider: Provider, plugin: Path | None) -> list[tuple[str, dict[
     """
     name, available = PROVIDERS[provider], onnxruntime.get_available_providers()
     if name not in available:
-        raise MissingComponent(
-            f"this ONNX Runtime has no {name}, but {', '.join(available)}", "Run: pip install 'acmix-deploy[gpu]'"
-        )
+        raise MissingComponent(f"this ONNX Runtime has no {name}, but {', '.join(available)}", hints.NO_PROVIDER)
     names = list(PROVIDERS.values())
     options = {"trt_extra_plugin_lib_paths": str(plugin.resolve())} if provider == "tensorrt" and plugin else {}
     return [(name, options), *((other, {}) for other in names[: names.index(name)][::-1])]
@@ -118,8 +120,7 @@ def _providers(provider: Provider, plugin: Path | None) -> list[tuple[str, dict[
 def _does_not_start(provider: Provider, why: str) -> MissingComponent:
     return MissingComponent(
         f"ONNX Runtime has {PROVIDERS[provider]}, which does not start here{': ' + why if why else ''}",
-        "It needs a GPU and the CUDA, cuDNN and, for tensorrt, TensorRT that this release of ONNX Runtime names: "
-        "https://onnxruntime.ai/docs/execution-providers",
+        hints.PROVIDER_NEEDS,
     )
 
 

@@ -3,87 +3,131 @@
 from __future__ import annotations
 
 import re
-
-import onnxruntime
+from dataclasses import dataclass
 
 from acmix_deploy.errors import UserError
 from acmix_deploy.runtime.reason import reason
 
-_HERE = f"ONNX Runtime {onnxruntime.__version__}"
 _PLACE = re.compile(r"Load model from .*? failed:\s*|/\S+:\d+ .*?\) (?=[A-Z])|\w+\.cc:\d+ \w+ ")
 """What ONNX Runtime says of the file's name and of places in its own source."""
 
-_REFUSALS = (
-    # what is said; what is wrong, empty where the words are kept; what to do
-    (
-        r"Unsupported model IR version: (\d+), max supported IR version: (\d+)",
-        rf"its IR version, that of the file format, is \1, and {_HERE} reads \2 at most",
-        r"Update ONNX Runtime, or export it with an older onnx; where nothing newer is used, model.ir_version = \2 and "
-        "onnx.save are enough.",
+
+@dataclass(frozen=True)
+class Refusal:
+    """One message, and what it means. The two sentences name groups of the words in braces."""
+
+    example: str
+    words: str
+    """Regular expression of what is said."""
+    wrong: str
+    """What is wrong; ``{runtime}`` is the ONNX Runtime that says so."""
+    hint: str
+    """What to do; a sentence."""
+    quoted: bool = False
+    """Whether the words themselves say more than ``wrong``."""
+    ambiguous: bool = False
+    """Whether others than ONNX and ONNX Runtime say the same of other things."""
+
+
+REFUSALS: dict[str, Refusal] = {
+    "ir-version": Refusal(
+        "Unsupported model IR version: 11, max supported IR version: 10",
+        r"Unsupported model IR version: (?P<version>\d+), max supported IR version: (?P<newest>\d+)",
+        "its IR version, that of the file format, is {version}, and {runtime} reads {newest} at most",
+        "Update ONNX Runtime, or export it with an older onnx; where nothing newer is used, model.ir_version = "
+        "{newest} and onnx.save are enough.",
     ),
-    (
-        r"Opset (\d+) is under development.*domain (\S+) is till opset (\d+)",
-        rf"its opset of \2 is \1, and {_HERE} knows \3 at most",
-        r"Export it again with opset \3 or below, or update ONNX Runtime.",
+    "opset": Refusal(
+        "Opset 23 is under development and support for this is limited. Current official support for domain "
+        "ai.onnx is till opset 21.",
+        r"Opset (?P<opset>\d+) is under development.*domain (?P<domain>\S+) is till opset (?P<newest>\d+)",
+        "its opset of {domain} is {opset}, and {runtime} knows {newest} at most",
+        "Export it again with opset {newest} or below, or update ONNX Runtime.",
     ),
-    (
-        r"Fatal error: (acmix):([^\s(]+)\(-?\d+\) is not a registered function/op",
-        r"\1::\2 has no definition in it, as in files for TensorRT with the plugin",
+    "no-definition": Refusal(
+        "Fatal error: acmix:AcmixLocalAttention(-1) is not a registered function/op",
+        r"Fatal error: (?P<domain>acmix):(?P<operator>[^\s(]+)\(-?\d+\) is not a registered function/op",
+        "{domain}::{operator} has no definition in it, as in files for TensorRT with the plugin",
         "Take the file with definitions or in standard operators, as export and fuse write them.",
     ),
-    (
-        r"Fatal error: ([^\s:]+):([^\s(]+)\(-?\d+\) is not a registered function/op",
-        rf"\1::\2 is no operator of {_HERE}, and the file does not define it",
-        r"Only a program with the library of \1 runs it. Export the model without that operator.",
+    "no-such-operator": Refusal(
+        "Fatal error: mmdeploy:TRTBatchedNMS(-1) is not a registered function/op",
+        r"Fatal error: (?P<domain>[^\s:]+):(?P<operator>[^\s(]+)\(-?\d+\) is not a registered function/op",
+        "{domain}::{operator} is no operator of {runtime}, and the file does not define it",
+        "Only a program with the library of {domain} runs it. Export the model without that operator.",
     ),
-    (
-        r"\(\"(.*?)\", (\w+), .*No opset import for domain '?([^'\s]*)'?",
-        r"node '\1' is of the operator \3::\2, and the file does not say of which version that domain is",
+    "no-opset-import": Refusal(
+        'In Node, ("n7", Gelu, "com.microsoft", -1) : ("x": tensor(float),) -> '
+        "(\"y\": tensor(float),) , Error No opset import for domain 'com.microsoft'",
+        r"\(\"(?P<node>[^\"]*)\", (?P<operator>\w+), .*No opset import for domain '?(?P<domain>[^'\s]*)'?",
+        "node '{node}' is of the operator {domain}::{operator}, and the file does not say of which version "
+        "that domain is",
         "What wrote the file left it out of opset_import: export it again.",
     ),
-    (
-        r"\(\"(.*?)\", .*No Op registered for (\S+) with domain_version of (\d+)",
-        r"node '\1' is of the operator \2, which opset \3 does not have",
+    "operator-of-another-opset": Refusal(
+        'In Node, ("n7", Gelu, "", -1) : ("x": tensor(float),) -> ("y": '
+        "tensor(float),) , Error No Op registered for Gelu with domain_version of 17",
+        r"\(\"(?P<node>[^\"]*)\", .*No Op registered for (?P<operator>\S+) with domain_version of (?P<opset>\d+)",
+        "node '{node}' is of the operator {operator}, which opset {opset} does not have",
         "Export it with the opset that has it, or with standard operators in its place.",
     ),
-    (
-        r"bound to different types|Type Error",
-        "",
-        "Element types do not fit each other there. Export the model in float32; acmix-deploy export --fp16 and "
-        "quantize make smaller types of it.",
+    "types": Refusal(
+        "Type Error: Type parameter (T) of Optype (Add) bound to different types (tensor(float16) and "
+        "tensor(float) in node (n7).",
+        r"bound to different types|Type Error: ",
+        "element types do not fit each other there",
+        "Export the model in float32; acmix-deploy export --fp16 and quantize make smaller types of it.",
+        quoted=True,
     ),
-    (
-        r"Could not find an implementation for Conv\(\d+\)",
-        "",
-        f"{_HERE} has no Conv of that type. Where an exporter made the position term of a block float64, `acmix-deploy "
-        "fuse` repairs it; else export the model in float32.",
+    "no-conv-of-type": Refusal(
+        "NOT_IMPLEMENTED : Could not find an implementation for Conv(11) node with name '/model.4/conv_p/Conv'",
+        r"Could not find an implementation for (?:the node \S+:)?Conv\(\d+\)",
+        "{runtime} has no Conv of that type",
+        "Where an exporter made the position term of a block float64, `acmix-deploy fuse` repairs it; else export the "
+        "model in float32.",
+        quoted=True,
     ),
-    (
-        r"Could not find an implementation for (\S+?)\(\d+\)",
-        "",
-        rf"{_HERE} has no \1 of the type that it has there. Export the model in float32.",
+    "no-operator-of-type": Refusal(
+        "NOT_IMPLEMENTED : Could not find an implementation for Trilu(14) node with name '/model.4/Trilu'",
+        r"Could not find an implementation for (?:the node \S+:)?(?P<operator>\w+)\(\d+\)",
+        "{runtime} has no {operator} of the type that it has there",
+        "Export the model in float32.",
+        quoted=True,
     ),
-    (
-        r"(?:External data path does not exist: \"|should be stored in |No such file or directory: ')([^\"',]+)",
-        r"its weights are in \1, which is not there",
+    "no-weights": Refusal(
+        'External data path does not exist: "model.onnx.data"',
+        r"(?:External data path does not exist: \"|TensorProto .*should be stored in )(?P<file>[^\"',]+)",
+        "its weights are in {file}, which is not there",
         "Copy that file along, and keep its name.",
     ),
-    (
-        r"External initializer: (\S+) .*file_length: (\d+) are out of bounds",
-        r"the file of its weights has \2 bytes, too few for \1",
+    "no-weights-file": Refusal(
+        "No such file or directory: 'model.onnx.data'",
+        r"No such file or directory: '(?P<file>[^\"',]+)",
+        "its weights are in {file}, which is not there",
+        "Copy that file along, and keep its name.",
+        ambiguous=True,
+    ),
+    "short-weights": Refusal(
+        "External initializer: conv.weight offset: 0 size to read: 4096 given file_length: 12 are out of "
+        "bounds or can not be read in full.",
+        r"External initializer: (?P<tensor>\S+) .*file_length: (?P<bytes>\d+) are out of bounds",
+        "the file of its weights has {bytes} bytes, too few for {tensor}",
         "Copy both files again.",
     ),
-    (
-        r"Protobuf parsing failed|Error parsing message|Wire format was corrupt",
+    "no-protobuf": Refusal(
+        "INVALID_PROTOBUF : Load model from model.onnx failed:Protobuf parsing failed.",
+        r"[Pp]rotobuf parsing failed|Error parsing message|Wire format was corrupt",
         "its content is not what ONNX files hold",
         "Export, copy or download it again.",
     ),
-    (
-        r"This is an invalid model|Invalid model\.|ShapeInferenceError|No graph was found",
-        "",
-        "It is not as ONNX defines models: export it again; what changed it since has to be mended.",
+    "invalid-model": Refusal(
+        "INVALID_GRAPH : This is an invalid model. Error: the graph is not acyclic.",
+        r"This is an invalid model\b|Invalid model\.|ShapeInferenceError|No graph was found",
+        "it is not as ONNX defines models",
+        "Export it again; what changed it since has to be mended.",
+        quoted=True,
     ),
-)
+}
 
 
 def refused(name: str, error: BaseException) -> UserError:
@@ -101,7 +145,17 @@ def unreadable(name: object, error: BaseException) -> UserError:
 def _told(error: BaseException) -> tuple[str, str]:
     """What is wrong, and what to do: empty where nothing is known that is true."""
     text = _PLACE.sub("", " ".join(str(error).split()))
-    for pattern, wrong, hint in _REFUSALS:
-        if found := re.search(pattern, text):
-            return found.expand(wrong) or reason(RuntimeError(text)), found.expand(hint)
+    for refusal in REFUSALS.values():
+        if found := re.search(refusal.words, text):
+            named = {**found.groupdict(), "runtime": _here()}
+            wrong, hint = refusal.wrong.format_map(named), refusal.hint.format_map(named)
+            if refusal.quoted:
+                return reason(RuntimeError(text)), f"{wrong[0].upper()}{wrong[1:]}. {hint}"
+            return wrong, hint
     return reason(RuntimeError(text)) if text else type(error).__name__, ""
+
+
+def _here() -> str:
+    import onnxruntime
+
+    return f"ONNX Runtime {onnxruntime.__version__}"

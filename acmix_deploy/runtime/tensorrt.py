@@ -21,7 +21,7 @@ from polygraphy.common import TensorMetadata
 
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.manifest import EngineTensor, Manifest, Shape, read_fitting
-from acmix_deploy.runtime import cuda
+from acmix_deploy.runtime import cuda, hints
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.reason import out_of_memory
@@ -292,7 +292,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
                 built = f"{list(smallest)} to {list(largest)}" if smallest != largest else f"{list(smallest)} alone"
                 raise UserError(
                     f"input {tensor.name} of {self.name} is built for {built}, and is given {list(shape)}",
-                    "Give images of such a size, or build the engine for more: --min, --opt and --max.",
+                    hints.OTHER_SHAPE,
                 )
             self.manifest.metadata.check_size(self.name, shape)
 

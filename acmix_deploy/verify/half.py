@@ -49,7 +49,7 @@ class HalfRange(BaseModel):
         description="nodes that write more than 65504, in the order of the graph; each with its largest"
     )
     vanished: tuple[OutOfRange, ...] = Field(
-        default=(), description="nodes all of whose result becomes zero, as nothing in it reaches 6e-8"
+        default=(), description="nodes all of whose result becomes zero, as nothing in it is above 3e-8"
     )
 
     @computed_field(description="whether float16 holds all of them, on every input")  # type: ignore[prop-decorator]
@@ -108,7 +108,7 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
             node = writers.get(tensor)
             pole = node is not None and node.op_type in _POLES
             made = tensor in beyond & seen and not pole and not (node and beyond & {*node.input})
-            vanishes = tensor not in beyond and 0 < found[tensor].finite < SMALLEST_HALF
+            vanishes = tensor not in beyond and 0 < found[tensor].finite <= SMALLEST_HALF / 2
             if not made and not vanishes and found[tensor].finite <= LARGEST_HALF:
                 continue
             out = OutOfRange(

@@ -12,6 +12,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
+from acmix_deploy.artifacts import read_artifact
 from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, unlike_detector
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find
@@ -21,7 +22,7 @@ from acmix_deploy.detection.parts import known_head, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.half import runnable
 from acmix_deploy.operators.spec import Tolerance
-from acmix_deploy.options import Provider
+from acmix_deploy.options import FLOAT32, Provider
 from acmix_deploy.runtime.inputs import Shape, Shapes, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
@@ -31,6 +32,7 @@ from acmix_deploy.verify.accuracy import Accuracy, labelled, measure, read_truth
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.distances import Part, distances
 from acmix_deploy.verify.half import HalfRange, half_range
+from acmix_deploy.verify.layers import LayerErrors, compare_layers
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES
 from acmix_deploy.verify.verification import Comparison, Verification
 
@@ -216,6 +218,7 @@ def compare_files(
     confidence: float = CONFIDENCE,
     provider: Provider = "cpu",
     plugin: Path | None = None,
+    layers: bool = False,
 ) -> Verification:
     """Compare two files of one image input, at several batch and image sizes where both leave them free.
 
@@ -231,6 +234,7 @@ def compare_files(
         confidence: score above which there is a detection.
         provider: what runs the candidate, see :func:`acmix_deploy.runtime.models.open_model`.
         plugin: library with the custom layers of either.
+        layers: also compare the tensors inside, see :func:`acmix_deploy.verify.layers.compare_layers`.
 
     Raises:
         UserError: a file cannot be used, the two take different inputs, a size that is free is no multiple of the
@@ -241,7 +245,7 @@ def compare_files(
     if reference.resolve() == candidate.resolve() and provider == "cpu":
         raise UserError(f"{reference} is compared with itself", "Name two files.")
     labels = [path.name if reference.name != candidate.name else str(path) for path in (reference, candidate)]
-    right, _ = _open(reference, labels[0], plugin=plugin)
+    right, expected = _open(reference, labels[0], plugin=plugin)
     other, compared = _open(
         candidate, labels[1] if provider == "cpu" else f"{labels[1]} on {provider}", provider=provider, plugin=plugin
     )
@@ -261,10 +265,42 @@ def compare_files(
     )
     skipped = inputs.skipped if isinstance(inputs, Scenes) else {}
     notes = (*(f"{image} could not be read: {why}" for image, why in skipped.items()), *result.notes)
+    notes += (expected.note,) if expected.note else ()
     if images is None and other.precision == "int8":
         notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
     found, more = _accuracy([right, other], shapes[0], images, metadata) if images else ((), ())
-    return result.model_copy(update={"notes": (*notes, *more), "accuracy": found})
+    along: tuple[LayerErrors, ...] = ()
+    if layers:
+        feeds = inputs.feeds if isinstance(inputs, Scenes) else inputs
+        along, why = _along(reference, candidate, other.runner.name, failing_first(result, feeds), provider)
+        more = (*more, *why)
+    return result.model_copy(update={"notes": (*notes, *more), "accuracy": found, "layers": along})
+
+
+def failing_first(found: Verification, feeds: Sequence[Feed]) -> list[Feed]:
+    """Inputs, those of shapes at which something failed before the others."""
+    failed = [one.input_shapes for one in found.failures]
+    failed += [one.input_shapes for half in found.half for one in half.overflows]
+    return sorted(feeds, key=lambda feed: {name: array.shape for name, array in feed.items()} not in failed)
+
+
+def _along(
+    reference: Path, candidate: Path, name: str, feeds: Sequence[Feed], provider: Provider
+) -> tuple[tuple[LayerErrors, ...], tuple[str, ...]]:
+    """The error along the graph, and what to say where it cannot be told."""
+    engines = [path.name for path in (reference, candidate) if path.suffix != ".onnx"]
+    if engines or provider == "tensorrt":
+        what = " and ".join(engines) or f"what TensorRT builds of {candidate.name}"
+        return (), (f"tensors inside {what} cannot be fetched once it is built: the outputs alone were compared",)
+    try:
+        settings = read_artifact(candidate).settings
+    except UserError:  # it is from elsewhere
+        settings = {}
+    float32 = settings.get("float32", FLOAT32)
+    try:
+        return (compare_layers(name, reference, candidate, feeds, float32=float32, provider=provider),), ()
+    except (CheckFailed, UserError) as error:
+        return (), (f"the error along the graph cannot be told: {error.message}",)
 
 
 def _accuracy(

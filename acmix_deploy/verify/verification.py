@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.document import check_document, parse, read_json
 from acmix_deploy.errors import CheckFailed
+from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.runtime.metrics import Deviation
 from acmix_deploy.verify.accuracy import Accuracy
 from acmix_deploy.verify.detections import DetectionComparison, ImageComparison
 from acmix_deploy.verify.half import HalfRange
-from acmix_deploy.verify.limits import tolerance_of
+from acmix_deploy.verify.layers import LayerErrors, Mend
+from acmix_deploy.verify.limits import AS_SCORES, tolerance_of
 
 
 class Comparison(Deviation):
@@ -85,6 +87,9 @@ class Verification(BaseModel):
         default=(),
         description="candidates whose float16 tensors were rounded one by one, on a machine that computes in float32",
     )
+    layers: tuple[LayerErrors, ...] = Field(
+        default=(), description="the error along the graph, of candidates of which that was asked for"
+    )
     notes: tuple[str, ...] = Field(default=(), description="inputs that could not be used, and why")
 
     @computed_field(  # type: ignore[prop-decorator]
@@ -144,6 +149,15 @@ class Verification(BaseModel):
                 parts[found.part] = found
         return list(parts.values())
 
+    def limits_of(self, candidate: str) -> dict[str, Tolerance]:
+        """Tolerances that are the smallest limits of a candidate's outputs, whatever widened them."""
+        found: dict[str, Tolerance] = {}
+        for one in self.comparisons:
+            if one.candidate == candidate and one.limit is not None and one.channel is None:
+                kind = f"{one.precision} scores" if one.output in AS_SCORES else one.precision
+                found[kind] = Tolerance(floor=min(one.limit, found[kind].floor if kind in found else one.limit))
+        return found
+
     def judged_by(
         self, tolerances: Mapping[str, Tolerance | None] | None = None, **detection_limits: float
     ) -> Verification:
@@ -153,22 +167,33 @@ class Verification(BaseModel):
             tolerances: of outputs, by precision.
             detection_limits: ``lost``, ``score_change`` or ``iou`` of :class:`DetectionLimits`, whatever the precision.
         """
-        comparisons, detections = self.comparisons, self.detections
+        comparisons, detections, layers = self.comparisons, self.detections, self.layers
         if tolerances is not None:
             comparisons = tuple(found.judged_by(tolerances) for found in comparisons)
+            layers = tuple(found.judged_by(tolerances) for found in layers)
         if detection_limits:
             detections = tuple(
                 found.model_copy(update={"limits": found.limits.model_copy(update=detection_limits)})
                 for found in detections
             )
-        return self.model_copy(update={"comparisons": comparisons, "detections": detections})
+        return self.model_copy(update={"comparisons": comparisons, "detections": detections, "layers": layers})
 
     def check(self) -> None:
         """Raise CheckFailed with the worst failure of each candidate, if there is any."""
         if self.passed is False:
             by_candidate = {failure.candidate: failure for failure in sorted(self.failures, key=_badness)}
             found = (*by_candidate.values(), *self.overflows, *self.losses)
-            raise CheckFailed("; ".join(map(str, found)) or "nothing was compared")
+            raise CheckFailed("; ".join(map(str, found)) or "nothing was compared", "\n".join(self._beginnings()))
+
+    def _beginnings(self) -> Iterator[str]:
+        """Where the errors of the candidates that are beyond a limit begin, and what mends them."""
+        for along in self.layers:
+            nodes = [one.node for half in self.overflows if half.candidate == along.candidate for one in half.overflows]
+            if nodes and not along.lasting:  # inside the definition of a custom operator
+                mend = Mend(option="--float32", nodes=tuple(nodes)).spelt(along.float32)
+                yield f"{along.candidate} overflows in {some(nodes)}; keep it in floating point: {mend}"
+            elif along.first and along.candidate in self.beyond:
+                yield str(along)
 
 
 def read_verification(path: Path) -> Verification:

@@ -132,7 +132,7 @@ def test_an_honest_block_stays_replaced_at_any_size(folder, capsys):
 
 def test_a_dynamic_file_says_below_which_size_it_is_not_the_model(folder, capsys):
     """It holds the way that the code took at the size of the example, and blocks are fused for that."""
-    found = exported(capsys, GlobalOnSmallMaps, "--image-size", "32", "--dynamic", "height,width", "--opset", "18")
+    found = exported(capsys, GlobalOnSmallMaps, "--image-size", "32", "--dynamic", "height,width")
     assert found["blocks"][0]["status"] == "left alone"
     assert any("below 13x13 the file computes something else" in note for note in found["export"]["notes"])
     for name in ("model", "model.fused"):

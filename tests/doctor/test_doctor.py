@@ -25,8 +25,11 @@ import tests.families.test_swin_acmix as swin
 from acmix_deploy import __version__, cli
 from acmix_deploy.artifacts import write_artifact
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.doctor import Examination, environment, examine, machine
+from acmix_deploy.doctor import machine
+from acmix_deploy.doctor.diagnosis import Examination
 from acmix_deploy.doctor.faults import FAULTS
+from acmix_deploy.doctor.files import examine
+from acmix_deploy.doctor.machine import environment
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse

@@ -68,8 +68,15 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("axes", ["static", "dynamic"])
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("axes", "precision"),
+    [
+        ("static", "float16"),
+        ("dynamic", "float32"),
+        pytest.param("static", "float32", marks=pytest.mark.soak),
+        pytest.param("dynamic", "float16", marks=pytest.mark.soak),
+    ],
+)
 @pytest.mark.parametrize(("form", "with_plugin"), [("any", False), ("plain", False), ("any", True), ("plugin", True)])
 def test_rtx_builds(rtx, request, files, tmp_path, axes, precision, form, with_plugin):
     library = request.getfixturevalue("libraries")(11) if with_plugin else None

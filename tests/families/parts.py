@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,18 @@ def variants_of(family: Family[Any]) -> list[Variant]:
 
 
 VARIANTS = [variant for family in FAMILIES for variant in variants_of(family)]
+
+
+EXPORTS = [
+    pytest.param(exporter, dynamic, id=f"{exporter}-{'dynamic' if dynamic else 'static'}", marks=marks)
+    for exporter, dynamic, marks in (
+        ("torchscript", (), ()),
+        ("torchscript", AXES, ()),
+        ("dynamo", AXES, ()),
+        ("dynamo", (), pytest.mark.soak),  # as its dynamic graphs, with sizes filled in
+    )
+]
+"""Exporters, and the axes that they leave free."""
 
 
 def example(variant: Variant, *, as_others_have_it: bool = False) -> tuple[Any, Tensor]:

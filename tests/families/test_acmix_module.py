@@ -190,9 +190,11 @@ def test_a_map_that_does_not_fit_is_refused_with_its_size(size: tuple[int, int],
         ACmix(4, 8, stride=stride)(torch.zeros(1, 4, *size))
 
 
-def test_torch_compile_makes_one_graph_of_any_size() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.soak)])
+def test_torch_compile_makes_one_graph_of_any_size(backend: str) -> None:
+    """The second traces what is called in the graph too, and its gradients."""
     block = randomised(ACmix(4, 8, 5, 2, stride=2))
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
     for shape in ((2, 4, 6, 8), (1, 4, 10, 4)):
         x = torch.randn(*shape)
         torch.testing.assert_close(compiled(x), block(x))

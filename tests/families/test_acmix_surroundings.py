@@ -122,8 +122,8 @@ def test_foreign_modules_are_replaced_where_they_stand(surroundings):
     [
         *(("torchscript", True, published, surroundings) for surroundings in SURROUNDINGS),
         *(("dynamo", False, published, surroundings) for surroundings in SURROUNDINGS),
-        ("dynamo", True, own, BetweenNorms),
-        *(pytest.param("dynamo", True, own, larger, marks=pytest.mark.soak) for larger in (InBottleneck, Attending)),
+        # tests/families/test_contract.py has one between convolutions.
+        *(pytest.param("dynamo", True, own, surroundings, marks=pytest.mark.soak) for surroundings in SURROUNDINGS),
     ],
 )
 def test_blocks_fuse_where_they_stand(tmp_path, surroundings, exporter, dynamic, block):

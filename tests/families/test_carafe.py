@@ -16,8 +16,8 @@ from acmix_deploy.families.carafe.graph import CARAFE
 from acmix_deploy.families.carafe.module import Carafe
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.reassembly import REASSEMBLY
-from acmix_deploy.runtime.inputs import AXES
 from tests.families.parts import (
+    EXPORTS,
     assert_left_alone_in_a_graph,
     assert_left_alone_in_a_module,
     export,
@@ -143,8 +143,7 @@ def test_in_modules(name: str) -> None:
 
 
 @every_way
-@pytest.mark.parametrize("dynamic", [(), AXES], ids=["static", "dynamic"])
-@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize(("exporter", "dynamic"), EXPORTS)
 def test_in_graphs(name: str, exporter: str, dynamic: tuple[str, ...], tmp_path: Path) -> None:
     block, x = randomised(WRITTEN[name]), torch.randn(2, 8, 8, 12)
     source = export(block, x, tmp_path / "plain.onnx", exporter=exporter, dynamic=dynamic)

@@ -18,8 +18,8 @@ from acmix_deploy.families.involution.graph import INVOLUTION
 from acmix_deploy.families.involution.module import Involution
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.reassembly import REASSEMBLY
-from acmix_deploy.runtime.inputs import AXES
 from tests.families.parts import (
+    EXPORTS,
     assert_left_alone_in_a_graph,
     assert_left_alone_in_a_module,
     export,
@@ -152,8 +152,7 @@ def test_in_modules(name: str) -> None:
 
 
 @every_way
-@pytest.mark.parametrize("dynamic", [(), AXES], ids=["static", "dynamic"])
-@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize(("exporter", "dynamic"), EXPORTS)
 def test_in_graphs(name: str, exporter: str, dynamic: tuple[str, ...], tmp_path: Path) -> None:
     if (name, exporter) == ("windows of tensors", "torchscript"):
         pytest.skip("this exporter of PyTorch does not write Tensor.unfold of an unfolded tensor")

@@ -61,7 +61,7 @@ def test_both_forms_of_the_convolution(tmp_path, conv_branch, convolutions):
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -23,7 +23,8 @@ def distances(report):
 def test_checkpoint_to_files(tmp_path):
     make_checkpoint(tmp_path / "model.pt")
     steps: list[str] = []
-    report = deployed(tmp_path / "model.pt", tmp_path, image_size=160, fp16=True, expect=3, progress=steps.append)
+    options = {"image_size": 160, "opset": 17, "fp16": True}  # by the faster exporter; README's example by the other
+    report = deployed(tmp_path / "model.pt", tmp_path, expect=3, progress=steps.append, **options)
     assert report.passed
     assert [block.status for block in report.blocks] == ["canonical"] * 3
     assert report.files["fused"].nodes < report.files["plain"].nodes
@@ -96,7 +97,8 @@ def test_generations_of_ultralytics(tmp_path: Path, name: str) -> None:
     torch.save(
         {"ema": model.half(), "model": None, "train_args": {"imgsz": 640, "task": "detect"}}, tmp_path / "model.pt"
     )
-    options = {"input_shape": (1, 3, 256, 320), "opset": 17, "expect": 1, "seconds": 0.1}
+    size = (256, 320) if "P6" in name else (128, 160)  # maps of 4x5, the smallest that a window of 7 takes
+    options = {"input_shape": (1, 3, *size), "opset": 17, "expect": 1, "seconds": 0.1}
     assert deployed(tmp_path / "model.pt", tmp_path, **options).passed
 
 

@@ -108,7 +108,10 @@ def saved(path, model, **entries):
     return path
 
 
-@pytest.mark.parametrize(("style", "blocks", "opset"), [("yolov5", 2, 17), ("yolov7", 1, 18)])
+@pytest.mark.parametrize(
+    ("style", "blocks", "opset"),
+    [("yolov5", 2, 17), ("yolov7", 1, 17), pytest.param("yolov7", 1, 18, marks=pytest.mark.soak)],
+)
 def test_checkpoints_of_repositories_with_a_package_models(tmp_path, repository, style, blocks, opset):
     """With the folder of their code; the block is somebody's port, and boxes have anchors."""
     torch.manual_seed(0)

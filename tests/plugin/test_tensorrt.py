@@ -296,8 +296,10 @@ def detectors(tmp_path_factory):
     return found
 
 
-def test_rtx_builds_detectors_with_the_plugin(rtx, libraries, detectors):
-    answers, _ = rtx("build", libraries(11), *(path for path, _, _ in detectors.values()))
+def test_rtx_builds_detectors_with_the_plugin(rtx, libraries, request):
+    library = libraries(11)  # first, since without it there is nothing to make detectors for
+    detectors = request.getfixturevalue("detectors")
+    answers, _ = rtx("build", library, *(path for path, _, _ in detectors.values()))
     for (name, (_, blocks, dtype)), answer in zip(detectors.items(), answers, strict=True):
         assert answer["parsed"], (name, answer)
         assert answer["built"], (name, answer)

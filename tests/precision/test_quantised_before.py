@@ -14,7 +14,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import nn
 
 from acmix_deploy.cli import main
-from acmix_deploy.doctor import examine
+from acmix_deploy.doctor.files import examine
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion.quantized import quantization, without_pairs
 from acmix_deploy.runtime.metrics import deviation

@@ -36,6 +36,7 @@ from acmix_deploy.report.html import write_html
 from acmix_deploy.report.model import ExportReport, FileReport
 from acmix_deploy.verify import Comparison, DetectionComparison, Verification
 from acmix_deploy.verify.detections import Detection, DetectionPair, ImageComparison
+from acmix_deploy.verify.layers import LayerError, LayerErrors, Mend
 from acmix_deploy.verify.limits import DETECTION_LIMITS
 from tests import ROOT
 
@@ -90,6 +91,23 @@ def detected(candidate: str, images: list[Path], name: str = "circle") -> Detect
     return DetectionComparison(
         candidate=candidate, precision="int8", confidence=0.25, limits=DETECTION_LIMITS["int8"],
         images=tuple(ImageComparison(image=image, size=(64, 64), pairs=pairs) for image in images),
+    )  # fmt: skip
+
+
+def along(name: str, count: int = 30) -> LayerErrors:
+    """A chain of tensors in a fused block and out of it, of which the last are infinite."""
+
+    def layer(index: int) -> LayerError:
+        error = {"relative_l2": 1e-4 * 1.2**index} if index < count - 1 else {"problem": "3 of 4 values are NaN"}
+        return LayerError(
+            tensor=f"tensor {index}", node=f"{index} {name}", operator="Conv", scores=False, limit=0.01,
+            block=f"acmix_{index // 10} {name}" if index % 10 < 4 else "", sources=(f"tensor {index - 1}",),
+            end=index == count - 1, mend=Mend(option="--float32", nodes=(f"{index} {name}",)), **error,
+        )  # fmt: skip
+
+    return LayerErrors(
+        candidate=name, precision="float16", float32=("decode",), inputs=(), unshared=7, chosen=2,
+        layers=tuple(map(layer, range(count))),
     )  # fmt: skip
 
 
@@ -156,6 +174,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reference=FILE,
         comparisons=(comparison(HOSTILE, 0.1, 1e-5),),
         detections=(detected(HOSTILE, [path / "gone.png"]),),
+        layers=(along(HOSTILE),),
     )
     write(VerifyDocument(**verification.model_dump()), path / "verify.json")
     start = datetime(2026, 5, 1, 9, tzinfo=timezone.utc)
@@ -223,6 +242,11 @@ def test_tells_what_the_documents_say(parsed: Parsed) -> None:
     assert parsed.row(f"fused {SHOWN}", "boxes")[2:] == ["3.0e-02", "3.0e-02", "1.0e-05", "1.0000000", "FAILED"]
     assert parsed.row(f"plain {SHOWN}", "boxes")[-1] == "ok"
     assert parsed.row(f"fused {SHOWN}", "1")[1:7] == ["1", "2", "1", "1", "0", "0"], "detections"
+    worst = [row for row in parsed.rows if row[2:3] and row[2].startswith("tensor ")]
+    assert [row[2] for row in worst] == [f"tensor {index}" for index in range(29, 19, -1)]
+    assert worst[0] == [f"29 {SHOWN}", "Conv", "tensor 29", "", "3 of 4 values are NaN", "1.0e-02", "beyond"]
+    assert worst[-1][3:] == [f"acmix_2 {SHOWN}", "3.8e-03", "1.0e-02", "ok"]
+    assert f"{SHOWN} leaves the limit of 1.0e-02 first at 26 {SHOWN} (relative L2 1.1e-02); keep it" in parsed.text
     figures = [f"{np.percentile(samples(4.0), q):.3f}" for q in (50, 90, 95, 99)]
     assert parsed.row(FILE, figures[0])[1:5] == figures
     assert parsed.rows.count(["acmix_0.attention", "Conv", "acmix_0", "3.000", "30.0%"]) == 2
@@ -238,6 +262,25 @@ def test_tells_what_the_documents_say(parsed: Parsed) -> None:
     assert re.search(r"A step: from gate-3\.json on 1\.(19|20)\d times the time", parsed.text)
     for words in (f"note of {SHOWN}", "acmix-deploy plugin build", "gone.png cannot be read to draw"):
         assert words in parsed.text
+
+
+def test_errors_along_a_graph_are_drawn_for_both_widths() -> None:
+    """Blocks are named where there is room; equal tensors and a model without blocks can be drawn too."""
+    steps = [plots.Step(error.relative_l2, error.limit, error.passed, error.block) for error in along("n").layers]
+    wide, narrow = plots.depth(steps)
+    assert [wide.count(f">acmix_{block} n<") for block in range(3)] == [1, 1, 1]
+    assert [narrow.count(f">acmix_{block} n<") for block in range(3)] == [1, 0, 1]
+    assert wide.count("var(--bad)") == 4, "three beyond the limit, and one that could not be compared"
+    for few in ([], [plots.Step(0.0, 1e-5, True, "")], steps[:1]):
+        assert "<svg" in plots.depth(few).wide
+
+
+def test_a_histogram_of_errors_has_its_limit_in_it() -> None:
+    wide, narrow = plots.histogram([1e-6, 3e-4, 4e-4, 2e-3], 1e-2)
+    for drawn in (wide, narrow):
+        assert {">1e-06<", ">1e-02<"} <= {*re.findall(r">1e-\d\d<", drawn)}
+        assert drawn.count("var(--ink)") == 1
+    assert "<svg" in plots.histogram([0.5], np.inf).wide
 
 
 def test_names_stay_text(parsed: Parsed, page: Path) -> None:

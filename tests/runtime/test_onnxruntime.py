@@ -117,6 +117,13 @@ def test_a_session_runs_files_bytes_and_models(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.run(None, {"images": image})[0], np.abs(image))
 
 
+def test_a_lean_session_keeps_no_memory_for_the_next_run() -> None:
+    model = model_of("Abs")
+    for lean in (False, True):
+        options = open_session(model, lean=lean).get_session_options()
+        assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (not lean, not lean)
+
+
 def test_a_session_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     truncated = tmp_path / "truncated.onnx"
     truncated.write_bytes(model_of("Abs").SerializeToString()[:-20])

@@ -243,6 +243,34 @@ def test_an_attention_that_overflows(overflowing, kept, capsys):
     assert {overflow.node for overflow in half.overflows} == {"acmix_0.attention"}
     assert "acmix_0.attention reaches" in printed.err
     assert "acmix_0.attention" in printed.out
+    mend = "acmix_0.attention" if kept == "none" else f"{kept},acmix_0.attention"
+    assert printed.err.endswith(f"keep it in floating point: --float32 {mend}\n")
+    if kept == "softmax":
+        mended = ["model-deploy/model.fused.onnx", "mended.onnx"]
+        assert main(["fp16", mended[0], "-o", mended[1], "--float32", mend]) == 0
+        assert main(["verify", *mended, "--layers"]) == 0
+        capsys.readouterr()
     pair = ["model-deploy/model.onnx", "model-deploy/model.fp16.onnx"]
     assert main(["verify", *pair]) == 1
     assert "acmix_0.attention reaches" in capsys.readouterr().err
+
+
+def test_what_rounds_to_the_smallest_is_no_zero(tmp_path: Path) -> None:
+    """5e-8 becomes 6e-8, and 2e-8 becomes zero."""
+    for factor, zeros in ((5e-4, 0), (2e-4, 1)):
+        nodes = [node("Mul", "x factor", "m"), node("Mul", "m tiny", "s"), node("Mul", "s big", "y")]
+        made = half_file(tmp_path / "half.onnx", *nodes, factor=factor, tiny=1e-4, big=6e4)
+        found = half_range("half", made, [IMAGE])
+        assert found
+        assert len(found.vanished) == zeros
+
+
+def test_a_reference_that_cannot_be_rounded_is_told_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (half_file(tmp_path / name, node("Mul", "x two", "y"), two=2) for name in ("a.onnx", "b.onnx"))
+
+    def fails(model: Path) -> Path:
+        raise ValueError("no")
+
+    monkeypatch.setattr("acmix_deploy.verify.run.runnable", fails)
+    told = [note for note in compare_files(one, two).notes if "without rounding" in note]
+    assert [note.split()[0] for note in told] == ["b.onnx", "a.onnx"]
