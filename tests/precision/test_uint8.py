@@ -153,10 +153,12 @@ def test_what_lies_between() -> None:
         helper.make_node("Add", ["r", "x"], ["f"], name="of a float tensor"),
         helper.make_node("Mul", ["r", "scales"], ["m"], name="of a stored tensor"),
         helper.make_node("Conv", ["r", "w"], ["b"], name="b"),
+        helper.make_node("Conv", ["f", "w"], ["g"], name="g"),
+        helper.make_node("Conv", ["m", "w"], ["h"], name="h"),
         helper.make_node("Sigmoid", ["b"], ["y"], name="read by none"),
     ]
     held = {"w": np.ones((4, 4, 1, 1), np.float32), "sizes": np.array([2, 2]), "scales": np.ones(4, np.float32)}
-    values = [helper.make_tensor_value_info(name, 1, [1, 4, 8, 8]) for name in "xyfm"]
+    values = [helper.make_tensor_value_info(name, 1, [1, 4, 8, 8]) for name in "xygh"]
     stored = [numpy_helper.from_array(array, name) for name, array in held.items()]
     graph = helper.make_graph(chain, "g", values[:1], values[1:], stored)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
