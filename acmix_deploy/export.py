@@ -322,7 +322,7 @@ def _check(
             session.get_outputs(), actual, declared, outputs, judged, strict=True
         ):
             if found.relative_l2 is None or found.relative_l2 > limit:
-                what = found.problem or f"relative L2 {found.relative_l2:.1e}, at most {limit:.0e} is accepted"
+                what = found.problem or f"relative L2 {found.relative_l2:.1e}, at most {limit:.1e} is accepted"
                 if same := _same_rows(wanted, array, 10 * limit):
                     raise _Reordered(
                         f"{output.name} has {same} of the module's in another order on {list(shape)}: {what}"

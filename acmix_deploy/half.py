@@ -47,7 +47,7 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Returns:
         A model of the same inputs and outputs, those in float16 now float32. Tensors of the main graph keep their
-        names; before it is rounded, ``x`` is ``x/exact``.
+        names; before it is rounded, ``x`` is ``exact x``.
 
     Raises:
         UserError: a custom operator has no definition in the file, or ONNX Runtime does not know an operator.
@@ -63,7 +63,7 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     wide = shape_inference.infer_shapes(formed)
     values = (*wide.graph.input, *wide.graph.value_info, *wide.graph.output)
     half = {value.name for value in values if value.type.tensor_type.elem_type == HALF} | _halves_untold(wide)
-    inputs = {value.name: f"{value.name}/rounded" for value in wide.graph.input if value.name in half}
+    inputs = {value.name: f"rounded {value.name}" for value in wide.graph.input if value.name in half}
     as_float32(wide, {HALF})
     keep(wide.graph.value_info, [])
     nodes = [cast for name, taken in inputs.items() for cast in _pair(name, taken)]
@@ -71,8 +71,8 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
         node.input[:] = [inputs.get(name, name) for name in node.input]
         stated = any(attribute.type == onnx.AttributeProto.FLOAT for attribute in node.attribute)  # before opset 11
         results = [name for name in node.output if name in half and (stated or node.op_type not in _EXACT)]
-        node.output[:] = [f"{name}/exact" if name in results else name for name in node.output]
-        nodes += [node, *(cast for name in results for cast in _pair(f"{name}/exact", name))]
+        node.output[:] = [f"exact {name}" if name in results else name for name in node.output]
+        nodes += [node, *(cast for name in results for cast in _pair(f"exact {name}", name))]
     rewritten = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     keep(wide.graph.node, rewritten)
     return wide
@@ -93,7 +93,7 @@ def _halves_untold(model: onnx.ModelProto) -> set[str]:
 
 
 def _pair(source: str, target: str) -> tuple[onnx.NodeProto, onnx.NodeProto]:
-    between = f"{target}/half"
+    between = f"half {target}"
     return (
         helper.make_node("Cast", [source], [between], f"{between}/Cast", to=HALF),
         helper.make_node("Cast", [between], [target], f"{target}/Cast", to=TensorProto.FLOAT),

@@ -235,9 +235,13 @@ def _limits(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, Limit, Any
     else:
         ranks = {}
     results = {value.name for value in model.graph.output}
+    known = {*constants, *(name for function in model.functions for name in function.input)}
+    for node in nodes:
+        if node.op_type == "Constant" or (node.input and known.issuperset(filter(None, node.input))):
+            known.update(node.output)
     for node in nodes:
         if node.op_type in limits and node.domain in ("", "ai.onnx") and _is_standard(node.op_type, opset(model)):
-            facts = _facts(node, onnx.defs.get_schema(node.op_type, opset(model)), constants, ranks, results)
+            facts = _facts(node, onnx.defs.get_schema(node.op_type, opset(model)), constants, known, ranks, results)
             for limit in limits[node.op_type]:
                 if limit.fact in facts and not limit.read(facts[limit.fact]):
                     yield node, limit, facts[limit.fact]
@@ -247,6 +251,7 @@ def _facts(
     node: onnx.NodeProto,
     schema: onnx.defs.OpSchema,
     constants: Mapping[str, onnx.TensorProto],
+    known: Container[str],
     ranks: Mapping[str, int],
     results: Container[str],
 ) -> dict[str, Any]:
@@ -271,7 +276,7 @@ def _facts(
             facts[f"{parameter.name}.type"] = onnx.TensorProto.DataType.Name(tensor.data_type)
             if tensor.data_location != onnx.TensorProto.EXTERNAL and np.prod(tensor.dims) <= _SMALL:
                 facts[f"{parameter.name}.value"] = tuple(numpy_helper.to_array(tensor).reshape(-1).tolist())
-        elif name:
+        elif name and name not in known:
             facts[f"{parameter.name}.value"] = None
     return facts
 

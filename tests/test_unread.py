@@ -401,3 +401,22 @@ def test_a_stated_default_is_left_out_for_tensorrt(tmp_path):
         (y,) = open_session(tmp_path / name).run(None, {"images": image})
         assert np.allclose(y, written(torch.from_numpy(image)).numpy(), atol=1e-6)
     assert reductions == [[b"none", b"none"], []]
+
+
+def test_a_number_that_the_file_stores_somehow_is_not_computed() -> None:
+    """K of a TopK through Constant value_ints, and through what only moves a stored one."""
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])
+    outputs = [helper.make_tensor_value_info("v", TensorProto.FLOAT, None)]
+    stored = [helper.make_tensor("k", TensorProto.INT64, [], [2])]
+    for nodes, computed in (
+        ([helper.make_node("Constant", [], ["K"], value_ints=[2])], False),
+        (
+            [helper.make_node("Constant", [], ["a"], value_ints=[0]), helper.make_node("Unsqueeze", ["k", "a"], ["K"])],
+            False,
+        ),
+        ([helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "k"], ["K"])], True),
+    ):
+        top = helper.make_node("TopK", ["x", "K"], ["v", "i"], "top")
+        graph = helper.make_graph([*nodes, top], "g", [image], outputs, stored)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+        assert bool(unread(model, target_of((8, 5)))) is computed

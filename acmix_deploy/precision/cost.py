@@ -25,8 +25,8 @@ def multiply_adds(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], samp
     del sized.graph.output[:]
     tensors = dict.fromkeys(name for node in layers for name in (*node.input[:2], node.output[0]))
     for name in tensors:
-        sized.graph.node.append(helper.make_node("Shape", [name], [f"{name}/shape"]))
-        sized.graph.output.append(onnx.ValueInfoProto(name=f"{name}/shape"))
+        sized.graph.node.append(helper.make_node("Shape", [name], [f"shape of {name}"]))
+        sized.graph.output.append(onnx.ValueInfoProto(name=f"shape of {name}"))
     shapes = dict(zip(tensors, open_session(sized, once=True).run(None, sample), strict=True))
 
     def cost(node: onnx.NodeProto) -> int:

@@ -48,8 +48,8 @@ def notes(verification: Verification) -> list[str]:
         if found.unknown
     )
     rounding = [
-        f"{' and '.join(verification.rounded)} computed here as a GPU does, every float16 tensor rounded and sums in "
-        "float32; TensorRT rounds less often where it fuses a convolution with what follows"
+        f"{' and '.join(verification.rounded)} computed here as a GPU does, every float16 tensor rounded (but for "
+        "those inside branches) and sums in float32; TensorRT rounds less often where it fuses layers"
     ] * bool(verification.rounded)
     begins = (note for along in verification.layers for note in layer_notes(along))
     return [*verification.notes, *begins, *unjudged, *unseen, *rounding]
