@@ -140,6 +140,11 @@ def unread(model: onnx.ModelProto, target: Target) -> dict[str, tuple[str, ...]]
     return found | {what: tuple(nodes) for what, nodes in outside.items()}
 
 
+def zero_points(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The nodes that quantise with a zero point other than 0, which no TensorRT reads."""
+    return tuple(_called(node) for node, limit, _ in _limits(model) if limit.fact.endswith("zero_point.value"))
+
+
 def read_since(model: onnx.ModelProto) -> Version:
     """The first TensorRT that reads all that some release reads; (8, 5) where all that are supported do."""
     since = [READ_SINCE.get(operator) for operator in operators(model)]

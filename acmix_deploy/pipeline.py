@@ -195,11 +195,13 @@ def _to_fp16(work: _Work, inputs: Scenes | list[Feeds]) -> Made[Fp16Report]:
 def _quantize(work: _Work, source: Source) -> Made[Int8Report]:
     plan = work.plan
     assert plan.calibration
+    scheme = plan.target.int8 if plan.target else "symmetric"
     return quantize(
         plan.path("fused"),
         plan.path("int8"),
         plan.calibration,
-        fp16=plan.chosen_opset >= INT8_OPSET,
+        scheme=scheme,
+        fp16=plan.chosen_opset >= INT8_OPSET and scheme == "symmetric",
         float32=plan.float32,
         image_size=(source.shape[2], source.shape[3]),
         progress=work.progress,

@@ -21,6 +21,10 @@ at all, their definitions in their place."""
 Precision = Literal["float32", "float16", "int8"]
 """The lowest type that a file computes in; what int8 does not cover may be of either other type."""
 
+Int8Scheme = Literal["symmetric", "uint8"]
+"""How a file in INT8 is quantised: "symmetric" at inputs of layers, int8 with zero points of 0; "uint8" at inputs and
+outputs with zero points, and at biases."""
+
 Version = tuple[int, int]
 
 OPSETS = range(17, 22)
@@ -85,6 +89,7 @@ _TYPES = {"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT32", "INT64", "INT8", "B
 _QUANTISED = {"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}
 _MAPPINGS = {"half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners"}
 _QUANTIZE = "acmix-deploy quantize makes one of the float file"
+_UNEVEN = "a zero point other than 0"
 _LETTERS = "several of two operands each, with a letter for every axis"
 _DIAGONAL = re.compile(r"([a-z])[^,]*\1")
 
@@ -96,9 +101,9 @@ LIMITS = (
     Limit("Cast", "to.within", lambda name: name != "UINT8", "the type UINT8 elsewhere than at an output"),
     Limit("DeformConv", "pads", lambda pads: pads[: len(pads) // 2] == pads[len(pads) // 2 :], "pads {}"),
     Limit("DequantizeLinear", "x.type", lambda name: name in _QUANTISED, "x of {}", way=_QUANTIZE),
-    Limit("DequantizeLinear", "x_zero_point.value", lambda zero: not any(zero or ()), "x_zero_point {}", way=_QUANTIZE),
+    Limit("DequantizeLinear", "x_zero_point.value", lambda zero: not any(zero or ()), _UNEVEN, way=_QUANTIZE),
     Limit("QuantizeLinear", "y_zero_point.type", lambda name: name in _QUANTISED, "y_zero_point of {}", way=_QUANTIZE),
-    Limit("QuantizeLinear", "y_zero_point.value", lambda zero: not any(zero or ()), "y_zero_point {}", way=_QUANTIZE),
+    Limit("QuantizeLinear", "y_zero_point.value", lambda zero: not any(zero or ()), _UNEVEN, way=_QUANTIZE),
     Limit("Einsum", "equation", lambda text: "." not in text, "an ellipsis", (10, 0), _LETTERS),
     Limit("Einsum", "operands", lambda count: count <= 2, "{} operands", (10, 0), _LETTERS),
     Limit("Einsum", "equation", lambda text: not _DIAGONAL.search(text.split("->")[0]), "a diagonal", (10, 12)),
@@ -161,6 +166,8 @@ class Target:
     """Whether this package runs there; JetPack 5.1 has Python 3.8."""
     grouped: bool = False
     """Whether the grouped form of a convolution branch is the faster one there."""
+    int8: Int8Scheme = "symmetric"
+    """What its kernels in INT8 take."""
     command: str = ""
     """What reads a file there, where that is not TensorRT."""
 
@@ -246,7 +253,11 @@ RUNTIMES: dict[str, Target] = {
     target.name: target
     for target in (
         Target(
-            "onnxruntime", None, "any", OPSETS[-1], strongly_typed=True, grouped=True, command="acmix-deploy profile"
+            *("onnxruntime", None, "any", OPSETS[-1]),
+            strongly_typed=True,
+            grouped=True,
+            int8="uint8",
+            command="acmix-deploy profile",
         ),
         Target("openvino", None, "plain", OPSETS[-1], strongly_typed=True, command="ovc"),
     )

@@ -10,7 +10,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 
@@ -64,7 +64,7 @@ class Bench:
         self.source = fused(folder)
         self.judge = ByLabels(self.source, SHAPE, shapes.write(folder / "held-back", HELD_BACK, count), 0.5)
 
-    def row(self, name: str, seed: int = CALIBRATION[0], goal: float | None = None, **options: bool) -> Row:
+    def row(self, name: str, seed: int = CALIBRATION[0], goal: float | None = None, **options: Any) -> Row:
         """Quantise with ``options`` of :func:`quantize`, calibrated on the set of ``seed``; search with a ``goal``."""
         images = shapes.write(self.folder / f"calibration-{seed}", seed, self.calibration)
         target = self.folder / "int8.onnx"
@@ -86,12 +86,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.images)
         print(f"float: {bench.judge.reference}, {arguments.images} images", flush=True)
-        variants: dict[str, dict[str, bool]] = {"default": {}, "--quantize-head": {"quantize_head": True}}
+        variants: dict[str, dict[str, Any]] = {
+            "default": {},
+            "--quantize-head": {"quantize_head": True},
+            "--for onnxruntime": {"scheme": "uint8"},
+            "--for onnxruntime --quantize-head": {"scheme": "uint8", "quantize_head": True},
+        }
         for name, options in variants.items():
             for seed in CALIBRATION:
                 row = bench.row(name, seed, **options)
                 share = f"{len(row.report.layers)} layers, {row.report.int8_share:.1%} of multiply-adds"
-                print(f"{name:16} seed {seed}: {share}, drop {row.drop:.3f} +- {row.error:.3f}", flush=True)
+                print(f"{name:33} seed {seed}: {share}, drop {row.drop:.3f} +- {row.error:.3f}", flush=True)
         row = bench.row("search", goal=arguments.goal, quantize_head=True)
         assert row.report.search
         print(searched(row.report.search))

@@ -126,7 +126,7 @@ LIMITED = {
     "MaxPool with dilations 2, 2": (pool("MaxPool", 18, dilations=[2, 2]), EVERY),
     "QuantizeLinear with y_zero_point of INT16": (quantised(np.int16(0)), EVERY),
     "QuantizeLinear with y_zero_point of UINT8": (quantised(np.uint8(0)), EVERY),
-    "QuantizeLinear with y_zero_point 3": (quantised(np.int8(3)), EVERY),
+    "QuantizeLinear with a zero point other than 0": (quantised(np.int8(3)), EVERY),
     "Resize with antialias 1": (resize(mode="linear", antialias=1), EVERY),
     "Resize with the mapping half_pixel_symmetric": (
         *(resize(mode="linear", coordinate_transformation_mode="half_pixel_symmetric"), EVERY),

@@ -4,6 +4,7 @@ example:
   acmix-deploy quantize model.fused.onnx --calibration photos -o model.int8.onnx
   acmix-deploy quantize model.fused.onnx --calibration photos -o model.int8.onnx --exclude 'acmix_0.*'
   acmix-deploy quantize model.onnx --calibration photos --validation labelled --max-map-drop 0.5 -o model.int8.onnx
+  acmix-deploy quantize model.fused.onnx --calibration photos --for onnxruntime -o model.int8.onnx
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from acmix_deploy.cli.common import add_max_pixels, limit_pixels, progress, show
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.options import Method, add_options, duration, not_negative, positive, share, sides
 from acmix_deploy.plan import Plan
+from acmix_deploy.targets import RUNTIMES
 
 if TYPE_CHECKING:
     from acmix_deploy.artifacts import Made
@@ -49,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave the layers whose name, or whose weight's name, fits the pattern in floating point; may be repeated",
     )
     parser.add_argument("--quantize-head", action="store_true", help="quantise the detection head too")
+    parser.add_argument(
+        "--for",
+        dest="target",
+        choices=[name for name, target in RUNTIMES.items() if target.int8 == "uint8"],
+        help="write it for ONNX Runtime's integer kernels on a CPU: uint8 with zero points, at outputs too, which no "
+        "other target reads; the rest stays in float32",
+    )
     parser.add_argument("--fp16", action="store_true", help="what is not INT8 becomes float16; needs opset 19")
     add_options(parser, Plan, "float32")
     parser.add_argument(
@@ -107,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
             method=options.method,
             exclude=options.exclude,
             quantize_head=options.quantize_head,
+            scheme=RUNTIMES[options.target].int8 if options.target else "symmetric",
             fp16=options.fp16,
             float32=options.float32,
             image_size=options.image_size,

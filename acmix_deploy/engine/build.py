@@ -87,6 +87,12 @@ def build(
     model = read(source)
     name_nodes(model)
     found.check_opset(onnx_file.opset(model), str(source))
+    if nodes := onnx_file.zero_points(model):
+        raise UserError(
+            f"{source} is quantised with zero points other than 0 ({onnx_file.some(nodes)}), for ONNX Runtime on a "
+            "CPU; TensorRT reads none",
+            "Quantise the float file again, without --for onnxruntime.",
+        )
     if fp16 and found.strongly_typed:
         raise UserError(
             f"{machine.tensorrt} takes the types from the file, so half precision cannot be asked for here",

@@ -13,9 +13,6 @@ import numpy as np
 import onnx
 from onnx import helper
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
-from onnxruntime.quantization import CalibrationMethod, QuantType
-from onnxruntime.quantization.calibrate import TensorsData
-from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
@@ -33,15 +30,15 @@ from acmix_deploy.onnx_file import opset as opset_of
 from acmix_deploy.options import FLOAT32, Method
 from acmix_deploy.precision.cost import multiply_adds
 from acmix_deploy.precision.fp16 import Fp16Report, check_float32, fits, halved, kept_by_pattern, tail
-from acmix_deploy.precision.ranges import calibrate
+from acmix_deploy.precision.pairs import RANK, between, ends, insert
+from acmix_deploy.precision.ranges import bounds, calibrate
 from acmix_deploy.precision.samples import Samples, doubts
 from acmix_deploy.precision.search import Excluded, Goal, Judge, SearchReport, search
 from acmix_deploy.runtime.metrics import Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
+from acmix_deploy.targets import Int8Scheme
 
-_RANK = {"Conv": None, "Gemm": 2, "MatMul": 2}  # what becomes INT8, and the rank that its weight must have
-_COMPUTE = (*_RANK, "ConvTranspose")
-_INT8_WEIGHTS = 18  # opset; a file of a lower one may go to TensorRT 8, which wants weights in float32 and a pair
+_COMPUTE = (*RANK, "ConvTranspose")
 _CHANNEL_SCALES, _FLOAT16_SCALES = 13, 19  # opsets from which scales can be so
 _MEASURED = 8  # batches
 
@@ -76,6 +73,11 @@ class Int8Report(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     method: Method = Field(description="how ranges of activations were chosen")
+    scheme: Int8Scheme = Field(
+        default="symmetric",
+        description="symmetric: inputs of layers in int8, without zero points; uint8: inputs and outputs with them, "
+        "for ONNX Runtime's kernels on a CPU, which TensorRT does not read",
+    )
     rest: Literal["float32", "float16"] = Field(description="type of what lies between the layers, and of scales")
     attention: dict[str, Literal["float32", "float16"]] = Field(
         default={}, description="nodes of the attention operators, and the type that each computes in"
@@ -118,6 +120,7 @@ def quantize(
     method: Method = "percentile",
     exclude: Sequence[str] = (),
     quantize_head: bool = False,
+    scheme: Int8Scheme = "symmetric",
     fp16: bool = False,
     float32: Sequence[str] = FLOAT32,
     image_size: tuple[int, int] | None = None,
@@ -138,6 +141,8 @@ def quantize(
         method: how the range of an activation is chosen, see :func:`acmix_deploy.precision.ranges.calibrate`.
         exclude: patterns (``*``, ``?``, ``[]``) of names of nodes or of their weights that are not quantised.
         quantize_head: quantise the detection head too, see :func:`head`.
+        scheme: ``uint8`` is for ONNX Runtime on a CPU, whose integer kernels need inputs and outputs quantised and are
+            fast for activations in uint8 alone; TensorRT does not read its zero points.
         fp16: convert what is not quantised by :func:`to_fp16`; scales in float16 need opset 19.
         float32: what stays in float32 then; ranges are seen on the images that errors are measured on.
         image_size: height and width where the file leaves them free; by default what its metadata tell, else 640.
@@ -154,6 +159,8 @@ def quantize(
         MissingComponent: OpenCV, or what measures the goal, is not installed.
     """
     check_output(target, source)
+    if fp16 and scheme == "uint8":
+        raise UserError("a file for ONNX Runtime on a CPU keeps in float32 what is not INT8", "Leave out --fp16.")
     session = open_session(source)
     metadata = metadata_of(session)
     shapes = {node.name: node.shape for node in session.get_outputs()}
@@ -175,11 +182,19 @@ def quantize(
     progress("looking at the calibration images")
     notes = doubts(images, source)
     progress(f"calibrating on {len(images.paths)} images")
-    ranges = calibrate(model, dict.fromkeys(node.input[0] for node in chosen.quantized), images.feeds, method)
+
+    def integer(layers: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        return [*layers, *between(model, layers)] if scheme == "uint8" else layers
+
+    largest = calibrate(model, dict.fromkeys(ends(integer(chosen.quantized), scheme)), images.feeds, method)
+    if scheme == "uint8":
+        ranges = bounds(model, largest, images.feeds())
+    else:
+        ranges = {name: (-magnitude, magnitude) for name, magnitude in largest.items()}
     progress("measuring each layer")
     samples = list(islice(images.feeds(), _MEASURED))
     costs = multiply_adds(model, compute_nodes(model), samples[0])
-    measured = _measure(model, chosen.quantized, ranges, samples)
+    measured = _measure(model, insert(model, chosen.quantized, ranges, scheme), chosen.quantized, samples)
     layers = [
         QuantizedLayer(name=node.name, weight=node.input[1], relative_l2=error, multiply_adds=costs[node.name])
         for node, error in sorted(measured, key=lambda found: found[1], reverse=True)
@@ -188,7 +203,8 @@ def quantize(
 
     def typed(excluded: Excluded = frozenset()) -> onnx.ModelProto:
         nonlocal half
-        quantized = _insert(model, [node for node in chosen.quantized if node.name not in excluded], ranges)
+        kept = [node for node in chosen.quantized if node.name not in excluded]
+        quantized = insert(model, integer(kept), ranges, scheme)
         if fp16:
             quantized, half = halved(quantized, float32=float32, samples=samples)
         return quantized
@@ -219,6 +235,7 @@ def quantize(
     ]
     report = Int8Report(
         method=method,
+        scheme=scheme,
         rest=rest,
         attention={name: "float32" if half and name in half.float32_nodes else rest for name in attention},
         fp16=half,
@@ -239,6 +256,7 @@ def quantize(
         "method": method,
         "exclude": [*exclude, *(found.excluded if found else ())],
         "quantize_head": quantize_head,
+        "scheme": scheme,
         "fp16": fp16,
         "float32": list(float32),
         "images": report.images,
@@ -285,7 +303,7 @@ def choose_layers(model: onnx.ModelProto, exclude: Sequence[str] = (), *, quanti
         weight = weights.get(node.input[1])
         if weight is None:
             return "its second operand is computed"
-        if node.op_type not in _RANK or _RANK[node.op_type] not in (None, len(weight.dims)):
+        if node.op_type not in RANK or RANK[node.op_type] not in (None, len(weight.dims)):
             return f"{node.op_type} with a weight of rank {len(weight.dims)} is not quantised"
         if node.input[0] not in seen:
             return "it does not see the image"
@@ -383,68 +401,18 @@ def _shape(
     return batch, channels, size[0], size[1]
 
 
-def _insert(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], ranges: dict[str, float]) -> onnx.ModelProto:
-    """The model with Q/DQ before the inputs of the layers, by onnxruntime's quantizer.
-
-    It sees the layers alone: in the whole graph it would hand the dequantized tensor to every other reader too, to
-    residual sums, to the layers that were to stay in float, and to outputs (1.22 to 1.31).
-    """
-    read = {name for node in layers for name in node.input}
-    alone = helper.make_model(
-        helper.make_graph(
-            layers,
-            "layers",
-            [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ranges],
-            [],
-            [tensor for tensor in model.graph.initializer if tensor.name in read],
-        ),
-        opset_imports=model.opset_import,
-        ir_version=model.ir_version,
-    )
-    symmetric = {name: (np.float32(-largest), np.float32(largest)) for name, largest in ranges.items()}
-    quantized = QDQQuantizer(
-        alone,
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, symmetric),
-        nodes_to_quantize=[],
-        nodes_to_exclude=[],
-        op_types_to_quantize=list(_RANK),
-        extra_options={
-            "ActivationSymmetric": True,
-            "AddQDQPairToWeight": opset_of(model) < _INT8_WEIGHTS,
-            "DedicatedQDQPair": True,  # for TensorRT
-            "OpTypesToExcludeOutputQuantization": list(_RANK),
-            "QuantizeBias": False,
-        },
-    ).quantize_model()
-    typed = onnx.ModelProto()
-    typed.CopyFrom(model)
-    for node in layers:
-        typed.graph.node.remove(node)
-    typed.graph.node.extend(quantized.graph.node)
-    present = {tensor.name for tensor in model.graph.initializer}
-    typed.graph.initializer.extend(tensor for tensor in quantized.graph.initializer if tensor.name not in present)
-    typed = tidied(typed)
-    onnx.checker.check_model(typed)
-    return typed
-
-
 def _measure(
-    model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], ranges: dict[str, float], samples: Sequence[Feeds]
+    model: onnx.ModelProto, typed: onnx.ModelProto, layers: Sequence[onnx.NodeProto], samples: Sequence[Feeds]
 ) -> list[tuple[onnx.NodeProto, float]]:
     """The error of each layer in a graph where what follows it reads its float twin, so that no two errors add up."""
-    typed = _insert(model, layers, ranges)
-    twins = {node.name: node for node in layers}
+    twins = {node.output[0]: node for node in layers}
     both = onnx.ModelProto()
     both.CopyFrom(typed)
     del both.graph.node[:], both.graph.output[:]
     order = []
     for node in typed.graph.node:
         both.graph.node.append(node)
-        if (twin := twins.get(node.name)) is None:
+        if (twin := twins.get(node.output[0])) is None:
             continue
         order.append(twin)
         exact, quantized, error = twin.output[0], f"{twin.name}/quantized", f"{twin.name}/error"

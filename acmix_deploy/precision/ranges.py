@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -12,7 +12,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 
 from acmix_deploy.graph import Feeds
 from acmix_deploy.options import Method
-from acmix_deploy.runtime.magnitudes import largest, largest_magnitudes
+from acmix_deploy.runtime.magnitudes import largest, largest_magnitudes, magnitudes
 from acmix_deploy.runtime.onnxruntime import open_session
 
 _PERCENTILE = 99.99
@@ -47,3 +47,15 @@ def calibrate(
             collector.collect({name: values[name] for name in names})
         thresholds = collector.compute_collection_result()
     return {name: largest(np.array(thresholds[name][:2])) for name in names}
+
+
+def bounds(
+    model: onnx.ModelProto, limits: Mapping[str, float], samples: Iterable[Feeds]
+) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest value of float32 tensors, cut to the magnitudes ``limits`` by name."""
+    found = dict.fromkeys(limits, (np.inf, -np.inf))
+    for sample in magnitudes(model, limits, samples):
+        for name, seen in sample.items():
+            low, high = found[name]
+            found[name] = min(low, max(seen.low, -limits[name])), max(high, min(seen.high, limits[name]))
+    return found

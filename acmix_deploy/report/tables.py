@@ -155,7 +155,12 @@ def fp16_notes(report: Fp16Report) -> list[str]:
 
 
 def int8_notes(report: Int8Report) -> list[str]:
-    """Why the calibration may be wrong, and what it costs that the attention is in float32."""
+    """Why the calibration may be wrong, and what the choice of types costs or excludes."""
+    if report.scheme == "uint8":
+        return [
+            *report.notes,
+            "it is for ONNX Runtime on a CPU alone: activations have zero points, which TensorRT does not read",
+        ]
     if report.rest == "float16" or not report.attention:
         return report.notes
     return [

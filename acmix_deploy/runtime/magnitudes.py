@@ -28,6 +28,10 @@ class Magnitude(NamedTuple):
     """The largest magnitude, infinities and NaNs left out; 0 where nothing is left."""
     infinite: bool
     """Whether there is an infinity beside it."""
+    low: float
+    """The smallest value, cut to ``finite``; where there is a NaN, minus that."""
+    high: float
+    """The largest value, likewise."""
 
 
 def largest(values: NDArray[Any]) -> float:
@@ -61,13 +65,12 @@ def magnitudes(
                 break
             unbounded |= new
             session = None
-        yield {
-            name: Magnitude(
-                float(extremes[f"{name}/finite"]) if name in unbounded else largest(np.array(both)),
-                bool(np.isinf(both).any()),
-            )
-            for name, both in ends.items()
-        }
+        found = {}
+        for name, both in ends.items():
+            finite = float(extremes[f"{name}/finite"]) if name in unbounded else largest(np.array(both))
+            high, low = np.clip(np.where(np.isnan(both), [finite, -finite], both), -finite, finite)
+            found[name] = Magnitude(finite, bool(np.isinf(both).any()), float(low), float(high))
+        yield found
 
 
 def largest_magnitudes(

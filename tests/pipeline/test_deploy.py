@@ -191,11 +191,15 @@ def test_models_in_one_folder_leave_each_other_alone(folder):
 
 
 def test_int8_without_tensorrt(folder):
-    """Scales are float16 where nothing asks for an older opset, and float32 for TensorRT 8."""
-    for options, opset, rest in (([], 19, "float16"), (["--for", "jetpack-6.0"], 17, "float32")):
+    """Scales are float16 where nothing asks for an older opset, float32 for TensorRT 8 and for ONNX Runtime."""
+    for options, opset, rest, scheme in (
+        ([], 19, "float16", "symmetric"),
+        (["--for", "onnxruntime"], 19, "float32", "uint8"),
+        (["--for", "jetpack-6.0"], 17, "float32", "symmetric"),
+    ):
         assert main(["export", "model.pt", *SIZE, "--int8", "--calibration", "photos", *options]) == 0
         found = report()
-        assert (found.export.opset, found.int8.rest) == (opset, rest)
+        assert (found.export.opset, found.int8.rest, found.int8.scheme) == (opset, rest, scheme)
         assert onnx.load("model-deploy/model.int8.onnx").opset_import[0].version == opset
     assert found.target.file == "model.int8.jetpack-6.0.onnx"
     assert any("--fp16 --int8" in step for step in found.next_steps)

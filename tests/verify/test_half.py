@@ -163,8 +163,12 @@ def test_magnitudes_of_what_is_partly_infinite():
     names = ["x", "masked", "grown", "nothing"]
     found = list(magnitudes(model, names, samples))
     e = np.exp(np.float32([2, 3, 0]))
-    assert [one["x"] for one in found] == [Magnitude(70000, False), Magnitude(90, False), Magnitude(0, False)]
-    assert [one["masked"] for one in found] == [Magnitude(70000, True), Magnitude(3, True), Magnitude(0, True)]
+    assert [one["x"] for one in found] == [
+        *(Magnitude(70000, False, -70000, 2), Magnitude(90, False, 1, 90), Magnitude(0, False, 0, 0)),
+    ]
+    assert [one["masked"] for one in found] == [
+        *(Magnitude(70000, True, -70000, 1), Magnitude(3, True, -3, 3), Magnitude(0, True, 0, 0)),
+    ]
     assert [one["grown"].infinite for one in found] == [False, True, False]
     assert [one["grown"].finite for one in found] == pytest.approx(e, rel=1e-5)
     assert [one["nothing"].finite for one in found] == [0, 0, 0]
