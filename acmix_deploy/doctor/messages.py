@@ -89,7 +89,7 @@ MESSAGES: dict[str, Message] = {
     ),
     "no-acmix-plugin": Message(
         "TensorRT",
-        "No importer registered for op: AcmixLocalAttention. Attempting to import as plugin.",
+        "No importer registered for op: AcmixAttention. Attempting to import as plugin.",
         tuple(words.format(_OF_ACMIX) for words in _NO_PLUGIN),
         "the file leaves this operator to the plugin of this project, which is not loaded",
         "Name the library, acmix-deploy build --plugin FILE or trtexec --staticPlugins=FILE (before 8.6 --plugins), or "
@@ -457,7 +457,7 @@ MESSAGES: dict[str, Message] = {
     ),
     "openvino-operators": Message(
         "OpenVINO",
-        "OpenVINO does not support the following ONNX operations: acmix.AcmixLocalAttention",
+        "OpenVINO does not support the following ONNX operations: acmix.AcmixAttention",
         (r"OpenVINO does not support the following ONNX operations: (?P<operators>\w[\w.]*(?:, \w[\w.]*)*)",),
         "OpenVINO has no operators of these names, and reads no definitions that a file holds",
         "Write the file for it: acmix-deploy fuse --for openvino. Operators that are not of acmix have to be exported "

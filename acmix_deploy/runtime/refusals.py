@@ -45,7 +45,7 @@ REFUSALS: dict[str, Refusal] = {
         "Export it again with opset {newest} or below, or update ONNX Runtime.",
     ),
     "no-definition": Refusal(
-        "Fatal error: acmix:AcmixLocalAttention(-1) is not a registered function/op",
+        "Fatal error: acmix:AcmixAttention(-1) is not a registered function/op",
         r"Fatal error: (?P<domain>acmix):(?P<operator>[^\s(]+)\(-?\d+\) is not a registered function/op",
         "{domain}::{operator} has no definition in it, as in files for TensorRT with the plugin",
         "Take the file with definitions or in standard operators, as export and fuse write them.",

@@ -25,6 +25,7 @@ from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.half import runnable
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.precision import quantize
 from acmix_deploy.precision.fp16 import to_fp16
@@ -201,7 +202,7 @@ def test_error_of_the_file(quantized, photographs, name):
     """The report tells what a run of both files shows, and it is small."""
     found = quantized[name]
     inputs = list(batches(find(photographs).paths, [(1, 3, *SIZE)]))
-    sessions = open_session(found.source), open_session(found.path)
+    sessions = open_session(found.source), open_session(runnable(found.path))
     expected, actual = (np.concatenate([s.run(None, {"images": x})[0] for x in inputs]) for s in sessions)
     whole = found.report.outputs["output0"]
     assert deviation(expected, actual).relative_l2 == pytest.approx(whole.relative_l2, rel=1e-3)
