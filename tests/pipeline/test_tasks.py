@@ -172,7 +172,8 @@ def test_what_is_found_is_told_and_drawn(made: Made, tmp_path: Path, capsys: pyt
 
 @pytest.mark.soak
 def test_the_whole_road(made: Made, tmp_path: Path) -> None:
-    """In INT8 untrained models may find something else; what matters is that it is compared and said."""
+    """In INT8 untrained models may find something else; what matters is that it is compared and said. In float16 one box
+    may come or go, since those of such a model overlap by as much as non-maximum suppression accepts."""
     shape = ",".join(map(str, made.shape))
     options = ["--input-shape", shape, "--dynamic", "batch", "--expect", "1", "--seconds", "0.1", "--no-engine"]
     typed = ["--fp16", "--int8", "--calibration", str(made.photos)]
@@ -181,6 +182,10 @@ def test_the_whole_road(made: Made, tmp_path: Path) -> None:
     assert {found["candidate"] for found in report["verification"]["detections"]} == {
         f"model.{role}onnx" for role in ("", "fused.", "fp16.", "int8.")
     }
-    judged = {found["candidate"]: found["passed"] for found in report["verification"]["detections"]}
-    assert judged["model.fused.onnx"] is not False
-    assert judged["model.fp16.onnx"] is not False
+    judged = {found["candidate"]: found for found in report["verification"]["detections"]}
+    assert judged["model.fused.onnx"]["passed"] is not False
+    half = judged["model.fp16.onnx"]
+    assert half["passed"] is not False or (half["lost"] + half["added"] == 1 and not half["class_changes"])
+    assert not [
+        one for one in report["verification"]["comparisons"] if "fp16" in one["candidate"] and one["passed"] is False
+    ]
