@@ -172,8 +172,8 @@ def test_what_is_found_is_told_and_drawn(made: Made, tmp_path: Path, capsys: pyt
 
 @pytest.mark.soak
 def test_the_whole_road(made: Made, tmp_path: Path) -> None:
-    """In INT8 untrained models may find something else; what matters is that it is compared and said. In float16 one box
-    may come or go, since those of such a model overlap by as much as non-maximum suppression accepts."""
+    """In INT8 untrained models may find something else; what matters is that it is compared and said. In float16 one
+    box may come or go, since those of such a model overlap by as much as non-maximum suppression accepts."""
     shape = ",".join(map(str, made.shape))
     options = ["--input-shape", shape, "--dynamic", "batch", "--expect", "1", "--seconds", "0.1", "--no-engine"]
     typed = ["--fp16", "--int8", "--calibration", str(made.photos)]
