@@ -26,6 +26,8 @@ def parsed(*arguments: str) -> dict[str, object]:
         ("verify a.onnx b.onnx --data photos --device 0", "verify a.onnx b.onnx --images photos --provider cuda"),
         ("detect m.onnx photos --device cpu", "detect m.onnx photos --provider cpu"),
         ("serve m.onnx --device cuda:0", "serve m.onnx --provider cuda"),
+        ("export m.pt -o made", "export m.pt --out made"),
+        ("export m.pt --output made", "export m.pt --out made"),
         ("export m.pt --dynamic", "export m.pt --dynamic batch,height,width"),
         ("export m.pt --dynamic --half", "export m.pt --fp16 --dynamic batch,height,width"),
     ],
