@@ -36,6 +36,9 @@ Feeds = dict[str, Array]
 RESHAPING = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that move values without changing them."""
 
+SHAPE_OF = "shape of {}"
+"""Name of a tensor that holds the shape of another; exporters write "x/shape" themselves."""
+
 DOUBLE = frozenset({TensorProto.DOUBLE})
 _LARGEST = LARGEST_MESSAGE - (1 << 26)
 """Bytes of a model that is changed and written again: room for what is added."""
@@ -457,7 +460,10 @@ def name_nodes(model: onnx.ModelProto) -> None:
 
 
 def in_order(model: onnx.ModelProto) -> None:
-    """Put every node behind those whose results it reads, in place: converters append casts at the end of the graph."""
+    """Put every node behind those whose results it reads, in place: converters append casts at the end of the graph.
+
+    Nothing else changes, also of a model that is not valid, where onnx_ir makes up what is missing.
+    """
     nodes = [*model.graph.node]
     writers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
     needs = [{writers[name] for name in names_read(node) if name in writers} for node in nodes]

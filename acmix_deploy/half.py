@@ -15,6 +15,7 @@ from acmix_deploy.forms import to_form
 from acmix_deploy.graph import as_float32, in_order, keep
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.runtime.onnxruntime import open_session, precision_of
+from acmix_deploy.runtime.reason import reason
 
 HALF = TensorProto.FLOAT16
 
@@ -31,6 +32,14 @@ def runnable(model: Path | onnx.ModelProto) -> Path | onnx.ModelProto:
     held = onnx.load(model) if isinstance(model, Path) else model
     half = precision_of(held) == "float16" or any(tensor.data_type == HALF for tensor in held.graph.initializer)
     return rounded(held) if half else model
+
+
+def faithful(model: Path | onnx.ModelProto) -> tuple[Path | onnx.ModelProto, str]:
+    """What is :func:`runnable`; where the file cannot be rewritten the file itself, and why it cannot."""
+    try:
+        return runnable(model), ""
+    except Exception as error:  # whatever rewriting a file stumbles over
+        return model, reason(error)
 
 
 def rounded(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -16,7 +16,18 @@ import onnx_graphsurgeon as gs
 from onnx import helper, shape_inference
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import Feeds, NoMatch, Region, constant_value, evaluate, names_read, piece, reads, upstream
+from acmix_deploy.graph import (
+    SHAPE_OF,
+    Feeds,
+    NoMatch,
+    Region,
+    constant_value,
+    evaluate,
+    names_read,
+    piece,
+    reads,
+    upstream,
+)
 from acmix_deploy.runtime.onnxruntime import folded, inputs_of, known_operators, open_session
 
 Size = tuple[int, int, int]
@@ -31,7 +42,6 @@ _FROZEN = (416, 320, 512, 224, 256, 384, 448, 608, 736, 768, 896, 960, 1024, 128
 _STRIDES = (1, 2, 4, 8, 16, 32)
 """Of maps, against the image: a graph that holds for one size has the sizes of its maps in its constants."""
 
-_SHAPE = "shape of {}"  # name of a tensor; exporters write "x/shape" themselves
 _LARGEST = 2048  # pixels, of a side that is worth trying
 _SMALL = 16  # values of a constant that may be a shape
 _MOST = 6  # sizes of maps, and batches, that constants name
@@ -159,7 +169,7 @@ def _sizes_of(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto
     part = onnx.ModelProto()
     part.CopyFrom(model)
     wanted = set(names)
-    nodes = [helper.make_node("Shape", [name], [_SHAPE.format(name)]) for name in names]
+    nodes = [helper.make_node("Shape", [name], [SHAPE_OF.format(name)]) for name in names]
     for node in reversed(model.graph.node):
         if wanted.intersection(node.output):
             nodes.append(node)
@@ -169,7 +179,7 @@ def _sizes_of(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto
     part.graph.node.extend(reversed(nodes))
     part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in wanted)
     part.graph.output.extend(
-        helper.make_tensor_value_info(_SHAPE.format(name), onnx.TensorProto.INT64, None) for name in names
+        helper.make_tensor_value_info(SHAPE_OF.format(name), onnx.TensorProto.INT64, None) for name in names
     )
     return part
 

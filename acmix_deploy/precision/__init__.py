@@ -11,7 +11,6 @@ __all__ = [
     "Int8Report",
     "QuantizedLayer",
     "SearchReport",
-    "SearchStep",
     "quantize",
     "to_fp16",
 ]

@@ -8,7 +8,7 @@ from math import prod
 import onnx
 from onnx import helper
 
-from acmix_deploy.graph import Feeds
+from acmix_deploy.graph import SHAPE_OF, Feeds
 from acmix_deploy.runtime.onnxruntime import open_session
 
 
@@ -25,8 +25,8 @@ def multiply_adds(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], samp
     del sized.graph.output[:]
     tensors = dict.fromkeys(name for node in layers for name in (*node.input[:2], node.output[0]))
     for name in tensors:
-        sized.graph.node.append(helper.make_node("Shape", [name], [f"shape of {name}"]))
-        sized.graph.output.append(onnx.ValueInfoProto(name=f"shape of {name}"))
+        sized.graph.node.append(helper.make_node("Shape", [name], [SHAPE_OF.format(name)]))
+        sized.graph.output.append(onnx.ValueInfoProto(name=SHAPE_OF.format(name)))
     shapes = dict(zip(tensors, open_session(sized, once=True).run(None, sample), strict=True))
 
     def cost(node: onnx.NodeProto) -> int:

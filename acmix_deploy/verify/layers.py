@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families.blocks import FUSED_NODE
-from acmix_deploy.graph import RESHAPING, in_order, name_nodes, names_read, read
-from acmix_deploy.half import runnable
+from acmix_deploy.graph import RESHAPING, SHAPE_OF, in_order, name_nodes, names_read, read
+from acmix_deploy.half import faithful
 from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
@@ -38,7 +38,6 @@ _FLOATS = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(double)": 8}  # wit
 _HALF = "tensor(float16)"
 _RANGE = "range"  # the group of what float16 cannot hold, see acmix_deploy.options.FLOAT32
 _NAMED = 4  # nodes in place of that group
-_SHAPE = "shape of {}"  # name of a tensor; exporters write "x/shape" themselves
 _SCORES = frozenset({"Sigmoid", "Softmax"})
 _MOVING = RESHAPING | {"Concat", "DequantizeLinear", "Gather", "QuantizeLinear", "ReduceMax", "Slice", "Split"}
 _CHOOSING = frozenset({"ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "TopK", "Unique"})
@@ -294,7 +293,8 @@ class _Graph(NamedTuple):
             for tensor in names_read(node):
                 readers.setdefault(tensor, []).append(node)
         writers = {tensor: node for node in computing for tensor in node.output if tensor}
-        run = _faithful(model) if provider == "cpu" else model
+        run, _ = faithful(model) if provider == "cpu" else (model, "")
+        assert isinstance(run, onnx.ModelProto)
         return cls(model, run, {tensor: types[tensor] for tensor in names if tensor in types}, writers, readers)
 
     def fetching(self, tensors: Iterable[str], provider: Provider = "cpu") -> InferenceSession:
@@ -302,11 +302,11 @@ class _Graph(NamedTuple):
         return open_session(_marked(self.run, tensors), lean=True, provider=provider)
 
     def measuring(self, tensors: Iterable[str], provider: Provider = "cpu") -> InferenceSession:
-        """One that gives the shapes of these tensors by :data:`_SHAPE`, and keeps none."""
+        """One that gives the shapes of these tensors by :data:`SHAPE_OF`, and keeps none."""
         told = onnx.ModelProto()
         told.CopyFrom(self.model)
-        told.graph.node.extend(helper.make_node("Shape", [tensor], [_SHAPE.format(tensor)]) for tensor in tensors)
-        named = _marked(told, (_SHAPE.format(tensor) for tensor in tensors))
+        told.graph.node.extend(helper.make_node("Shape", [tensor], [SHAPE_OF.format(tensor)]) for tensor in tensors)
+        named = _marked(told, (SHAPE_OF.format(tensor) for tensor in tensors))
         return open_session(named, reduces=True, lean=True, provider=provider)
 
     def writer(self, tensor: str) -> onnx.NodeProto:
@@ -483,17 +483,6 @@ def _stored(model: onnx.ModelProto) -> dict[str, Array]:
     }
 
 
-def _faithful(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What computes in float16 what the model says; the model itself where it cannot be rewritten, as in
-    :func:`acmix_deploy.verify.verify`, which says so."""
-    try:
-        found = runnable(model)
-    except Exception:  # whatever rewriting a file stumbles over
-        return model
-    assert isinstance(found, onnx.ModelProto)
-    return found
-
-
 def _marked(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     """The model with these tensors as its outputs."""
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
@@ -521,8 +510,8 @@ def _sizes(
     for feed in feeds:
         expected, actual = (_run(session, feed) for session in sessions)
         for tensor in [*sizes]:
-            shape = expected[_SHAPE.format(tensor)]
-            if np.array_equal(shape, actual[_SHAPE.format(tensor)]):
+            shape = expected[SHAPE_OF.format(tensor)]
+            if np.array_equal(shape, actual[SHAPE_OF.format(tensor)]):
                 sizes[tensor] = max(sizes[tensor], int(shape.prod()) * _FLOATS[right.types[tensor]])
             else:
                 del sizes[tensor]

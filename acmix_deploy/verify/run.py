@@ -20,7 +20,7 @@ from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
-from acmix_deploy.half import runnable
+from acmix_deploy.half import faithful
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
 from acmix_deploy.runtime.inputs import Shape, Shapes, noise, trial_shapes
@@ -52,16 +52,23 @@ class Candidate(NamedTuple):
     """The ONNX file that it runs, to look into; None where it runs something else."""
     rounded: bool = False
     """Whether float16 of the file is rounded on a machine that computes in float32."""
-    note: str = ""
-    """What is to be said of how it is run."""
+    unrounded: str = ""
+    """Why that cannot be done; empty where it is, or need not be."""
+
+    @property
+    def note(self) -> str:
+        """What is to be said of how it is run."""
+        if not self.unrounded:
+            return ""
+        return f"{self.runner.name} was run with its float16 tensors in float32, without rounding: {self.unrounded}"
 
     @classmethod
     def of(cls, model: Path | onnx.ModelProto, name: str) -> Candidate:
         """What is made of a file or a model in memory. Raises what :func:`open_model` does."""
         if isinstance(model, Path):
             return _open(model, name)[1]
-        faithful, note = _faithful(model, name)
-        return cls(onnx_runner(faithful, name), precision_of(model), model, faithful is not model, note)
+        run, why = faithful(model)
+        return cls(onnx_runner(run, name), precision_of(model), model, run is not model, why)
 
 
 def _open(
@@ -72,19 +79,11 @@ def _open(
     if path.suffix != ".onnx":
         return model, Candidate(model.runner, model.precision)
     name = model.runner.name
-    faithful, note = _faithful(path, name) if provider == "cpu" and model.precision != "float32" else (path, "")
-    if faithful is not path:
+    run, why = faithful(path) if provider == "cpu" and model.precision != "float32" else (path, "")
+    if run is not path:
         inputs = (node._replace(dtype=_FLOAT32) if node.dtype == np.float16 else node for node in model.inputs)
-        model = model._replace(runner=onnx_runner(faithful, name), inputs=tuple(inputs))
-    return model, Candidate(model.runner, model.precision, path, faithful is not path, note)
-
-
-def _faithful(model: Path | onnx.ModelProto, name: str) -> tuple[Path | onnx.ModelProto, str]:
-    """What computes in float16 what the file says, and what to say where there is nothing."""
-    try:
-        return runnable(model), ""
-    except Exception as error:  # whatever rewriting a file stumbles over
-        return model, f"{name} was run with its float16 tensors in float32, without rounding: {reason(error)}"
+        model = model._replace(runner=onnx_runner(run, name), inputs=tuple(inputs))
+    return model, Candidate(model.runner, model.precision, path, run is not path, why)
 
 
 def verify(

@@ -271,6 +271,6 @@ def test_a_reference_that_cannot_be_rounded_is_told_as_well(tmp_path: Path, monk
     def fails(model: Path) -> Path:
         raise ValueError("no")
 
-    monkeypatch.setattr("acmix_deploy.verify.run.runnable", fails)
+    monkeypatch.setattr("acmix_deploy.half.rounded", fails)
     told = [note for note in compare_files(one, two).notes if "without rounding" in note]
     assert [note.split()[0] for note in told] == ["b.onnx", "a.onnx"]
