@@ -130,9 +130,10 @@ class Link:
         if away := [files[sha256] for sha256 in missing if not files[sha256].exists()]:
             raise UserError(f"{away[0]} is not here, and {self.host} does not have it either", "Make it again.")
         sizes = {sha256: files[sha256].stat().st_size for sha256 in missing}
+        missing.sort(key=lambda sha256: -sizes[sha256])
         names = _named([files[sha256].name for sha256 in missing])
         transfer = _Transfer(f"sending {names} to {self.host}", sizes, progress)
-        entries = [{"sha256": sha256, "size": size} for sha256, size in sizes.items()]
+        entries = [{"sha256": sha256, "size": sizes[sha256]} for sha256 in missing]
         with self.talk("receive", files=entries) as talk:
             for sha256 in missing:
                 with files[sha256].open("rb") as file:

@@ -338,6 +338,8 @@ def _keep(request: dict[str, Any], job: Path, device: int, attached: int | None,
                 break
         for name in request["keeps"]:
             _store(job / "work" / name, _folder(request) / "store")
+        written = {name: job / "work" / name for name in request["writes"]}
+        ended["sizes"] = {name: path.stat().st_size for name, path in written.items() if path.is_file()}
         _write(job / "ended.json", ended)
 
 

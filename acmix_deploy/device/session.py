@@ -89,6 +89,8 @@ class Ended(NamedTuple):
     job: str
     found: bool
     """Whether it was begun by an earlier command."""
+    sizes: dict[str, int]
+    """Of what it wrote, in bytes."""
 
     @property
     def last_words(self) -> str:
@@ -274,7 +276,7 @@ class Session:
             printed = stdout.read_text(encoding="utf-8", errors="replace")
         if ended["code"] or not keep:
             self._link.ask("drop", job=job)
-        return Ended(ended["code"], printed, said, job, found)
+        return Ended(ended["code"], printed, said, job, found, ended["sizes"])
 
     def _follow(self, request: Mapping[str, Any], progress: Progress) -> tuple[dict[str, Any] | None, list[str], bool]:
         said: list[str] = []
