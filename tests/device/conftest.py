@@ -1,0 +1,18 @@
+"""Devices for tests, as `ssh bench` reaches them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.device.loopback import Device, device
+
+
+@pytest.fixture
+def bench(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A new device, which `ssh bench` reaches here."""
+    with device(tmp_path_factory.mktemp("device") / "root") as made:
+        monkeypatch.setenv("PATH", f"{made.client}{os.pathsep}{os.environ['PATH']}")
+        yield made
