@@ -92,7 +92,7 @@ Host *
 SESSION = """\
 #!/bin/sh
 cd {root}/home
-export TMPDIR={root}/tmp ACMIX_DEVICE={root}
+export TMPDIR={root}/tmp LOOPBACK_DEVICE={root}
 . {root}/environment
 . {root}/profile
 if [ -z "$SSH_ORIGINAL_COMMAND" ]; then
@@ -207,12 +207,12 @@ class Device:
 
     def clock(self, shift: int) -> None:
         """Have its programs see a time that is off by so many seconds; times of files stay right. Skips without cc."""
-        self._set(LD_PRELOAD=_world(self.root), ACMIX_DEVICE_CLOCK_SHIFT=str(shift))
+        self._set(LD_PRELOAD=_world(self.root), LOOPBACK_CLOCK_SHIFT=str(shift))
 
     def reboot(self) -> None:
         """End all that runs there and all connections, forget TMPDIR and have another boot id. Skips without cc."""
         boot = self.root / "boot_id"
-        self._set(LD_PRELOAD=_world(self.root), ACMIX_DEVICE_BOOT_ID=boot)
+        self._set(LD_PRELOAD=_world(self.root), LOOPBACK_BOOT_ID=boot)
         self.link.down()
         self.kill()
         boot.write_text(f"{uuid.uuid4()}\n")
@@ -252,7 +252,7 @@ class Device:
 
     def processes(self) -> list[int]:
         """What runs there: processes that a session started, and theirs."""
-        mark = f"ACMIX_DEVICE={self.root}".encode()
+        mark = f"LOOPBACK_DEVICE={self.root}".encode()
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):  # of another user, or gone

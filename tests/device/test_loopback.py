@@ -41,6 +41,20 @@ def test_ssh_is_found_on_the_path(bench):
     assert subprocess.check_output(["ssh", "bench", "pwd"], text=True) == f"{bench.home}\n"
 
 
+def test_one_connection_for_many_commands(bench, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a socket's path has to be short
+    shared = ["ssh", "-o", "ControlPath=socket", "-o", "ControlMaster=auto", "-o", "ControlPersist=60"]
+    for profile in ("echo one", "echo two"):
+        bench.profile(profile)
+        assert (
+            subprocess.check_output([*shared, "bench", "true"], text=True, stderr=subprocess.DEVNULL)
+            == f"{profile[5:]}\n"
+        )
+    assert (bench.link.connections, bench.link.open) == (1, 1)
+    bench.link.cut()
+    assert until(lambda: not (tmp_path / "socket").exists())
+
+
 def test_hosts(bench):
     assert bench.ssh("echo there", "behind").stdout == "there\n"
     assert bench.link.connections == 2

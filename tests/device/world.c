@@ -11,7 +11,7 @@
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 static time_t shift(void) {
-    const char* seconds = getenv("ACMIX_DEVICE_CLOCK_SHIFT");
+    const char* seconds = getenv("LOOPBACK_CLOCK_SHIFT");
     return seconds ? atol(seconds) : 0;
 }
 
@@ -34,7 +34,7 @@ time_t time(time_t* result) {
 }
 
 static const char* renamed(const char* path) {
-    const char* boot = getenv("ACMIX_DEVICE_BOOT_ID");
+    const char* boot = getenv("LOOPBACK_BOOT_ID");
     return boot && path && strcmp(path, "/proc/sys/kernel/random/boot_id") == 0 ? boot : path;
 }
 
