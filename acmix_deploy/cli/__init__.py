@@ -16,6 +16,7 @@ from acmix_deploy import __version__
 from acmix_deploy.cli import (
     build,
     detect,
+    device,
     doctor,
     export,
     fp16,
@@ -49,6 +50,7 @@ VERBS = (
     package,
     inspect,
     doctor,
+    device,
     plugin,
 )
 
