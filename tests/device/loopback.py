@@ -40,7 +40,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.device.link import Link
+from tests.device.proxy import Proxy
 
 SSHD = Path("/usr/sbin/sshd")
 # Of what the tests have, what a device lacks: this package, and what only an export needs.
@@ -105,13 +105,9 @@ exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"
 @functools.cache
 def missing() -> str:
     """What this machine lacks to play the device, as a reason to skip; nothing where it lacks nothing."""
-    for program, package in (
-        ("ssh", "openssh-client"),
-        ("ssh-keygen", "openssh-client"),
-        (str(SSHD), "openssh-server"),
-    ):
+    for program, package in {"ssh": "client", "ssh-keygen": "client", str(SSHD): "server"}.items():
         if not shutil.which(program):
-            return f"no {program}: apt-get install {package}"
+            return f"no {program}: apt-get install openssh-{package}"
     if sys.prefix == sys.base_prefix:
         return "the tests run outside of a virtual environment, so that what they have cannot be kept from the device"
     try:
@@ -152,7 +148,7 @@ class Device:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd locks itself in; the service makes it
         self._make_keys()
         self._make_python()
-        self.link = Link(self._serve)
+        self.link = Proxy(self._serve)
         values = {"root": root, "port": self.link.port, "user": pwd.getpwuid(os.getuid()).pw_name, "sftp": _sftp()}
         (root / "sshd_config").write_text(SSHD_CONFIG.format(**values))
         (root / "ssh_config").write_text(SSH_CONFIG.format(**values))
@@ -198,9 +194,7 @@ class Device:
             if python and subprocess.run([python, "-c", ""], check=False, capture_output=True).returncode == 0:
                 self.program("python3", f'#!/bin/sh\nexec {shlex.quote(str(python))} "$@"\n')
                 return True
-        version = (
-            "collections.namedtuple('version_info', 'major minor micro releaselevel serial')(3, 8, 10, 'final', 0)"
-        )
+        version = "collections.namedtuple('Version', 'major minor micro releaselevel serial')(3, 8, 10, 'final', 0)"
         line = f"import collections, sys; sys.version_info = {version}; sys.version = '3.8.10 (default)'\n"
         (self._user_site() / "old.pth").write_text(line)
         return False
@@ -228,9 +222,7 @@ class Device:
         machine changes. Skips where neither the user nor a user namespace may mount.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        mount = (
-            f"mount -t tmpfs -o size={size},mode=700 tmpfs {shlex.quote(str(folder))} && echo ready && exec sleep 1d"
-        )
+        mount = f"mount -t tmpfs -o size={size} tmpfs {shlex.quote(str(folder))} && echo ready && exec sleep 1d"
         root = os.getuid() == 0
         command: list[str] = ["unshare", *([] if root else ["--user", "--map-root-user"]), "--mount", "sh", "-c", mount]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as holder:
@@ -270,12 +262,12 @@ class Device:
                     os.kill(pid, signal.SIGKILL)
             return not running
 
-        if not until(none_left):
-            raise TimeoutError(f"processes {self.processes()} do not end")
+        self.link.cut()
         for session in self._sessions:
             session.kill()
             session.wait()
-        self._sessions.clear()
+        if not until(none_left):
+            raise TimeoutError(f"processes {self.processes()} do not end")
 
     def close(self) -> None:
         """End all that runs there and all connections, and remove its folder."""
@@ -284,33 +276,14 @@ class Device:
         shutil.rmtree(self.root)
 
     def _serve(self, socket: int) -> None:
-        command: list[str | Path] = [
-            *self._inside,
-            SSHD,
-            "-i",
-            "-f",
-            self.root / "sshd_config",
-            "-E",
-            self.root / "sshd.log",
-        ]
+        command = [*self._inside, str(SSHD), "-i", "-f", f"{self.root}/sshd_config", "-E", f"{self.root}/sshd.log"]
         self._sessions = [session for session in self._sessions if session.poll() is None]
         with (self.root / "sshd.log").open("ab") as log:
             self._sessions.append(subprocess.Popen(command, stdin=socket, stdout=socket, stderr=log))
 
     def _make_keys(self) -> None:
         for name in ("host_key", "user_key"):
-            command: list[str | Path] = [
-                "ssh-keygen",
-                "-q",
-                "-t",
-                "ed25519",
-                "-N",
-                "",
-                "-C",
-                name,
-                "-f",
-                self.root / name,
-            ]
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(self.root / name)]
             subprocess.run(command, check=True)
         shutil.copy(self.root / "user_key.pub", self.root / "authorized_keys")
         (self.root / "known_hosts").write_text(f"bench {(self.root / 'host_key.pub').read_text()}")

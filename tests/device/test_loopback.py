@@ -165,3 +165,8 @@ def test_nothing_is_left(tmp_path):
         session = start(device, "setsid sleep 60 & sleep 60")
     assert session.wait(timeout=5) == 255
     assert (device.processes(), list(tmp_path.iterdir())) == ([], [])
+
+
+def test_what_is_missing_has_a_name(monkeypatch):
+    monkeypatch.setattr(loopback, "SSHD", Path("/nowhere/sshd"))
+    assert loopback.missing.__wrapped__() == "no /nowhere/sshd: apt-get install openssh-server"

@@ -15,7 +15,7 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST, as a box does 
 Direction = Literal["sent", "received"]
 
 
-class Link:
+class Proxy:
     """A port on 127.0.0.1 whose connections are carried to sockets that `serve` is given the numbers of.
 
     `connections` counts those that were made, `sent` and `received` the bytes from and to the client since the start.
