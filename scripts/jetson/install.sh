@@ -19,10 +19,12 @@ fi
 
 mkdir -p "$folder" 2>/dev/null || sudo install -d -o "$(id -un)" "$folder"
 echo "virtual environment ..." >&2
-# TensorRT's Python module is a package of the system.
-[ -x "$folder/venv/bin/pip" ] || python3 -m venv --system-site-packages "$folder/venv"
+# TensorRT's Python module is a package of the system, and so is pip as a rule.
+python=$folder/venv/bin/python
+[ -x "$python" ] || python3 -m venv --system-site-packages --without-pip "$folder/venv"
+"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
 echo "packages ..." >&2
-pip=("$folder/venv/bin/pip" install --disable-pip-version-check "$@")
+pip=("$python" -m pip install --disable-pip-version-check "$@")
 source=${package:-$(dirname "$0")/../..}
 if [ -x "$folder/venv/bin/acmix-deploy" ]; then # perhaps of this version, and with other files
     "${pip[@]}" --force-reinstall --no-deps "$source"
