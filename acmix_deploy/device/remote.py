@@ -336,8 +336,8 @@ def _keep(request: dict[str, Any], job: Path, device: int, attached: int | None,
             ended = {"code": process.returncode, "stopped": stopped}
             if stopped or process.returncode:
                 break
-        for name in request["keeps"]:
-            _store(job / "work" / name, _folder(request) / "store")
+        store = _folder(request) / "store"
+        ended["digests"] = {name: _store(job / "work" / name, store) for name in request["keeps"]}
         written = {name: job / "work" / name for name in request["writes"]}
         ended["sizes"] = {name: path.stat().st_size for name, path in written.items() if path.is_file()}
         _write(job / "ended.json", ended)
@@ -445,16 +445,17 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _store(path: Path, store: Path) -> None:
-    """Put a file that a job wrote where it is found by its SHA-256 when it is sent again."""
+def _store(path: Path, store: Path) -> str:
+    """Put a file that a job wrote where it is found when it is sent again; its SHA-256, empty without a file."""
     if not path.is_file():
-        return
+        return ""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(lambda: file.read(_BLOCK), b""):
             digest.update(block)
     store.mkdir(parents=True, exist_ok=True)
     _link(path, store / digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -91,6 +91,8 @@ class Ended(NamedTuple):
     """Whether it was begun by an earlier command."""
     sizes: dict[str, int]
     """Of what it wrote, in bytes."""
+    digests: dict[str, str]
+    """SHA-256 of the engines that it wrote."""
 
     @property
     def last_words(self) -> str:
@@ -276,7 +278,7 @@ class Session:
             printed = stdout.read_text(encoding="utf-8", errors="replace")
         if ended["code"] or not keep:
             self._link.ask("drop", job=job)
-        return Ended(ended["code"], printed, said, job, found, ended["sizes"])
+        return Ended(ended["code"], printed, said, job, found, ended["sizes"], ended["digests"])
 
     def _follow(self, request: Mapping[str, Any], progress: Progress) -> tuple[dict[str, Any] | None, list[str], bool]:
         said: list[str] = []

@@ -9,11 +9,8 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-<<<<<<< HEAD
-from acmix_deploy.device.stages import DeviceReport
-=======
 from acmix_deploy.detection.metadata import ModelMetadata
->>>>>>> 26dc170
+from acmix_deploy.device.stages import DeviceReport
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
@@ -306,7 +303,6 @@ def engine(manifest: AnyManifest) -> Table:
     return rows
 
 
-<<<<<<< HEAD
 def device(found: DeviceReport) -> Table:
     """What of an export ran on another machine, and what stays there."""
     rows = table("", "")
@@ -327,7 +323,6 @@ _UNKNOWN = "unknown"
 
 def _metadata(rows: Table, metadata: ModelMetadata) -> None:
     rows.add_row("metadata", ", ".join(metadata.entries) or _UNKNOWN)
->>>>>>> 26dc170
 
 
 def inlined(reasons: Mapping[str, str]) -> Table:
