@@ -49,13 +49,12 @@ def _here(options: argparse.Namespace) -> ExportReport:
 
 def _there(options: argparse.Namespace) -> ExportReport:
     from acmix_deploy.device.bare import Bare
-    from acmix_deploy.device.install import runs_package
     from acmix_deploy.device.stages import There
 
     deploy = needs_torch("acmix_deploy.pipeline").deploy
     _plan(options)  # so that what is wrong with it is told at once
     with connected(options) as session:
-        place = There if runs_package(session.facts) else Bare
+        place = There if session.runs_package else Bare
         there = place(session, _plan(options).out, fetch=options.fetch)
         plan = _plan(options, there=None if options.no_engine else there.target)
         report: ExportReport = deploy(plan, session.progress, there)

@@ -30,6 +30,8 @@ Progress = Callable[[str], None]
 
 WAIT_S = 600.0
 """How long a command waits for a device that is in use, where nobody says."""
+OLDEST = (3, 10)
+"""Python that the package runs on."""
 CLOCK_S = 60.0
 """By how much the clock of a device may be wrong before it is said."""
 
@@ -183,8 +185,18 @@ class Session:
         """What decides on what is built there."""
         return [self.wheel[1], self.facts.tensorrt, self.facts.cuda, self.facts.release]
 
+    @property
+    def runs_package(self) -> bool:
+        """Whether the device's Python is new enough."""
+        return tuple(map(int, self.facts.python.split(".")[:2])) >= OLDEST
+
     def need_package(self) -> None:
-        """Raises MissingComponent: the package is not installed there, or not as it is here."""
+        """Raises MissingComponent: the package does not run there, is not installed, or not as it is here."""
+        if not self.runs_package:
+            raise MissingComponent(
+                f"{self.name} has Python {self.facts.python}; {'.'.join(map(str, OLDEST))} is needed",
+                "Without the package `export --on` builds plugin and engine there, by CMake and trtexec.",
+            )
         install = f"Install it: acmix-deploy device add {self.name} --install"
         installed = self.facts.installed
         if installed is None:

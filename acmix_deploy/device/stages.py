@@ -45,7 +45,13 @@ class DeviceReport(BaseModel):
     ran: tuple[str, ...] = Field(description="what ran there; all else ran on the machine that wrote this")
     found: tuple[str, ...] = Field(description="of that what an earlier command had left there")
     files: dict[str, str] = Field(description="files that stay there: their paths, by name")
+    package: bool = Field(description="whether this package runs there")
     notes: tuple[str, ...]
+
+    @property
+    def engines(self) -> list[str]:
+        """Paths of the engines that stay there."""
+        return [path for name, path in self.files.items() if name.endswith(".engine")]
 
 
 class There:
@@ -170,6 +176,7 @@ class There:
             ran=tuple(self._ran),
             found=tuple(self._found),
             files=self.files,
+            package=self.session.runs_package,
             notes=self.session.notes,
         )
 
