@@ -6,6 +6,7 @@ example:
   acmix-deploy profile model.pt model.engine --input-shape 1,3,320,320
   acmix-deploy profile model.engine --layers --power
   acmix-deploy profile model.engine times.json
+  acmix-deploy profile model.fused.onnx model.engine --provider cuda
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ONNX file, engine, checkpoint, or .json of trtexec --exportTimes; the others are compared with the first",
     )
     parser.add_argument(
-        "--samples", type=positive, metavar="N", help="runs to count (default: 1000 of an engine, 50 of another)"
+        "--samples", type=positive, metavar="N", help="runs to count (default: 1000 on a GPU, 50 on a CPU)"
     )
     parser.add_argument("--seconds", type=duration, default=30.0, metavar="S", help="time for each file (default: 30)")
     parser.add_argument("--layers", action="store_true", help="also time every layer, and sum them up by block")
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
             seconds=options.seconds,
             threads=options.threads,
             plugin=options.plugin,
+            provider=options.provider,
             arch=options.arch,
             trust=options.trust,
             code=options.code,

@@ -72,7 +72,7 @@ class Measured(BaseModel):
 
     model: str = Field(description="file name")
     sha256: str | None = Field(default=None, description="SHA-256 of the file; None where only times are known")
-    plugin_sha256: str | None = Field(default=None, description="the same of the plugin library of an engine")
+    plugin_sha256: str | None = Field(default=None, description="the same of the plugin library that ran it")
     kind: Kind = Field(description="what kind of file: pytorch, onnx, engine, or times of trtexec")
     provider: str = Field(description="what ran it: an execution provider of ONNX Runtime, a TensorRT, PyTorch")
     precision: Precision | None = Field(default=None, description="lowest type that it computes in, if known")
