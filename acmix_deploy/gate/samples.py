@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from acmix_deploy.document import Document
 from acmix_deploy.errors import Inconclusive
 from acmix_deploy.profile.monitor import Conditions
+from acmix_deploy.profile.others import in_words
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.targets import Precision
 
@@ -108,6 +109,8 @@ class Measured(BaseModel):
             yield f"{self.dropped} rounds of {self.model} throttled and do not count"
         if unsettled := sum(turn.stable is False for turn in self.turns):
             yield f"latency of {self.model} had not settled when counting began, in {unsettled} of its turns"
+        if others := in_words([turn.after.others for turn in self.turns]):
+            yield f"other processes were at work while {self.model} was measured: {others}"
         yield from (f"{self.model}: {note}" for note in self.notes)
 
     def clock(self, name: Literal["cpu_mhz", "gpu_mhz", "memory_mhz"]) -> float | None:

@@ -131,7 +131,7 @@ def take_turn(subject: Subject, monitor: Monitor, samples: int, seconds: float, 
         power: also load it for :data:`_LOAD_SECONDS` and read conditions meanwhile.
     """
     with subject.open() as run:
-        before = monitor.read()
+        before, processes = monitor.read(), monitor.processes()
         start = time.perf_counter()
         window, warmup = subject.window, [run().alone]
         while (
@@ -143,7 +143,7 @@ def take_turn(subject: Subject, monitor: Monitor, samples: int, seconds: float, 
         counted = [run()]
         while len(counted) < samples and time.perf_counter() < start + seconds:
             counted.append(run())
-        after = monitor.read()
+        after = monitor.read_since(processes)
         readings, inference_ms = _under_load(run, monitor) if power else ([], 0.0)
     stable = _settled(warmup, window)
     return Taken(1 + len(warmup), stable, counted, (before, after), readings, inference_ms)

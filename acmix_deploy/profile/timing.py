@@ -15,6 +15,7 @@ from acmix_deploy.artifacts import versions
 from acmix_deploy.document import Document
 from acmix_deploy.profile.layers import BlockTime, Layer, times_by_block
 from acmix_deploy.profile.monitor import Conditions, Power
+from acmix_deploy.profile.others import in_words
 from acmix_deploy.runtime.onnxruntime import usable_cores
 from acmix_deploy.targets import Precision
 
@@ -118,6 +119,11 @@ class Profile(BaseModel):
         readings = (*self.conditions, *(self.power.readings if self.power else ()))
         told = [reading.throttling for reading in readings if reading.throttling is not None]
         return tuple(dict.fromkeys(cause for causes in told for cause in causes)) if told else None
+
+    @property
+    def others(self) -> str:
+        """Which other processes were at work during its turns, in words; empty where none was."""
+        return in_words([reading.others for reading in self.conditions[1::2]])
 
     @property
     def where(self) -> str:
