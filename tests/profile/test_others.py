@@ -94,6 +94,7 @@ def test_the_busiest_that_are_none_of_ours(tmp_path: Path, clock: SimpleNamespac
     left = machine.read_since(before).others
     assert [(other.name, pytest.approx(other.cores)) for other in left] == [("fourth", 0.15)]  # and none of a tenth
     clock.now = 100.1
+    (tmp_path / "proc/61/stat").unlink()
     process(tmp_path, 65, "fourth", 1000.04)
     (new,) = machine.read_since(before).others  # of the other one a share of so few ticks says nothing
     assert (new.name, new.cores) == ("new", pytest.approx(2))
