@@ -129,7 +129,8 @@ def test_those_that_have_the_gpu_open(
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_process_that_is_at_work_here() -> None:
+def test_a_process_that_is_at_work_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "_MOST", 1000)  # this machine may be busy
     burn = "import time\nend = time.time() + 20\nwhile time.time() < end: pass"
     shell = [  # which ends, so that what it began is nobody's child
         "sh", "-c", '"$0" -c "$1" >&2 & echo $!', sys.executable, burn,
