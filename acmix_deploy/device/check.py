@@ -54,8 +54,6 @@ def components(session: Session) -> Iterator[Component]:
             found=session.clock,
             advice="Set it: sudo timedatectl set-ntp true. Certificates are not valid at a wrong time.",
         )
-    for busy in facts.busy:
-        yield Component(name="other load", state="ok", found=f"{busy.name} ({busy.pid}) uses {busy.cores:.1f} cores")
     python = f"Python {facts.python}, {facts.machine}, {facts.libc}"
     try:
         session.need_package()

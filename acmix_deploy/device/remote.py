@@ -68,7 +68,6 @@ def facts(request: dict[str, Any]) -> None:
             "installed": _read(folder / "installed.json"),
             "used": {name: _size(folder / name) for name in ("venv", "store", "jobs")},
             "tools": {name: path for name, path in ((tool, _tool(tool)) for tool in _TOOLS) if path},
-            "busy": _busy(),
         }
     )
 
@@ -97,26 +96,6 @@ def _cuda() -> str | None:
         return str(json.loads(_text("/usr/local/cuda/version.json"))["cuda"]["version"])
     except (ValueError, KeyError):
         return None
-
-
-def _busy() -> list[dict[str, Any]]:
-    """Programs that use more than a fifth of a core just now."""
-    before, start = _cpu_times(), time.monotonic()
-    time.sleep(0.3)
-    passed = (time.monotonic() - start) * os.sysconf("SC_CLK_TCK")
-    shares = {pid: (now - before[pid][1]) / passed for pid, (_, now) in _cpu_times().items() if pid in before}
-    busy = {pid: share for pid, share in shares.items() if share > 0.2}
-    return [{"name": before[pid][0], "pid": pid, "cores": round(share, 2)} for pid, share in busy.items()]
-
-
-def _cpu_times() -> dict[int, Any]:
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        name, _, rest = _text(str(stat)).partition("(")[2].rpartition(")")
-        fields = rest.split()
-        if len(fields) > 13 and int(stat.parent.name) != os.getpid():
-            found[int(stat.parent.name)] = (name, int(fields[11]) + int(fields[12]))
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

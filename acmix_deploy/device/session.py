@@ -52,14 +52,6 @@ class Installed(BaseModel):
     wheel: str = Field(description="SHA-256 of the wheel")
 
 
-class Busy(BaseModel):
-    """A program that uses the device's CPU."""
-
-    name: str
-    pid: int
-    cores: float = Field(description="of the CPU, that it uses")
-
-
 class Facts(BaseModel):
     """What a device says of itself before anything is installed there."""
 
@@ -78,7 +70,6 @@ class Facts(BaseModel):
     installed: Installed | None = None
     used: dict[str, int] = Field(description="bytes in parts of the folder")
     tools: dict[str, str] = Field(description="paths of programs")
-    busy: tuple[Busy, ...] = Field(description="programs that use more than a fifth of a core")
 
 
 class Ended(NamedTuple):
@@ -172,13 +163,7 @@ class Session:
     @property
     def notes(self) -> tuple[str, ...]:
         """What stands out on the device, of what figures that are measured there depend on."""
-        found = []
-        if abs(self.clock_s) > CLOCK_S:
-            found.append(f"{self.clock}; times in what it measures are its own")
-        if self.facts.busy:
-            programs = ", ".join(f"{busy.name} ({busy.pid}) on {busy.cores:.1f} cores" for busy in self.facts.busy[:3])
-            found.append(f"{self.name} does something else too: {programs}")
-        return tuple(found)
+        return (f"{self.clock}; times in what it measures are its own",) if abs(self.clock_s) > CLOCK_S else ()
 
     @property
     def _makes(self) -> list[str | None]:
