@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from acmix_deploy.artifacts import sidecar
 from acmix_deploy.cli.common import progress
 from acmix_deploy.device.session import WAIT_S, Session
@@ -82,8 +80,11 @@ def run_on(options: argparse.Namespace, kind: type[D], session: Session | None =
             alone=alone,
         )
     try:
-        return kind.model_validate_json(done.stdout)
-    except ValidationError as error:
+        found = kind.model_validate_json(done.stdout)
+        if done.code <= 1:  # what failed is in the document
+            return found
+        raise ValueError(done.code)
+    except ValueError as error:
         device.check(done)
         raise MissingComponent(f"{device.name} answered with something else than {words[0]} does") from error
 
@@ -109,7 +110,7 @@ def _spelt(options: argparse.Namespace) -> tuple[list[str], dict[str, Path], dic
             name = _place(one, len(reads) + len(writes))
             texts.append(str(name))
             if action.dest in options.writes:
-                writes[str(name)] = one
+                writes |= {str(name): one, str(sidecar(name)): sidecar(one)}
             else:
                 reads.update({str(name / part if str(part) != "." else name): file for part, file in _files(one)})
                 reads.update(_beside(one, name))
