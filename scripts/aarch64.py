@@ -93,20 +93,39 @@ def enter(root: Path) -> list[str | Path]:
         raise MissingComponent(f"{root} holds no Debian for aarch64", f"Run: python -m scripts.aarch64 {root}")
     if not shutil.which("qemu-aarch64-static"):
         raise MissingComponent("qemu-aarch64-static was not found", "apt-get install qemu-user-static")
-    words = ["--map-root-user", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", _NAMESPACES]
+    unshare = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "sh",
+        "-c",
+        _NAMESPACES,
+        root,
+    ]
     binds = ["-b", "/proc", "-b", "/dev", "-b", "/sys", "-b", f"{root}/cpuinfo:/proc/cpuinfo"]
-    for prefix in (["unshare", *words, root], ["proot", "-q", "qemu-aarch64-static", *binds, "-w", "/", "-r", root]):
-        if shutil.which(str(prefix[0])) and run(prefix, "true").returncode == 0:
+    for prefix in (unshare, ["proot", "-q", "qemu-aarch64-static", *binds, "-w", "/", "-r", root]):
+        # A proot before 5.4 asks this machine whether a file can be read.
+        if shutil.which(str(prefix[0])) and run(prefix, "test", "-r", "/cpuinfo").returncode == 0:
             return prefix
     raise MissingComponent(
-        "programs for aarch64 do not run here: user namespaces have no binfmt_misc, and proot is missing or fails",
-        "Linux 6.7 or newer, or: apt-get install proot",
+        "programs for aarch64 do not run here: user namespaces have no binfmt_misc, and there is no proot 5.4 or newer",
+        "Use Linux 6.7 or newer, or install proot.",
     )
 
 
 def run(prefix: list[str | Path], *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command in the root, behind what :func:`enter` gave; options are those of ``subprocess.run``."""
-    environment = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp", "LANG": "C.UTF-8", "QEMU_CPU": CPU}
+    # pip would compile a thousand modules that nobody imports.
+    environment = {
+        "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        "QEMU_CPU": CPU,
+        "PIP_NO_COMPILE": "1",
+    }
     options = {"capture_output": True, "text": True, **options}
     return subprocess.run([*prefix, *command], check=False, env=environment, **options)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -16,12 +17,14 @@ from typing import Any
 
 import pytest
 
-from acmix_deploy.artifacts import sha256
 from acmix_deploy.device import wheel
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.plugin.toolchain import PYPI_CUDA
 from scripts import aarch64, shapes
-from tests.plugin.parts import newest_headers
+from scripts.instructions import find_tool
+from scripts.resources import Resources, read_table, readable
+from tests.plugin.parts import newest_headers, run
+from tests.plugin.test_kernel_resources import regressions
 
 pytestmark = pytest.mark.soak
 
@@ -100,7 +103,6 @@ def test_detections(board, detector):
         assert found["box"] == pytest.approx(same["box"], abs=0.05)
 
 
-
 def test_profile_and_gate(board, detector):
     """They measure; of an emulated CPU the times say nothing."""
     model = f"/work/{detector.name}"
@@ -110,12 +112,32 @@ def test_profile_and_gate(board, detector):
 
 
 def test_plugin(board):
-    """Compiled by CUDA for aarch64 of PyPI for an Orin, against TensorRT's headers."""
-    headers = newest_headers(10)
-    shutil.copytree(headers, board.work / "tensorrt")
+    """Compiled for an Orin by an nvcc for aarch64, against TensorRT's headers; the kernels are those of the table."""
+    release, table = read_table()
+    shutil.copytree(newest_headers(10), board.work / "tensorrt")
     board.run(f"{FOLDER}/venv/bin/pip", "install", *PIP, *PYPI_CUDA)
-    built = board.acmix("plugin", "build", "--arch", "87", "--tensorrt", "/work/tensorrt", "--out", "/work", "--json")
+    arguments = ["--arch", "87", "--tensorrt", "/work/tensorrt", "--out", "/work", "--json"]
+    built = json.loads(board.acmix("plugin", "build", *arguments))
     library = board.work / "libacmix_plugin.so"
     (machine,) = struct.unpack_from("<H", library.read_bytes(), 18)
     assert machine == 183  # EM_AARCH64
-    assert "sm_87" in json.loads(built)["architectures"]
+    assert (built["cuda"], built["architectures"]) == (release, "sm_87 compute_87")
+    measured = used(library)
+    assert len(measured) == len([row for row in table if row.architecture == "sm_87"])
+    assert regressions(measured, table) == []
+
+
+def used(library: Path) -> list[Resources]:
+    """What each kernel of a library needs, as cuobjdump reads it. Skips where that is missing."""
+    try:
+        tool = find_tool("cuobjdump")
+    except MissingComponent as error:
+        pytest.skip(str(error))
+    printed = run([tool, "--dump-resource-usage", library]).stdout
+    rows = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", printed)
+    names = readable([row[0] for row in rows])
+    numbers = ([int(number) for number in row[1:]] for row in rows)
+    return [
+        Resources("sm_87", name, registers, shared, stack, spilled)
+        for name, (registers, stack, shared, spilled) in zip(names, numbers, strict=True)
+    ]
