@@ -100,8 +100,9 @@ def test_commands_and_code_run(
             # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
             if not command.startswith("acmix-deploy "):
                 continue
-            elsewhere = ("acmix-deploy plugin ", "acmix-deploy build ", "acmix-deploy gate run ", "acmix-deploy serve ")
-            if command.startswith(elsewhere) or ".engine" in command or "--validation" in command:
+            verbs = "plugin", "build", "gate run", "serve", "device"
+            elsewhere = tuple(f"acmix-deploy {verb} " for verb in verbs)
+            if command.startswith(elsewhere) or re.search(r"\.engine| --on |--validation", command):
                 cli.parser().parse_args(shlex.split(command)[1:])
             else:
                 capsys.readouterr()
