@@ -64,6 +64,13 @@ def write_measurements(folder: Path) -> None:
     (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_that_are_only_shown_parse(name: str) -> None:
+    for _, content in blocks(PAGES[name], "text"):
+        for command in re.findall(r"^(?:\$ )?(acmix-deploy [^>|\n]+)", content, re.M):
+            cli.parser().parse_args(shlex.split(command)[1:])
+
+
 LONG = "docs/cli.md", "docs/python.md"
 
 
@@ -194,11 +201,11 @@ def test_named_targets_and_extras_exist() -> None:
 
 def test_quoted_reasons_and_faults_exist() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "acmix_deploy").rglob("*.py"))
-    text = PAGES["docs/pipeline.md"].read_text(encoding="utf-8")
-    tables = re.findall(r"^\| reason .*?\n\n", text, re.M | re.S)
+    text = "".join(PAGES[f"docs/{name}.md"].read_text(encoding="utf-8") for name in ("pipeline", "devices"))
+    tables = re.findall(r"^\| (?:reason|sentence) .*?\n\n", text, re.M | re.S)
     quoted = [row for table in tables for row in re.findall(r"^\| `([^`]+)`", table, re.M)]
-    assert len(tables) == 2
-    assert len(quoted) > 15
+    assert len(tables) == 3
+    assert len(quoted) > 30
     for reason in quoted:
         assert reason in sources, reason
 
