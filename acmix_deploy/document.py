@@ -16,6 +16,8 @@ Written = Literal[
     "build",
     "detect",
     "detect response",
+    "device",
+    "device list",
     "doctor",
     "doctor error",
     "export",

@@ -52,7 +52,7 @@ class Machine(BaseModel):
     @property
     def device(self) -> str:
         """``NVIDIA H200 (sm_90)``."""
-        return f"{self.gpu} (sm_{self.sm})" if self.gpu else "no GPU"
+        return device_title(self.gpu, self.sm)
 
 
 class Plugin(BaseModel):
@@ -233,6 +233,11 @@ def read_fitting(engine: Path, machine: Machine | None = None, plugin: Path | No
     else:
         check(manifest, machine)
     return manifest
+
+
+def device_title(gpu: str | None, sm: int | None) -> str:
+    """``NVIDIA H200 (sm_90)``."""
+    return f"{gpu} (sm_{sm})" if gpu else "no GPU"
 
 
 def _release(version: str) -> str:

@@ -17,6 +17,7 @@ from acmix_deploy.cli import (
     adopt,
     build,
     detect,
+    device,
     doctor,
     export,
     fp16,
@@ -51,6 +52,7 @@ VERBS = (
     package,
     inspect,
     doctor,
+    device,
     plugin,
 )
 

@@ -87,7 +87,7 @@ def build(
         raise UserError(f"{target} is to be both engine and timing cache", "Give one of them another name.")
     machine = this_machine(find_backend(backend))
     _check_device(machine)
-    found = _target(machine)
+    found = target_for(machine)
     model = read(source)
     name_nodes(model)
     found.check_opset(onnx_file.opset(model), str(source))
@@ -180,7 +180,7 @@ def target_here() -> Target | None:
     if importlib.util.find_spec("tensorrt") is None:
         return None
     machine = this_machine("tensorrt")
-    return _target(machine) if machine.gpu else None
+    return target_for(machine) if machine.gpu else None
 
 
 def _notes(
@@ -207,7 +207,8 @@ def _check_device(machine: Machine) -> None:
         )
 
 
-def _target(machine: Machine) -> Target:
+def target_for(machine: Machine) -> Target:
+    """What the TensorRT of a machine takes."""
     if machine.backend == "tensorrt_rtx":
         return target_of(_RTX_AS_TENSORRT)
     major, minor = machine.version.split(".")[:2]

@@ -14,9 +14,9 @@ from acmix_deploy.artifacts import Artifact, Parent, is_sidecar, sha256, sidecar
 from acmix_deploy.document import document_of, read_json
 from acmix_deploy.engine_file import read_engine_file
 from acmix_deploy.errors import CheckFailed, UserError
-from acmix_deploy.files import expect
+from acmix_deploy.files import expect, kind_of
 from acmix_deploy.graph import read
-from acmix_deploy.manifest import KIND, TITLES, AnyManifest, manifest_of
+from acmix_deploy.manifest import TITLES, AnyManifest, manifest_of
 from acmix_deploy.plugin.library import Library, describe
 from acmix_deploy.verify import read_verification
 
@@ -90,24 +90,24 @@ def _look(path: Path, artifact: Artifact | None) -> tuple[str, dict[str, Any]]:
     """Kind of a file, and those fields of :class:`Inspection` that belong to it."""
     if path.suffix == ".json":
         return "document", {"told": _told(path)}
-    if artifact and artifact.kind == KIND:
-        try:
-            return KIND, {"manifest": manifest_of(artifact.settings)}
-        except ValidationError:
-            return KIND, {"notes": ("its manifest is of another form, so it cannot be checked before it runs",)}
     try:
         kind = expect(path, "onnx", "engine", "plugin", "checkpoint", "program", "torchscript")
         model = read(path, weights=False) if kind == "onnx" else None
     except UserError:
-        if artifact:
+        if artifact and kind_of(path) in ("onnx", "engine", "unknown"):  # it is damaged, not another file
             return artifact.kind, {}
         raise
     if kind == "plugin":
         return kind, {"plugin": describe(path)}
     if kind == "engine":
-        return kind, {
-            "notes": (f"it has no manifest, so it cannot be checked before it runs; {_told_by_engine(path)}",)
-        }
+        if artifact is None:
+            return kind, {
+                "notes": (f"it has no manifest, so it cannot be checked before it runs; {_told_by_engine(path)}",)
+            }
+        try:
+            return kind, {"manifest": manifest_of(artifact.settings)}
+        except ValidationError:
+            return kind, {"notes": ("its manifest is of another form, so it cannot be checked before it runs",)}
     if model is None:
         return "checkpoint", {"notes": ("acmix-deploy doctor says what is in a checkpoint",)}
     return artifact.kind if artifact else "onnx", {"onnx": onnx_file.describe(model)}

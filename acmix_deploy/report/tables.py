@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.device.stages import DeviceReport
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
@@ -299,6 +300,21 @@ def engine(manifest: AnyManifest) -> Table:
             rows.add_row(f"{kind} {tensor.name}", f"{tensor.dtype} {list(tensor.shape)}")
     if manifest.origin == "adopted":
         _metadata(rows, manifest.metadata)
+    return rows
+
+
+def device(found: DeviceReport) -> Table:
+    """What of an export ran on another machine, and what stays there."""
+    rows = table("", "")
+    rows.show_header = False
+    rows.add_row("device", f"{found.host}, {found.board}")
+    if found.machine:
+        rows.add_row("TensorRT", f"{found.machine.tensorrt}, {found.machine.device}")
+    rows.add_row("ran there", ", ".join(found.ran) or "nothing")
+    if found.found:
+        rows.add_row("of that before", ", ".join(found.found))
+    for path in found.files.values():
+        rows.add_row("stays there", path)
     return rows
 
 
