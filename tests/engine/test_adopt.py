@@ -196,6 +196,63 @@ def test_without_metadata_it_says_so(here, plan):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What Ultralytics reads before an engine
+
+
+def test_a_build_for_ultralytics(gpu, tmp_path, capsys):
+    onnx.save(model_of(metadata=TOLD | {"kpt_shape": "[4, 3]", "letterbox": "{}"}), tmp_path / "model.onnx")
+    engine = tmp_path / "model.engine"
+    shapes = [
+        f"--{name}={','.join(map(str, shape))}" for name, shape in zip(("min", "opt", "max"), SHAPES, strict=True)
+    ]
+    assert main(["build", str(tmp_path / "model.onnx"), "--ultralytics", "--fp16", *shapes, "-o", str(engine)]) == 0
+    found = read_engine_file(engine)
+    assert engine.read_bytes()[:4] == struct.pack("<i", found.offset - 4)
+    assert found.header == {
+        "stride": 32, "task": "detect", "names": {"0": "nut", "1": "bolt"}, "channels": 3, "kpt_shape": [4, 3],
+        "letterbox": "{}", "batch": 1, "imgsz": [64, 64],
+        "args": {"batch": 1, "dynamic": True, "nms": False, "half": True, "int8": False},
+    }  # fmt: skip
+    assert json.loads(read_engine(engine))["asked"]["flags"] == ["FP16"]
+    assert ModelMetadata.of_header(found.header).lowered == read_manifest(engine).precision == "float16"
+    array = np.full((1, 3, 32, 32), -1, np.float32)
+    with EngineRunner(engine) as runner:
+        np.testing.assert_array_equal(runner.infer({"images": array})["output0"], -array)
+
+
+def test_metadata_before_an_engine_are_those_of_the_file(tmp_path):
+    metadata = ModelMetadata(TOLD | {"kpt_shape": "[4, 3]", "end2end": "True", "letterbox": "{}"})
+    for dims, shape, dynamic in (
+        ((2, 3, 32, 64), (2, 3, 32, 64), False),
+        ((-1, 3, -1, -1), (2, 3, 32, 64), True),
+        ((-1, 3, 32, 64), (2, 3, 32, 64), False),  # else a release sets other sizes, and does not see them refused
+    ):
+        header = json.loads(header_bytes(metadata.header(dims, shape))[4:])
+        told = ModelMetadata.of_header(header)
+        assert told == metadata.updated(batch=2, imgsz=[32, 64], args=header["args"])
+        assert header["args"] == {"batch": 2, "dynamic": dynamic, "nms": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (model_of(dims=(1, 3, 32, 32), metadata={"stride": "32"}), "the metadata tell no task, no names, which"),
+        (model_of(dims=(1, 3, 32, 32), metadata=TOLD | {"stride": "x"}), "the metadata tell the stride 'x'"),
+        (model_of(dims=(1, 3, 32, 32), name="x", metadata=TOLD), r"takes x \[1, 3, 32, 32\], and Ultralytics feeds"),
+        (
+            model_of(dims=(1, 3, 32), metadata=TOLD),
+            r"takes images \[1, 3, 32\], and Ultralytics feeds one input images",
+        ),
+    ],
+)
+def test_what_ultralytics_would_not_load_is_not_built(gpu, tmp_path, model, said):
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=said):
+        build(tmp_path / "model.onnx", tmp_path / "model.engine", ultralytics=True)
+    assert not (tmp_path / "model.engine").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What TensorRT does not take here
 
 
