@@ -64,7 +64,17 @@ def write_measurements(folder: Path) -> None:
     (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
 
 
-LONG = "docs/cli.md", "docs/python.md"
+LONG = "docs/cli.md", "docs/python.md", "docs/int8.md", "docs/detect.md", "docs/doctor.md"
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_commands_are_such(name: str) -> None:
+    """Verbs and options, also of what is run by `make soak` alone."""
+    for _, content in blocks(PAGES[name], "console"):
+        for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
+            command = session.partition("\n")[0]
+            if command.startswith("acmix-deploy "):
+                cli.parser().parse_args(shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.soak) if n in LONG else n for n in RUNNABLE])
