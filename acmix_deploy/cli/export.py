@@ -17,6 +17,7 @@ from acmix_deploy.cli.on import add_on, connected
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import add_options
 from acmix_deploy.plan import Plan
+from acmix_deploy.targets import NEWEST
 
 if TYPE_CHECKING:
     from acmix_deploy.report.model import ExportReport
@@ -52,8 +53,10 @@ def _there(options: argparse.Namespace) -> ExportReport:
     from acmix_deploy.device.stages import There
 
     deploy = needs_torch("acmix_deploy.pipeline").deploy
-    _plan(options)  # so that what is wrong with it is told at once
+    _plan(options, there=None if options.no_engine else NEWEST)  # so that what is wrong is told at once
     with connected(options) as session:
+        if options.no_engine:
+            session.need_package()
         place = There if session.runs_package else Bare
         there = place(session, _plan(options).out, fetch=options.fetch)
         plan = _plan(options, there=None if options.no_engine else there.target)
