@@ -28,7 +28,11 @@ def write_wheel(path: Path) -> None:
     imported.
     """
     found = metadata.distribution(_DISTRIBUTION)
-    information = {name: found.read_text(name) or "" for name in ("METADATA", "entry_points.txt")}
+    information = {
+        # setuptools leaves a folder `.egg-info` beside the package, which calls it PKG-INFO.
+        "METADATA": found.read_text("METADATA") or found.read_text("PKG-INFO") or "",
+        "entry_points.txt": found.read_text("entry_points.txt") or "",
+    }
     described = {f"{_INFO}/{name}": text.encode() for name, text in (*information.items(), ("WHEEL", _WHEEL))}
     record = []
     with (
