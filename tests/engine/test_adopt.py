@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,12 @@ from acmix_deploy.engine.build import build
 from acmix_deploy.engine_file import header_bytes, read_engine, read_engine_file
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.files import kind_of
+from acmix_deploy.gate import worker
 from acmix_deploy.manifest import HeaderManifest, Manifest, check, read_any_manifest, read_manifest
+from acmix_deploy.profile import profile
+from acmix_deploy.profile.monitor import Conditions, Monitor
+from acmix_deploy.profile.others import Processes
+from acmix_deploy.profile.subjects import Setup
 from acmix_deploy.report.inspection import inspect
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.tensorrt import EngineRunner
@@ -155,6 +161,34 @@ def test_layers_without_details_and_further_profiles_are_told(here, tmp_path):
     found = adopt(plan).found
     assert (found.layers, found.plugin_layers) == (1, ())
     assert "of its 3 optimization profiles the first is used" in found.notes
+
+
+def test_what_runs_engines_takes_it(here, plan, tmp_path, capsys, monkeypatch):
+    """Its type is not known: it passes by the limits of float32, or by those that somebody gives."""
+    onnx.save(model_of(), tmp_path / "model.onnx")
+    adopt(plan)
+    verify = ["verify", str(tmp_path / "model.onnx"), str(plan), "--json"]
+    assert main(verify) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {(one["precision"], one["passed"]) for one in found["comparisons"]} == {("unknown", True)}
+    assert "nothing tells what type model.engine computes in" in " ".join(found["notes"])
+
+    rounded = model_of()
+    rounded.graph.node[0].output[0] = "exact"
+    cast = [("to_half", "exact", "half", TensorProto.FLOAT16), ("back", "half", "output0", TensorProto.FLOAT)]
+    rounded.graph.node.extend(helper.make_node("Cast", [a], [b], name=name, to=to) for name, a, b, to in cast)
+    half = make_plan(tmp_path / "half.engine", rounded, {"images": SHAPES})
+    adopt(half)
+    verify[2] = str(half)
+    assert main(verify) == 1, "what passes as float16 does not pass as nobody knows what"
+    assert main([*verify, "--max-relative", "0.01"]) == 0
+
+    monkeypatch.setattr(Monitor, "read", lambda self: Conditions())
+    monkeypatch.setattr(Monitor, "processes", lambda self: Processes(time.monotonic(), {}))
+    (timed,) = profile([plan], samples=3, seconds=600)
+    assert (timed.precision, timed.samples_ms[:3]) == (None, (1.0,) * 3)
+    turn = worker.measure(worker.Request(file=plan, setup=Setup(), samples=3, seconds=5))
+    assert (turn.kind, turn.precision, turn.provider) == ("engine", None, "TensorRT 8.6.0")
 
 
 @pytest.mark.parametrize(
@@ -377,7 +411,7 @@ def test_the_beginning_of_a_file(tmp_path, content, found):
 def test_what_is_no_engine_is_not_adopted(here, tmp_path, capsys):
     for name, content, said in (
         ("text.engine", b"not an engine\n", "is a text file that begins with 'not an engine'; an engine is needed"),
-        ("json.engine", b'{"stride": 32}', "is a JSON document; an engine is needed"),
+        ("json.engine", b'{"stride": 32}', "is a JSON document that begins with"),
         ("cut.engine", header_bytes({"stride": 32})[:9], "; an engine is needed"),
         ("lie.engine", struct.pack("<i", 99) + b'{"stride": 32}' + PLAN, "; an engine is needed"),
         ("header.engine", header_bytes({"stride": 32}), "; an engine is needed"),
