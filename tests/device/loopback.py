@@ -153,8 +153,9 @@ class Device:
         (root / "sshd_config").write_text(SSHD_CONFIG.format(**values))
         (root / "ssh_config").write_text(SSH_CONFIG.format(**values))
         _program(root / "session", SESSION.format(root=shlex.quote(str(root))))
-        ssh, config = shutil.which("ssh"), shlex.quote(str(root / "ssh_config"))
-        _program(self.client / "ssh", f'#!/bin/sh\nexec {ssh} -F {config} "$@"\n')
+        ssh, config, calls = shutil.which("ssh"), *(shlex.quote(str(root / name)) for name in ("ssh_config", "calls"))
+        text = f"""#!/bin/sh\n{{ printf '%s\\0' "$@"; echo; }} >> {calls}\nexec {ssh} -F {config} "$@"\n"""
+        _program(self.client / "ssh", text)
         self.profile("")
 
     def ssh(self, command: str, host: str = "bench", stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
@@ -162,6 +163,24 @@ class Device:
         line: list[str | Path] = [self.client / "ssh", "-o", "BatchMode=yes", host, command]
         done = subprocess.run(line, input=stdin, capture_output=True, check=False, timeout=60)
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def calls(self) -> list[list[str]]:
+        """The arguments of each ssh that was started, but for those of the test's configuration."""
+        path = self.root / "calls"
+        lines = path.read_text().split("\0\n") if path.exists() else []
+        return [line.split("\0") for line in lines if line]
+
+    def left(self) -> list[object]:
+        """What commands that ended should not have left: connections, processes, sockets, files but those to keep."""
+        found: list[object] = []
+        until(lambda: not (self.link.open or self.processes()))
+        found += ["a connection"] * self.link.open
+        found += [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in self.processes()]
+        sockets = {Path(call[call.index("-S") + 1]).parent for call in self.calls() if "-S" in call}
+        found += [path for path in sockets if path.exists()]
+        found += [path for path in self.tmp.iterdir() if path.name != "acmix-deploy.lock"]
+        found += [*self.home.glob("*/jobs/*"), *self.home.glob("*/.*"), *self.home.glob("*/store/.*")]
+        return found
 
     def log(self) -> str:
         """What sshd says of its connections."""
