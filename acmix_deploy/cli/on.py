@@ -167,6 +167,17 @@ def _files(path: Path) -> list[tuple[Path, Path]]:
     return [(image.relative_to(base), image) for image in images]
 
 
+def _weights(model: Path) -> list[Path]:
+    """The files beside an ONNX file that its weights lie in; none where it is broken, which the device will say."""
+    from acmix_deploy.graph import with_weights
+
+    try:
+        found = [Path(os.path.relpath(path, model.parent)) for path in with_weights(model)[1:]]
+    except Exception:  # protobuf's DecodeError
+        return []
+    return [path for path in found if ".." not in path.parts]  # ONNX does not read those elsewhere either
+
+
 def _beside(path: Path, name: Path) -> dict[str, Path]:
     """What belongs to a model: its sidecar, its weights where they are files of their own, the report of `export`."""
     found = {str(sidecar(name)): sidecar(path)} if sidecar(path).is_file() else {}
@@ -175,9 +186,7 @@ def _beside(path: Path, name: Path) -> dict[str, Path]:
             raise UserError(f"{path} does not exist", "Name a file that is there.")
         return found
     if kind_of(path) == "onnx":
-        from acmix_deploy.graph import with_weights
-
-        found |= {str(name.parent / weights.relative_to(path.parent)): weights for weights in with_weights(path)[1:]}
+        found |= {str(name.parent / weights): path.parent / weights for weights in _weights(path)}
         if (report := path.with_name("report.json")).is_file():
             found[str(name.with_name(report.name))] = report
     return found

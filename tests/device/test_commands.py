@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from acmix_deploy.cli import main
