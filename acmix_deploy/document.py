@@ -12,6 +12,7 @@ from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import UserError
 
 Written = Literal[
+    "adopt",
     "build",
     "detect",
     "detect response",

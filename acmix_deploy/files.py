@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
-from acmix_deploy.artifacts import sidecar
+from acmix_deploy.artifacts import sha256, sidecar
+from acmix_deploy.engine_file import read_engine_file
 from acmix_deploy.errors import UserError
 
 Kind = Literal[
@@ -65,7 +68,8 @@ def kind_of(path: Path) -> Kind:
         raise UserError(f"{path} cannot be opened: {error.strerror}", "Name a file that you may read.") from error
     if not head:
         return "empty"
-    return _by_origin(path) or _by_mark(path, head) or _by_structure(path, head) or _by_name(path)
+    told = _by_mark(path, head) or _by_structure(path, head)
+    return _by_origin(path, told) or told or _by_name(path)
 
 
 def expect(path: Path, *wanted: Kind) -> Kind:
@@ -89,14 +93,18 @@ def expect(path: Path, *wanted: Kind) -> Kind:
 # Kinds
 
 
-def _by_origin(path: Path) -> Kind | None:
-    """An engine has any content; what makes it one is what wrote it."""
-    return "engine" if _json(sidecar(path)).get("kind") == "engine" else None
+def _by_origin(path: Path, told: Kind | None) -> Kind | None:
+    """An engine has any content; what makes it one is what wrote it. What else its content tells is something that took
+    its place, such as a pointer of Git LFS, unless its bytes are still the ones that were written."""
+    written = _json(sidecar(path))
+    if written.get("kind") != "engine" or (told and told != "engine" and written.get("sha256") != sha256(path)):
+        return None
+    return "engine"
 
 
 def _by_mark(path: Path, head: bytes) -> Kind | None:
     """By the bytes that files of a kind begin with."""
-    if head[1:4] == b"trt" or _ultralytics_engine(path, head):
+    if head[1:4] == b"trt" or read_engine_file(path).backend:
         return "engine"
     if head.startswith(b"\x7fELF"):
         return "plugin"
@@ -118,8 +126,8 @@ def _by_mark(path: Path, head: bytes) -> Kind | None:
 
 def _by_structure(path: Path, head: bytes) -> Kind | None:
     if _is_text(head):
-        if path.suffix.lower() in CHECKPOINT_SUFFIXES and _last_byte(path) == b".":
-            return "checkpoint"  # the oldest pickles are text, and end so
+        if path.suffix.lower() in CHECKPOINT_SUFFIXES and _is_pickle(path):
+            return "checkpoint"  # the oldest pickles are text
         if head.lstrip()[:1] not in (b"{", b"["):
             return "text"
         try:
@@ -153,29 +161,23 @@ def _in_archive(path: Path) -> Kind | None:
     return "checkpoint" if "data.pkl" in inner else None
 
 
-def _ultralytics_engine(path: Path, head: bytes) -> bool:
-    """Whether it is one as Ultralytics writes them: the length of a JSON document, the document, then the engine."""
-    if head[4:5] != b"{":
-        return False
-    with path.open("rb") as file:
-        file.seek(4 + int.from_bytes(head[:4], "little"))
-        return file.read(4)[1:] == b"trt"
-
-
 def _is_text(head: bytes) -> bool:
-    try:
-        text = head.decode()
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 3 or len(head) < _HEAD:  # not a character that the end of the head cuts off
-            return False
-        text = head[: error.start].decode()
-    return all(character.isprintable() or character.isspace() for character in text)
+    text = _text(head)
+    most = len(text) // 8 + 1  # characters of an older encoding than UTF-8, or cut off by the end of the head
+    return text.count("\ufffd") <= most and all(one.isprintable() or one.isspace() for one in text)
 
 
-def _last_byte(path: Path) -> bytes:
+def _text(head: bytes) -> str:
+    return head.decode("utf-8-sig", errors="replace")
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether it begins with a whole pickle."""
     with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read()
+        try:
+            return any(opcode.name == "STOP" for opcode, _, _ in pickletools.genops(file))
+        except Exception:  # whatever it makes of other content
+            return False
 
 
 def _json(path: Path) -> dict[str, object]:
@@ -252,11 +254,25 @@ def _described(path: Path, kind: Kind) -> str:
     if kind == "unknown":
         with path.open("rb") as file:
             return f"{title}: it begins with {file.read(8).hex(' ')}"
-    if kind == "text":
+    if kind in ("text", "json"):
         with path.open("rb") as file:
-            line = file.read(_HEAD).decode(errors="replace").strip().partition("\n")[0]
-        return f"{title} that begins with {line.strip()[:40]!r}"
+            text = _text(file.read(_HEAD)).strip()
+        known, _ = _known_text(text)
+        return f"{known or title} that begins with {text.partition(chr(10))[0].strip()[:40]!r}"
     return title
+
+
+def _known_text(text: str) -> tuple[str, str]:
+    """What text that took the place of a file is by its first words, and the way out; empty where it is any text."""
+    return next(
+        ((title, way_out) for words, title, way_out in _TEXTS if re.match(words, text, re.IGNORECASE)), ("", "")
+    )
+
+
+_TEXTS = (
+    ("version https://git-lfs", "a pointer of Git LFS", "Run: git lfs pull"),
+    ("<!doctype html|<html", "an HTML page", "A page was saved in place of the file: download the file itself."),
+)
 
 
 def _way_out(path: Path, kind: Kind, wanted: tuple[Kind, ...]) -> str:
@@ -268,6 +284,10 @@ def _way_out(path: Path, kind: Kind, wanted: tuple[Kind, ...]) -> str:
     if kind == "engine":
         source = "ONNX file that it was built from" if "onnx" in wanted else "checkpoint that it goes back to"
         return f"Name the {source}; an engine is for detect, serve, package, verify, profile and gate."
+    if kind == "text":
+        with path.open("rb") as file:
+            _, way_out = _known_text(_text(file.read(_HEAD)).strip())
+        return way_out or "Was something else saved under this name?"
     ways: dict[Kind, str] = {
         "torchscript": "It holds no module that can be exported again: name the checkpoint that it was made of.",
         "plugin": "A plugin goes to --plugin; acmix-deploy plugin check says what is in it.",
@@ -278,7 +298,6 @@ def _way_out(path: Path, kind: Kind, wanted: tuple[Kind, ...]) -> str:
         "sidecar": f"Name the file itself: {path.with_suffix('')}",
         "json": "Name the model itself; acmix-deploy report shows documents.",
         "folder": "Name a file in it.",
-        "text": "Was something else saved under this name? A file of Git LFS comes with git lfs pull.",
         "empty": "Copy or download it again.",
     }
     return ways.get(kind, "Is it the right file? acmix-deploy --help says what each verb takes.")

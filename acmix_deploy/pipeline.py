@@ -251,7 +251,9 @@ def _build(work: _Work, exported: ExportResult) -> dict[str, BuildReport]:
             fp16=role != "fused" and not device.strongly_typed,
             shapes=exported.shapes_to_build,
         )
-        work.artifacts[f"{role} engine"], found[f"{role} engine"] = made.artifact, made.found
+        work.artifacts[f"{role} engine"] = made.artifact
+        if made.found:
+            found[f"{role} engine"] = made.found
     return found
 
 
@@ -263,10 +265,10 @@ def _verify(work: _Work, source: Source, exported: ExportResult, inputs: Scenes 
     for artifact in work.artifacts.values():
         model: Path | onnx.ModelProto = artifact.path
         if work.there and artifact.kind == ENGINE:
-            if work.there.runs_engines:
-                candidates.append(work.there.candidate(artifact, feeds))
+            if work.there.uncompared:
+                work.notes.append(f"{artifact.path.name} was not compared: {work.there.uncompared}")
             else:
-                work.notes.append(f"{artifact.path.name} was not compared: {work.there.session.name} has no GPU")
+                candidates.append(work.there.candidate(artifact, feeds))
             continue
         if _needs_plugin(artifact):
             assert plan.target

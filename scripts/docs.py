@@ -23,6 +23,7 @@ from acmix_deploy.operators.native import native_sources
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.profile import ProfileDocument
 from acmix_deploy.report.documents import (
+    AdoptDocument,
     BuildDocument,
     DoctorDocument,
     Fp16Document,
@@ -47,6 +48,7 @@ from scripts import instructions, kernel_model
 ROOT = Path(__file__).resolve().parents[1]
 
 DOCUMENTS: tuple[type[Document], ...] = (
+    AdoptDocument,
     BuildDocument,
     DetectDocument,
     DetectResponse,

@@ -27,6 +27,7 @@ from acmix_deploy.files import Kind, expect, kind_of
 from acmix_deploy.graph import read
 from acmix_deploy.report.inspection import inspect
 from acmix_deploy.runtime.onnxruntime import open_session
+from tests.engine.parts import make_engine
 
 
 def model(*nodes: onnx.NodeProto, ir: int = 8, opset: int = 17, domains: tuple[str, ...] = (), **weights: Any) -> Any:
@@ -117,6 +118,10 @@ def test_an_engine_is_what_its_sidecar_calls_one(tmp_path: Path) -> None:
     write_artifact(path, "engine")
     assert kind_of(path) == "engine"
     assert kind_of(tmp_path / "a.bin.json") == "sidecar"
+    path.write_bytes(bytes(range(128, 256)))
+    assert kind_of(path) == "engine"  # another one, perhaps
+    path.write_text("other content")
+    assert kind_of(path) == "text"
     write_artifact(path, "fused")
     assert kind_of(path) == "text"
 
@@ -174,8 +179,8 @@ SAID = {
     "safetensors": r"is a file of safetensors; .* is needed\n.*--arch",
     "image": r"is an image; .* is needed\n.*acmix-deploy detect MODEL IMAGE",
     "video": r"is a video; .* is needed\n.*acmix-deploy detect MODEL VIDEO",
-    "json": r"is a JSON document; .* is needed\n",
-    "text": r"is a text file that begins with '.*'; .* is needed\n",
+    "json": r"is a JSON document that begins with '.*'; .* is needed\n",
+    "text": r"is a (text file|pointer of Git LFS) that begins with '.*'; .* is needed\n",
     "empty": r"is empty; .* is needed\nCopy or download it again",
     "folder": r"is a folder; .* is needed\nName a file in it",
     "unknown": r"is of no kind that is known here: it begins with ([0-9a-f]{2} ?){8}; .* is needed\n",
@@ -233,16 +238,84 @@ def test_gate_run_says_it_as_well(
     assert "text.txt is a text file that begins with 'Grüße'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["doctor", "inspect", "detect"])
-def test_a_text_called_engine_is_none(
-    folder: Path, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+TEXTS: dict[str, tuple[bytes, str, str]] = {
+    "text": (b"hello\n", "is a text file that begins with 'hello'", "Was something else saved under this name?"),
+    "pointer": (
+        POINTER.encode(),
+        "is a pointer of Git LFS that begins with 'version https://git-lfs",
+        "Run: git lfs pull",
+    ),
+    "page": (
+        b"\n<!DOCTYPE html>\n<html>404</html>\n",
+        "is an HTML page that begins with '<!DOCTYPE html>'",
+        "download the file itself",
+    ),
+    "other encoding": (
+        "<html><title>Introuvable</title><p>Accès refusé</p></html>".encode("latin-1"),
+        "is an HTML page that begins with '<html><title>Introuvable",
+        "download the file itself",
+    ),
+    "byte order mark": (
+        "\ufeffAccess denied".encode(),
+        "is a text file that begins with 'Access denied'",
+        "Was something else",
+    ),
+    "sentence": (
+        b"404: Not Found.",
+        "is a text file that begins with '404: Not Found.'",
+        "Was something else",
+    ),
+    "JSON": (
+        b'{"message": "Not Found"}',
+        'is a JSON document that begins with \'{"message": ',
+        "Name the model itself",
+    ),
+    "empty": (b"", "is empty", "Copy or download it again."),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_saved_in_place_of_a_file(
+    folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    Path("hello.engine").write_text("hello\n")
-    assert main([verb, "hello.engine", *(["photos"] if verb == "detect" else [])]) == 2
-    printed = capsys.readouterr()
-    assert "hello.engine is a text file that begins with 'hello'" in printed.err
-    assert "engine" not in printed.out
+    content, said, hint = TEXTS[text]
+    for name in ("hello.engine", "hello.onnx", "hello.pt"):
+        Path(name).write_bytes(content)
+        for command in (["inspect"], ["doctor"], ["profile"], ["verify", "good.onnx"], ["detect"]):
+            arguments = [*command, name, *(["photos"] if command == ["detect"] else [])]
+            assert main(arguments) == 2
+            printed = capsys.readouterr()
+            assert f"error: {name} {said}" in printed.err, arguments
+            assert hint in printed.err.splitlines()[-1], arguments
+            assert printed.out == ""
+
+
+def test_a_pickle_may_be_text(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    state = nn.Conv2d(1, 1, 1).state_dict()
+    torch.save(state, path, _use_new_zipfile_serialization=False, pickle_protocol=0)
+    assert kind_of(path) == "checkpoint"
+
+
+@pytest.mark.parametrize("name", ["a.engine", "a.onnx"])
+def test_a_pointer_with_the_sidecar_of_its_file_is_no_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name == "a.onnx":
+        onnx.save(model(), "a.onnx")
+        write_artifact(Path("a.onnx"), "fused")
+    else:
+        make_engine(Path("a.engine"), model())
+        assert kind_of(Path("a.engine")) == "engine"
+    Path(name).write_text(POINTER)
+    for verb in ("inspect", "doctor", "profile"):
+        assert main([verb, name]) == 2
+        said = capsys.readouterr().err
+        assert f"error: {name} is a pointer of Git LFS that begins with" in said
+        assert said.endswith("Run: git lfs pull\n")
 
 
 def test_names_play_no_part(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

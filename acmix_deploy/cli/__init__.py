@@ -14,6 +14,7 @@ from types import ModuleType
 
 from acmix_deploy import __version__
 from acmix_deploy.cli import (
+    adopt,
     build,
     detect,
     device,
@@ -41,6 +42,7 @@ VERBS = (
     fp16,
     quantize,
     build,
+    adopt,
     verify,
     profile,
     gate,

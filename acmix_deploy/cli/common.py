@@ -40,18 +40,19 @@ def add_input_shape(parser: argparse.ArgumentParser) -> None:
 def add_running(parser: argparse.ArgumentParser) -> None:
     """Options of the verbs that time models: fields of :class:`acmix_deploy.profile.subjects.Setup`."""
     parser.add_argument("--threads", type=positive, metavar="N", help="threads within an operator (default: all cores)")
+    add_provider(parser)
     parser.add_argument(
-        "--plugin", type=Path, metavar="FILE", help="plugin of the engines (default: where they were built with it)"
+        "--plugin",
+        type=Path,
+        metavar="FILE",
+        help="plugin of the engines (default: where they were built with it), and for --provider tensorrt",
     )
     add_input_shape(parser)
     add_options(parser, Plan, "arch", "trust", "code")
 
 
-def add_detector(parser: argparse.ArgumentParser) -> None:
-    """Options of the verbs that open a detector: arguments of :meth:`acmix_deploy.serving.detector.Detector.load`."""
-    parser.add_argument(
-        "--confidence", type=share, default=0.25, metavar="X", help="score above which there is one (default: 0.25)"
-    )
+def add_provider(parser: argparse.ArgumentParser) -> None:
+    """The option of the verbs that run ONNX files."""
     parser.add_argument(
         "--provider",
         type=provider,
@@ -59,6 +60,14 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="what ONNX Runtime runs an ONNX file on (default: cpu)",
     )
+
+
+def add_detector(parser: argparse.ArgumentParser) -> None:
+    """Options of the verbs that open a detector: arguments of :meth:`acmix_deploy.serving.detector.Detector.load`."""
+    parser.add_argument(
+        "--confidence", type=share, default=0.25, metavar="X", help="score above which there is one (default: 0.25)"
+    )
+    add_provider(parser)
     parser.add_argument("--plugin", type=Path, metavar="FILE", help="library with custom layers of the model")
 
 

@@ -48,12 +48,14 @@ def _here(options: argparse.Namespace) -> ExportReport:
 
 
 def _there(options: argparse.Namespace) -> ExportReport:
+    from acmix_deploy.device.bare import Bare
     from acmix_deploy.device.stages import There
 
     deploy = needs_torch("acmix_deploy.pipeline").deploy
     _plan(options)  # so that what is wrong with it is told at once
     with connected(options) as session:
-        there = There(session, _plan(options).out, fetch=options.fetch)
+        place = There if session.runs_package else Bare
+        there = place(session, _plan(options).out, fetch=options.fetch)
         plan = _plan(options, there=None if options.no_engine else there.target)
         report: ExportReport = deploy(plan, session.progress, there)
     return report

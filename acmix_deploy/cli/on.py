@@ -92,7 +92,10 @@ def run_on(options: argparse.Namespace, kind: type[D], session: Session | None =
             alone=alone,
         )
     try:
-        return kind.model_validate(_as_here(json.loads(done.stdout), places))
+        found = kind.model_validate(_as_here(json.loads(done.stdout), places))
+        if done.code <= 1:  # what failed is in the document
+            return found
+        raise ValueError(done.code)
     except ValueError as error:
         device.check(done._replace(said=_as_here(done.said, places)))
         raise MissingComponent(f"{device.name} answered with something else than {words[0]} does") from error
@@ -137,7 +140,7 @@ def _spelt(options: argparse.Namespace) -> tuple[list[str], dict[str, Path], dic
             if name != one:
                 places[str(name)] = one
             if action.dest in options.writes:
-                writes[str(name)] = one
+                writes |= {str(name): one, str(sidecar(name)): sidecar(one)}
             else:
                 reads.update({str(name / part if str(part) != "." else name): file for part, file in _files(one)})
                 reads.update(_beside(one, name))

@@ -7,6 +7,7 @@ example:
   acmix-deploy profile model.engine --layers --power
   acmix-deploy profile model.engine times.json
   acmix-deploy profile model.fp16.onnx model.int8.onnx --on jetson.local --power
+  acmix-deploy profile model.fused.onnx model.engine --provider cuda
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ONNX file, engine, checkpoint, or .json of trtexec --exportTimes; the others are compared with the first",
     )
     parser.add_argument(
-        "--samples", type=positive, metavar="N", help="runs to count (default: 1000 of an engine, 50 of another)"
+        "--samples", type=positive, metavar="N", help="runs to count (default: 1000 on a GPU, 50 on a CPU)"
     )
     parser.add_argument("--seconds", type=duration, default=30.0, metavar="S", help="time for each file (default: 30)")
     parser.add_argument("--layers", action="store_true", help="also time every layer, and sum them up by block")
@@ -61,6 +62,7 @@ def _profiles(options: argparse.Namespace) -> list[Profile]:
             seconds=options.seconds,
             threads=options.threads,
             plugin=options.plugin,
+            provider=options.provider,
             arch=options.arch,
             trust=options.trust,
             code=options.code,

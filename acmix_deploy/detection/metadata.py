@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -53,6 +53,37 @@ class ModelMetadata(RootModel[dict[str, str]]):
     def of(cls, model: onnx.ModelProto) -> ModelMetadata:
         """Those in a file."""
         return cls({entry.key: entry.value for entry in model.metadata_props})
+
+    @classmethod
+    def of_header(cls, header: Mapping[str, Any]) -> ModelMetadata:
+        """Those that Ultralytics writes before an engine, as JSON."""
+        told = {name: value for name, value in header.items() if value is not None}
+        if isinstance(names := told.get("names"), dict):
+            told["names"] = {int(key) if key.isdecimal() else key: name for key, name in names.items()}
+        return cls().updated(**told)
+
+    def header(self) -> dict[str, Any]:
+        """These as Ultralytics writes them before an engine, which its releases then load.
+
+        Raises:
+            UserError: an entry without which some release fails is missing, or one is wrong.
+        """
+        if missing := [name for name in ("stride", "task", "names", "batch", "imgsz") if name not in self.root]:
+            raise UserError(
+                f"the metadata tell no {', no '.join(missing)}, which Ultralytics asks an engine for",
+                "Export the file from its checkpoint: acmix-deploy export",
+            )
+        typed = {
+            "stride": self.stride,
+            "names": self.names,
+            "batch": self._literal("batch", _COUNT, 1, "a number of images, such as 1"),
+            "imgsz": list(self.imgsz),
+            "channels": self.channels,
+            "end2end": self.end2end,
+            "kpt_shape": self.kpt_shape and list(self.kpt_shape),
+            "args": self._arguments,
+        }
+        return {**self.root, **{name: value for name, value in typed.items() if name in self.root}}
 
     @property
     def entries(self) -> dict[str, str]:
@@ -135,7 +166,19 @@ class ModelMetadata(RootModel[dict[str, str]]):
     @cached_property
     def nms(self) -> bool:
         """From ``args``: whether non-maximum suppression is in the file."""
-        return bool(self._literal("args", _ARGUMENTS, {}, "settings by name, such as {'nms': False}").get("nms"))
+        return bool(self._arguments.get("nms"))
+
+    @cached_property
+    def lowered(self) -> Literal["float16", "int8"] | None:
+        """From ``args``: the type below float32 that Ultralytics let TensorRT compute in; None where they tell none."""
+        told = self._arguments
+        if told.get("int8"):
+            return "int8"
+        return "float16" if told.get("half") else _QUANTIZE.get(str(told.get("quantize")))
+
+    @cached_property
+    def _arguments(self) -> dict[str, Any]:
+        return self._literal("args", _ARGUMENTS, {}, "settings by name, such as {'nms': False}")
 
     @cached_property
     def letterbox(self) -> Letterbox:
@@ -191,6 +234,7 @@ _NAMES = TypeAdapter(dict[int, str])
 _KEYPOINTS: TypeAdapter[tuple[int, int]] = TypeAdapter(tuple[PositiveInt, Literal[2, 3]])
 _FLAG = TypeAdapter(bool)
 _ARGUMENTS = TypeAdapter(dict[str, Any])
+_QUANTIZE: dict[str, Literal["float16", "int8"]] = {"16": "float16", "8": "int8"}
 
 
 def _spelt(value: object) -> str:

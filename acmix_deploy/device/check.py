@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import Field, computed_field
 
-from acmix_deploy.device.install import runs_package
 from acmix_deploy.device.registry import Device
 from acmix_deploy.device.session import CLOCK_S, Session
 from acmix_deploy.doctor.diagnosis import Component
@@ -55,8 +54,6 @@ def components(session: Session) -> Iterator[Component]:
             found=session.clock,
             advice="Set it: sudo timedatectl set-ntp true. Certificates are not valid at a wrong time.",
         )
-    for busy in facts.busy:
-        yield Component(name="other load", state="ok", found=f"{busy.name} ({busy.pid}) uses {busy.cores:.1f} cores")
     python = f"Python {facts.python}, {facts.machine}, {facts.libc}"
     try:
         session.need_package()
@@ -65,7 +62,7 @@ def components(session: Session) -> Iterator[Component]:
     else:
         assert facts.installed
         yield Component(name=PACKAGE, state="ok", found=f"{facts.installed.version}, {python}")
-    machine = session.machine if facts.installed and runs_package(facts) else None
+    machine = session.machine if facts.installed and session.runs_package else None
     if machine:
         yield Component(name="TensorRT there", state="ok", found=f"{machine.tensorrt}, {machine.device}")
     elif facts.tensorrt:

@@ -19,8 +19,6 @@ from acmix_deploy.process import run
 
 EXTRAS = ("serve", "tensorrt")
 """Of this package, that a device gets: no PyTorch."""
-OLDEST = (3, 10)
-"""Python that the package runs on."""
 
 _SCRIPT = Path(__file__).parent / "jetson" / "install.sh"
 _OLDEST_GLIBC = 17  # 2.17, of manylinux2014
@@ -40,11 +38,8 @@ def install(session: Session, *, offline: bool = False) -> Installed:
         UserError: see :meth:`Session.run`.
     """
     facts = session.facts
-    if not runs_package(facts):
-        raise MissingComponent(
-            f"{session.name} has Python {facts.python}; {'.'.join(map(str, OLDEST))} is needed",
-            "Without the package `export --on` builds plugin and engine there by CMake and trtexec.",
-        )
+    if not session.runs_package:
+        session.need_package()
     wheel, digest = session.wheel
     files = {f"wheels/{wheel.name}": wheel, "install.sh": _SCRIPT}
     options: list[str] = []
@@ -69,11 +64,6 @@ def install(session: Session, *, offline: bool = False) -> Installed:
     installed = Installed(version=__version__, wheel=digest)
     session.note_installed(installed)
     return installed
-
-
-def runs_package(facts: Facts) -> bool:
-    """Whether the device's Python is new enough."""
-    return tuple(map(int, facts.python.split(".")[:2])) >= OLDEST
 
 
 def download(wheel: Path, facts: Facts, folder: Path) -> None:

@@ -77,7 +77,6 @@ def facts(request: dict[str, Any]) -> None:
             "installed": _read(folder / "installed.json"),
             "used": {name: _size(folder / name) for name in ("venv", "store", "jobs")},
             "tools": {name: path for name, path in ((tool, _tool(tool)) for tool in _TOOLS) if path},
-            "busy": _busy(),
         }
     )
 
@@ -106,26 +105,6 @@ def _cuda() -> str | None:
         return str(json.loads(_text("/usr/local/cuda/version.json"))["cuda"]["version"])
     except (ValueError, KeyError):
         return None
-
-
-def _busy() -> list[dict[str, Any]]:
-    """Programs that use more than a fifth of a core just now."""
-    before, start = _cpu_times(), time.monotonic()
-    time.sleep(0.3)
-    passed = (time.monotonic() - start) * os.sysconf("SC_CLK_TCK")
-    shares = {pid: (now - before[pid][1]) / passed for pid, (_, now) in _cpu_times().items() if pid in before}
-    busy = {pid: share for pid, share in shares.items() if share > 0.2}
-    return [{"name": before[pid][0], "pid": pid, "cores": round(share, 2)} for pid, share in busy.items()]
-
-
-def _cpu_times() -> dict[int, Any]:
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        name, _, rest = _text(str(stat)).partition("(")[2].rpartition(")")
-        fields = rest.split()
-        if len(fields) > 13 and int(stat.parent.name) != os.getpid():
-            found[int(stat.parent.name)] = (name, int(fields[11]) + int(fields[12]))
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,8 +327,8 @@ def _keep(request: dict[str, Any], job: Path, device: int, attached: int | None,
             if stopped or process.returncode:
                 break
         try:
-            for name in request["keeps"]:
-                _store(job / "work" / name, _folder(request) / "store")
+            store = _folder(request) / "store"
+            ended["digests"] = {name: _store(job / "work" / name, store) for name in request["keeps"]}
             written = {name: job / "work" / name for name in request["writes"]}
             ended["sizes"] = {name: path.stat().st_size for name, path in written.items() if path.is_file()}
             _write(job / "ended.json", ended)
@@ -480,16 +459,17 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _store(path: Path, store: Path) -> None:
-    """Put a file that a job wrote where it is found by its SHA-256 when it is sent again."""
+def _store(path: Path, store: Path) -> str:
+    """Put a file that a job wrote where it is found when it is sent again; its SHA-256, empty without a file."""
     if not path.is_file():
-        return
+        return ""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(lambda: file.read(_BLOCK), b""):
             digest.update(block)
     store.mkdir(parents=True, exist_ok=True)
     _link(path, store / digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _size(path: Path) -> int:

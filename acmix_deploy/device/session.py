@@ -32,6 +32,8 @@ Progress = Callable[[str], None]
 
 WAIT_S = 600.0
 """How long a command waits for a device that is in use, where nobody says."""
+OLDEST = (3, 10)
+"""Python that the package runs on."""
 CLOCK_S = 60.0
 """By how much the clock of a device may be wrong before it is said."""
 
@@ -52,14 +54,6 @@ class Installed(BaseModel):
     wheel: str = Field(description="SHA-256 of the wheel")
 
 
-class Busy(BaseModel):
-    """A program that uses the device's CPU."""
-
-    name: str
-    pid: int
-    cores: float = Field(description="of the CPU, that it uses")
-
-
 class Facts(BaseModel):
     """What a device says of itself before anything is installed there."""
 
@@ -78,7 +72,6 @@ class Facts(BaseModel):
     installed: Installed | None = None
     used: dict[str, int] = Field(description="bytes in parts of the folder")
     tools: dict[str, str] = Field(description="paths of programs")
-    busy: tuple[Busy, ...] = Field(description="programs that use more than a fifth of a core")
 
 
 class Ended(NamedTuple):
@@ -93,6 +86,8 @@ class Ended(NamedTuple):
     """Whether it was begun by an earlier command."""
     sizes: dict[str, int]
     """Of what it wrote, in bytes."""
+    digests: dict[str, str]
+    """SHA-256 of the engines that it wrote."""
 
     @property
     def last_words(self) -> str:
@@ -170,21 +165,25 @@ class Session:
     @property
     def notes(self) -> tuple[str, ...]:
         """What stands out on the device, of what figures that are measured there depend on."""
-        found = []
-        if abs(self.clock_s) > CLOCK_S:
-            found.append(f"{self.clock}; times in what it measures are its own")
-        if self.facts.busy:
-            programs = ", ".join(f"{busy.name} ({busy.pid}) on {busy.cores:.1f} cores" for busy in self.facts.busy[:3])
-            found.append(f"{self.name} does something else too: {programs}")
-        return tuple(found)
+        return (f"{self.clock}; times in what it measures are its own",) if abs(self.clock_s) > CLOCK_S else ()
 
     @property
     def _makes(self) -> list[str | None]:
         """What decides on what is built there."""
         return [self.wheel[1], self.facts.tensorrt, self.facts.cuda, self.facts.release]
 
+    @property
+    def runs_package(self) -> bool:
+        """Whether the device's Python is new enough."""
+        return tuple(map(int, self.facts.python.split(".")[:2])) >= OLDEST
+
     def need_package(self) -> None:
-        """Raises MissingComponent: the package is not installed there, or not as it is here."""
+        """Raises MissingComponent: the package does not run there, is not installed, or not as it is here."""
+        if not self.runs_package:
+            raise MissingComponent(
+                f"{self.name} has Python {self.facts.python}; {'.'.join(map(str, OLDEST))} is needed",
+                "Without the package `export --on` builds plugin and engine there, by CMake and trtexec.",
+            )
         install = f"Install it: acmix-deploy device add {self.name} --install"
         installed = self.facts.installed
         if installed is None:
@@ -284,7 +283,7 @@ class Session:
             printed = stdout.read_text(encoding="utf-8", errors="replace")
         if ended["code"] or not keep:
             self._link.ask("drop", job=job)
-        return Ended(ended["code"], printed, said, job, found, ended["sizes"])
+        return Ended(ended["code"], printed, said, job, found, ended["sizes"], ended["digests"])
 
     def _follow(self, request: Mapping[str, Any], progress: Progress) -> tuple[dict[str, Any] | None, list[str], bool]:
         said: list[str] = []

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
@@ -13,7 +14,6 @@ from polygraphy.common import TensorMetadata
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy.artifacts import Artifact, Made, sidecar
-from acmix_deploy.device.install import runs_package
 from acmix_deploy.device.session import Ended, Session
 from acmix_deploy.engine.build import BuildReport, target_for
 from acmix_deploy.errors import MissingComponent
@@ -45,7 +45,13 @@ class DeviceReport(BaseModel):
     ran: tuple[str, ...] = Field(description="what ran there; all else ran on the machine that wrote this")
     found: tuple[str, ...] = Field(description="of that what an earlier command had left there")
     files: dict[str, str] = Field(description="files that stay there: their paths, by name")
+    package: bool = Field(description="whether this package runs there")
     notes: tuple[str, ...]
+
+    @property
+    def engines(self) -> list[str]:
+        """Paths of the engines that stay there."""
+        return [path for name, path in self.files.items() if name.endswith(".engine")]
 
 
 class There:
@@ -62,14 +68,17 @@ class There:
 
     def __init__(self, session: Session, out: Path, *, fetch: bool = False) -> None:
         self.session, self.out, self.fetch = session, out, fetch
-        if runs_package(session.facts):
-            session.need_package()
+        self._need()
         self.sizes: dict[str, int] = {}
         """Of the engines, in bytes, by name."""
+        self.files: dict[str, str] = {}
+        """Paths of what stays there, by name."""
         self._ran: list[str] = []
         self._found: list[str] = []
-        self._files: dict[str, str] = {}
         self._log = ""
+
+    def _need(self) -> None:
+        self.session.need_package()
 
     @property
     def machine(self) -> Machine | None:
@@ -92,15 +101,20 @@ class There:
         """Whether engines that are built there run there too."""
         return self.machine is not None and self.machine.gpu is not None
 
+    @property
+    def uncompared(self) -> str:
+        """Why engines are not compared with the model; empty where they are."""
+        return "" if self.runs_engines else f"{self.session.name} has no GPU"
+
     def library(self) -> Path:
         """The plugin, compiled there where it is not yet. Raises what ``plugin build`` does."""
-        done = self._run("plugin build", ["plugin", "build", "--out", "."], writes={NAME: None}, keep=True)
-        self._files[NAME] = self.session.path(done.job, NAME)
-        return Path(self._files[NAME])
+        done = self._verb("plugin build", ["plugin", "build", "--json", "--out", "."], writes={NAME: None}, keep=True)
+        self.files[NAME] = self.session.path(done.job, NAME)
+        return Path(self.files[NAME])
 
     def build(
         self, source: Path, target: Path, *, plugin: Path | None, fp16: bool, shapes: Shapes | None
-    ) -> Made[BuildReport]:
+    ) -> Made[BuildReport | None]:
         """:func:`acmix_deploy.engine.build.build` there; here its manifest arrives, and the engine where it is asked
         for. An engine that an earlier command built there of the same file is taken."""
         options = ["--fp16"] * fp16 + [f"--plugin={plugin}"] * bool(plugin)
@@ -109,14 +123,14 @@ class There:
                 options.append(f"--{name}={','.join(map(str, shape))}")
         cache = PurePosixPath(self.session.facts.folder, "timing.cache")
         name, beside = target.name, sidecar(target)
-        done = self._run(
+        done = self._verb(
             f"build {name}",
-            ["build", source.name, "-o", name, f"--timing-cache={cache}", *options],
+            ["build", "--json", source.name, "-o", name, f"--timing-cache={cache}", *options],
             files={file.relative_to(source.parent).as_posix(): file for file in with_weights(source)},
             writes={name: target if self.fetch else None, beside.name: beside},
             keep=True,
         )
-        self._files[name] = self.session.path(done.job, name)
+        self.files[name] = self.session.path(done.job, name)
         self.sizes[name] = done.sizes[name]
         found = json.loads(done.stdout)
         artifact = Artifact.model_validate(found["artifact"]).model_copy(update={"path": target})
@@ -130,24 +144,24 @@ class There:
             outputs = {f"out/{index:03d}.npz": Path(folder, f"out{index:03d}.npz") for index in range(len(feeds))}
             for path, feed in zip(inputs.values(), feeds, strict=True):
                 np.savez(path, allow_pickle=False, **feed)
-            done = self.session.run(
+            self._programs(
                 f"run {model.name}",
                 [[self.session.python, "-m", "acmix_deploy.runtime.outputs", model.name, "in", "out"]],
                 files={model.name: model, sidecar(model).name: sidecar(model), **inputs},
                 writes={**outputs},
             )
-            self._keep(f"run {model.name}", done)
             found = [dict(np.load(path)) for path in outputs.values()]
-        return Candidate(_Recorded(model.name, feeds, found), Manifest.model_validate(engine.settings).precision)
+        precision = Manifest.model_validate(engine.settings).precision
+        assert precision  # of an engine that was built by this package
+        return Candidate(_Recorded(model.name, feeds, found), precision)
 
     def profile(self, files: Sequence[Path], *, input_shape: Sequence[int], seconds: float) -> list[Profile]:
         """:func:`acmix_deploy.profile.profile` there."""
         reads = {file.name: file for model in files for file in (model, sidecar(model))}
         shape = ",".join(map(str, input_shape))
         names = [file.name for file in files]
-        done = self._run(
-            "profile", ["profile", f"--seconds={seconds}", f"--input-shape={shape}", "--", *names], files=reads
-        )
+        options = ["--json", f"--seconds={seconds}", f"--input-shape={shape}"]
+        done = self._verb("profile", ["profile", *options, "--", *names], files=reads)
         return ProfileDocument.model_validate_json(done.stdout).profiles
 
     def report(self) -> DeviceReport:
@@ -161,28 +175,18 @@ class There:
             machine=self.machine,
             ran=tuple(self._ran),
             found=tuple(self._found),
-            files=self._files,
+            files=self.files,
+            package=self.session.runs_package,
             notes=self.session.notes,
         )
 
-    def _run(
-        self,
-        what: str,
-        arguments: Sequence[str],
-        *,
-        files: Mapping[str, Path] | None = None,
-        writes: Mapping[str, Path | None] | None = None,
-        keep: bool = False,
-    ) -> Ended:
+    def _verb(self, what: str, arguments: Sequence[str], **options: Any) -> Ended:
         """A verb there, with its document on stdout."""
-        first, *rest = arguments
-        command = [self.session.python, "-m", "acmix_deploy.cli", first, *rest[: first == "plugin"], "--json"]
-        done = self.session.run(what, [[*command, *rest[first == "plugin" :]]], files=files, writes=writes, keep=keep)
-        self._keep(what, done)
-        return done
+        return self._programs(what, [[self.session.python, "-m", "acmix_deploy.cli", *arguments]], **options)
 
-    def _keep(self, what: str, done: Ended) -> None:
-        """Note that something ran there, and what it said. Raises what it ended with."""
+    def _programs(self, what: str, commands: Sequence[Sequence[str]], **options: Any) -> Ended:
+        """:meth:`Session.run`, which is noted with what it said. Raises what it ended with, too."""
+        done = self.session.run(what, commands, **options)
         self._ran.append(what)
         if done.found:
             self._found.append(what)
@@ -190,6 +194,7 @@ class There:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / LOG).write_text(self._log, encoding="utf-8")
         self.session.check(done)
+        return done
 
 
 class _Recorded(BaseRunner):  # type: ignore[misc]

@@ -48,9 +48,9 @@ def measure(
         candidate, baseline: ONNX files, engines or checkpoints; without a baseline the candidate is measured alone.
         output: written after every round, so that an interruption leaves the rounds before it.
         rounds: how many.
-        samples: to count in each turn; by default 1000 of an engine, 100 of another; fewer when the time is over.
+        samples: to count in each turn; by default 1000 on a GPU, 100 on a CPU; fewer when the time is over.
         seconds: time of a turn, warm-up included; opening the file not.
-        setup: how both are run.
+        setup: how both are run; for provider tensorrt see :func:`acmix_deploy.profile.run.keeping_engines`.
         parity: result of a verification of the candidate, see :func:`acmix_deploy.gate.parity.parity_of`.
         progress: told what is being done.
 

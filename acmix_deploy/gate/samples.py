@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from acmix_deploy.document import Document
 from acmix_deploy.errors import Inconclusive
 from acmix_deploy.profile.monitor import Conditions
+from acmix_deploy.profile.others import in_words
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.targets import Precision
 
@@ -72,7 +73,7 @@ class Measured(BaseModel):
 
     model: str = Field(description="file name")
     sha256: str | None = Field(default=None, description="SHA-256 of the file; None where only times are known")
-    plugin_sha256: str | None = Field(default=None, description="the same of the plugin library of an engine")
+    plugin_sha256: str | None = Field(default=None, description="the same of the plugin library that ran it")
     kind: Kind = Field(description="what kind of file: pytorch, onnx, engine, or times of trtexec")
     provider: str = Field(description="what ran it: an execution provider of ONNX Runtime, a TensorRT, PyTorch")
     precision: Precision | None = Field(default=None, description="lowest type that it computes in, if known")
@@ -108,6 +109,8 @@ class Measured(BaseModel):
             yield f"{self.dropped} rounds of {self.model} throttled and do not count"
         if unsettled := sum(turn.stable is False for turn in self.turns):
             yield f"latency of {self.model} had not settled when counting began, in {unsettled} of its turns"
+        if others := in_words([turn.after.others for turn in self.turns]):
+            yield f"other processes were at work while {self.model} was measured: {others}"
         yield from (f"{self.model}: {note}" for note in self.notes)
 
     def clock(self, name: Literal["cpu_mhz", "gpu_mhz", "memory_mhz"]) -> float | None:

@@ -13,10 +13,9 @@ from pydantic import BaseModel, Field
 from acmix_deploy.artifacts import sha256
 from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.samples import Measured, Round, Turn
-from acmix_deploy.manifest import read_manifest
 from acmix_deploy.profile.monitor import Monitor
 from acmix_deploy.profile.run import take_turn
-from acmix_deploy.profile.subjects import Checkpoint, Engine, OnnxFile, Setup, Subject, open_subject
+from acmix_deploy.profile.subjects import Checkpoint, OnnxFile, Setup, Subject, open_subject
 
 FEWEST_SAMPLES = 100
 """That are counted by default: as many as the 99th percentile of a turn needs."""
@@ -45,7 +44,6 @@ def measure(request: Request) -> Measured:
     started = datetime.now(timezone.utc)
     digest = sha256(request.file)
     subject = open_subject(request.file, request.setup)
-    plugin = read_manifest(request.file).plugin if isinstance(subject, Engine) else None
     monitor = Monitor(nvml=subject.on_gpu)
     taken = take_turn(subject, monitor, request.samples or max(subject.samples, FEWEST_SAMPLES), request.seconds)
     before, after = taken.conditions
@@ -61,7 +59,7 @@ def measure(request: Request) -> Measured:
     return Measured(
         model=request.file.name,
         sha256=digest,
-        plugin_sha256=plugin.sha256 if plugin else None,
+        plugin_sha256=subject.plugin_sha256,
         kind="onnx" if isinstance(subject, OnnxFile) else "pytorch" if isinstance(subject, Checkpoint) else "engine",
         provider=subject.provider,
         precision=subject.precision,

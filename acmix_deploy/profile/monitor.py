@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy import driver
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.process import run
+from acmix_deploy.profile.others import Other, Processes
 
 INTERVAL = 0.05
 """Seconds between two readings of :meth:`Monitor.watching`."""
@@ -52,6 +54,9 @@ class Conditions(BaseModel):
     rails_w: dict[str, float] = Field(default={}, description="power of each rail of a Jetson in W")
     throttling: tuple[str, ...] | None = Field(default=None, description="what holds the clocks down, empty if nothing")
     power_mode: str | None = Field(default=None, description="mode of nvpmodel, or the limit of the board's power")
+    others: tuple[Other, ...] = Field(
+        default=(), description="other processes that were at work since the turn began, three at most"
+    )
 
     @property
     def known(self) -> bool:
@@ -89,7 +94,7 @@ class Monitor:
     """Reads :class:`Conditions`.
 
     Args:
-        root: where /sys is; another folder in tests.
+        root: where /sys and /proc are; another folder in tests.
         nvml: ask NVML too: what it knows is of the first GPU, and says nothing of work on the CPU.
     """
 
@@ -97,6 +102,28 @@ class Monitor:
         self._nvml, self._nvml_problem = _nvml() if nvml else (None, "NVML knows the power of a GPU, not of the CPU")
         self._cpu, self._jetson = _Cpu(root), _Jetson(root)
         self._power_mode = _power_mode()
+        self._root = root
+
+    def processes(self) -> Processes:
+        """What each process has used until now, for :meth:`read_since`."""
+        return Processes.now(self._root)
+
+    def read_since(self, before: Processes) -> Conditions:
+        """The conditions now, with the processes that were at work since."""
+        others = self.processes().since(before, self._others_on_gpu())
+        return self.read().model_copy(update={"others": others})
+
+    def _others_on_gpu(self) -> list[int]:
+        """Numbers of those that have the GPU open to compute; none where this process is not among them, as in a
+        container, where NVML tells the host's numbers."""
+        if self._nvml is None:
+            return []
+        nvml, device = self._nvml
+        try:
+            found = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(device)}
+        except nvml.NVMLError:  # on a Jetson
+            return []
+        return sorted(found - {os.getpid()}) if os.getpid() in found else []
 
     def read(self) -> Conditions:
         """The conditions now; takes about a millisecond."""

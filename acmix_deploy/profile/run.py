@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 
 from acmix_deploy.errors import UserError
-from acmix_deploy.profile.layers import between_conversions, in_planes
+from acmix_deploy.options import Provider
+from acmix_deploy.profile.layers import Layer, between_conversions, in_planes
 from acmix_deploy.profile.monitor import Conditions, Monitor, Power
-from acmix_deploy.profile.subjects import Engine, Sample, Setup, Subject, open_subject
+from acmix_deploy.profile.subjects import Engine, Sample, Setup, Subject, layers_of, open_subject
 from acmix_deploy.profile.timing import Profile
 from acmix_deploy.profile.trtexec import read_times
 
@@ -31,6 +34,7 @@ def profile(
     seconds: float = 6.0,
     threads: int | None = None,
     plugin: Path | None = None,
+    provider: Provider = "cpu",
     arch: str | None = None,
     trust: bool = False,
     code: Path | None = None,
@@ -45,40 +49,62 @@ def profile(
 
     Args:
         files: ONNX files, engines, checkpoints, and times that trtexec exported (.json), which are only read.
-        input_shape, threads, plugin, arch, trust, code: see :class:`acmix_deploy.profile.subjects.Setup`.
+        input_shape, threads, plugin, provider, arch, trust, code: see :class:`acmix_deploy.profile.subjects.Setup`.
         samples: latencies to count for each file, over all rounds; fewer when the time is over, at least one a round.
-            By default 1000 of an engine, 50 of another.
+            By default 1000 on a GPU, 50 on a CPU.
         rounds: how often each file has its turn.
         seconds: time for each file, warm-up included; opening it, layers and power not.
         layers: also time every layer, after all rounds.
         power: also measure power, in each round after its latencies, under the same load.
 
     Raises:
-        UserError: a file does not exist, cannot be loaded, or does not run at the shape.
-        MissingComponent: what an engine or a checkpoint needs is not there, or nothing tells power.
+        UserError: a file does not exist, cannot be loaded, or does not run at the shape; or its layers are not timed.
+        MissingComponent: what an engine, a checkpoint or the provider needs is not there, or nothing tells power.
         CheckFailed: TensorRT does not run an engine.
     """
-    setup = Setup(input_shape=input_shape, threads=threads, plugin=plugin, arch=arch, trust=trust, code=code)
+    setup = Setup(
+        input_shape=input_shape, threads=threads, plugin=plugin, provider=provider, arch=arch, trust=trust, code=code
+    )
     exported = {index: read_times(file) for index, file in enumerate(files) if file.suffix == ".json"}
-    subjects = {index: open_subject(file, setup) for index, file in enumerate(files) if index not in exported}
-    if plugin and not any(isinstance(subject, Engine) for subject in subjects.values()):
-        raise UserError(f"{plugin} is for engines, and there is none among the files", "Leave out --plugin.")
-    monitors = {on_gpu: Monitor(nvml=on_gpu) for on_gpu in {subject.on_gpu for subject in subjects.values()}}
-    for monitor in monitors.values():
-        if power:
-            monitor.need_power()
-    turns: dict[int, list[Taken]] = {index: [] for index in subjects}
-    for _ in range(rounds):
-        for index, subject in subjects.items():
-            share = -(-(samples or subject.samples) // rounds)
-            turns[index].append(take_turn(subject, monitors[subject.on_gpu], share, seconds / rounds, power))
-    timed = {index: _profile(subject, turns[index], layers) for index, subject in subjects.items()}
+    with keeping_engines(setup) as setup:
+        subjects = {index: open_subject(file, setup) for index, file in enumerate(files) if index not in exported}
+        if plugin and not any(_takes_plugin(subject) for subject in subjects.values()):
+            raise UserError(
+                f"{plugin} is for engines and --provider tensorrt, and there is nothing of these", "Leave out --plugin."
+            )
+        time_layers = {index: layers_of(subject) for index, subject in subjects.items()} if layers else {}
+        monitors = {on_gpu: Monitor(nvml=on_gpu) for on_gpu in {subject.on_gpu for subject in subjects.values()}}
+        for monitor in monitors.values():
+            if power:
+                monitor.need_power()
+        turns: dict[int, list[Taken]] = {index: [] for index in subjects}
+        for _ in range(rounds):
+            for index, subject in subjects.items():
+                share = -(-(samples or subject.samples) // rounds)
+                turns[index].append(take_turn(subject, monitors[subject.on_gpu], share, seconds / rounds, power))
+    found = {index: times() for index, times in time_layers.items()}
+    timed = {index: _profile(subject, turns[index], found.get(index, ())) for index, subject in subjects.items()}
     profiles = [profile for _, profile in sorted({**exported, **timed}.items())]
     names = [file.name for file in files]
     return [
         profile.model_copy(update={"file": str(file)}) if names.count(file.name) > 1 else profile
         for file, profile in zip(files, profiles, strict=True)
     ]
+
+
+@contextmanager
+def keeping_engines(setup: Setup) -> Iterator[Setup]:
+    """The setup with a folder, for as long as the block lasts, in which provider tensorrt finds what it built before:
+    by itself it builds anew for every session."""
+    if setup.provider != "tensorrt":
+        yield setup
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield setup.model_copy(update={"engines": Path(folder)})
+
+
+def _takes_plugin(subject: Subject) -> bool:
+    return isinstance(subject, Engine) or subject.plugin_sha256 is not None
 
 
 class Taken(NamedTuple):
@@ -105,7 +131,7 @@ def take_turn(subject: Subject, monitor: Monitor, samples: int, seconds: float, 
         power: also load it for :data:`_LOAD_SECONDS` and read conditions meanwhile.
     """
     with subject.open() as run:
-        before = monitor.read()
+        before, processes = monitor.read(), monitor.processes()
         start = time.perf_counter()
         window, warmup = subject.window, [run().alone]
         while (
@@ -117,7 +143,7 @@ def take_turn(subject: Subject, monitor: Monitor, samples: int, seconds: float, 
         counted = [run()]
         while len(counted) < samples and time.perf_counter() < start + seconds:
             counted.append(run())
-        after = monitor.read()
+        after = monitor.read_since(processes)
         readings, inference_ms = _under_load(run, monitor) if power else ([], 0.0)
     stable = _settled(warmup, window)
     return Taken(1 + len(warmup), stable, counted, (before, after), readings, inference_ms)
@@ -149,7 +175,7 @@ def _repeat(run: Callable[[], Sample], seconds: float) -> float:
     return (time.perf_counter() - start) * 1e3 / runs
 
 
-def _profile(subject: Subject, taken: Sequence[Taken], layers: bool) -> Profile:
+def _profile(subject: Subject, taken: Sequence[Taken], layers: tuple[Layer, ...]) -> Profile:
     shapes = {name: array.shape for name, array in subject.feed.items()}
     samples = [sample for turn in taken for sample in turn.samples]
     transfers = tuple(sample.with_transfers for sample in samples if sample.with_transfers is not None)
@@ -159,7 +185,6 @@ def _profile(subject: Subject, taken: Sequence[Taken], layers: bool) -> Profile:
     if readings:
         images = next(iter(shapes.values()))[0]
         power = Power.of(readings, fmean(turn.inference_ms for turn in taken), images)
-    found = subject.layers() if layers else ()
     return Profile(
         file=subject.file.name,
         input_shapes=shapes,
@@ -174,7 +199,7 @@ def _profile(subject: Subject, taken: Sequence[Taken], layers: bool) -> Profile:
         with_transfers_ms=transfers or None,
         conditions=tuple(conditions) if any(reading.known for reading in conditions) else (),
         power=power,
-        layers=found,
+        layers=layers,
         machine=subject.machine,
-        notes=(*subject.notes, *between_conversions(found), *in_planes(found)),
+        notes=(*subject.notes, *between_conversions(layers), *in_planes(layers)),
     )

@@ -1,4 +1,4 @@
-"""What is timed: an ONNX file on ONNX Runtime's CPU provider, an engine on its GPU, or a checkpoint on PyTorch."""
+"""What is timed: an ONNX file on a provider of ONNX Runtime, an engine on its GPU, or a checkpoint on PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -20,20 +20,28 @@ from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import read_manifest, this_machine
+from acmix_deploy.options import Provider
 from acmix_deploy.profile.layers import Blocks, Layer, block_of, blocks_of, nodes_in, onnx_layers
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.runtime.cuda import Event
 from acmix_deploy.runtime.inputs import Input, random_images
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import Model, open_model
-from acmix_deploy.runtime.onnxruntime import PROVIDER, open_session, usable_cores
+from acmix_deploy.runtime.onnxruntime import PROVIDERS, open_session, usable_cores
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import Precision
 
 FP16_NOTE = "CPU latency; FP16 on a CPU predicts nothing for a GPU"
+CALL_NOTE = (
+    "latency of an ONNX file on a GPU is that of a whole call of ONNX Runtime, with upload, download and what is left "
+    "to the CPU; an engine's is that of the GPU alone, so compare its time with transfers"
+)
+CHECKPOINT_NOTE = "a checkpoint runs in PyTorch on the CPU, whatever --provider says"
 
 _LAYER_RUNS = 50
+_ON_CPU, _ON_GPU = (50, 3), (1000, 50)
+"""How many samples are counted by default, and runs whose median says whether warm-up is over."""
 
 
 class Sample(NamedTuple):
@@ -58,7 +66,13 @@ class Setup(BaseModel):
         default=None, description="threads within an operator on a CPU; by default one for each core it may use"
     )
     plugin: Path | None = Field(
-        default=None, description="the plugin library of an engine; by default where its manifest says"
+        default=None,
+        description="the plugin library of an engine, by default where its manifest says, and of ONNX files on "
+        "provider tensorrt",
+    )
+    provider: Provider = Field(default="cpu", description="what ONNX Runtime runs ONNX files on")
+    engines: Path | None = Field(
+        default=None, description="folder in which provider tensorrt keeps what it builds, for the turns that follow"
     )
     arch: str | None = Field(default=None, description="see :func:`acmix_deploy.checkpoint.load`")
     trust: bool = Field(default=False, description="see :func:`acmix_deploy.checkpoint.load`")
@@ -66,31 +80,34 @@ class Setup(BaseModel):
 
 
 class OnnxFile:
-    """An ONNX file on the CPU.
+    """An ONNX file on the CPU or on a GPU, from a call of its session to the outputs on the host.
 
     Raises:
         UserError: ONNX Runtime refuses it, or it takes something else than images.
+        MissingComponent: the provider is not in this ONNX Runtime, or does not start here.
     """
 
-    samples = 50
-    """How many to count by default."""
-    window = 3
-    """Runs whose median says whether warm-up is over."""
-    on_gpu = False
-    provider = PROVIDER
-
     def __init__(self, file: Path, setup: Setup) -> None:
-        opened = open_model(file)
+        self._run_by: dict[str, Any] = {"provider": setup.provider, "plugin": setup.plugin}
+        if setup.engines:  # in a folder for each file: ONNX Runtime tells what it kept by the names in a graph alone
+            self._run_by["engines"] = setup.engines.joinpath(*file.resolve().parts[1:])
+            self._run_by["engines"].mkdir(parents=True, exist_ok=True)
+        opened = open_model(file, **self._run_by)
         self.file, self.precision = file, opened.precision
         self.feed = _feed(file, opened, setup)
-        self.threads: int | None = setup.threads or usable_cores()
-        self.machine = Machine.this()
-        self.notes = (FP16_NOTE,) if self.precision == "float16" else ()
+        self.plugin_sha256 = sha256(setup.plugin) if setup.plugin and setup.provider == "tensorrt" else None
+        self.on_gpu = setup.provider != "cpu"
+        self.samples, self.window = _ON_GPU if self.on_gpu else _ON_CPU
+        self.provider = PROVIDERS[setup.provider]
+        self.threads = None if self.on_gpu else setup.threads or usable_cores()
+        self._threads = setup.threads  # of what the provider leaves to the CPU too
+        self.machine = Machine.this(on_gpu=self.on_gpu)
+        self.notes: tuple[str, ...] = (CALL_NOTE,) if self.on_gpu else (FP16_NOTE,) * (self.precision == "float16")
 
     @contextmanager
     def open(self) -> Iterator[Callable[[], Sample]]:
         """What runs the file on its feed, after a first run. Raises UserError: it does not run at the shape."""
-        session = open_session(self.file, self.threads)
+        session = open_session(self.file, self._threads, **self._run_by)
         try:
             session.run(None, self.feed)  # memory is planned and allocated here
         except Exception as error:  # ONNX Runtime's error types share no base of their own
@@ -99,12 +116,13 @@ class OnnxFile:
         def run() -> Sample:
             start = time.perf_counter()
             session.run(None, self.feed)
-            return Sample((time.perf_counter() - start) * 1e3)
+            taken = (time.perf_counter() - start) * 1e3
+            return Sample(taken, taken if self.on_gpu else None)
 
         yield run
 
     def layers(self) -> tuple[Layer, ...]:
-        """Times of the nodes, measured apart."""
+        """Times of the nodes, measured apart, on the CPU."""
         return onnx_layers(self.file, self.feed, _LAYER_RUNS, self.threads)
 
 
@@ -116,16 +134,18 @@ class Engine:
         MissingComponent: its TensorRT is not installed.
     """
 
-    samples, window, on_gpu, threads, notes = 1000, 50, True, None, ()
+    samples, window = _ON_GPU
+    on_gpu, threads, notes = True, None, ()
 
     def __init__(self, file: Path, setup: Setup) -> None:
         opened = open_model(file, plugin=setup.plugin)
         self.file, self.precision = file, opened.precision
         self.feed = _feed(file, opened, setup)
         self.runner: EngineRunner = opened.runner
-        device = this_machine(read_manifest(file).machine.backend)
-        self.provider = device.tensorrt
-        self.machine = Machine.this(device)
+        manifest = read_manifest(file)
+        self.plugin_sha256 = manifest.plugin.sha256 if manifest.plugin else None
+        self.provider = this_machine(manifest.machine.backend).tensorrt
+        self.machine = Machine.this(on_gpu=True, tensorrt=self.provider)
 
     @contextmanager
     def open(self) -> Iterator[Callable[[], Sample]]:
@@ -180,7 +200,8 @@ class Checkpoint:
         MissingComponent: PyTorch, or Ultralytics for a file that needs it, is not installed.
     """
 
-    samples, window, on_gpu, provider, notes = OnnxFile.samples, OnnxFile.window, False, "PyTorch", ()
+    samples, window = _ON_CPU
+    on_gpu, provider, plugin_sha256 = False, "PyTorch", None
     precision: Precision = "float32"
 
     def __init__(self, file: Path, setup: Setup) -> None:
@@ -197,6 +218,7 @@ class Checkpoint:
         opened = Model(self.runner, (images,), self.precision, loaded.metadata, profiles={})
         self.feed = _feed(file, opened, setup)
         self.machine = Machine.this()
+        self.notes = (CHECKPOINT_NOTE,) if setup.provider != "cpu" else ()
 
     @contextmanager
     def open(self) -> Iterator[Callable[[], Sample]]:
@@ -221,10 +243,6 @@ class Checkpoint:
         finally:
             torch.set_num_threads(before)
 
-    def layers(self) -> tuple[Layer, ...]:
-        """Raises UserError: layers are those of files that are deployed."""
-        raise UserError(f"{self.file} is a checkpoint, whose layers are not timed", "Leave out --layers, or export it.")
-
 
 Subject = OnnxFile | Engine | Checkpoint
 
@@ -235,6 +253,25 @@ def open_subject(file: Path, setup: Setup) -> Subject:
     if kind == "onnx":
         return OnnxFile(file, setup)
     return Engine(file, setup) if kind == "engine" else Checkpoint(file, setup)
+
+
+def layers_of(subject: Subject) -> Callable[[], tuple[Layer, ...]]:
+    """What times the layers of a subject.
+
+    Raises:
+        UserError: it is a checkpoint, since layers are those of files that are deployed; or ONNX Runtime runs it on a
+            GPU, where its profiler tells when a node was launched and not how long it took.
+    """
+    if isinstance(subject, Checkpoint):
+        raise UserError(
+            f"{subject.file} is a checkpoint, whose layers are not timed", "Leave out --layers, or export it."
+        )
+    if isinstance(subject, OnnxFile) and subject.on_gpu:
+        raise UserError(
+            f"{subject.file} runs on a GPU, where ONNX Runtime does not tell how long a layer takes",
+            "Leave out --layers, or time layers on the CPU or of an engine.",
+        )
+    return subject.layers
 
 
 def _feed(file: Path, opened: Model, setup: Setup) -> dict[str, Array]:

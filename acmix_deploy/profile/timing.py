@@ -15,6 +15,7 @@ from acmix_deploy.artifacts import versions
 from acmix_deploy.document import Document
 from acmix_deploy.profile.layers import BlockTime, Layer, times_by_block
 from acmix_deploy.profile.monitor import Conditions, Power
+from acmix_deploy.profile.others import in_words
 from acmix_deploy.runtime.onnxruntime import usable_cores
 from acmix_deploy.targets import Precision
 
@@ -28,21 +29,28 @@ class Machine(BaseModel):
     cores: int = Field(description="CPU cores that this process may run on")
     system: str = Field(description="operating system, kernel and architecture")
     versions: dict[str, str] = Field(description="versions of Python and of the packages that take part")
-    gpu: str | None = Field(default=None, description="name and architecture of the GPU that ran the engine")
+    gpu: str | None = Field(default=None, description="name and architecture of the GPU that ran the model")
     driver: str | None = Field(default=None, description="release of its driver")
     tensorrt: str | None = Field(default=None, description="TensorRT that ran the engine")
 
     @classmethod
-    def this(cls, ran_on: manifest.Machine | None = None) -> Machine:
+    def this(cls, *, on_gpu: bool = False, tensorrt: str | None = None) -> Machine:
         """The machine that this process runs on.
 
         Args:
-            ran_on: TensorRT and the device, where an engine was timed.
+            on_gpu: whether the model ran on the GPU.
+            tensorrt: what ran it, where it was an engine.
         """
-        device = {}
-        if ran_on:
-            device = {"gpu": ran_on.device, "driver": ran_on.driver, "tensorrt": ran_on.tensorrt}
-        return cls(cpu=_cpu(), cores=usable_cores(), system=platform.platform(), versions=versions(), **device)
+        found = manifest.gpu_here() if on_gpu else {}
+        return cls(
+            cpu=_cpu(),
+            cores=usable_cores(),
+            system=platform.platform(),
+            versions=versions(),
+            gpu=manifest.device_title(found.get("gpu"), found.get("sm")) if on_gpu else None,
+            driver=found.get("driver"),
+            tensorrt=tensorrt,
+        )
 
 
 class Profile(BaseModel):
@@ -113,14 +121,20 @@ class Profile(BaseModel):
         return tuple(dict.fromkeys(cause for causes in told for cause in causes)) if told else None
 
     @property
+    def others(self) -> str:
+        """Which other processes were at work during its turns, in words; empty where none was."""
+        return in_words([reading.others for reading in self.conditions[1::2]])
+
+    @property
     def where(self) -> str:
         """What ran the model, in words."""
         if self.machine is None:
             return self.provider
+        by_onnxruntime = self.provider.endswith("ExecutionProvider")
         if self.machine.gpu:
-            return f"{self.provider} on {self.machine.gpu}, driver {self.machine.driver or 'unknown'}"
-        runtime = "ONNX Runtime" if self.provider.endswith("ExecutionProvider") else self.provider
-        return f"{runtime}, {self.threads} threads of {self.machine.cpu}"
+            runtime = f"ONNX Runtime's {self.provider}" if by_onnxruntime else self.provider
+            return f"{runtime} on {self.machine.gpu}, driver {self.machine.driver or 'unknown'}"
+        return f"{'ONNX Runtime' if by_onnxruntime else self.provider}, {self.threads} threads of {self.machine.cpu}"
 
     def percentile(self, q: float) -> float:
         """Latency in milliseconds that ``q`` per cent of the samples do not exceed, interpolated linearly."""

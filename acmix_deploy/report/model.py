@@ -99,6 +99,8 @@ def next_steps(
         device: where engines were built, if it was not here.
         detector: whether detections can be compared.
     """
+    if device and not device.package:
+        return tuple(f"On {device.name}: trtexec --loadEngine={shlex.quote(path)}" for path in device.engines)
     if engines := [str(artifact.path) for role, artifact in artifacts.items() if role.endswith(ENGINE)]:
         there = f" --on {shlex.quote(device.name)}" if device else ""
         return (f"acmix-deploy profile {shlex.join(engines)} --layers --power{there}",)

@@ -100,6 +100,8 @@ def notes(profiles: Sequence[Profile]) -> Iterator[str]:
         yield from profile.notes
         if profile.stable is False:
             yield f"{profile.file}: latency had not settled when counting began, in some round"
+        if profile.others:
+            yield f"other processes were at work while {profile.file} was measured: {profile.others}"
         if profile.power:
             every = f"every {profile.power.interval_s * 1e3:.0f} ms"
             yield f"power is the mean of readings {every} under load, batch {profile.power.images}"

@@ -27,7 +27,8 @@ class Model(NamedTuple):
     runner: BaseRunner
     """Takes and gives arrays by name while it is active; nothing is held before and after."""
     inputs: tuple[Input, ...]
-    precision: Precision
+    precision: Precision | None
+    """None of an engine of which nobody knows."""
     metadata: ModelMetadata
     profiles: Mapping[str, tuple[Shape, Shape, Shape]]
     """Smallest, usual and largest shape of an engine's inputs with free axes; ONNX files have no such limits."""
@@ -39,7 +40,14 @@ class Model(NamedTuple):
         return profile[1] if profile else self.metadata.usual_shape
 
 
-def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin: Path | None = None) -> Model:
+def open_model(
+    path: Path,
+    name: str = "",
+    *,
+    provider: Provider = "cpu",
+    plugin: Path | None = None,
+    engines: Path | None = None,
+) -> Model:
     """What is needed to run a file. An engine is only read here; what it needs is looked for when its runner starts.
 
     Args:
@@ -48,13 +56,14 @@ def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin
         provider: what runs ONNX files, see :func:`acmix_deploy.runtime.onnxruntime.open_session`.
         plugin: the plugin library, for engines that use it (where the manifest says, by default) and for ONNX files on
             provider "tensorrt".
+        engines: see the same.
 
     Raises:
         UserError: the file does not exist, is neither, or cannot be run here, with the reason.
         MissingComponent: ONNX Runtime has no such provider here.
     """
     if expect(path, "onnx", "engine") == "onnx":
-        session = open_session(path, provider=provider, plugin=plugin)
+        session = open_session(path, provider=provider, plugin=plugin, engines=engines)
         return Model(
             runner=onnx_runner(path, name or path.name, provider=provider, plugin=plugin),
             inputs=tuple(inputs_of(session)),
@@ -65,7 +74,8 @@ def open_model(path: Path, name: str = "", *, provider: Provider = "cpu", plugin
     if not sidecar(path).is_file():
         raise UserError(
             f"{path} is an engine without its manifest {sidecar(path).name}",
-            "Build engines with acmix-deploy build, and move the manifest along with the engine.",
+            "The manifest of acmix-deploy build moves along with its engine. For one that trtexec, polygraphy or "
+            f"Ultralytics built, on the machine that it fits: acmix-deploy adopt {path}",
         )
     manifest = read_manifest(path)
     return Model(

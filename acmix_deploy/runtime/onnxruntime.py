@@ -56,6 +56,7 @@ def open_session(
     lean: bool = False,
     provider: Provider = "cpu",
     plugin: Path | None = None,
+    engines: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU, or on a GPU: what the provider leaves goes to CUDA, then to the CPU.
 
@@ -72,6 +73,7 @@ def open_session(
         lean: give memory back as soon as it is free; by itself ONNX Runtime keeps it for the next run.
         provider: what runs it.
         plugin: library that provider "tensorrt" loads.
+        engines: folder in which provider "tensorrt" keeps what it builds, for another session of the same file.
 
     Raises:
         UserError: the file does not exist, is none of ONNX, or ONNX Runtime refuses it, with its reason.
@@ -90,7 +92,7 @@ def open_session(
     if reduces:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     source = model if isinstance(model, (Path, bytes)) else model.SerializeToString()
-    providers = _providers(provider, plugin)
+    providers = _providers(provider, plugin, engines)
     missing = _preload() if provider != "cpu" else ""
     try:
         session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=False)
@@ -103,7 +105,7 @@ def open_session(
     return session
 
 
-def _providers(provider: Provider, plugin: Path | None) -> list[tuple[str, dict[str, str]]]:
+def _providers(provider: Provider, plugin: Path | None, engines: Path | None) -> list[tuple[str, dict[str, str]]]:
     """ONNX Runtime's providers, the wanted one first, with their options.
 
     Raises:
@@ -113,7 +115,11 @@ def _providers(provider: Provider, plugin: Path | None) -> list[tuple[str, dict[
     if name not in available:
         raise MissingComponent(f"this ONNX Runtime has no {name}, but {', '.join(available)}", hints.NO_PROVIDER)
     names = list(PROVIDERS.values())
-    options = {"trt_extra_plugin_lib_paths": str(plugin.resolve())} if provider == "tensorrt" and plugin else {}
+    options = {}
+    if provider == "tensorrt" and plugin:
+        options["trt_extra_plugin_lib_paths"] = str(plugin.resolve())
+    if provider == "tensorrt" and engines:
+        options |= {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(engines)}
     return [(name, options), *((other, {}) for other in names[: names.index(name)][::-1])]
 
 

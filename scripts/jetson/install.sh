@@ -29,5 +29,5 @@ source=${package:-$(dirname "$0")/../..}
 if [ -x "$folder/venv/bin/acmix-deploy" ]; then # perhaps of this version, and with other files
     "${pip[@]}" --force-reinstall --no-deps "$source"
 fi
-"${pip[@]}" "$source[serve,tensorrt]"
+"${pip[@]}" "${source}[serve,tensorrt]"
 [ -n "$package" ] || "$folder/venv/bin/acmix-deploy" doctor

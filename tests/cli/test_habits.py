@@ -25,6 +25,7 @@ def parsed(*arguments: str) -> dict[str, object]:
         ("quantize m.onnx -o q --half --imgsz 64 --data d", "quantize m.onnx -o q --fp16 --image-size 64 --cal d"),
         ("verify a.onnx b.onnx --data photos --device 0", "verify a.onnx b.onnx --images photos --provider cuda"),
         ("detect m.onnx photos --device cpu", "detect m.onnx photos --provider cpu"),
+        ("profile m.onnx --device 0", "profile m.onnx --provider cuda"),
         ("serve m.onnx --device cuda:0", "serve m.onnx --provider cuda"),
         ("export m.pt -o made", "export m.pt --out made"),
         ("export m.pt --output made", "export m.pt --out made"),

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
 
-from acmix_deploy import cli
+from acmix_deploy import cli, manifest
 from acmix_deploy.artifacts import sha256
 from acmix_deploy.errors import UserError
 from acmix_deploy.gate import measure as measure_module
 from acmix_deploy.gate import worker
+from acmix_deploy.gate.compare import differences
 from acmix_deploy.gate.measure import measure
 from acmix_deploy.gate.parity import parity_of
 from acmix_deploy.gate.read import read_samples
@@ -150,6 +152,41 @@ def test_what_breaks_off_at_once(in_worker, tmp_path: Path, capsys: pytest.Captu
     assert run_pair(tmp_path) == 3
     assert capsys.readouterr().err.endswith("error: no TensorRT\ninstall it\n")
     assert not (tmp_path / "gate.json").exists()
+
+
+def test_a_provider_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("an ONNX Runtime with providers for GPUs")
+    file = chain(tmp_path / "model.onnx")
+    assert gate("run", "--candidate", file, "--provider", "cuda", "-o", tmp_path / "gate.json") == 3
+    assert "error: this ONNX Runtime has no CUDAExecutionProvider, but " in capsys.readouterr().err
+
+
+def test_an_onnx_file_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = onnxruntime.InferenceSession
+    on_gpu = type(
+        "OnGpu",
+        (session,),
+        {
+            "__init__": lambda self, model, options, **how: session.__init__(
+                self, model, options, providers=["CPUExecutionProvider"]
+            ),
+            "get_providers": lambda self: ["TensorrtExecutionProvider"],
+        },
+    )
+    file = chain(tmp_path / "model.onnx")
+    (tmp_path / "plugin.so").write_bytes(b"a plugin")
+    setup = Setup(threads=1, plugin=tmp_path / "plugin.so")
+    on_cpu = worker.measure(Request(file=file, setup=setup, samples=3, seconds=5))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_gpu)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(manifest, "gpu_here", lambda: {"gpu": "Orin", "sm": 87})
+    setup = setup.model_copy(update={"provider": "tensorrt"})
+    found = worker.measure(Request(file=file, setup=setup, samples=3, seconds=5))
+    assert (found.kind, found.provider, found.threads) == ("onnx", "TensorrtExecutionProvider", None)
+    assert (on_cpu.plugin_sha256, found.plugin_sha256) == (None, sha256(tmp_path / "plugin.so"))
+    assert [one.field for one in differences(on_cpu, found)][:2] == ["gpu", "runtime"]
+    assert found.notes[0].startswith("latency of an ONNX file on a GPU is that of a whole call")
 
 
 def test_a_file_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

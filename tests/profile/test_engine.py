@@ -4,6 +4,7 @@ stream takes a millisecond."""
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import onnx
@@ -17,6 +18,7 @@ from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.profile import Profile, ProfileDocument, monitor, profile, run
 from acmix_deploy.profile.layers import Layer
 from acmix_deploy.profile.monitor import Conditions, Monitor
+from acmix_deploy.profile.others import Processes
 from acmix_deploy.report.show_profile import show_profiles
 from tests.engine.parts import make_engine
 
@@ -38,6 +40,7 @@ def chain(*names: str, outputs: int = 1, dims=(1, 3, 8, 8)) -> onnx.ModelProto:
 @pytest.fixture(autouse=True)
 def _no_sensors(monkeypatch):
     monkeypatch.setattr(Monitor, "read", lambda self: Conditions())
+    monkeypatch.setattr(Monitor, "processes", lambda self: Processes(time.monotonic(), {}))
 
 
 @pytest.fixture

@@ -18,8 +18,10 @@ from onnx import TensorProto, helper
 
 import acmix_deploy.profile.run as profile_run
 import acmix_deploy.profile.subjects as profile_subjects
+from acmix_deploy import cli, manifest
 from acmix_deploy.errors import UserError
 from acmix_deploy.profile import Machine, Profile, compare, profile
+from acmix_deploy.runtime.onnxruntime import PROVIDER, PROVIDERS
 
 MACHINE = Machine(cpu="a CPU", cores=2, system="a system", versions={})
 
@@ -84,9 +86,9 @@ def test_files_take_turns_with_one_live_session(tmp_path: Path, monkeypatch: pyt
     alive: weakref.WeakSet[onnxruntime.InferenceSession] = weakref.WeakSet()
     original = profile_subjects.open_session
 
-    def watched(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    def watched(path: Path, threads: int | None, **how: object) -> onnxruntime.InferenceSession:
         assert not alive
-        session = original(path, threads)
+        session = original(path, threads, **how)
         alive.add(session)
         opened.append(path.name)
         return session
@@ -124,7 +126,7 @@ def timed(path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, **options: 
 
     for module in (profile_run, profile_subjects):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(profile_subjects, "open_session", lambda *_: Session())
+    monkeypatch.setattr(profile_subjects, "open_session", lambda *_, **how: Session())
     return profile_file(path, **options)
 
 
@@ -168,6 +170,81 @@ def test_what_cannot_be_profiled_is_a_user_error(tmp_path: Path) -> None:
         profile_file(path, input_shape=(1, 3, 5, 5))
 
 
+@pytest.fixture
+def sessions(monkeypatch):
+    """ONNX Runtime with all providers on an Orin, where the CPU does their work; what every session was asked for."""
+    asked: list[tuple[str, list[tuple[str, dict[str, str]]], int]] = []
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, model, options, *, providers, enable_fallback):
+            asked.append((Path(model).parent.name, providers, options.intra_op_num_threads))
+            super().__init__(model, options, providers=[PROVIDER])
+
+        def get_providers(self):
+            return [name for name, _ in asked[-1][1]]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(manifest, "gpu_here", lambda: {"gpu": "Orin", "sm": 87, "driver": "540.4.0"})
+    return asked
+
+
+def test_an_onnx_file_on_a_gpu(sessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = profile_run.Monitor
+    with_nvml: list[bool] = []
+    monkeypatch.setattr(profile_run, "Monitor", lambda *, nvml: with_nvml.append(nvml) or monitor(tmp_path, nvml=False))
+    file = absolute(tmp_path / "half.onnx", 1, 3, 8, 8, elements=TensorProto.FLOAT16)
+    (found,) = profile([file], provider="cuda", seconds=60)
+    assert {providers[0][0] for _, providers, _ in sessions} == {"CUDAExecutionProvider"}
+    assert len(sessions) == 1 + 3  # to look at it, and a turn in each round
+    assert (found.provider, found.threads, with_nvml) == ("CUDAExecutionProvider", None, [True])
+    assert (found.machine.gpu, found.machine.driver, found.machine.tensorrt) == ("Orin (sm_87)", "540.4.0", None)
+    assert found.where == "ONNX Runtime's CUDAExecutionProvider on Orin (sm_87), driver 540.4.0"
+    assert len(found.samples_ms) == 3 * 334
+    assert found.warmup_runs >= 3 * 101
+    assert found.with_transfers_ms == found.samples_ms
+    (note,) = found.notes
+    assert note.startswith("latency of an ONNX file on a GPU is that of a whole call of ONNX Runtime, with upload")
+    with pytest.raises(UserError, match="runs on a GPU, where ONNX Runtime does not tell how long a layer takes"):
+        profile([file], provider="cuda", layers=True)
+    assert len(sessions) == 5  # before anything is measured
+
+
+def test_provider_tensorrt_builds_once_for_each_file_and_takes_the_plugin(sessions, tmp_path: Path) -> None:
+    files = [tmp_path / name / "model.onnx" for name in ("old", "new")]
+    for file in files:
+        file.parent.mkdir()
+        absolute(file, 1, 3, 8, 8)
+    plugin = tmp_path / "plugin.so"
+    plugin.write_bytes(b"a plugin")
+    profile(files, provider="tensorrt", plugin=plugin, samples=2, rounds=2, threads=1)
+    kept: dict[str, set[str]] = {}
+    for name, [(provider, options), *_], _ in sessions:
+        assert provider == "TensorrtExecutionProvider"
+        assert options["trt_extra_plugin_lib_paths"] == str(plugin)
+        assert options["trt_engine_cache_enable"] == "True"
+        kept.setdefault(name, set()).add(options["trt_engine_cache_path"])
+    # Names in the graphs are the same, and by those ONNX Runtime would take one's engine for the other's.
+    assert [len(folders) for folders in kept.values()] == [1, 1]
+    ((old,), (new,)) = kept.values()
+    assert old != new
+    assert not Path(old).exists()
+    assert {threads for *_, threads in sessions[2:]} == {1}
+    for provider in ("cpu", "cuda"):
+        with pytest.raises(UserError, match=r"plugin.so is for engines and --provider tensorrt, and there is nothing"):
+            profile(files, provider=provider, plugin=plugin)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there(provider: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if len(onnxruntime.get_available_providers()) > 2:
+        pytest.skip("an ONNX Runtime with providers for GPUs")
+    assert cli.main(["profile", str(absolute(tmp_path / "m.onnx", 1, 3, 8, 8)), "--provider", provider]) == 3
+    said = capsys.readouterr().err
+    assert f"error: this ONNX Runtime has no {PROVIDERS[provider]}, but " in said
+    assert said.endswith("Run: pip install 'acmix-deploy[gpu]'\n")
+
+
 class Doubled(torch.nn.Module):
     """Notes what it is given."""
 
@@ -194,6 +271,9 @@ def test_a_checkpoint_runs_in_pytorch_on_the_same_noise(tmp_path: Path) -> None:
         profile_file(tmp_path / "model.pt", input_shape=(1, 4, 8, 8))
     with pytest.raises(UserError, match="checkpoint, whose layers are not timed"):
         profile_file(tmp_path / "model.pt", input_shape=(1, 3, 8, 8), samples=1, layers=True)
+    assert found.notes == ()
+    beside = profile_file(tmp_path / "model.pt", input_shape=(1, 3, 8, 8), samples=1, provider="cuda")
+    assert beside.notes == ("a checkpoint runs in PyTorch on the CPU, whatever --provider says",)
 
 
 def test_int8_that_gains_nothing_is_said() -> None:

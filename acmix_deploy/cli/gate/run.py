@@ -5,6 +5,7 @@ example:
   acmix-deploy gate run --baseline old.engine --candidate new.engine --rounds 20 --parity verify.json -o gate.json
   acmix-deploy gate run --candidate model.fused.onnx --images photos -o baseline.json
   acmix-deploy gate run --baseline old.onnx --candidate new.onnx --on jetson.local -o gate.json
+  acmix-deploy gate run --baseline old.onnx --candidate new.onnx --provider cuda -o gate.json
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=positive,
         metavar="N",
-        help="runs to count in a turn (default: 1000 of engines, else 100)",
+        help="runs to count in a turn (default: 1000 on a GPU, 100 on a CPU)",
     )
     parser.add_argument("--seconds", type=duration, default=2.0, metavar="S", help="time for each turn (default: 2)")
     parser.add_argument(
@@ -68,10 +69,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace) -> GateSamples:
     from acmix_deploy.gate.measure import measure
+    from acmix_deploy.profile.run import keeping_engines
     from acmix_deploy.profile.subjects import Setup
 
-    setup = Setup(**{name: getattr(options, name) for name in Setup.model_fields})
-    with progress() as report_progress:
+    setup = Setup(**{name: value for name, value in vars(options).items() if name in Setup.model_fields})
+    with progress() as report_progress, keeping_engines(setup) as setup:
         return measure(
             options.candidate,
             options.output,
