@@ -180,7 +180,8 @@ def test_one_connection_a_command(bench, here, this_wheel, capsys):
 
 
 def test_what_is_there_is_not_sent_again(bench, here, this_wheel, capsys):
-    (here / "model.onnx").write_bytes(os.urandom(1_000_000))
+    weights = onnx.numpy_helper.from_array(np.frombuffer(os.urandom(1_000_000), np.uint8), "weights")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "graph", [], [], [weights])), "model.onnx")
     (here / "same.onnx").write_bytes((here / "model.onnx").read_bytes())
     stand_in(bench, this_wheel, "exit 3")
     sent = []
