@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ _TOLD_S = 1.0
 _END_S = 25.0
 """What a device is given to end a program and say so; see remote._END_S."""
 _NO_SPACE = (28, 122)  # ENOSPC and EDQUOT of Linux
+_ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4")
+_AGAIN = "Give the same command again."
 
 Answer = dict[str, Any]
 Progress = Callable[[str], None]
@@ -53,13 +55,21 @@ class Link:
         self.host, self.folder = host, folder
         if shutil.which("ssh") is None:
             raise MissingComponent("ssh was not found", "Install OpenSSH's client: apt-get install openssh-client")
-        self._directory = tempfile.TemporaryDirectory(prefix="acmix-", dir="/tmp")  # a socket's path is short
-        self._socket = Path(self._directory.name, "link")
-        alive = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4", "-o", "ConnectTimeout=15")
+        with ExitStack() as stack:
+            directory = tempfile.TemporaryDirectory(prefix="acmix-", dir="/tmp")  # a socket's path is short
+            self._socket = Path(stack.enter_context(directory), "link")
+            self._connect()
+            stack.callback(self._disconnect)
+            # Where this process is killed that channel ends, and with it the connection.
+            next(iter(stack.enter_context(self.talk("hold"))))
+            self._stack = stack.pop_all()
+
+    def _connect(self) -> None:
+        # In the foreground until it is authenticated, so that ssh can ask for a passphrase or about a host key.
+        options = ("-M", "-N", "-f", "-S", self._socket, "-o", "ControlPersist=5", "-o", "ConnectTimeout=15", *_ALIVE)
         with tempfile.TemporaryFile() as said:  # a pipe would stay open as long as the connection
-            # In the foreground until it is authenticated, so that ssh can ask for a passphrase or about a host key.
             done = subprocess.run(
-                ["ssh", "-M", "-N", "-f", "-S", self._socket, "-o", "ControlPersist=no", *alive, "--", host],
+                ["ssh", *options, "--", self.host],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,
@@ -67,8 +77,16 @@ class Link:
             )
             said.seek(0)
             if done.returncode:
-                self._directory.cleanup()
-                raise _unreachable(host, said.read().decode(errors="replace"))
+                raise _unreachable(self.host, said.read().decode(errors="replace"))
+
+    def _disconnect(self) -> None:
+        subprocess.run(
+            ["ssh", "-S", self._socket, "-O", "exit", "--", self.host],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
 
     def __enter__(self) -> Link:
         return self
@@ -78,14 +96,7 @@ class Link:
 
     def close(self) -> None:
         """End the connection."""
-        subprocess.run(
-            ["ssh", "-S", self._socket, "-O", "exit", "--", self.host],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-        self._directory.cleanup()
+        self._stack.close()
 
     def ask(self, do: str, **request: Any) -> Answer:
         """The one answer to a request that has one. Raises as :meth:`talk` does."""
@@ -124,7 +135,7 @@ class Link:
             files: by SHA-256.
             progress: told what is being sent, and how fast.
         """
-        missing = self.ask("lacks", sha256=[*files])["missing"]
+        missing = self.ask("lacks", sha256=[*files])["missing"] if files else []
         if not missing:
             return
         if away := [files[sha256] for sha256 in missing if not files[sha256].exists()]:
@@ -155,7 +166,9 @@ class Link:
         Returns:
             The names of those that were there.
         """
-        found = []
+        found: list[str] = []
+        if not targets:
+            return found
         with self.talk("fetch", job=job, names=[*targets]) as talk:
             talk.end()
             for told in talk:
@@ -219,7 +232,7 @@ class Talk:
     def __iter__(self) -> Iterator[Answer]:
         """The answers, until there are no more."""
         told = False
-        while line := self._output.readline():
+        while (line := self._output.readline()).endswith(b"\n"):  # not half of one
             if remote.MARK not in line:
                 continue  # of the login shell
             content: Answer = json.loads(line.partition(remote.MARK)[2])
@@ -256,17 +269,24 @@ class Talk:
         if told["errno"] in _NO_SPACE:
             return no_space(place, told["error"])
         if told["errno"] is None:
-            return MissingComponent(f"{self._host}: {told['error']}", "Give the same command again.")
-        return UserError(f"{place} cannot be used: {told['error']}", "Choose a folder that you may write to: --folder")
+            return MissingComponent(f"{self._host}: {told['error']}", _AGAIN)
+        return UserError(
+            f"{place} cannot be used: {told['error']}",
+            "Have the folder made there once, so that it is yours, or choose another one: acmix-deploy device add "
+            f"{self._host} --folder DIR",
+        )
 
     def _ended(self, code: int) -> AcmixDeployError:
         self._said.seek(0)
         said = self._said.read().decode(errors="replace")
-        if code == 127 or "python3: " in said:
-            return MissingComponent(f"{self._host} has no python3", "Install it there: apt-get install python3")
         if code in (255, -signal.SIGTERM, -signal.SIGKILL):
-            return LinkLost(f"the connection to {self._host} was lost{_last(said)}")
-        return MissingComponent(f"{self._host} gave no answer: exit code {code}{_last(said)}")
+            return LinkLost(f"the connection to {self._host} was lost{_last(said)}", _AGAIN)
+        if code == 127 and "librar" not in said:  # that of a loader too, which says so
+            return MissingComponent(f"{self._host} has no python3", "Install it there: apt-get install python3")
+        return MissingComponent(
+            f"python3 gave no answer on {self._host}: exit code {code}{_last(said)}",
+            f"Does this work? ssh {self._host} python3 --version",
+        )
 
 
 class _Transfer:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import signal
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -218,7 +220,7 @@ class Session:
     ) -> Ended:
         """Run programs one after the other, until one fails, in a folder of the job that both sides know it by.
 
-        The same call finds what an earlier one began and did not take, as it was lost, or what was to be kept.
+        The same call finds what an earlier one began detached and did not take, and what was to be kept.
 
         Args:
             what: it is, for others who wait for the device.
@@ -242,7 +244,9 @@ class Session:
             check_output(target, *files.values())
         digests = {name: _digest(path) for name, path in files.items()}
         self._link.send({digests[name]: path for name, path in files.items()}, progress)
-        identity = [commands, sorted(digests.items()), sorted(writes), environment, self._makes if keep else ""]
+        # Others who give the same command at the same time share what is kept, or detached, and nothing else.
+        own = self._makes if keep else "" if self.detach else uuid.uuid4().hex
+        identity = [commands, sorted(digests.items()), sorted(writes), environment, own]
         job = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         request = {
             "job": job,
@@ -260,8 +264,12 @@ class Session:
         try:
             ended, said, found = self._follow(request, progress)
         except LinkLost as error:
-            fate = "goes on: give the same command again to take what comes of it" if self.detach else "is ended there"
-            raise LinkLost(f"{error.message}; what ran there {fate}") from error
+            fate, hint = (
+                ("goes on", "Give the same command again to take what comes of it.")
+                if self.detach
+                else ("is ended there", "Give the same command again; with --detach it goes on without a connection.")
+            )
+            raise LinkLost(f"{error.message}; what ran there {fate}", hint) from error
         if ended is None:  # it broke off in an earlier call
             raise MissingComponent(f"{what} was ended on {self.name} from outside", "Give the same command again.")
         if "refused" in ended:
@@ -311,6 +319,11 @@ class Session:
         """Raises what a program of this package ended with, as its type and in its words."""
         if ended.code == 0:
             return
+        if ended.code == -signal.SIGKILL:
+            raise MissingComponent(
+                f"{self.name} ended what ran there, as the system does when memory runs out",
+                "End other programs there, or make swap space.",
+            )
         lines = [line for line in ended.said if line.strip()]
         start = max((index for index, line in enumerate(lines) if line.startswith("error: ")), default=None)
         if start is None:
