@@ -156,7 +156,12 @@ def sidecar(path: Path) -> Path:
 
 
 def write_artifact(
-    path: Path, kind: str, *, parents: Iterable[Path] = (), settings: Mapping[str, Any] | None = None
+    path: Path,
+    kind: str,
+    *,
+    parents: Iterable[Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    digest: str | None = None,
 ) -> Artifact:
     """Describe a finished file and write its sidecar.
 
@@ -165,6 +170,7 @@ def write_artifact(
         kind: see :class:`Artifact`.
         parents: the files that it was made from.
         settings: the options that the stage ran with; JSON values.
+        digest: SHA-256 of a file that is elsewhere.
 
     Raises:
         UserError: a file cannot be read or the sidecar cannot be written.
@@ -173,7 +179,7 @@ def write_artifact(
     artifact = Artifact(
         path=path,
         kind=kind,
-        sha256=sha256(path),
+        sha256=digest or sha256(path),
         parents=tuple(Parent(name=Path(parent).name, sha256=sha256(parent)) for parent in parents),
         versions=versions(),
         settings=dict(settings or {}),

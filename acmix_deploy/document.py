@@ -12,9 +12,12 @@ from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import UserError
 
 Written = Literal[
+    "adopt",
     "build",
     "detect",
     "detect response",
+    "device",
+    "device list",
     "doctor",
     "doctor error",
     "export",

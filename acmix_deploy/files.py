@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from acmix_deploy.artifacts import sha256, sidecar
+from acmix_deploy.engine_file import read_engine_file
 from acmix_deploy.errors import UserError
 
 Kind = Literal[
@@ -103,7 +104,7 @@ def _by_origin(path: Path, told: Kind | None) -> Kind | None:
 
 def _by_mark(path: Path, head: bytes) -> Kind | None:
     """By the bytes that files of a kind begin with."""
-    if head[1:4] == b"trt" or _ultralytics_engine(path, head):
+    if head[1:4] == b"trt" or read_engine_file(path).backend:
         return "engine"
     if head.startswith(b"\x7fELF"):
         return "plugin"
@@ -158,15 +159,6 @@ def _in_archive(path: Path) -> Kind | None:
     if "archive_format" in inner or any(name.startswith("models/") for name in inner):
         return "program"
     return "checkpoint" if "data.pkl" in inner else None
-
-
-def _ultralytics_engine(path: Path, head: bytes) -> bool:
-    """Whether it is one as Ultralytics writes them: the length of a JSON document, the document, then the engine."""
-    if head[4:5] != b"{":
-        return False
-    with path.open("rb") as file:
-        file.seek(4 + int.from_bytes(head[:4], "little"))
-        return file.read(4)[1:] == b"trt"
 
 
 def _is_text(head: bytes) -> bool:

@@ -1,7 +1,7 @@
 """What an engine was built with and for, kept in its sidecar, and whether it fits a machine.
 
 Whoever runs an engine reads this first: TensorRT's own answer to an engine of another machine comes late and is no
-sentence.
+sentence. Of an engine that something else built it holds what the engine tells itself, and None for the rest.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Shape = tuple[int, ...]
 TITLES: dict[Backend, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _COMPUTE_CAPABILITY = 75, 76  # CUdevice_attribute, major and minor
 _REBUILD = "Build it again on this machine: acmix-deploy build"
+_ADOPT = "If TensorRT takes it here all the same: acmix-deploy adopt"
 
 
 class Machine(BaseModel):
@@ -59,7 +60,7 @@ class Plugin(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    path: Path = Field(description="where it was when the engine was built")
+    path: Path = Field(description="where it was when the engine was built or adopted")
     sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal")
 
 
@@ -78,22 +79,61 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    machine: Machine = Field(description="where it was built")
+    origin: Literal["built", "adopted"] = Field(
+        default="built",
+        description="built by acmix-deploy, or adopted: built by something else and asked as TensorRT deserialised it",
+    )
+    machine: Machine = Field(description="where it was built or, of another's engine, adopted")
     compute_capabilities: tuple[int, ...] = Field(
         description="architectures that it runs on if it is not for one device alone: 86 stands for sm_86"
     )
     plugin: Plugin | None = Field(description="the library with its custom layers, None where it has none")
-    form: str = Field(description="any, plugin or plain: how the ONNX file spelt the attention")
-    precision: Precision = Field(description="lowest type that the file, or a flag, allows the engine to compute in")
-    strongly_typed: bool = Field(description="whether element types come from the ONNX file alone")
-    flags: tuple[str, ...] = Field(description="TensorRT's BuilderFlag by name")
-    level: int = Field(description="builder optimization level")
+    form: str | None = Field(
+        description="any, plugin or plain: how the ONNX file spelt the attention; None where that is not known"
+    )
+    precision: Precision | None = Field(
+        description="lowest type that the file, or a flag, allows the engine to compute in; None where it is not known"
+    )
+    strongly_typed: bool | None = Field(
+        description="whether element types come from the ONNX file alone; None where that is not known"
+    )
+    flags: tuple[str, ...] | None = Field(description="TensorRT's BuilderFlag by name; None where they are not known")
+    level: int | None = Field(description="builder optimization level; None where it is not known")
     profiles: dict[str, tuple[Shape, Shape, Shape]] = Field(
         description="smallest, usual and largest shape of each input with free axes"
     )
     inputs: tuple[EngineTensor, ...] = Field(description="inputs of the engine")
     outputs: tuple[EngineTensor, ...] = Field(description="outputs of the engine")
     metadata: ModelMetadata = Field(description="properties of the ONNX file, such as class names and stride")
+
+
+class HeaderManifest(BaseModel):
+    """Of an engine that something else built and that could not be deserialised: what its file says. Where it runs and
+    what it takes is not known, so nothing runs it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    origin: Literal["header"] = Field(default="header", description="adopted by what stands at the file's beginning")
+    backend: Backend | None = Field(description="what wrote it, None where that is not known")
+    version: str | None = Field(description="release of that, None where it is not known")
+    metadata: ModelMetadata = Field(
+        description="what Ultralytics wrote before the engine, or of the file that was named"
+    )
+
+    @property
+    def tensorrt(self) -> str:
+        """``TensorRT 10.3.0``, as far as it is known."""
+        release = _release(self.version) if self.version else "of an unknown release"
+        return f"{TITLES[self.backend] if self.backend else 'something'} {release}"
+
+
+AnyManifest = Manifest | HeaderManifest
+
+
+def manifest_of(settings: dict[str, Any]) -> AnyManifest:
+    """The manifest in an engine's sidecar. Raises ValidationError where it is of another form."""
+    form = HeaderManifest if settings.get("origin") == "header" else Manifest
+    return form.model_validate(settings)
 
 
 def this_machine(backend: Backend) -> Machine:
@@ -113,13 +153,26 @@ def read_manifest(engine: Path) -> Manifest:
     """The manifest of an engine file whose bytes are still those that it was written for.
 
     Raises:
-        UserError: there is no manifest, it is another artifact's, or the engine has changed since.
+        UserError: there is no manifest, it is another artifact's, the engine has changed since, or it was adopted by
+            its header alone.
     """
+    manifest = read_any_manifest(engine)
+    if isinstance(manifest, HeaderManifest):
+        raise UserError(
+            f"{engine} was adopted by its header alone: it is of {manifest.tensorrt}, and neither what it takes nor "
+            "where it runs is known",
+            f"On the machine that it fits: acmix-deploy adopt {engine}",
+        )
+    return manifest
+
+
+def read_any_manifest(engine: Path) -> AnyManifest:
+    """As :func:`read_manifest`, and of an engine that was adopted by its header what that says."""
     artifact = read_artifact(engine)
     if artifact.kind != KIND:
         raise UserError(f"{engine} is no engine: its sidecar says {artifact.kind}")
     try:
-        return Manifest.model_validate(artifact.settings)
+        return manifest_of(artifact.settings)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -138,23 +191,25 @@ def check(manifest: Manifest, machine: Machine, plugin_sha256: str | None = None
         UserError: naming what the engine was built for and what was found.
         MissingComponent: the same, where there is no GPU at all.
     """
-    built = manifest.machine
+    built, how = manifest.machine, manifest.origin
+    rebuild = _REBUILD if how == "built" else _ADOPT
     misfit = UserError if machine.gpu else MissingComponent
-    way_out = _REBUILD if machine.gpu else "Run it on the device that it was built for."
+    way_out = rebuild if machine.gpu else f"Run it on the device that it was {how} for."
     if built.tensorrt != machine.tensorrt:
-        raise UserError(f"the engine was built with {built.tensorrt}, here is {machine.tensorrt}", _REBUILD)
+        raise UserError(f"the engine was {how} with {built.tensorrt}, here is {machine.tensorrt}", rebuild)
     if manifest.compute_capabilities:
         newest = max(manifest.compute_capabilities)
         if machine.sm not in manifest.compute_capabilities and (machine.sm is None or machine.sm < newest):
             known = ", ".join(f"sm_{sm}" for sm in manifest.compute_capabilities)
-            raise misfit(f"the engine was built for {known} and later, here is {machine.device}", way_out)
+            raise misfit(f"the engine was {how} for {known} and later, here is {machine.device}", way_out)
     elif (built.gpu, built.sm) != (machine.gpu, machine.sm):
-        raise misfit(f"the engine was built for {built.device}, here is {machine.device}", way_out)
+        raise misfit(f"the engine was {how} for {built.device}, here is {machine.device}", way_out)
     if manifest.plugin and manifest.plugin.sha256 != plugin_sha256:
         found = f"the one here has {plugin_sha256[:12]}..." if plugin_sha256 else "there is none here"
+        again = "build the engine again" if how == "built" else "adopt the engine again"
         raise UserError(
-            f"the engine was built with the plugin of SHA-256 {manifest.plugin.sha256[:12]}..., {found}",
-            "Give the plugin that it was built with, or build the engine again with this one.",
+            f"the engine was {how} with the plugin of SHA-256 {manifest.plugin.sha256[:12]}..., {found}",
+            f"Give the plugin that it was {how} with, or {again} with this one.",
         )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from acmix_deploy.artifacts import Artifact, Made, mark_exported, outdated, remo
 from acmix_deploy.checkpoint.source import Source, load_source
 from acmix_deploy.detection.boxes import no_detector
 from acmix_deploy.detection.heads import unlike_told
+from acmix_deploy.device.stages import There
 from acmix_deploy.document import write_document
 from acmix_deploy.engine.build import BuildReport, build
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
@@ -27,6 +29,7 @@ from acmix_deploy.export import INPUT, ExportResult, export
 from acmix_deploy.forms import TargetReport, takes_plugin, to_form, write_for
 from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.graph import Feeds
+from acmix_deploy.manifest import KIND as ENGINE
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.plan import Plan
 from acmix_deploy.plugin.build import library_in
@@ -53,17 +56,23 @@ Result = TypeVar("Result")
 _PHOTOS = 16  # that files are verified on
 
 
-def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
+def deploy(plan: Plan, progress: Progress = lambda step: None, there: There | None = None) -> ExportReport:
     """Take a checkpoint to verified ONNX files and, on a machine with TensorRT and a GPU, to verified engines.
 
     The report is also in ``report.json``; whether the files are exact enough is in its ``passed``.
+
+    Args:
+        plan: what is made; ``plan.there`` is the device's target where there is one.
+        progress: told what is being done.
+        there: the device on which engines are built and files timed; this machine by default.
 
     Raises:
         UserError: the checkpoint or the plan cannot be used, or the detections of a detector cannot be decoded.
         CheckFailed: a file that computes something else, or another number of blocks than ``plan.expect``.
         MissingComponent: a package that the checkpoint needs is not installed.
     """
-    work = _Work(plan, progress)
+    work = _Work(plan, progress, there)
+    sizes = there.sizes if there else {}
     source = work.stage("load", f"loading {plan.checkpoint}", lambda: _load(plan))
     exported = work.file("export", "exporting", lambda: _export(work, source))
     fusion = work.file("fuse", "fusing", lambda: _fuse(work))
@@ -79,6 +88,8 @@ def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
     )
     latency = {} if plan.no_profile else work.stage("profile", "timing every file", lambda: _profile(work, source))
     artifacts = work.marked()
+    device = there.report() if there else None
+    detector = source.metadata.detects and not work.unlike
     report = ExportReport(
         model=str(plan.checkpoint),
         notes=(*source.notes, *plan.notes, *work.notes, *outdated(plan.out, work.removed, artifacts.values())),
@@ -86,14 +97,18 @@ def deploy(plan: Plan, progress: Progress = lambda step: None) -> ExportReport:
         reference=source.reference.report,
         export=exported,
         fusion=fusion,
-        files={role: describe_file(artifact, latency.get(role)) for role, artifact in artifacts.items()},
+        files={
+            role: describe_file(artifact, latency.get(role), sizes.get(artifact.path.name))
+            for role, artifact in artifacts.items()
+        },
         target=target,
         fp16=half,
         int8=int8,
         engines=engines,
+        device=device,
         verification=verification,
         seconds=work.seconds,
-        next_steps=next_steps(artifacts, exported, target, detector=source.metadata.detects and not work.unlike),
+        next_steps=next_steps(artifacts, exported, target, device, detector=detector),
     )
     write_document(report, plan.report)
     return report
@@ -105,6 +120,7 @@ class _Work:
 
     plan: Plan
     progress: Progress
+    there: There | None
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     """By role: the kind of a file; of an engine with the role of the file that it was built from."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -186,10 +202,13 @@ def _inputs(plan: Plan, source: Source, exported: ExportResult) -> Scenes | list
     return Scenes.read(INPUT, plan.calibration, exported.checked_shapes, source.metadata, limit=_PHOTOS)
 
 
+def _feeds(inputs: Scenes | list[Feeds]) -> Sequence[Feeds]:
+    return inputs.feeds if isinstance(inputs, Scenes) else inputs
+
+
 def _to_fp16(work: _Work, inputs: Scenes | list[Feeds]) -> Made[Fp16Report]:
     plan, files = work.plan, (work.plan.path("fused"), work.plan.path("fp16"))
-    samples = inputs.feeds if isinstance(inputs, Scenes) else inputs
-    return to_fp16(*files, fp16_io=plan.fp16_io, float32=plan.float32, samples=samples)
+    return to_fp16(*files, fp16_io=plan.fp16_io, float32=plan.float32, samples=_feeds(inputs))
 
 
 def _quantize(work: _Work, source: Source) -> Made[Int8Report]:
@@ -214,26 +233,27 @@ def _write_for(plan: Plan) -> Made[TargetReport]:
 
 
 def _build(work: _Work, exported: ExportResult) -> dict[str, BuildReport]:
-    plan, device = work.plan, work.plan.device
+    plan, device, there = work.plan, work.plan.device, work.there
     assert device
     plugin = plan.plugin
     if not plugin and takes_plugin(onnx.load(plan.path("fused"))):
         try:
-            plugin = library_in(plan.out, work.progress)
+            plugin = there.library() if there else library_in(plan.out, work.progress)
         except AcmixDeployError as error:
             work.notes.append(f"the engine does without the plugin, so the attention is slower: {error.message}")
     found = {}
     for role in [role for role in work.artifacts if role in ("fp16", "int8")] or ["fused"]:
-        made = build(
+        make = there.build if there else partial(build, timing_cache=plan.out / "timing.cache", progress=work.progress)
+        made = make(
             plan.path(plan.role_for(device, role)),
             plan.path(f"{role} engine"),
             plugin=plugin,
             fp16=role != "fused" and not device.strongly_typed,
-            timing_cache=plan.out / "timing.cache",
             shapes=exported.shapes_to_build,
-            progress=work.progress,
         )
-        work.artifacts[f"{role} engine"], found[f"{role} engine"] = made.artifact, made.found
+        work.artifacts[f"{role} engine"] = made.artifact
+        if made.found:
+            found[f"{role} engine"] = made.found
     return found
 
 
@@ -241,8 +261,15 @@ def _verify(work: _Work, source: Source, exported: ExportResult, inputs: Scenes 
     """Every file against the model as it was loaded; the one for a target by its twin that ONNX Runtime takes."""
     plan = work.plan
     candidates = []
+    feeds = _feeds(inputs)
     for artifact in work.artifacts.values():
         model: Path | onnx.ModelProto = artifact.path
+        if work.there and artifact.kind == ENGINE:
+            if work.there.uncompared:
+                work.notes.append(f"{artifact.path.name} was not compared: {work.there.uncompared}")
+            else:
+                candidates.append(work.there.candidate(artifact, feeds))
+            continue
         if _needs_plugin(artifact):
             assert plan.target
             model = to_form(onnx.load(plan.path(plan.role_for(plan.target))), "any")
@@ -261,7 +288,7 @@ def _verify(work: _Work, source: Source, exported: ExportResult, inputs: Scenes 
 def _along(work: _Work, found: Verification, inputs: Scenes | list[Feeds]) -> Iterator[LayerErrors]:
     """Where the error begins in the typed files of which something is beyond a limit."""
     plan = work.plan
-    feeds = failing_first(found, inputs.feeds if isinstance(inputs, Scenes) else inputs)
+    feeds = failing_first(found, _feeds(inputs))
     for artifact in (artifact for role, artifact in work.artifacts.items() if role in ("fp16", "int8")):
         name = artifact.path.name
         if name in found.beyond:
@@ -276,9 +303,15 @@ def _along(work: _Work, found: Verification, inputs: Scenes | list[Feeds]) -> It
 
 
 def _profile(work: _Work, source: Source) -> dict[str, Profile]:
-    """Latency by role, of the files that run here."""
+    """Latency by role, of the files that run here or, where a device is named, of what is made to run there."""
+    there = work.there
     timed = {role: artifact.path for role, artifact in work.artifacts.items() if not _needs_plugin(artifact)}
-    found = profile([*timed.values()], input_shape=source.shape, seconds=work.plan.seconds)
+    if there:
+        engines = {role: path for role, path in timed.items() if role.endswith(ENGINE)}
+        timed = engines if engines and there.runs_engines else {role: timed[role] for role in timed.keys() - engines}
+    found = (there.profile if there else profile)(
+        [*timed.values()], input_shape=source.shape, seconds=work.plan.seconds
+    )
     return dict(zip(timed, found, strict=True))
 
 

@@ -137,6 +137,13 @@ class Plan(BaseModel):
         default=4.0, gt=0, allow_inf_nan=False, description="time to measure the latency of each file for (default: 4)"
     )
     no_profile: Annotated[bool, Option()] = Field(default=False, description="measure no latencies")
+    fetch: Annotated[bool, Option()] = Field(
+        default=False, description="with --on: also bring the engines here, not their manifests alone"
+    )
+    there: Target | None = Field(
+        default=None,
+        description="what the TensorRT of the device takes that engines are built on, if it is not this machine's",
+    )
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -160,6 +167,12 @@ class Plan(BaseModel):
         check_code(self.code, self.trust)
         check_python(self.python, self.trust, self.arch, self.head)
         made_for(self.target, self.form)
+        if self.there and self.target:
+            raise UserError(
+                f"--on builds for the device's own TensorRT, and --for names {self.target.name}", "Leave out --for."
+            )
+        if self.there and self.plugin:
+            raise UserError("--on compiles the plugin on the device", "Leave out --plugin.")
         if self.plugin and not self.device:
             raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")
         if self.plugin and not self.plugin.is_file():
@@ -217,6 +230,8 @@ class Plan(BaseModel):
         is none or no engine is asked for."""
         if self.target or self.no_engine:
             return None
+        if self.there:
+            return self.there
         from acmix_deploy.engine.build import target_here
 
         try:

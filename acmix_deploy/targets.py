@@ -8,7 +8,7 @@ from the TensorRT that was found (:func:`target_of`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -183,6 +183,32 @@ class Target:
         since = READ_SINCE.get(operator, (8, 5))
         return since is not None and since <= self.tensorrt
 
+    def trtexec(
+        self, file: str, engine: str, precision: Precision, shapes: Sequence[Sequence[int]] | None, image: str
+    ) -> list[str]:
+        """What trtexec of this release is given to build an engine; :meth:`load` where it needs the plugin.
+
+        Args:
+            file: ONNX file, in the form that this release takes.
+            engine: where the engine goes.
+            precision: what it is to compute in.
+            shapes: smallest, usual and largest [B, C, H, W], where axes are free.
+            image: name of the input.
+        """
+        assert self.tensorrt
+        options = [f"--onnx={file}"]
+        if precision != "float32" and not self.strongly_typed:
+            options += ["--fp16", *["--int8"] * (precision == "int8")]
+        elif precision != "float32" and self.tensorrt < (11, 0):  # from there on there is nothing else
+            options.append("--stronglyTyped")
+        for name, shape in zip(("min", "opt", "max"), shapes or (), strict=False):
+            options.append(f"--{name}Shapes={image}:{by_x(shape)}")
+        return [*options, f"--saveEngine={engine}"]
+
+    def load(self, library: str) -> str:
+        """What loads a plugin library into trtexec of this release."""
+        return f"{'--plugins' if self.tensorrt and self.tensorrt < (8, 6) else '--staticPlugins'}={library}"
+
     def check_form(self, form: Form) -> None:
         """Raise UserError if this release does not take the plugin, or nothing at all, from a file of that form."""
         if self.tensorrt is None and form not in ("plain", self.form):
@@ -228,6 +254,11 @@ _NAMES: dict[str, tuple[Version, str, tuple[int, ...]]] = {
     "tensorrt-10.13": ((10, 13), "", ()),
     "tensorrt-11": ((11, 0), "", ()),
 }
+
+
+def by_x(shape: Sequence[int]) -> str:
+    """A shape as trtexec spells it: ``1x3x640x640``."""
+    return "x".join(map(str, shape))
 
 
 def target_of(tensorrt: Version) -> Target:

@@ -12,6 +12,8 @@ from typing import Any
 
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
+from acmix_deploy.device.check import DeviceDocument
+from acmix_deploy.device.registry import DevicesDocument
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.doctor.messages import MESSAGES, Message
 from acmix_deploy.doctor.pasted import PastedDocument, groups_in
@@ -23,6 +25,7 @@ from acmix_deploy.operators.native import native_sources
 from acmix_deploy.operators.spec import Operator
 from acmix_deploy.profile import ProfileDocument
 from acmix_deploy.report.documents import (
+    AdoptDocument,
     BuildDocument,
     DoctorDocument,
     Fp16Document,
@@ -47,9 +50,12 @@ from scripts import instructions, kernel_model
 ROOT = Path(__file__).resolve().parents[1]
 
 DOCUMENTS: tuple[type[Document], ...] = (
+    AdoptDocument,
     BuildDocument,
     DetectDocument,
     DetectResponse,
+    DeviceDocument,
+    DevicesDocument,
     DoctorDocument,
     ExportReport,
     Fp16Document,

@@ -14,8 +14,10 @@ from types import ModuleType
 
 from acmix_deploy import __version__
 from acmix_deploy.cli import (
+    adopt,
     build,
     detect,
+    device,
     doctor,
     export,
     fp16,
@@ -40,6 +42,7 @@ VERBS = (
     fp16,
     quantize,
     build,
+    adopt,
     verify,
     profile,
     gate,
@@ -49,6 +52,7 @@ VERBS = (
     package,
     inspect,
     doctor,
+    device,
     plugin,
 )
 

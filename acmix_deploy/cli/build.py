@@ -3,6 +3,7 @@
 example:
   acmix-deploy build model.fp16.onnx --plugin libacmix_plugin.so -o model.engine
   acmix-deploy build model.fp16.onnx --min 1,3,320,320 --opt 1,3,640,640 --max 4,3,640,640 -o model.engine
+  acmix-deploy build model.fused.onnx --ultralytics -o model.engine
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fp16", action="store_true", help="permit half precision for a file in float32; TensorRT 8 only"
     )
     parser.add_argument(
+        "--ultralytics",
+        action="store_true",
+        help="write the metadata before the engine, as Ultralytics' exporter does, so that YOLO('FILE') takes it",
+    )
+    parser.add_argument(
         "--backend", choices=get_args(Backend), help="which TensorRT (default: the first that is installed)"
     )
 
@@ -63,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
             timing_cache=options.timing_cache,
             shapes=shapes if all(shapes) else None,
             backend=options.backend,
+            ultralytics=options.ultralytics,
             progress=report_progress,
         )
     show(options, BuildDocument.of(made), show_engine)

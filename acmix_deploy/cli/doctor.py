@@ -4,6 +4,7 @@ example:
   acmix-deploy doctor
   acmix-deploy doctor model.pt
   acmix-deploy doctor model.onnx --json
+  acmix-deploy doctor --on jetson.local
   acmix-deploy doctor --error "KeyError: 'ACmix'"
   trtexec --onnx=model.onnx 2>&1 | acmix-deploy doctor --error -
 """
@@ -13,11 +14,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from acmix_deploy.cli.common import progress, show
+from acmix_deploy.cli.on import add_on, connected, run_on
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import add_options
 from acmix_deploy.plan import Plan
+
+if TYPE_CHECKING:
+    from acmix_deploy.report.documents import DoctorDocument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +39,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plugin", type=Path, metavar="FILE", help="library to look into (default: libacmix_plugin.so, if there)"
     )
     add_options(parser, Plan, "trust", "code")
+    add_on(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     if options.error is not None:
         return _explain(options)
+    from acmix_deploy.report.show_doctor import show_diagnosis
+
+    document = _there(options) if options.on else _here(options)
+    show(options, document, show_diagnosis)
+    return 0 if document.healthy else 1
+
+
+def _there(options: argparse.Namespace) -> DoctorDocument:
+    """What stands before a device's own diagnosis, and that where this package is installed there."""
+    from acmix_deploy.device.check import PACKAGE, components
+    from acmix_deploy.report.documents import DoctorDocument
+
+    with connected(options) as session:
+        before = tuple(components(session))
+        found = DoctorDocument(environment=())
+        if any(component.name == PACKAGE and component.state == "ok" for component in before):
+            found = run_on(options, DoctorDocument, session, alone=False)
+    return found.model_copy(update={"machine": session.name, "environment": (*before, *found.environment)})
+
+
+def _here(options: argparse.Namespace) -> DoctorDocument:
     from acmix_deploy.doctor.files import examine
     from acmix_deploy.doctor.machine import environment
     from acmix_deploy.report.documents import DoctorDocument
-    from acmix_deploy.report.show_doctor import show_diagnosis
 
     with progress() as report_progress:
         file = None
@@ -50,10 +77,7 @@ def run(options: argparse.Namespace) -> int:
                 options.file, trust=options.trust, code=options.code, plugin=options.plugin, progress=report_progress
             )
         report_progress("looking at this machine")
-        here = environment(options.plugin)
-    document = DoctorDocument(environment=here, file=file)
-    show(options, document, show_diagnosis)
-    return 0 if document.healthy else 1
+        return DoctorDocument(environment=environment(options.plugin), file=file)
 
 
 def _explain(options: argparse.Namespace) -> int:

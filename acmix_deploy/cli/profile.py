@@ -6,6 +6,7 @@ example:
   acmix-deploy profile model.pt model.engine --input-shape 1,3,320,320
   acmix-deploy profile model.engine --layers --power
   acmix-deploy profile model.engine times.json
+  acmix-deploy profile model.fp16.onnx model.int8.onnx --on jetson.local --power
   acmix-deploy profile model.fused.onnx model.engine --provider cuda
 """
 
@@ -13,9 +14,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from acmix_deploy.cli.common import add_running, progress, show
+from acmix_deploy.cli.on import add_on, run_on
 from acmix_deploy.options import duration, positive
+
+if TYPE_CHECKING:
+    from acmix_deploy.profile import Profile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +38,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", action="store_true", help="also time every layer, and sum them up by block")
     parser.add_argument("--power", action="store_true", help="also measure power, and energy per inference")
     add_running(parser)
+    add_on(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    from acmix_deploy.profile import ProfileDocument, profile
+    from acmix_deploy.profile import ProfileDocument
     from acmix_deploy.report.show_profile import show_profiles
+
+    found = run_on(options, ProfileDocument) if options.on else ProfileDocument(profiles=_profiles(options))
+    show(options, found, show_profiles)
+    return 0
+
+
+def _profiles(options: argparse.Namespace) -> list[Profile]:
+    from acmix_deploy.profile import profile
 
     with progress() as report_progress:
         report_progress("measuring")
-        profiles = profile(
+        return profile(
             options.model,
             input_shape=options.input_shape,
             samples=options.samples,
@@ -54,5 +69,3 @@ def run(options: argparse.Namespace) -> int:
             layers=options.layers,
             power=options.power,
         )
-    show(options, ProfileDocument(profiles=profiles), show_profiles)
-    return 0

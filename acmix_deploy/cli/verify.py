@@ -5,6 +5,7 @@ example:
   acmix-deploy verify model.onnx model.fused.onnx --images photos -o verify.json
   acmix-deploy verify model.fused.onnx model.fp16.onnx --images photos --layers
   acmix-deploy verify --from verify.json --max-relative 0.02
+  acmix-deploy verify model.fused.onnx model.engine --images photos --on jetson.local
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from acmix_deploy.cli.common import add_input_shape, add_max_pixels, limit_pixels, progress, show
+from acmix_deploy.cli.on import add_on, run_on
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Provider, not_negative, positive, provider, share
 
@@ -86,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write what --json prints to a file")
     parser.add_argument("--worst", type=Path, metavar="FILE", help="draw the worst image, both detectors side by side")
     add_max_pixels(parser)
+    add_on(parser, "output", "worst")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -93,6 +96,12 @@ def run(options: argparse.Namespace) -> int:
     from acmix_deploy.document import write_document
     from acmix_deploy.report.documents import VerifyDocument
     from acmix_deploy.report.show_verification import show_verification
+
+    if options.on:
+        document = run_on(options, VerifyDocument)
+        show(options, document, show_verification)
+        document.check()
+        return 0
     from acmix_deploy.verify.limits import relative_at_most
     from acmix_deploy.verify.picture import check_name, draw
 

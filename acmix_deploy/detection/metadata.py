@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -54,6 +54,53 @@ class ModelMetadata(RootModel[dict[str, str]]):
         """Those in a file."""
         return cls({entry.key: entry.value for entry in model.metadata_props})
 
+    @classmethod
+    def of_header(cls, header: Mapping[str, Any]) -> ModelMetadata:
+        """Those that Ultralytics writes before an engine, as JSON."""
+        told = {name: value for name, value in header.items() if value is not None}
+        if isinstance(names := told.get("names"), dict):
+            told["names"] = {int(key) if key.isdecimal() else key: name for key, name in names.items()}
+        return cls().updated(**told)
+
+    def header(self, dims: Sequence[object], shape: Sequence[int], precision: str | None = None) -> dict[str, Any]:
+        """These as Ultralytics writes them before an engine, which its releases then load.
+
+        Args:
+            dims: of the engine's input [B, C, H, W]; anything but a positive number is free.
+            shape: what free ones usually are.
+            precision: lowest type that the engine may compute in, where that is known.
+
+        Raises:
+            UserError: an entry without which some release fails is missing, or one is wrong.
+        """
+        axes = zip(("batch", "channels", "height", "width"), dims, strict=True)
+        free = [axis for axis, size in axes if not isinstance(size, int) or size < 0]
+        told = self.for_file(shape, free)
+        args = told._arguments | {
+            "dynamic": {"batch", "height", "width"} <= {*free}
+        }  # else a wrong size goes unnoticed
+        if precision:
+            args |= {"half": precision == "float16", "int8": precision == "int8"}
+        return told.updated(args=args)._header()
+
+    def _header(self) -> dict[str, Any]:
+        if missing := [name for name in ("stride", "task", "names") if name not in self.root]:
+            raise UserError(
+                f"the metadata tell no {', no '.join(missing)}, which Ultralytics asks an engine for",
+                "Export the file from its checkpoint: acmix-deploy export",
+            )
+        typed = {
+            "stride": self.stride,
+            "names": self.names,
+            "batch": self._literal("batch", _COUNT, 1, "a number of images, such as 1"),
+            "imgsz": list(self.imgsz),
+            "channels": self.channels,
+            "end2end": self.end2end,
+            "kpt_shape": self.kpt_shape and list(self.kpt_shape),
+            "args": self._arguments,
+        }
+        return {**self.root, **{name: value for name, value in typed.items() if name in self.root}}
+
     @property
     def entries(self) -> dict[str, str]:
         """As they are in the file."""
@@ -68,10 +115,11 @@ class ModelMetadata(RootModel[dict[str, str]]):
 
         Args:
             shape: [B, C, H, W] that the file was exported at.
-            free: axes that are free, out of "batch", "height" and "width"; to Ultralytics, all three are dynamic.
+            free: axes that are free, out of "batch", "height" and "width". Where the batch is, the file is dynamic to
+                Ultralytics: some of its releases then fail on one that says that it is not.
         """
         batch, _, *size = shape
-        arguments = {"batch": batch, "dynamic": {"batch", "height", "width"} <= {*free}, "nms": self.nms}
+        arguments = {"batch": batch, "dynamic": "batch" in free, "nms": self.nms}
         return self.updated(batch=batch, imgsz=size, args=arguments)
 
     @property
@@ -135,7 +183,19 @@ class ModelMetadata(RootModel[dict[str, str]]):
     @cached_property
     def nms(self) -> bool:
         """From ``args``: whether non-maximum suppression is in the file."""
-        return bool(self._literal("args", _ARGUMENTS, {}, "settings by name, such as {'nms': False}").get("nms"))
+        return bool(self._arguments.get("nms"))
+
+    @cached_property
+    def lowered(self) -> Literal["float16", "int8"] | None:
+        """From ``args``: the type below float32 that Ultralytics let TensorRT compute in; None where they tell none."""
+        told = self._arguments
+        if told.get("int8"):
+            return "int8"
+        return "float16" if told.get("half") else _QUANTIZE.get(str(told.get("quantize")))
+
+    @cached_property
+    def _arguments(self) -> dict[str, Any]:
+        return self._literal("args", _ARGUMENTS, {}, "settings by name, such as {'nms': False}")
 
     @cached_property
     def letterbox(self) -> Letterbox:
@@ -191,6 +251,7 @@ _NAMES = TypeAdapter(dict[int, str])
 _KEYPOINTS: TypeAdapter[tuple[int, int]] = TypeAdapter(tuple[PositiveInt, Literal[2, 3]])
 _FLAG = TypeAdapter(bool)
 _ARGUMENTS = TypeAdapter(dict[str, Any])
+_QUANTIZE: dict[str, Literal["float16", "int8"]] = {"16": "float16", "8": "int8"}
 
 
 def _spelt(value: object) -> str:

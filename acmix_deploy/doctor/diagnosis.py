@@ -60,6 +60,7 @@ class Examination(BaseModel):
 class Diagnosis(BaseModel):
     """Result of ``acmix-deploy doctor``."""
 
+    machine: str = Field(default="This machine", description="which machine it is")
     environment: tuple[Component, ...]
     file: Examination | None = None
 

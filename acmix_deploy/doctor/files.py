@@ -10,7 +10,7 @@ from acmix_deploy.detection.heads import unlike_told
 from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, MissingComponent
 from acmix_deploy.files import expect
-from acmix_deploy.manifest import check, read_manifest, this_machine
+from acmix_deploy.manifest import HeaderManifest, check, read_any_manifest, this_machine
 from acmix_deploy.plugin.library import check as check_plugin
 from acmix_deploy.runtime.tensorrt import outputs_of
 
@@ -69,14 +69,24 @@ def _plugin(path: Path) -> Examination:
 def _engine(path: Path, plugin: Path | None) -> Examination:
     """An engine by its manifest; it is not loaded."""
     if not sidecar(path).is_file():
-        note = "it has no manifest, so it cannot be told what it was built for; acmix-deploy build writes one"
+        note = (
+            "it has no manifest, so it cannot be told what it was built for: on the machine that it fits, acmix-deploy "
+            f"adopt {path} writes one"
+        )
         return Examination(path=path, kind="engine", contents={}, findings=(), notes=(note,))
-    manifest = read_manifest(path)
+    manifest = read_any_manifest(path)
+    if isinstance(manifest, HeaderManifest):
+        note = (
+            "it was adopted by its header alone, so whether it fits this machine cannot be told: on the machine that "
+            f"it fits, acmix-deploy adopt {path}"
+        )
+        contents = {"built with": manifest.tensorrt, "for": "unknown"}
+        return Examination(path=path, kind="engine", contents=contents, findings=(), notes=(note,))
     machine = manifest.machine
     contents = {
-        "built with": machine.tensorrt,
+        f"{manifest.origin} with": machine.tensorrt,
         "for": ", ".join(f"sm_{sm}" for sm in manifest.compute_capabilities) or machine.device,
-        "precision": manifest.precision,
+        "precision": manifest.precision or "unknown",
         "plugin": str(manifest.plugin.path) if manifest.plugin else "none",
     }
     findings, notes = [], []

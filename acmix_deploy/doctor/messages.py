@@ -259,8 +259,8 @@ MESSAGES: dict[str, Message] = {
         ),
         "the file does not begin as an engine of this TensorRT does: it is of another release or system, is no engine, "
         "or was written by Ultralytics, which puts a length and JSON before it",
-        "See what the file is: acmix-deploy inspect FILE. Engines of Ultralytics are for YOLO('model.engine'); for all "
-        "else build one: acmix-deploy build.",
+        "See what the file is: acmix-deploy inspect FILE. YOLO('model.engine') takes an engine of Ultralytics, and our "
+        "verbs do after acmix-deploy adopt FILE. One of another release has to be built again: acmix-deploy build.",
     ),
     "out-of-profile": Message(
         "TensorRT",

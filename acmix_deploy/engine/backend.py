@@ -1,8 +1,9 @@
 """TensorRT and TensorRT-RTX by their Python modules, 8.5 to 11: the one place that knows how their versions differ.
 
 Runs in a process of its own, so that a build can be ended, a crash is only a message, and TensorRT-RTX finds its
-libraries. :func:`main` reads one request from stdin and writes JSON lines to stdout: progress, then the answer. Needs
-nothing but the standard library and TensorRT, so that it runs wherever TensorRT does.
+libraries; deserialising an engine is done here for the same reasons. :func:`main` reads one request from stdin and
+writes JSON lines to stdout: progress, then the answer. Needs nothing but the standard library and TensorRT, so that it
+runs wherever TensorRT does.
 """
 
 from __future__ import annotations
@@ -85,9 +86,67 @@ def build(request: Mapping[str, Any], progress: Callable[[str], None]) -> dict[s
         "inputs": [_tensor(network.get_input(index)) for index in range(network.num_inputs)],
         "outputs": [_tensor(network.get_output(index)) for index in range(network.num_outputs)],
         "layers": len(layers),
-        "plugin_layers": [name for kind, names in layers if re.search("plugin|custom", kind, re.I) for name in names],
+        "plugin_layers": _by_plugin(layers),
         "compute_capabilities": _compute_capabilities(trt, config) if request["module"] == RTX else [],
         "notes": notes,
+    }
+
+
+def describe(request: Mapping[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+    """Deserialise an engine and ask it what it is, first without the plugin and then, where that fails, with it.
+
+    Args:
+        request: ``module``; ``engine``, a path; ``offset``, the bytes that stand before the engine in it; ``plugin``, a
+            path or None.
+        progress: called with what is being done.
+
+    Returns:
+        ``inputs`` and ``outputs``, each with ``format`` and ``location``; ``profiles``, [min, opt, max] by input;
+        ``profile_count``; ``layers``; ``plugin_layers``, those that the engine describes as such; ``needs_plugin``;
+        ``hardware``, its HardwareCompatibilityLevel by name; or ``failure``, the step, with ``errors``.
+    """
+    trt = importlib.import_module(request["module"])
+    log = _logger(trt)
+    trt.init_libnvinfer_plugins(log, "")
+    try:
+        runtime = trt.Runtime(log)
+    except TypeError:  # how the binding says that it got no runtime
+        return {"failure": "start", "errors": log.errors}
+    progress("deserialising")
+    plan = Path(request["engine"]).read_bytes()[request["offset"] :]
+    engine = runtime.deserialize_cuda_engine(plan)
+    needs_plugin = engine is None and request["plugin"] is not None
+    if needs_plugin:
+        log.errors.clear()
+        try:
+            ctypes.CDLL(request["plugin"])
+        except OSError as error:
+            return {"failure": "plugin", "errors": [str(error)]}
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        return {"failure": "deserialize", "errors": log.errors}
+    answer = _told(trt, engine)
+    del engine  # before its runtime
+    return answer | {"needs_plugin": needs_plugin}
+
+
+def _told(trt: Any, engine: Any) -> dict[str, Any]:
+    """What an engine says of itself, see :func:`describe`."""
+    tensors = [_engine_tensor(engine, engine.get_tensor_name(index)) for index in range(engine.num_io_tensors)]
+    inputs = [tensor for tensor in tensors if tensor["mode"] == "INPUT"]
+    layers = _layers(trt, engine)
+    return {
+        "inputs": inputs,
+        "outputs": [tensor for tensor in tensors if tensor["mode"] == "OUTPUT"],
+        "profiles": {
+            tensor["name"]: [list(shape) for shape in engine.get_tensor_profile_shape(tensor["name"], 0)]
+            for tensor in inputs
+            if -1 in tensor["shape"]
+        },
+        "profile_count": engine.num_optimization_profiles,
+        "layers": len(layers),
+        "plugin_layers": _by_plugin(layers),
+        "hardware": getattr(getattr(engine, "hardware_compatibility_level", None), "name", "NONE"),  # since 8.6
     }
 
 
@@ -126,13 +185,24 @@ def _compute_capabilities(trt: Any, config: Any) -> list[int]:
 def _inspect(trt: Any, log: Any, plan: Any) -> list[tuple[str, list[str]]]:
     """Type of each layer of an engine, and the names by which it may be the layer of an ONNX node."""
     runtime = trt.Runtime(log)  # has to outlive the engine
-    engine = runtime.deserialize_cuda_engine(plan)
+    return _layers(trt, runtime.deserialize_cuda_engine(plan))
+
+
+def _layers(trt: Any, engine: Any) -> list[tuple[str, list[str]]]:
+    """See :func:`_inspect`. An engine that was built without details tells names alone, or nothing."""
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     found = []
-    for layer in json.loads(text)["Layers"]:
+    for layer in json.loads(text).get("Layers", []):
+        if isinstance(layer, str):
+            found.append(("", [layer]))
+            continue
         names = re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer.get("Metadata") or "")
-        found.append((layer["LayerType"], list(dict.fromkeys([layer["Name"], *names]))))
+        found.append((layer.get("LayerType", ""), list(dict.fromkeys([layer["Name"], *names]))))
     return found
+
+
+def _by_plugin(layers: list[tuple[str, list[str]]]) -> list[str]:
+    return [name for kind, names in layers if re.search("plugin|custom", kind, re.I) for name in names]
 
 
 def _creators(trt: Any) -> list[Any]:
@@ -151,6 +221,17 @@ def _parser_error(error: Any) -> dict[str, str]:
 
 def _tensor(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+
+
+def _engine_tensor(engine: Any, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "dtype": engine.get_tensor_dtype(name).name,
+        "shape": list(engine.get_tensor_shape(name)),
+        "mode": engine.get_tensor_mode(name).name,
+        "format": engine.get_tensor_format(name).name,
+        "location": engine.get_tensor_location(name).name,
+    }
 
 
 def _logger(trt: Any) -> Any:
@@ -210,7 +291,7 @@ def main() -> None:
 
     request = json.load(sys.stdin)
     try:
-        answer = build(request, lambda step: say(progress=step))
+        answer = (build if "onnx" in request else describe)(request, lambda step: say(progress=step))
     except Exception as error:
         answer = {"failure": "crash", "errors": [f"{type(error).__name__}: {error}"]}
     say(answer=answer)

@@ -16,6 +16,7 @@ from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Made, check_output, replacing, sha256, write_artifact
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine.process import ask, find_backend
+from acmix_deploy.engine_file import header_bytes
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.forms import refused, to_form
 from acmix_deploy.graph import name_nodes, read, with_weights
@@ -24,9 +25,10 @@ from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.inputs import Shapes
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import out_of_memory
-from acmix_deploy.targets import Form, Target, target_of
+from acmix_deploy.targets import Form, Precision, Target, target_of
 
 _RTX_AS_TENSORRT = (11, 0)  # what TensorRT-RTX reads and how it types is TensorRT 11's
+_IMAGES = "images"  # the only input that Ultralytics feeds
 _SHOWN = 3  # errors named in a message
 
 
@@ -54,6 +56,7 @@ def build(
     shapes: Shapes | None = None,
     tactic_sources: Sequence[str] = (),
     backend: Backend | None = None,
+    ultralytics: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Made[BuildReport]:
     """Build an engine and write its manifest beside it.
@@ -70,6 +73,7 @@ def build(
         tactic_sources: TensorRT's TacticSource by name, its default without any. Where there is no cuDNN and no cuBLAS:
             EDGE_MASK_CONVOLUTIONS and JIT_CONVOLUTIONS.
         backend: which TensorRT; whichever can be imported by default.
+        ultralytics: write the metadata before the engine, as Ultralytics does.
         progress: called with what is being done.
 
     Raises:
@@ -83,7 +87,7 @@ def build(
         raise UserError(f"{target} is to be both engine and timing cache", "Give one of them another name.")
     machine = this_machine(find_backend(backend))
     _check_device(machine)
-    found = _target(machine)
+    found = target_for(machine)
     model = read(source)
     name_nodes(model)
     found.check_opset(onnx_file.opset(model), str(source))
@@ -100,6 +104,8 @@ def build(
         )
     form = _form(form, found, plugin)
     profiles = _profiles(model, source, shapes)
+    precision = "float16" if fp16 and precision_of(model) == "float32" else precision_of(model)
+    header = _header(model, source, profiles, precision) if ultralytics else b""
     try:
         ready = to_form(model, form)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -137,11 +143,13 @@ def build(
                 f"{len(wanted)} layers of its kind are there{': ' + said if said else ''}",
                 "Check that the plugin was built for this TensorRT: acmix-deploy plugin check",
             )
+        if header:
+            engine.write_bytes(header + engine.read_bytes())
     manifest = Manifest(
         machine=machine,
         plugin=library if wanted else None,
         form=form,
-        precision="float16" if fp16 and precision_of(model) == "float32" else precision_of(model),
+        precision=precision,
         strongly_typed=found.strongly_typed,
         flags=tuple(flags),
         level=level,
@@ -156,7 +164,7 @@ def build(
         layers=answer["layers"],
         plugin_layers=tuple(present),
         inlined=refused(model) if plugin else {},
-        notes=(*answer["notes"], *_notes(machine, plugin, wanted, timing_cache)),
+        notes=(*answer["notes"], *_notes(machine, plugin, wanted, timing_cache, ultralytics)),
     )
     return Made(
         write_artifact(target, KIND, parents=with_weights(source), settings=manifest.model_dump(mode="json")), report
@@ -172,11 +180,17 @@ def target_here() -> Target | None:
     if importlib.util.find_spec("tensorrt") is None:
         return None
     machine = this_machine("tensorrt")
-    return _target(machine) if machine.gpu else None
+    return target_for(machine) if machine.gpu else None
 
 
-def _notes(machine: Machine, plugin: Path | None, wanted: Sequence[str], timing_cache: Path | None) -> list[str]:
+def _notes(
+    machine: Machine, plugin: Path | None, wanted: Sequence[str], timing_cache: Path | None, ultralytics: bool
+) -> list[str]:
     notes = []
+    if ultralytics and machine.backend == "tensorrt_rtx":
+        notes.append("Ultralytics deserialises engines with TensorRT alone, and this one is of TensorRT-RTX")
+    elif ultralytics and wanted:
+        notes.append("the engine calls a plugin: import acmix_deploy.ultralytics before YOLO(...), which loads it")
     if plugin and not wanted:
         notes.append("the file has no node that the plugin takes, so the engine does not use it")
     if timing_cache and machine.backend == "tensorrt_rtx":
@@ -193,7 +207,8 @@ def _check_device(machine: Machine) -> None:
         )
 
 
-def _target(machine: Machine) -> Target:
+def target_for(machine: Machine) -> Target:
+    """What the TensorRT of a machine takes."""
     if machine.backend == "tensorrt_rtx":
         return target_of(_RTX_AS_TENSORRT)
     major, minor = machine.version.split(".")[:2]
@@ -254,6 +269,25 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
             f"{source} has no free axis: {', '.join(fixed)}", "Leave out --min, --opt and --max, or export --dynamic."
         )
     return found
+
+
+def _header(
+    model: onnx.ModelProto, source: Path, profiles: Mapping[str, tuple[Shape, Shape, Shape]], precision: Precision
+) -> bytes:
+    """What Ultralytics writes before an engine. Raises UserError: its releases would not load or not feed it."""
+    names = {value.name: onnx_file.shape(value) for value in onnx_file.inputs(model)}
+    if [*names] != [_IMAGES] or len(names[_IMAGES]) != 4:
+        raise UserError(
+            f"{source} takes {', '.join(f'{name} {list(shape)}' for name, shape in names.items())}, and Ultralytics "
+            f"feeds one input {_IMAGES} of [B, C, H, W]",
+            "Leave out --ultralytics, or export the file from its checkpoint: acmix-deploy export",
+        )
+    dims = names[_IMAGES]
+    shape = profiles[_IMAGES][1] if _IMAGES in profiles else tuple(map(int, dims))
+    try:
+        return header_bytes(ModelMetadata.of(model).header(dims, shape, precision))
+    except UserError as error:
+        raise UserError(f"{source}: {error.message}", error.hint) from error
 
 
 def _failure(

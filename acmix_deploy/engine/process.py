@@ -40,7 +40,8 @@ def ask(request: Mapping[str, Any], progress: Callable[[str], None]) -> tuple[di
     """Let the backend answer a request; its process ends when this is interrupted.
 
     Returns:
-        The answer (see :func:`acmix_deploy.engine.backend.build`), and what the plugin library said on stderr.
+        The answer (see :func:`acmix_deploy.engine.backend.build` and ``describe``), and what the plugin library said on
+        stderr.
 
     Raises:
         CheckFailed: the process crashed.
@@ -59,13 +60,14 @@ def ask(request: Mapping[str, Any], progress: Callable[[str], None]) -> tuple[di
     with _environment(request["module"]) as environment:
         done = run(command, json.dumps(request), environment=environment, each_line=hear)
     title = TITLES[request["module"]]
+    work = "build" if "onnx" in request else "reading of the engine"
     if done.killed:
         raise MissingComponent(
-            f"the system ended the build with {title}, as it does when memory runs out",
-            "Close other programs, or build for a smaller --max.",
+            f"the system ended the {work} with {title}, as it does when memory runs out",
+            "Close other programs" + (", or build for a smaller --max." if "onnx" in request else "."),
         )
     if answer is None:
-        raise CheckFailed(f"{title} ended in the middle of the build ({done.how}): {done.last_words}")
+        raise CheckFailed(f"{title} ended in the middle of the {work} ({done.how}): {done.last_words}")
     said = done.stderr.splitlines()
     notes = [line.partition(_SAID_BY_PLUGIN)[2] for line in said if line.startswith(_SAID_BY_PLUGIN)]
     return answer, "; ".join(notes)

@@ -10,6 +10,7 @@ from pydantic import Field
 from acmix_deploy.artifacts import Artifact, Made
 from acmix_deploy.doctor.diagnosis import Diagnosis
 from acmix_deploy.document import Document
+from acmix_deploy.engine.adopt import AdoptReport
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.forms import TargetReport
 from acmix_deploy.fusion import FusionReport
@@ -70,6 +71,13 @@ class BuildDocument(BuildReport, StageDocument):
     """Result of ``acmix-deploy build``."""
 
     document: Literal["build"] = "build"
+
+
+class AdoptDocument(AdoptReport, StageDocument):
+    """Result of ``acmix-deploy adopt``."""
+
+    artifact: Artifact = Field(description="the engine, as its new sidecar describes it")
+    document: Literal["adopt"] = "adopt"
 
 
 class InspectDocument(Inspection, Document):

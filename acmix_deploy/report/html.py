@@ -184,6 +184,8 @@ def _files(folder: Folder) -> Iterator[Part]:
         yield Part(
             "Size and latency", name, plots.bars(sizes, "MB"), "Size of each file.", table=_grid(show.files(export))
         )
+        if export.device:
+            yield Part(f"On {export.device.name}", name, table=_grid(tables.device(export.device)))
 
 
 def _errors(folder: Folder) -> Iterator[Part]:

@@ -12,10 +12,11 @@ from pydantic_core import from_json
 from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Artifact, Parent, is_sidecar, sha256, sidecar
 from acmix_deploy.document import document_of, read_json
+from acmix_deploy.engine_file import read_engine_file
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.files import expect, kind_of
 from acmix_deploy.graph import read
-from acmix_deploy.manifest import Manifest
+from acmix_deploy.manifest import TITLES, AnyManifest, manifest_of
 from acmix_deploy.plugin.library import Library, describe
 from acmix_deploy.verify import read_verification
 
@@ -46,7 +47,7 @@ class Inspection(BaseModel):
     unchanged: bool | None = Field(default=None, description="whether the bytes are those that the sidecar describes")
     ancestors: tuple[Ancestor, ...] = Field(default=(), description="nearest first")
     onnx: onnx_file.OnnxFile | None = Field(default=None, description="of an ONNX file")
-    manifest: Manifest | None = Field(default=None, description="of an engine")
+    manifest: AnyManifest | None = Field(default=None, description="of an engine")
     plugin: Library | None = Field(default=None, description="of a plugin library")
     told: dict[str, str] | None = Field(default=None, description="of a document: which one, and what it is about")
     notes: tuple[str, ...] = ()
@@ -100,14 +101,24 @@ def _look(path: Path, artifact: Artifact | None) -> tuple[str, dict[str, Any]]:
         return kind, {"plugin": describe(path)}
     if kind == "engine":
         if artifact is None:
-            return kind, {"notes": ("it has no manifest, so it cannot be checked before it runs",)}
+            return kind, {
+                "notes": (f"it has no manifest, so it cannot be checked before it runs; {_told_by_engine(path)}",)
+            }
         try:
-            return kind, {"manifest": Manifest.model_validate(artifact.settings)}
+            return kind, {"manifest": manifest_of(artifact.settings)}
         except ValidationError:
             return kind, {"notes": ("its manifest is of another form, so it cannot be checked before it runs",)}
     if model is None:
         return "checkpoint", {"notes": ("acmix-deploy doctor says what is in a checkpoint",)}
     return artifact.kind if artifact else "onnx", {"onnx": onnx_file.describe(model)}
+
+
+def _told_by_engine(path: Path) -> str:
+    """What an engine without a manifest says without TensorRT, and the way to one."""
+    found = read_engine_file(path)
+    version = f"{TITLES[found.backend]} {found.version} wrote it, " if found.backend and found.version else ""
+    header = "Ultralytics' metadata stand before it, " if found.header else ""
+    return f"{version}{header}acmix-deploy adopt makes one on the machine that it fits"
 
 
 def _documents(path: Path) -> list[Any]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.checkpoint.reference import ReferenceReport
+from acmix_deploy.device.stages import DeviceReport
 from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.export import ExportResult
@@ -59,6 +60,7 @@ class ExportReport(Document):
     engines: dict[str, BuildReport] = Field(
         default={}, description="by role, as in files, where there was a TensorRT and a GPU"
     )
+    device: DeviceReport | None = Field(default=None, description="what ran on another machine, with --on")
     verification: Verification
     seconds: dict[str, float] = Field(description="time that each stage took")
     next_steps: tuple[str, ...] = Field(description="what to run next, line by line")
@@ -73,14 +75,20 @@ class ExportReport(Document):
         return self.verification.passed
 
 
-def describe_file(artifact: Artifact, profile: Profile | None = None) -> FileReport:
-    """Size of a written file, and node count of an ONNX file."""
+def describe_file(artifact: Artifact, profile: Profile | None = None, size: int | None = None) -> FileReport:
+    """Size of a written file, which is given where it is not here, and node count of an ONNX file."""
     nodes = count_nodes(onnx.load(artifact.path, load_external_data=False)) if artifact.kind != ENGINE else None
-    return FileReport(artifact=artifact, size_bytes=artifact.path.stat().st_size, nodes=nodes, profile=profile)
+    size = artifact.path.stat().st_size if size is None else size
+    return FileReport(artifact=artifact, size_bytes=size, nodes=nodes, profile=profile)
 
 
 def next_steps(
-    artifacts: Mapping[str, Artifact], exported: ExportResult, target: TargetReport | None, *, detector: bool
+    artifacts: Mapping[str, Artifact],
+    exported: ExportResult,
+    target: TargetReport | None,
+    device: DeviceReport | None,
+    *,
+    detector: bool,
 ) -> tuple[str, ...]:
     """What to run next.
 
@@ -88,10 +96,14 @@ def next_steps(
         artifacts: files by role.
         exported: for the input's name and shapes.
         target: what the files were made for, where that was told.
+        device: where engines were built, if it was not here.
         detector: whether detections can be compared.
     """
+    if device and not device.package:
+        return tuple(f"On {device.name}: trtexec --loadEngine={shlex.quote(path)}" for path in device.engines)
     if engines := [str(artifact.path) for role, artifact in artifacts.items() if role.endswith(ENGINE)]:
-        return (f"acmix-deploy profile {shlex.join(engines)} --layers --power",)
+        there = f" --on {shlex.quote(device.name)}" if device else ""
+        return (f"acmix-deploy profile {shlex.join(engines)} --layers --power{there}",)
     typed: tuple[tuple[str, Precision], ...] = (("int8", "int8"), ("fp16", "float16"), ("fused", "float32"))
     role, precision = next(pair for pair in typed if pair[0] in artifacts)
     shapes = exported.shapes_to_build

@@ -13,6 +13,7 @@ from acmix_deploy.report.model import ExportReport
 from acmix_deploy.report.show_verification import detections, worst_image
 from acmix_deploy.report.show_verification import notes as verification_notes
 from acmix_deploy.report.tables import (
+    device,
     engine,
     errors,
     fp16_notes,
@@ -39,6 +40,7 @@ def show_export(report: ExportReport, console: Console) -> None:
             *(_titled("Layers in INT8", quantized_layers(report.int8, most=_WORST)) if report.int8 else ()),
             *(line for role, built in report.engines.items() for line in _engine(report, role, built)),
             *_titled("Files", files(report)),
+            *(_titled(f"On {report.device.name}", device(report.device)) if report.device else ()),
             *_titled(f"Error against {report.reference}, worst over all inputs", errors(report.verification)),
             *(_titled("Magnitudes in float16", half(report.verification)) if report.verification.half else ()),
             *_detections(report.verification),
@@ -49,11 +51,17 @@ def show_export(report: ExportReport, console: Console) -> None:
         console.print(f"Note: {note}", style="yellow")
     if report.passed is not False:
         verdict = "Passed" if report.passed else "Passed as far as it was judged"
-        console.print(f"\n{verdict}: every file computes what {report.reference} does")
+        console.print(f"\n{verdict}: {_compared(report)} what {report.reference} does")
     console.print(f"\nFiles and report.json are in {_folder(report)}")
     console.print("Next:")
     for step in report.next_steps:
         console.print(f"  {step}", soft_wrap=True)
+
+
+def _compared(report: ExportReport) -> str:
+    names = [file.artifact.path.name for file in report.files.values()]
+    left = [name for name in names if name not in {one.candidate for one in report.verification.comparisons}]
+    return f"every file but {' and '.join(left)}, not compared, computes" if left else "every file computes"
 
 
 def _engine(report: ExportReport, role: str, built: BuildReport) -> list[RenderableType]:
@@ -75,7 +83,8 @@ def notes(report: ExportReport) -> list[str]:
     """What the tables of an export do not say."""
     faults = [FAULTS[fault].of_block for fault in report.reference.repaired]
     repaired = (f"repaired, so that the model runs here: {fault}" for fault in faults)
-    found = [*report.notes, *repaired, *report.export.notes, *fusion_notes(report.fusion)]
+    there = report.device.notes if report.device else ()
+    found = [*report.notes, *there, *repaired, *report.export.notes, *fusion_notes(report.fusion)]
     found += report.int8.notes if report.int8 else []
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped

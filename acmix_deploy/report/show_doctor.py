@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from acmix_deploy.doctor.diagnosis import Diagnosis, Examination, Finding
+from acmix_deploy.doctor.diagnosis import Component, Diagnosis, Examination, Finding
 from acmix_deploy.doctor.diagnosis import State as ComponentState
 from acmix_deploy.report.tables import Cell, State, table
 
@@ -15,16 +17,21 @@ _STATES: dict[ComponentState, State] = {"ok": "good", "missing": "unsure", "faul
 
 def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     """Print what there is, what is missing, and what is wrong."""
-    rows = table("", "", "")
-    rows.show_header = False
-    for component in diagnosis.environment:
-        rows.add_row(component.name, Cell(component.state, _STATES[component.state]), component.found)
-        if component.advice:
-            rows.add_row("", "", component.advice)
-    console.print(Text("This machine", style="bold"), rows)
+    console.print(Text(diagnosis.machine, style="bold"), component_rows(diagnosis.environment))
     if diagnosis.file:
         _show_file(diagnosis.file, console)
     console.print("\nNothing is wrong." if diagnosis.healthy else "\nSomething is wrong, see above.")
+
+
+def component_rows(components: Iterable[Component]) -> Table:
+    """A row for each, and below it what to do about it."""
+    rows = table("", "", "")
+    rows.show_header = False
+    for component in components:
+        rows.add_row(component.name, Cell(component.state, _STATES[component.state]), component.found)
+        if component.advice:
+            rows.add_row("", "", component.advice)
+    return rows
 
 
 def _show_file(file: Examination, console: Console) -> None:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from acmix_deploy.artifacts import sidecar
 from acmix_deploy.plugin.library import Library
-from acmix_deploy.report.documents import BuildDocument, Fp16Document, FuseDocument, QuantizeDocument
+from acmix_deploy.report.documents import (
+    AdoptDocument,
+    BuildDocument,
+    Fp16Document,
+    FuseDocument,
+    QuantizeDocument,
+)
 from acmix_deploy.report.tables import (
     creators,
     engine,
@@ -79,6 +86,18 @@ def show_engine(found: BuildDocument, console: Console) -> None:
     for note in found.notes:
         console.print(f"Note: {note}", style="yellow")
     console.print(f"{found.layers} layers, {len(found.plugin_layers)} by the plugin: {found.artifact.path}")
+
+
+def show_adopted(found: AdoptDocument, console: Console) -> None:
+    """Print what `adopt` learnt of an engine."""
+    console.print(engine(found.manifest))
+    for note in found.notes:
+        console.print(f"Note: {note}", style="yellow", soft_wrap=True)
+    beside = sidecar(found.artifact.path)
+    if found.layers is None:
+        console.print(f"By its header alone: {beside}")
+    else:
+        console.print(f"{found.layers} layers, {len(found.plugin_layers)} described as a plugin's: {beside}")
 
 
 def show_library(library: Library, console: Console) -> None:

@@ -9,10 +9,12 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.device.stages import DeviceReport
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
-from acmix_deploy.manifest import Manifest
+from acmix_deploy.manifest import AnyManifest, HeaderManifest
 from acmix_deploy.onnx_file import counted
 from acmix_deploy.plugin.library import Library
 from acmix_deploy.precision import Fp16Report, Int8Report, SearchReport
@@ -261,24 +263,66 @@ def milliseconds(value: float | None) -> str:
     return "" if value is None else f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
 
 
-def engine(manifest: Manifest) -> Table:
-    """What an engine was built with and for."""
-    machine = manifest.machine
+def engine(manifest: AnyManifest) -> Table:
+    """What an engine was built with and for, as far as that is known."""
     rows = table("", "")
     rows.show_header = False
+    if isinstance(manifest, HeaderManifest):
+        rows.add_row("origin", "adopted by its header alone")
+        rows.add_row("built with", manifest.tensorrt)
+        rows.add_row("runs on", _UNKNOWN)
+        _metadata(rows, manifest.metadata)
+        return rows
+    machine = manifest.machine
     runs_on = ", ".join(f"sm_{sm}" for sm in manifest.compute_capabilities)
-    rows.add_row("built with", f"{machine.tensorrt}, CUDA {machine.cuda or 'none'}, driver {machine.driver or 'none'}")
+    rows.add_row(
+        "origin", "built by acmix-deploy" if manifest.origin == "built" else "built by something else, adopted"
+    )
+    rows.add_row(
+        f"{manifest.origin} with",
+        f"{machine.tensorrt}, CUDA {machine.cuda or 'none'}, driver {machine.driver or 'none'}",
+    )
     rows.add_row("runs on", f"{runs_on} and later" if runs_on else machine.device)
     rows.add_row("plugin", f"{manifest.plugin.path}, SHA-256 {manifest.plugin.sha256}" if manifest.plugin else "none")
-    rows.add_row("form", manifest.form)
-    rows.add_row("types", "from the file" if manifest.strongly_typed else ", ".join(("float32", *manifest.flags)))
-    rows.add_row("level", str(manifest.level))
+    rows.add_row("form", manifest.form or _UNKNOWN)
+    if manifest.strongly_typed:
+        types = "from the file"
+    elif manifest.flags is not None:
+        types = ", ".join(("float32", *manifest.flags))
+    else:
+        types = manifest.precision or _UNKNOWN
+    rows.add_row("types", types)
+    rows.add_row("level", _UNKNOWN if manifest.level is None else str(manifest.level))
     for name, shapes in manifest.profiles.items():
         rows.add_row(f"sizes of {name}", " to ".join("x".join(map(str, shape)) for shape in shapes[::2]))
     for kind, tensors in (("input", manifest.inputs), ("output", manifest.outputs)):
         for tensor in tensors:
             rows.add_row(f"{kind} {tensor.name}", f"{tensor.dtype} {list(tensor.shape)}")
+    if manifest.origin == "adopted":
+        _metadata(rows, manifest.metadata)
     return rows
+
+
+def device(found: DeviceReport) -> Table:
+    """What of an export ran on another machine, and what stays there."""
+    rows = table("", "")
+    rows.show_header = False
+    rows.add_row("device", f"{found.host}, {found.board}")
+    if found.machine:
+        rows.add_row("TensorRT", f"{found.machine.tensorrt}, {found.machine.device}")
+    rows.add_row("ran there", ", ".join(found.ran) or "nothing")
+    if found.found:
+        rows.add_row("of that before", ", ".join(found.found))
+    for path in found.files.values():
+        rows.add_row("stays there", path)
+    return rows
+
+
+_UNKNOWN = "unknown"
+
+
+def _metadata(rows: Table, metadata: ModelMetadata) -> None:
+    rows.add_row("metadata", ", ".join(metadata.entries) or _UNKNOWN)
 
 
 def inlined(reasons: Mapping[str, str]) -> Table:

@@ -95,18 +95,10 @@ def engine_steps(
 def _trtexec(
     file: str, target: Target, precision: Precision, shapes: Shapes | None, image: str, *, plugin: bool
 ) -> str:
-    options = ""
-    assert target.tensorrt
-    if precision != "float32":
-        by_flags = " --fp16" + " --int8" * (precision == "int8")
-        typed = " --stronglyTyped" * (target.tensorrt < (11, 0))  # from 11 on there is nothing else
-        options = typed if target.strongly_typed else by_flags
-    if shapes:
-        options += "".join(f" --{name}Shapes={image}:{'x'.join(map(str, shape))}" for name, shape in _named(shapes))
+    words = ["trtexec", *target.trtexec(file, _engine(file), precision, shapes, image)]
     if plugin:
-        folder = "." if target.package else "./build"
-        options += f" {'--plugins' if target.tensorrt < (8, 6) else '--staticPlugins'}={folder}/{_LIBRARY}"
-    return f"trtexec --onnx={shlex.quote(file)}{options} --saveEngine={shlex.quote(_engine(file))}"
+        words.append(target.load(f"{'.' if target.package else './build'}/{_LIBRARY}"))
+    return shlex.join(words)
 
 
 def _named(shapes: Shapes) -> Iterable[tuple[str, Sequence[int]]]:

@@ -27,7 +27,8 @@ class Model(NamedTuple):
     runner: BaseRunner
     """Takes and gives arrays by name while it is active; nothing is held before and after."""
     inputs: tuple[Input, ...]
-    precision: Precision
+    precision: Precision | None
+    """None of an engine of which nobody knows."""
     metadata: ModelMetadata
     profiles: Mapping[str, tuple[Shape, Shape, Shape]]
     """Smallest, usual and largest shape of an engine's inputs with free axes; ONNX files have no such limits."""
@@ -73,7 +74,8 @@ def open_model(
     if not sidecar(path).is_file():
         raise UserError(
             f"{path} is an engine without its manifest {sidecar(path).name}",
-            "Build engines with acmix-deploy build, and move the manifest along with the engine.",
+            "The manifest of acmix-deploy build moves along with its engine. For one that trtexec, polygraphy or "
+            f"Ultralytics built, on the machine that it fits: acmix-deploy adopt {path}",
         )
     manifest = read_manifest(path)
     return Model(

@@ -19,6 +19,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from acmix_deploy.engine_file import read_engine
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.manifest import EngineTensor, Manifest, Shape, read_fitting
 from acmix_deploy.runtime import cuda, hints
@@ -125,10 +126,10 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
             self._hold("_log", _logger(trt))
             trt.init_libnvinfer_plugins(self._log, "")
             if self.manifest.plugin:
-                _load(self.plugin or self.manifest.plugin.path)
+                load_plugin(self.plugin or self.manifest.plugin.path)
             self._hold("stream", held.enter_context(cuda.Stream()))
             self._hold("_runtime", self._made("a runtime", _runtime(trt, self._log)))
-            plan = self.path.read_bytes()
+            plan = read_engine(self.path)
             self._hold("_engine", self._made("an engine", self._runtime.deserialize_cuda_engine(plan)))
             self._hold("_context", self._made("a context", self._engine.create_execution_context()))
             held.callback(self._release)
@@ -314,8 +315,12 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         return CheckFailed(f"{device.tensorrt} does not {what} for {self.name}: {text}")
 
 
-def _load(plugin: Path) -> None:
-    """Load a plugin library, which registers its creators."""
+def load_plugin(plugin: Path) -> None:
+    """Load a plugin library, which registers its creators; TensorRT has to be imported before.
+
+    Raises:
+        UserError: the system cannot load it.
+    """
     try:
         ctypes.CDLL(str(plugin))
     except OSError as error:

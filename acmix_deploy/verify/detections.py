@@ -143,7 +143,7 @@ class DetectionComparison(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     candidate: str = Field(description="name of what was compared with the reference")
-    precision: str = Field(description="element type that the candidate computes in")
+    precision: str = Field(description="element type that the candidate computes in, or unknown")
     confidence: float = Field(description="score above which there is a detection")
     images: tuple[ImageComparison, ...] = Field(description="one for each image and size, the worst first")
     limits: DetectionLimits = Field(description="what is accepted")

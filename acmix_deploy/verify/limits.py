@@ -25,6 +25,10 @@ TOLERANCES: Mapping[str, Tolerance | None] = MappingProxyType(
 error of a small score is the absolute one of its logit. Where nothing is detected, as on noise, all scores are small
 and say nothing of a file that was calibrated on images: there they are not judged."""
 
+UNKNOWN = "unknown"
+"""The type of an engine of which nobody knows it. It has the limits of float32, so that it passes by none that is not
+its own."""
+
 FILE_TOLERANCES: Mapping[str, Tolerance | None] = MappingProxyType(
     {**TOLERANCES, "float16": Tolerance(floor=1e-2), "float16 scores": Tolerance(floor=0.1)}
 )
@@ -69,6 +73,11 @@ DETECTION_LIMITS: Mapping[str, DetectionLimits] = MappingProxyType(
 """Of detections, by the type that the candidate computes in."""
 
 
+def limits_for(precision: str) -> str:
+    """The type whose limits a candidate has that computes in ``precision``."""
+    return "float32" if precision == UNKNOWN else precision
+
+
 def tolerance_of(
     tolerances: Mapping[str, Tolerance | None], precision: str, part: str, empty: bool = False
 ) -> Tolerance | None:
@@ -76,10 +85,11 @@ def tolerance_of(
 
     Args:
         tolerances: such as :data:`TOLERANCES`.
-        precision: type that the candidate computes in.
+        precision: type that the candidate computes in, or :data:`UNKNOWN`.
         part: name of the output or of the part; "channel" for one channel.
         empty: whether nothing is detected.
     """
+    precision = limits_for(precision)
     kind = "scores" if part in AS_SCORES else part
     names = f"{precision} {kind} of nothing", f"{precision} {kind}", precision
     return next(tolerances[name] for name in names[not empty :] if name in tolerances)

@@ -33,7 +33,7 @@ from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_
 from acmix_deploy.verify.distances import Part, distances
 from acmix_deploy.verify.half import HalfRange, half_range
 from acmix_deploy.verify.layers import LayerErrors, compare_layers
-from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES
+from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERANCES, UNKNOWN, limits_for
 from acmix_deploy.verify.verification import Comparison, Verification
 
 Feed = dict[str, Array]
@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
     runner: BaseRunner
     precision: str = "float32"
-    """Element type that it computes in."""
+    """Element type that it computes in, or :data:`acmix_deploy.verify.limits.UNKNOWN`."""
     file: Path | onnx.ModelProto | None = None
     """The ONNX file that it runs, to look into; None where it runs something else."""
     rounded: bool = False
@@ -77,13 +77,13 @@ def _open(
     """What :func:`open_model` opens; on a CPU a file in float16 as it says, see :mod:`acmix_deploy.half`."""
     model = open_model(path, name, provider=provider, plugin=plugin)
     if path.suffix != ".onnx":
-        return model, Candidate(model.runner, model.precision)
+        return model, Candidate(model.runner, model.precision or UNKNOWN)
     name = model.runner.name
     run, why = faithful(path) if provider == "cpu" and model.precision != "float32" else (path, "")
     if run is not path:
         inputs = (node._replace(dtype=_FLOAT32) if node.dtype == np.float16 else node for node in model.inputs)
         model = model._replace(runner=onnx_runner(run, name), inputs=tuple(inputs))
-    return model, Candidate(model.runner, model.precision, path, run is not path, why)
+    return model, Candidate(model.runner, model.precision or UNKNOWN, path, run is not path, why)
 
 
 def verify(
@@ -151,7 +151,7 @@ def verify(
                 notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
         for candidate in candidates:
             name, precision = candidate.runner.name, candidate.precision
-            limits = DETECTION_LIMITS[precision]
+            limits = DETECTION_LIMITS[limits_for(precision)]
             found = _run(candidate.runner, feeds)
             others = _outputs(found)
             for index, by_part in enumerate(_distances(expected, found, head, limits.near)):
@@ -267,6 +267,11 @@ def compare_files(
     notes += (expected.note,) if expected.note else ()
     if images is None and other.precision == "int8":
         notes += ("an INT8 file is calibrated on images, and on noise only nonsense fails: compare it on images",)
+    if compared.precision == UNKNOWN:
+        notes += (
+            f"nothing tells what type {other.runner.name} computes in, so it has the limits of float32; "
+            "--max-relative, --max-lost, --max-score-change and --min-iou set others",
+        )
     found, more = _accuracy([right, other], shapes[0], images, metadata) if images else ((), ())
     along: tuple[LayerErrors, ...] = ()
     if layers:

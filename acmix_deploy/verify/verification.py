@@ -23,7 +23,9 @@ class Comparison(Deviation):
     """One output of one candidate on one input, or a part of it, against the same of the reference."""
 
     candidate: str = Field(description="name of what was compared with the reference")
-    precision: str = Field(description="element type that the candidate computes in: float32, float16 or int8")
+    precision: str = Field(
+        description="element type that the candidate computes in: float32, float16 or int8; else unknown"
+    )
     output: str = Field(description="name of the output, or of the part where the parts are known, such as scores")
     channel: int | None = Field(
         default=None,

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from acmix_deploy.artifacts import sha256, write_artifact
+from acmix_deploy.engine_file import header_bytes
 from acmix_deploy.manifest import KIND, EngineTensor, Machine, Manifest, Plugin
 
 FAKE = Path(__file__).parent / "fake_tensorrt"
@@ -41,6 +42,27 @@ def make_engine(
         "inputs": tuple(map(_tensor, model.graph.input)), "outputs": tuple(map(_tensor, model.graph.output)),
     }  # fmt: skip
     write_artifact(path, KIND, settings=Manifest(**{**fields, **changed}).model_dump(mode="json"))
+    return path
+
+
+def make_plan(
+    path: Path, model: onnx.ModelProto, profiles: Profiles | None = None, version: str = "8.6.0.12", **described: Any
+) -> Path:
+    """An engine for the stand-ins as trtexec leaves it: without a manifest.
+
+    Args:
+        path: where it goes.
+        model: what it computes.
+        profiles: see :func:`make_engine`.
+        version: release of TensorRT that it says to be of.
+        described: ``plugin``, part of the path of a library that it does not load without; ``refused``, what TensorRT
+            says in the place of loading it; ``formats`` and ``locations`` of tensors; ``hardware``; ``profile_count``;
+            ``names_only``; ``header``, what Ultralytics writes before it.
+    """
+    header = described.pop("header", None)
+    plan = {"onnx": base64.b64encode(model.SerializeToString()).decode(), "profiles": dict(profiles or {})}
+    beginning = b"ftrt" + bytes(20) + bytes(map(int, version.split(".")))
+    path.write_bytes((header_bytes(header) if header else b"") + beginning + json.dumps(plan | described).encode())
     return path
 
 

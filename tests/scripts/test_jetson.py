@@ -40,9 +40,11 @@ STAND_INS = {
         case "$1" in
             -c) "$PYTHON" -c "import sys; sys.version_info = (3, ${MINOR-10}); $2" ;;
             --version) echo "Python 3.$MINOR" ;;
-            -m) mkdir -p "$4/bin"; for name in pip acmix-deploy; do cp "$ROOT/bin/systemctl" "$4/bin/$name"; done ;;
+            -m) mkdir -p "${!#}/bin"; cp "$ROOT/bin/venv-python" "${!#}/bin/python" ;;
         esac
     """,
+    "venv-python": '[ "$3" != install ] || cp "$ROOT/bin/systemctl" "$(dirname "$0")/acmix-deploy"',
+    "dpkg": 'exit "${DPKG-1}"',
     "workload": 'echo "running" >>"$ROOT/log"; exit "${EXITS-0}"',
 }
 
@@ -158,21 +160,34 @@ def test_clocks_are_restored_after_a_signal(jetson, tmp_path: Path, number: str,
 
 def test_elsewhere_the_scripts_say_so(jetson, tmp_path: Path) -> None:
     (tmp_path / "bin/nvpmodel").unlink()
-    for name, argument in (("clocks.sh", "workload"), ("install.sh", tmp_path / "folder")):
-        done, calls = jetson(name, argument)
-        assert (done.returncode, calls) == (3, [])
-        assert "run this on a Jetson" in done.stderr
+    done, calls = jetson("clocks.sh", "workload")
+    assert (done.returncode, calls) == (3, [])
+    assert "run this on a Jetson" in done.stderr
+    done, calls = jetson("install.sh", tmp_path / "folder")
+    assert done.returncode == 0, done.stderr
+    assert not any(call.startswith(("sudo", "apt-get")) for call in calls)
 
 
 def test_install(jetson, tmp_path: Path) -> None:
     done, calls = jetson("install.sh", tmp_path / "folder")
     assert done.returncode == 0, done.stderr
     assert any(call.startswith("apt-get install --yes nvidia-jetpack ") for call in calls)
-    assert f"python3 -m venv --system-site-packages {tmp_path}/folder/venv" in calls
-    (pip,) = (call for call in calls if call.startswith("pip "))
-    path, extras = pip.removeprefix("pip install ").rstrip("]").split("[")
+    assert f"python3 -m venv --system-site-packages --without-pip {tmp_path}/folder/venv" in calls
+    (pip,) = (call for call in calls if " install " in call and call.startswith("python "))
+    path, extras = pip.split()[-1].rstrip("]").split("[")
     assert (Path(path).resolve(), extras) == (ROOT, "serve,tensorrt")
     assert calls[-1] == "acmix-deploy doctor"
+
+
+def test_install_of_a_wheel_renews_it_and_asks_for_nothing_that_is_there(jetson, tmp_path: Path) -> None:
+    for again in (False, True):
+        done, calls = jetson("install.sh", tmp_path / "a b", "my.whl", "--no-index", DPKG="0")
+        assert done.returncode == 0, done.stderr
+        assert not any(call.startswith(("sudo", "apt-get", "acmix-deploy")) for call in calls)
+        pip = [call for call in calls if " install " in call and call.startswith("python ")]
+        options = "python -m pip install --disable-pip-version-check --no-index"
+        renewed = [f"{options} --force-reinstall --no-deps my.whl"] * again
+        assert pip == [*renewed, f"{options} my.whl[serve,tensorrt]"]
 
 
 def test_install_needs_a_newer_python_than_jetpack_5_has(jetson, tmp_path: Path) -> None:
@@ -256,7 +271,7 @@ def test_commands_of_the_documentation() -> None:
     assert {name for name, _ in scripts} == {path.name for path in SCRIPTS.glob("*.sh")}
     for name, arguments in scripts:
         usage = (SCRIPTS / name).read_text().splitlines()[1]
-        needed = re.findall(r"\b[A-Z]{2}[A-Za-z.]*", usage.split("[OPTION")[0].split(": ", 1)[1].split(":")[0])
+        needed = re.findall(r"\b[A-Z]{2}[A-Za-z.]*", usage.split(" [")[0].split(": ", 1)[1].split(":")[0])
         assert len(shlex.split(arguments)) >= len(needed) > 0, usage
         if verb := {"build.sh": "build --output model.engine", "service.sh": "serve"}.get(name):
             cli.parser().parse_args([*verb.split(), *shlex.split(arguments)[1:]])

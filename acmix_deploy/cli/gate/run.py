@@ -4,6 +4,7 @@ example:
   acmix-deploy gate run --baseline model.onnx --candidate model.fused.onnx -o gate.json
   acmix-deploy gate run --baseline old.engine --candidate new.engine --rounds 20 --parity verify.json -o gate.json
   acmix-deploy gate run --candidate model.fused.onnx --images photos -o baseline.json
+  acmix-deploy gate run --baseline old.onnx --candidate new.onnx --on jetson.local -o gate.json
   acmix-deploy gate run --baseline old.onnx --candidate new.onnx --provider cuda -o gate.json
 """
 
@@ -11,9 +12,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from acmix_deploy.cli.common import add_max_pixels, add_running, limit_pixels, progress, show
+from acmix_deploy.cli.on import add_on, run_on
 from acmix_deploy.options import duration, positive
+
+if TYPE_CHECKING:
+    from acmix_deploy.gate.samples import GateSamples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,18 +54,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_running(parser)
     add_max_pixels(parser)
+    add_on(parser, "output")
 
 
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
+    from acmix_deploy.gate.samples import GateSamples
+    from acmix_deploy.report.show_samples import show_samples
+
+    samples = run_on(options, GateSamples) if options.on else _measure(options)
+    show(options, samples, lambda found, console: show_samples(found, options.output, console))
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> GateSamples:
     from acmix_deploy.gate.measure import measure
     from acmix_deploy.profile.run import keeping_engines
     from acmix_deploy.profile.subjects import Setup
-    from acmix_deploy.report.show_samples import show_samples
 
     setup = Setup(**{name: value for name, value in vars(options).items() if name in Setup.model_fields})
     with progress() as report_progress, keeping_engines(setup) as setup:
-        samples = measure(
+        return measure(
             options.candidate,
             options.output,
             baseline=options.baseline,
@@ -70,5 +85,3 @@ def run(options: argparse.Namespace) -> int:
             parity=options.parity,
             progress=report_progress,
         )
-    show(options, samples, lambda found, console: show_samples(found, options.output, console))
-    return 0

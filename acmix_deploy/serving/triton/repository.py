@@ -8,6 +8,7 @@ Source: https://github.com/triton-inference-server/server/blob/main/docs/user_gu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,12 @@ import numpy as np
 from pydantic import Field
 
 from acmix_deploy import __version__
-from acmix_deploy.artifacts import sha256, sidecar, writing
+from acmix_deploy.artifacts import read_artifact, sha256, sidecar, writing
 from acmix_deploy.detection.boxes import CONFIDENCE, MOST, no_detector
 from acmix_deploy.detection.heads import Head, NoHead, head_of
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.document import Document
+from acmix_deploy.engine_file import read_engine, read_engine_file
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import Manifest, check, read_manifest
@@ -265,6 +267,7 @@ def _native(network: _Network, confidence: float, provider: Provider, max_batch:
     return {
         **{f"{key}/config.pbtxt": _config(key, max_batch, fields) for key, fields in config.items()},
         **_taken_along(network, f"{of_network}/1"),
+        **_without_header(network, f"{of_network}/1"),
         f"{of_boxes}/1/model.onnx": graph.SerializeToString(),
         f"{name}/1/README": f"{name} is {of_network} and {of_boxes}, one after the other: see config.pbtxt\n",
     }
@@ -297,6 +300,19 @@ _TENSORRT_PROVIDER = 'optimization { execution_accelerators { gpu_execution_acce
 def _taken_along(network: _Network, folder: str) -> dict[str, Content]:
     files = (network.path, sidecar(network.path), network.library)
     return {f"{folder}/{file.name}": file for file in files if file and file.is_file()}
+
+
+def _without_header(network: _Network, folder: str) -> dict[str, Content]:
+    """What Triton's backend for engines deserialises, and its sidecar, where more than that stands in the file."""
+    if not network.manifest or not read_engine_file(network.path).offset:
+        return {}
+    engine, name = read_engine(network.path), network.path.name
+    digest = hashlib.sha256(engine).hexdigest()
+    artifact = read_artifact(network.path).model_copy(update={"path": Path(name), "sha256": digest})
+    return {
+        f"{folder}/{name}": engine,
+        f"{folder}/{sidecar(Path(name)).name}": artifact.model_dump_json(by_alias=True, indent=2),
+    }
 
 
 def _config(name: str, max_batch: int, fields: Sequence[str]) -> str:

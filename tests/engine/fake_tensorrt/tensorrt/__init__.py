@@ -1,9 +1,9 @@
 """Stands for TensorRT 8.6 where a test needs what TensorRT-RTX without a GPU does not do.
 
 FAKE_TENSORRT says what a build does: work, wait for ever, run out of memory, crash, or be killed. An engine is JSON of
-what was asked for and of the ONNX file. On tests/engine/fake_cuda it runs: ONNX Runtime computes it, with the
-definition of the custom operator where that is left to the plugin. It has no name that TensorRT 8.6 has not:
-test_build.test_names_of_tensorrt_86.
+what was asked for and of the ONNX file; 28 bytes may stand before it, as a real one begins. On tests/engine/fake_cuda
+it runs: ONNX Runtime computes it, with the definition of the custom operator where that is left to the plugin. It has
+no name that TensorRT 8.6 has not: test_build.test_names_of_tensorrt_86.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ TacticSource = _enum("TacticSource", "CUBLAS CUBLAS_LT CUDNN EDGE_MASK_CONVOLUTI
 ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED")
 LayerInformationFormat = _enum("LayerInformationFormat", "ONELINE JSON")
 TensorIOMode = _enum("TensorIOMode", "NONE INPUT OUTPUT")
+TensorLocation = _enum("TensorLocation", "DEVICE HOST")
+TensorFormat = _enum("TensorFormat", "LINEAR CHW2 HWC8")
+HardwareCompatibilityLevel = _enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS")
 DataType = _enum("DataType", "FLOAT HALF INT8 INT32 BOOL UINT8 FP8")
 
 
@@ -148,6 +151,7 @@ class IProfiler:
         raise NotImplementedError
 
 
+_BEGINNING = 28
 _events: list[str] = []  # what was loaded and dropped, in its order, with what nobody may do
 
 
@@ -164,7 +168,17 @@ class Runtime:
         if plan.startswith(b"broken"):
             self._logger.log(ILogger.Severity.ERROR, "the plan is broken")
             return None
-        return ICudaEngine(self._logger, self._alive, json.loads(plan))
+        described = json.loads(plan[_BEGINNING:] if plan.startswith(b"ftrt") else plan)
+        if failure := described.get("refused"):
+            self._logger.log(ILogger.Severity.ERROR, failure)
+            return None
+        if (needed := described.get("plugin")) and needed not in pathlib.Path("/proc/self/maps").read_text():
+            self._logger.log(
+                ILogger.Severity.ERROR,
+                "IPluginCreator not found in Plugin Registry for AcmixLocalAttention, version 1",
+            )
+            return None
+        return ICudaEngine(self._logger, self._alive, described)
 
     def __del__(self) -> None:
         _events.append("runtime dropped" + " before its engine" * bool(self._alive.engines))
@@ -196,6 +210,26 @@ class ICudaEngine:
     def get_tensor_dtype(self, name: str) -> Any:
         return self._model.types[name]
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._model.dims(self._model.tensors[name])
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return [tuple(shape) for shape in self._plan["profiles"][name]]
+
+    def get_tensor_format(self, name: str) -> Any:
+        return TensorFormat[self._plan.get("formats", {}).get(name, "LINEAR")]
+
+    def get_tensor_location(self, name: str) -> Any:
+        return TensorLocation[self._plan.get("locations", {}).get(name, "DEVICE")]
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return int(self._plan.get("profile_count", 1))
+
+    @property
+    def hardware_compatibility_level(self) -> Any:
+        return HardwareCompatibilityLevel[self._plan.get("hardware", "NONE")]
+
     def create_execution_context(self) -> Any:
         if os.environ.get("FAKE_TENSORRT") == "memory":
             self._logger.log(ILogger.Severity.ERROR, "Requested amount of GPU memory failed: out of memory")
@@ -206,16 +240,18 @@ class ICudaEngine:
         return IExecutionContext(self._logger, self._alive, self._model)
 
     def create_engine_inspector(self) -> Any:
-        return EngineInspector(self._model)
+        return EngineInspector(self._model, self._plan.get("names_only", False))
 
 
 class EngineInspector:
     execution_context: Any = None
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, names_only: bool) -> None:
+        self._model, self._names_only = model, names_only
 
     def get_engine_information(self, format: Any) -> str:
+        if self._names_only:
+            return json.dumps({"Layers": [f"my_{node.name}" for node in self._model.graph.node], "Bindings": []})
         form = [{"Name": "x", "Format/Datatype": "Row major linear FP32"}]
         layers = [
             {"Name": f"my_{node.name}", "LayerType": "PluginV2" if node.domain else node.op_type}

@@ -1,0 +1,27 @@
+"""Say what a device is, has and lacks, and whether verbs run there.
+
+example:
+  acmix-deploy device check bench-1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from acmix_deploy.cli.common import show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", help="a name of `device add`, or a host as ssh takes it")
+
+
+def run(options: argparse.Namespace) -> int:
+    from acmix_deploy.device.check import look
+    from acmix_deploy.device.session import Session
+    from acmix_deploy.report.show_device import show_device
+
+    with Session(options.device, progress=lambda step: print(f"{step} ...", file=sys.stderr)) as session:
+        found = look(session)
+    show(options, found, show_device)
+    return 0 if found.ready else 3

@@ -1,0 +1,155 @@
+"""A verb on a device: its files go there, it runs there, and its document and what it writes come back."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from acmix_deploy.artifacts import sidecar
+from acmix_deploy.cli.common import progress
+from acmix_deploy.device.session import WAIT_S, Session
+from acmix_deploy.document import D
+from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.files import kind_of
+from acmix_deploy.options import not_negative
+
+
+def add_on(parser: argparse.ArgumentParser, *writes: str) -> None:
+    """Options of the verbs that a device can run. ``writes`` are those whose files come from there."""
+    parser.add_argument(
+        "--on", metavar="DEVICE", help="run on another machine: a name of `device add`, or a host as ssh takes it"
+    )
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        help="with --on: what runs there goes on when this command ends before it; the same command takes its result",
+    )
+    parser.add_argument(
+        "--wait",
+        type=not_negative,
+        default=WAIT_S,
+        metavar="S",
+        help=f"with --on: how long to wait while the device is in use (default: {WAIT_S:.0f})",
+    )
+    parser.set_defaults(writes=writes)
+
+
+@contextmanager
+def connected(options: argparse.Namespace) -> Iterator[Session]:
+    """The device that ``--on`` names. In the terminal while it connects: ssh may ask for a passphrase."""
+    session = Session(
+        options.on,
+        detach=options.detach,
+        wait=options.wait,
+        progress=lambda step: print(f"{step} ...", file=sys.stderr),
+    )
+    with session, progress() as session.progress:
+        yield session
+    for note in session.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def run_on(options: argparse.Namespace, kind: type[D], session: Session | None = None, *, alone: bool = True) -> D:
+    """The document of a verb that ran on a device with the same options.
+
+    Args:
+        options: the verb's.
+        kind: of its document.
+        session: the device, where it is connected already.
+        alone: see :meth:`acmix_deploy.device.session.Session.run`.
+
+    Raises:
+        AcmixDeployError: what the verb ended with there, or kept it from being run, see
+            :meth:`acmix_deploy.device.session.Session.run`.
+    """
+    command = options.command
+    words = command.prog.split()[1:]
+    arguments, reads, writes = _spelt(options)
+    with nullcontext(session) if session else connected(options) as device:
+        device.need_package()
+        device.progress(f"running {' '.join(words)} on {device.name}")
+        done = device.run(
+            " ".join(words),
+            [[device.python, "-m", "acmix_deploy.cli", *words, "--json", *arguments]],
+            files=reads,
+            writes=writes,
+            alone=alone,
+        )
+    try:
+        found = kind.model_validate_json(done.stdout)
+        if done.code <= 1:  # what failed is in the document
+            return found
+        raise ValueError(done.code)
+    except ValueError as error:
+        device.check(done)
+        raise MissingComponent(f"{device.name} answered with something else than {words[0]} does") from error
+
+
+_NOT_THERE = ("help", "json", "debug", "on", "detach", "wait")
+
+
+def _spelt(options: argparse.Namespace) -> tuple[list[str], dict[str, Path], dict[str, Path]]:
+    """The options as a command line for the device; the files that it reads there, and those that it writes."""
+    flags: list[str] = []
+    positional: list[str] = []
+    reads: dict[str, Path] = {}
+    writes: dict[str, Path] = {}
+    for action in options.command._actions:
+        value = getattr(options, action.dest, None)
+        if action.dest in _NOT_THERE or value is None or value == action.default:
+            continue
+        texts = []
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, Path):
+                texts.append(",".join(map(str, one)) if isinstance(one, tuple) else str(one))
+                continue
+            name = _place(one, len(reads) + len(writes))
+            texts.append(str(name))
+            if action.dest in options.writes:
+                writes |= {str(name): one, str(sidecar(name)): sidecar(one)}
+            else:
+                reads.update({str(name / part if str(part) != "." else name): file for part, file in _files(one)})
+                reads.update(_beside(one, name))
+        if not action.option_strings:
+            positional += texts
+        elif action.nargs == 0:
+            flags.append(action.option_strings[0])
+        else:
+            flags += [f"{action.option_strings[0]}={text}" for text in texts]
+    return [*flags, "--", *positional] if positional else flags, reads, writes
+
+
+def _place(path: Path, index: int) -> Path:
+    """Where a file is on the device: as it is called here, where that is beneath the folder of the command."""
+    return Path("_", str(index), path.name) if path.is_absolute() or ".." in path.parts else path
+
+
+def _files(path: Path) -> list[tuple[Path, Path]]:
+    """The file, or the images of a folder or a data set, each with its path within."""
+    if not path.is_dir() and path.suffix not in (".yaml", ".yml"):
+        return [(Path(), path)]
+    from acmix_deploy.detection.images import find
+
+    images = find(path).paths
+    base = Path(os.path.commonpath([image.parent for image in images]))
+    return [(image.relative_to(base), image) for image in images]
+
+
+def _beside(path: Path, name: Path) -> dict[str, Path]:
+    """What belongs to a model: its sidecar, its weights where they are files of their own, the report of `export`."""
+    found = {str(sidecar(name)): sidecar(path)} if sidecar(path).is_file() else {}
+    if not path.is_file():
+        if not found and not path.is_dir():
+            raise UserError(f"{path} does not exist", "Name a file that is there.")
+        return found
+    if kind_of(path) == "onnx":
+        from acmix_deploy.graph import with_weights
+
+        found |= {str(name.parent / weights.relative_to(path.parent)): weights for weights in with_weights(path)[1:]}
+        if (report := path.with_name("report.json")).is_file():
+            found[str(name.with_name(report.name))] = report
+    return found

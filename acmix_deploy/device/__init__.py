@@ -1,0 +1,1 @@
+"""Other machines where verbs run, behind ssh."""
