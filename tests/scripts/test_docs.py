@@ -64,7 +64,7 @@ def write_measurements(folder: Path) -> None:
     (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
 
 
-LONG = "docs/cli.md", "docs/python.md", "docs/int8.md", "docs/detect.md", "docs/doctor.md"
+LONG = "docs/cli.md", "docs/python.md", "docs/int8.md", "docs/detect.md", "docs/doctor.md", "docs/verify.md"
 
 
 @pytest.mark.parametrize("name", PAGES)
