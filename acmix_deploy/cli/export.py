@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from acmix_deploy.cli.common import add_max_pixels, limit_pixels, needs_torch, progress, show
 from acmix_deploy.cli.on import add_on, connected
-from acmix_deploy.errors import UserError
 from acmix_deploy.options import add_options
 from acmix_deploy.plan import Plan
 from acmix_deploy.targets import NEWEST
@@ -31,8 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
-    if options.fetch and not options.on:
-        raise UserError("--fetch brings engines from a device, and none is named", "Add --on DEVICE.")
     report = _there(options) if options.on else _here(options)
     from acmix_deploy.report.show import show_export
 

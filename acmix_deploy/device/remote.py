@@ -34,6 +34,8 @@ from typing import Any
 MARK = b"\x1eacmix "
 _BEAT_S = 60.0
 """Without a sign of life from the other side for so long the connection counts as lost."""
+_KEPT_S = 30 * 86400
+"""How long a file stays in the store that nothing asks for."""
 _END_S = 10.0
 """What a program is given to end when it is asked to."""
 _BLOCK = 1 << 20
@@ -121,6 +123,9 @@ def receive(request: dict[str, Any]) -> None:
     """Files into the store, each whole and as its SHA-256 says, or not at all."""
     store = _folder(request) / "store"
     store.mkdir(parents=True, exist_ok=True)
+    for old in store.iterdir():  # what no job has and none was given for long
+        if old.stat().st_nlink == 1 and time.time() - old.stat().st_mtime > _KEPT_S:
+            _remove(old)
     for entry in request["files"]:
         with tempfile.NamedTemporaryFile(dir=str(store), prefix=".receiving") as file:
             digest, left = hashlib.sha256(), entry["size"]
@@ -186,12 +191,13 @@ def run(request: dict[str, Any]) -> None:
     if not _found(job):
         with _device_lock(request, link) as device:
             if not _found(job):  # nor begun by another while this one waited
-                if started := _read(job / "started.json"):
+                started, ended = (_read(job / f"{name}.json") for name in ("started", "ended"))
+                if started and not ended:
                     answer({"broken": started, "rebooted": started.get("boot") != _boot()})
                 shutil.rmtree(str(job), ignore_errors=True)
                 holder = _start(request, job, device.fileno())
     if holder is None:
-        answer({"found": _read(job / "started.json") or {}})
+        answer({"found": _read(job / "started.json") or {}, "over": (job / "ended.json").exists()})
     _follow(job, link, bool(request["detach"]), holder)
 
 
@@ -259,6 +265,7 @@ def _start(request: dict[str, Any], job: Path, device: int) -> int:
     for name, sha256 in request["files"].items():
         target = work / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        os.utime(str(store / sha256))
         try:
             os.link(str(store / sha256), str(target))
         except OSError:

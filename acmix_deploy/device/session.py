@@ -11,7 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from acmix_deploy.artifacts import check_output, sha256, sidecar
 from acmix_deploy.device import wheel
 from acmix_deploy.device.link import Link, LinkLost, Talk
 from acmix_deploy.device.registry import Device, named
-from acmix_deploy.errors import CheckFailed, Inconclusive, MissingComponent, UserError
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
 from acmix_deploy.manifest import Machine
 from acmix_deploy.process import ending
 
@@ -124,9 +124,9 @@ class Session:
     def __enter__(self) -> Session:
         self.progress(f"connecting to {self.device.name}")
         with ExitStack() as stack:
-            self._link = stack.enter_context(Link(self.device.host, self.device.folder))
+            self._link = stack.enter_context(Link(self.device.host, self.device.folder, self.name))
+            self._ask_facts()
             self._stack = stack.pop_all()
-        self._ask_facts()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,7 +170,8 @@ class Session:
     @property
     def _makes(self) -> list[str | None]:
         """What decides on what is built there."""
-        return [self.wheel[1], self.facts.tensorrt, self.facts.cuda, self.facts.release]
+        machine = self.machine.model_dump_json() if self.runs_package and self.machine else None
+        return [self.wheel[1], machine, self.facts.tensorrt, self.facts.cuda, self.facts.release]
 
     @property
     def runs_package(self) -> bool:
@@ -189,9 +190,9 @@ class Session:
         if installed is None:
             raise MissingComponent(f"acmix-deploy is not installed in {self.facts.folder} of {self.name}", install)
         if installed.wheel != self.wheel[1]:
-            other = f" {installed.version}" if installed.version != __version__ else ", of another build"
+            other = f", here is {__version__}" if installed.version != __version__ else " of another build than is here"
             raise MissingComponent(
-                f"{self.name} has acmix-deploy{other}, here is {__version__}", install.replace("Install", "Renew")
+                f"{self.name} has acmix-deploy {installed.version}{other}", install.replace("Install", "Renew")
             )
 
     @cached_property
@@ -248,6 +249,7 @@ class Session:
         own = self._makes if keep else "" if self.detach else uuid.uuid4().hex
         identity = [commands, sorted(digests.items()), sorted(writes), environment, own]
         job = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        targets = {f"work/{name}": target for name, target in writes.items() if target}
         request = {
             "job": job,
             "commands": commands,
@@ -270,6 +272,12 @@ class Session:
                 else ("is ended there", "Give the same command again; with --detach it goes on without a connection.")
             )
             raise LinkLost(f"{error.message}; what ran there {fate}", hint) from error
+        except (KeyboardInterrupt, SystemExit):
+            if not self.detach:
+                with suppress(AcmixDeployError):  # such as the rounds that a gate has measured
+                    self._link.fetch(job, {name: to for name, to in targets.items() if to.suffix == ".json"}, progress)
+                    self._link.ask("drop", job=job)
+            raise
         if ended is None:  # it broke off in an earlier call
             raise MissingComponent(f"{what} was ended on {self.name} from outside", "Give the same command again.")
         if "refused" in ended:
@@ -277,7 +285,6 @@ class Session:
             raise MissingComponent(f"{ended['program']} does not run on {self.name}: {ended['refused']}")
         with tempfile.TemporaryDirectory() as folder:
             stdout = Path(folder, "stdout")
-            targets = {f"work/{name}": target for name, target in writes.items() if target}
             self._link.fetch(job, {"stdout": stdout}, lambda step: None)
             self._link.fetch(job, targets, progress)
             printed = stdout.read_text(encoding="utf-8", errors="replace")
@@ -287,17 +294,20 @@ class Session:
 
     def _follow(self, request: Mapping[str, Any], progress: Progress) -> tuple[dict[str, Any] | None, list[str], bool]:
         said: list[str] = []
-        found = False
+        found = over = False
         with self._link.talk("run", **request) as talk, _stopping(talk, self.detach):
             talk.beat()
             for told in talk:
                 if "line" in told:
                     line = told["line"]
-                    progress(line.removesuffix(" ...")) if line.endswith(" ...") else said.append(line)
+                    if not line.endswith(" ..."):
+                        said.append(line)
+                    elif not over:
+                        progress(line.removesuffix(" ..."))
                 elif "waiting" in told:
                     progress(f"waiting for {self.name}: {_holder(told['waiting'])}")
                 elif "found" in told:
-                    found = True
+                    found, over = True, told["over"]
                     progress(f"found on {self.name}, begun {_ago(told['found'], self.clock_s)}")
                 elif "broken" in told:
                     how = "restarted" if told["rebooted"] else "broke off"
