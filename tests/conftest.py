@@ -63,16 +63,10 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _one_registry() -> None:
-    """PyTorch's newer exporter reads its operators anew at each export, for 0.8 s; here once in a process. And it looks
-    through those of its dispatcher 60 times: here again where something was imported since."""
+    """PyTorch's newer exporter reads its operators anew at each export, for 0.8 s; here once in a process."""
     registration = sys.modules.get("torch.onnx._internal.exporter._registration")
     if registration and not hasattr(registration.ONNXRegistry.from_torchlib, "cache_info"):
         registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(registration.ONNXRegistry.from_torchlib))
-    utils = sys.modules.get("torch._export.utils")
-    if utils and not hasattr(utils, "_look_once"):
-        look = utils._materialize_cpp_cia_ops
-        utils._look_once = functools.cache(lambda modules: look())
-        utils._materialize_cpp_cia_ops = lambda: utils._look_once(len(sys.modules))
 
 
 @pytest.fixture
