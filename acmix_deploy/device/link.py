@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ _TOLD_S = 1.0
 _END_S = 25.0
 """What a device is given to end a program and say so; see remote._END_S."""
 _NO_SPACE = (28, 122)  # ENOSPC and EDQUOT of Linux
+_ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4")
+_AGAIN = "Give the same command again."
 
 Answer = dict[str, Any]
 Progress = Callable[[str], None]
@@ -44,22 +46,31 @@ class Link:
     Args:
         host: destination as ssh takes it: a name of ``~/.ssh/config``, ``user@host`` or ``ssh://user@host:port``.
         folder: of this package on the device, beneath its home where it is relative.
+        name: what it is called in what is said.
 
     Raises:
         MissingComponent: there is no ssh here, or the device cannot be reached, with ssh's reason.
     """
 
-    def __init__(self, host: str, folder: str) -> None:
-        self.host, self.folder = host, folder
+    def __init__(self, host: str, folder: str, name: str = "") -> None:
+        self.host, self.folder, self.name = host, folder, name or host
         if shutil.which("ssh") is None:
             raise MissingComponent("ssh was not found", "Install OpenSSH's client: apt-get install openssh-client")
-        self._directory = tempfile.TemporaryDirectory(prefix="acmix-", dir="/tmp")  # a socket's path is short
-        self._socket = Path(self._directory.name, "link")
-        alive = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4", "-o", "ConnectTimeout=15")
+        with ExitStack() as stack:
+            directory = tempfile.TemporaryDirectory(prefix="acmix-", dir="/tmp")  # a socket's path is short
+            self._socket = Path(stack.enter_context(directory), "link")
+            self._connect()
+            stack.callback(self._disconnect)
+            # Where this process is killed that channel ends, and with it the connection.
+            next(iter(stack.enter_context(self.talk("hold"))))
+            self._stack = stack.pop_all()
+
+    def _connect(self) -> None:
+        # In the foreground until it is authenticated, so that ssh can ask for a passphrase or about a host key.
+        options = ("-M", "-N", "-f", "-S", self._socket, "-o", "ControlPersist=5", "-o", "ConnectTimeout=15", *_ALIVE)
         with tempfile.TemporaryFile() as said:  # a pipe would stay open as long as the connection
-            # In the foreground until it is authenticated, so that ssh can ask for a passphrase or about a host key.
             done = subprocess.run(
-                ["ssh", "-M", "-N", "-f", "-S", self._socket, "-o", "ControlPersist=no", *alive, "--", host],
+                ["ssh", *options, "--", self.host],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,
@@ -67,8 +78,16 @@ class Link:
             )
             said.seek(0)
             if done.returncode:
-                self._directory.cleanup()
-                raise _unreachable(host, said.read().decode(errors="replace"))
+                raise _unreachable(self.host, said.read().decode(errors="replace"))
+
+    def _disconnect(self) -> None:
+        subprocess.run(
+            ["ssh", "-S", self._socket, "-O", "exit", "--", self.host],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
 
     def __enter__(self) -> Link:
         return self
@@ -78,14 +97,7 @@ class Link:
 
     def close(self) -> None:
         """End the connection."""
-        subprocess.run(
-            ["ssh", "-S", self._socket, "-O", "exit", "--", self.host],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-        self._directory.cleanup()
+        self._stack.close()
 
     def ask(self, do: str, **request: Any) -> Answer:
         """The one answer to a request that has one. Raises as :meth:`talk` does."""
@@ -109,7 +121,7 @@ class Link:
                 stderr=said,
                 start_new_session=True,  # Ctrl-C is for this process, which tells the device
             )
-            talk = Talk(self.host, process, said)
+            talk = Talk(self.name, process, said)
             try:
                 talk.write(b"%d\n" % len(_SCRIPT), _SCRIPT)
                 talk.write(json.dumps({"do": do, "folder": self.folder, **request}).encode(), b"\n")
@@ -124,15 +136,15 @@ class Link:
             files: by SHA-256.
             progress: told what is being sent, and how fast.
         """
-        missing = self.ask("lacks", sha256=[*files])["missing"]
+        missing = self.ask("lacks", sha256=[*files])["missing"] if files else []
         if not missing:
             return
         if away := [files[sha256] for sha256 in missing if not files[sha256].exists()]:
-            raise UserError(f"{away[0]} is not here, and {self.host} does not have it either", "Make it again.")
+            raise UserError(f"{away[0]} is not here, and {self.name} does not have it either", "Make it again.")
         sizes = {sha256: files[sha256].stat().st_size for sha256 in missing}
         missing.sort(key=lambda sha256: -sizes[sha256])
         names = _named([files[sha256].name for sha256 in missing])
-        transfer = _Transfer(f"sending {names} to {self.host}", sizes, progress)
+        transfer = _Transfer(f"sending {names} to {self.name}", sizes, progress)
         entries = [{"sha256": sha256, "size": sizes[sha256]} for sha256 in missing]
         with self.talk("receive", files=entries) as talk:
             for sha256 in missing:
@@ -155,14 +167,16 @@ class Link:
         Returns:
             The names of those that were there.
         """
-        found = []
+        found: list[str] = []
+        if not targets:
+            return found
         with self.talk("fetch", job=job, names=[*targets]) as talk:
             talk.end()
             for told in talk:
                 if "name" not in told:
                     break
                 name, size = told["name"], told["size"]
-                transfer = _Transfer(f"fetching {targets[name].name} from {self.host}", {name: size}, progress)
+                transfer = _Transfer(f"fetching {targets[name].name} from {self.name}", {name: size}, progress)
                 with replacing(targets[name]) as temporary, temporary.open("wb") as file:
                     for block in talk.data(size):
                         file.write(block)
@@ -175,8 +189,8 @@ class Link:
 class Talk:
     """A request that was sent, and its answers; the connection's errors are raised while they are read."""
 
-    def __init__(self, host: str, process: subprocess.Popen[bytes], said: Any) -> None:
-        self._host, self._process, self._said = host, process, said
+    def __init__(self, name: str, process: subprocess.Popen[bytes], said: Any) -> None:
+        self._name, self._process, self._said = name, process, said
         assert process.stdin
         assert process.stdout
         self._input, self._output = process.stdin, process.stdout
@@ -219,7 +233,7 @@ class Talk:
     def __iter__(self) -> Iterator[Answer]:
         """The answers, until there are no more."""
         told = False
-        while line := self._output.readline():
+        while (line := self._output.readline()).endswith(b"\n"):  # not half of one
             if remote.MARK not in line:
                 continue  # of the login shell
             content: Answer = json.loads(line.partition(remote.MARK)[2])
@@ -252,21 +266,28 @@ class Talk:
         self._process.wait()
 
     def _error(self, told: Answer) -> AcmixDeployError:
-        place = f"{told['path']} on {self._host}" if told.get("path") else f"files on {self._host}"
+        place = f"{told['path']} on {self._name}" if told.get("path") else f"files on {self._name}"
         if told["errno"] in _NO_SPACE:
             return no_space(place, told["error"])
         if told["errno"] is None:
-            return MissingComponent(f"{self._host}: {told['error']}", "Give the same command again.")
-        return UserError(f"{place} cannot be used: {told['error']}", "Choose a folder that you may write to: --folder")
+            return MissingComponent(f"{self._name}: {told['error']}", _AGAIN)
+        return UserError(
+            f"{place} cannot be used: {told['error']}",
+            "Have the folder made there once, so that it is yours, or choose another one: acmix-deploy device add "
+            f"{self._name} --folder DIR",
+        )
 
     def _ended(self, code: int) -> AcmixDeployError:
         self._said.seek(0)
         said = self._said.read().decode(errors="replace")
-        if code == 127 or "python3: " in said:
-            return MissingComponent(f"{self._host} has no python3", "Install it there: apt-get install python3")
         if code in (255, -signal.SIGTERM, -signal.SIGKILL):
-            return LinkLost(f"the connection to {self._host} was lost{_last(said)}")
-        return MissingComponent(f"{self._host} gave no answer: exit code {code}{_last(said)}")
+            return LinkLost(f"the connection to {self._name} was lost{_last(said)}", _AGAIN)
+        if code == 127 and "librar" not in said:  # that of a loader too, which says so
+            return MissingComponent(f"{self._name} has no python3", "Install it there: apt-get install python3")
+        return MissingComponent(
+            f"python3 gave no answer on {self._name}: exit code {code}{_last(said)}",
+            "Does python3 --version work there, by ssh?",
+        )
 
 
 class _Transfer:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -33,15 +34,25 @@ from typing import Any
 MARK = b"\x1eacmix "
 _BEAT_S = 60.0
 """Without a sign of life from the other side for so long the connection counts as lost."""
+_KEPT_S = 30 * 86400
+"""How long a file stays in the store that nothing asks for."""
 _END_S = 10.0
 """What a program is given to end when it is asked to."""
 _BLOCK = 1 << 20
+_PR_SET_PDEATHSIG = 1
 
 
 def answer(content: dict[str, Any]) -> None:
     """Send a line of JSON."""
     sys.stdout.buffer.write(b"\n" + MARK + json.dumps(content).encode() + b"\n")
     sys.stdout.buffer.flush()
+
+
+def hold(request: dict[str, Any]) -> None:
+    """Keep a channel open until the other side closes it, or is gone."""
+    answer({"held": True})
+    for _ in sys.stdin.buffer:
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,6 +123,9 @@ def receive(request: dict[str, Any]) -> None:
     """Files into the store, each whole and as its SHA-256 says, or not at all."""
     store = _folder(request) / "store"
     store.mkdir(parents=True, exist_ok=True)
+    for old in store.iterdir():  # what no job has and none was given for long
+        if old.stat().st_nlink == 1 and time.time() - old.stat().st_mtime > _KEPT_S:
+            _remove(old)
     for entry in request["files"]:
         with tempfile.NamedTemporaryFile(dir=str(store), prefix=".receiving") as file:
             digest, left = hashlib.sha256(), entry["size"]
@@ -152,7 +166,7 @@ def drop(request: dict[str, Any]) -> None:
     """Remove a job, or what ``parts`` names of the folder."""
     parts = [_folder(request) / part for part in request.get("parts", ())] or [_job(request)]
     for part in parts:
-        shutil.rmtree(str(part), ignore_errors=True) if part.is_dir() else _remove(part)
+        shutil.rmtree(str(part)) if part.is_dir() else _remove(part)
     folder = _folder(request)
     if request.get("parts") and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -177,12 +191,13 @@ def run(request: dict[str, Any]) -> None:
     if not _found(job):
         with _device_lock(request, link) as device:
             if not _found(job):  # nor begun by another while this one waited
-                if started := _read(job / "started.json"):
+                started, ended = (_read(job / f"{name}.json") for name in ("started", "ended"))
+                if started and not ended:
                     answer({"broken": started, "rebooted": started.get("boot") != _boot()})
                 shutil.rmtree(str(job), ignore_errors=True)
                 holder = _start(request, job, device.fileno())
     if holder is None:
-        answer({"found": _read(job / "started.json") or {}})
+        answer({"found": _read(job / "started.json") or {}, "over": (job / "ended.json").exists()})
     _follow(job, link, bool(request["detach"]), holder)
 
 
@@ -190,9 +205,10 @@ def _found(job: Path) -> bool:
     """Whether a job runs, or has ended by itself and waits to be taken."""
     if not job.is_dir():
         return False
-    ended = _read(job / "ended.json")
     with (job / "lock").open("a") as lock:
-        return not _locked(lock) or (ended is not None and not ended.get("stopped"))
+        running = not _locked(lock)
+    ended = _read(job / "ended.json")
+    return running or (ended is not None and not ended.get("stopped"))
 
 
 class _Link:
@@ -224,7 +240,7 @@ def _device_lock(request: dict[str, Any], link: _Link) -> Any:
             path.open("a").close()
         finally:
             os.umask(mask)
-    file = path.open("r+")
+    file = path.open()  # reading is enough to lock, where another user lets nobody write
     deadline, told = time.monotonic() + request["wait"], None
     while not _locked(file):
         holder = _read(path) or {}
@@ -236,9 +252,9 @@ def _device_lock(request: dict[str, Any], link: _Link) -> Any:
             answer({"waiting": holder})
             told = holder
         time.sleep(0.2)
-    file.truncate(0)
-    json.dump({"who": request["who"], "what": request["what"], "since": time.time()}, file)
-    file.flush()
+    with contextlib.suppress(OSError), path.open("r+") as told_to_others:
+        told_to_others.truncate(0)
+        json.dump({"who": request["who"], "what": request["what"], "since": time.time()}, told_to_others)
     return file
 
 
@@ -249,6 +265,7 @@ def _start(request: dict[str, Any], job: Path, device: int) -> int:
     for name, sha256 in request["files"].items():
         target = work / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        os.utime(str(store / sha256))
         try:
             os.link(str(store / sha256), str(target))
         except OSError:
@@ -283,8 +300,9 @@ def _keep(request: dict[str, Any], job: Path, device: int, attached: int | None,
     """Run the programs of a job one after the other and write how the last one ended.
 
     The program is ended when that is asked for, and where it is ``attached``, when the other end of that pipe is
-    closed: whoever follows it is gone then, however that came.
+    closed: whoever follows it is gone then, however that came. It does not outlive this process.
     """
+    libc = ctypes.CDLL(None)
     with (job / "lock").open("a") as lock, (job / "stdout").open("ab") as out, (job / "stderr").open("ab") as err:
         _locked(lock)
         os.write(told, b".")
@@ -301,25 +319,36 @@ def _keep(request: dict[str, Any], job: Path, device: int, attached: int | None,
                     env={**os.environ, **request["environment"]},
                     start_new_session=True,
                     pass_fds=(device,),
+                    preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509  has no threads
                 )
             except OSError as error:
                 ended = {"refused": str(error.strerror), "program": command[0]}
                 break
             stopped = False
             while process.poll() is None:
-                gone = attached is not None and bool(select.select([attached], [], [], 0)[0])
-                if gone or (job / "stop").exists():
+                if _gone(attached) or (job / "stop").exists():
                     stopped = True
                     _end(process)
                 time.sleep(0.05)
             ended = {"code": process.returncode, "stopped": stopped}
             if stopped or process.returncode:
                 break
-        store = _folder(request) / "store"
-        ended["digests"] = {name: _store(job / "work" / name, store) for name in request["keeps"]}
-        written = {name: job / "work" / name for name in request["writes"]}
-        ended["sizes"] = {name: path.stat().st_size for name, path in written.items() if path.is_file()}
-        _write(job / "ended.json", ended)
+        try:
+            store = _folder(request) / "store"
+            ended["digests"] = {name: _store(job / "work" / name, store) for name in request["keeps"]}
+            written = {name: job / "work" / name for name in request["writes"]}
+            ended["sizes"] = {name: path.stat().st_size for name, path in written.items() if path.is_file()}
+            _write(job / "ended.json", ended)
+        except OSError as error:  # no space is left; what it wrote may be half of it
+            shutil.rmtree(str(job / "work"), ignore_errors=True)
+            out.truncate(0)
+            _write(job / "ended.json", _error(error))
+        if ended.get("stopped") and _gone(attached):
+            shutil.rmtree(str(job), ignore_errors=True)
+
+
+def _gone(attached: int | None) -> bool:
+    return attached is not None and bool(select.select([attached], [], [], 0)[0])
 
 
 def _end(process: Any) -> None:
@@ -339,6 +368,8 @@ def _follow(job: Path, link: _Link, detached: bool, holder: int | None) -> None:
     asked = False
     while True:
         ended = _read(job / "ended.json")
+        if not job.is_dir():
+            return  # taken by the same command, given elsewhere
         with (job / "lock").open("a") as lock:
             alive = not _locked(lock)
         with (job / "stderr").open("rb") as file:
@@ -349,7 +380,9 @@ def _follow(job: Path, link: _Link, detached: bool, holder: int | None) -> None:
         for line in lines + [rest] * bool(ended is not None and rest):
             answer({"line": line.decode(errors="replace")})
         if ended is not None:
-            answer({"ended": ended})
+            if ended.get("stopped") or "error" in ended:  # nobody can take anything of it
+                shutil.rmtree(str(job), ignore_errors=True)
+            answer(ended if "error" in ended else {"ended": ended})
             return
         if not alive and _read(job / "ended.json") is None:
             answer({"broken": _read(job / "started.json") or {}, "rebooted": False})
@@ -368,12 +401,21 @@ def _follow(job: Path, link: _Link, detached: bool, holder: int | None) -> None:
 # What they share
 
 
+def _error(error: Exception) -> dict[str, Any]:
+    """An error as an answer."""
+    number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    return {"error": getattr(error, "strerror", None) or str(error), "errno": number, "path": path and str(path)}
+
+
 class _Refused(Exception):
     """Something that is told by a word and what belongs to it."""
 
 
 def _folder(request: dict[str, Any]) -> Path:
-    return Path.home().joinpath(Path(request["folder"]).expanduser()).absolute()
+    folder = Path(os.path.normpath(str(Path.home() / Path(request["folder"]).expanduser())))
+    if folder in (Path.home(), *Path.home().parents):  # where others have a `store` or `jobs`
+        raise OSError(errno.EINVAL, "it has to be a folder of its own", str(folder))
+    return folder
 
 
 def _job(request: dict[str, Any]) -> Path:
@@ -466,11 +508,14 @@ def main(functions: Sequence[Callable[[dict[str, Any]], None]]) -> None:
         word, what = error.args
         answer({"refused": word, "what": what})
     except (OSError, EOFError, ValueError) as error:
-        number, path = getattr(error, "errno", None), getattr(error, "filename", None)
-        answer({"error": getattr(error, "strerror", None) or str(error), "errno": number, "path": path and str(path)})
+        answer(_error(error))
     except KeyboardInterrupt:
         pass
 
 
 if __name__ == "__main__":
-    main((facts, lacks, receive, fetch, drop, note_installed, run))
+    try:
+        main((hold, facts, lacks, receive, fetch, drop, note_installed, run))
+        sys.stdout.buffer.flush()
+    finally:
+        os._exit(0)  # a thread may be reading stdin, which Python would call a fatal error

@@ -5,11 +5,13 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import signal
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,7 @@ from acmix_deploy.artifacts import check_output, sha256, sidecar
 from acmix_deploy.device import wheel
 from acmix_deploy.device.link import Link, LinkLost, Talk
 from acmix_deploy.device.registry import Device, named
-from acmix_deploy.errors import CheckFailed, Inconclusive, MissingComponent, UserError
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
 from acmix_deploy.manifest import Machine
 from acmix_deploy.process import ending
 
@@ -122,9 +124,9 @@ class Session:
     def __enter__(self) -> Session:
         self.progress(f"connecting to {self.device.name}")
         with ExitStack() as stack:
-            self._link = stack.enter_context(Link(self.device.host, self.device.folder))
+            self._link = stack.enter_context(Link(self.device.host, self.device.folder, self.name))
+            self._ask_facts()
             self._stack = stack.pop_all()
-        self._ask_facts()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +170,8 @@ class Session:
     @property
     def _makes(self) -> list[str | None]:
         """What decides on what is built there."""
-        return [self.wheel[1], self.facts.tensorrt, self.facts.cuda, self.facts.release]
+        machine = self.machine.model_dump_json() if self.runs_package and self.machine else None
+        return [self.wheel[1], machine, self.facts.tensorrt, self.facts.cuda, self.facts.release]
 
     @property
     def runs_package(self) -> bool:
@@ -187,9 +190,9 @@ class Session:
         if installed is None:
             raise MissingComponent(f"acmix-deploy is not installed in {self.facts.folder} of {self.name}", install)
         if installed.wheel != self.wheel[1]:
-            other = f" {installed.version}" if installed.version != __version__ else ", of another build"
+            other = f", here is {__version__}" if installed.version != __version__ else " of another build than is here"
             raise MissingComponent(
-                f"{self.name} has acmix-deploy{other}, here is {__version__}", install.replace("Install", "Renew")
+                f"{self.name} has acmix-deploy {installed.version}{other}", install.replace("Install", "Renew")
             )
 
     @cached_property
@@ -218,7 +221,7 @@ class Session:
     ) -> Ended:
         """Run programs one after the other, until one fails, in a folder of the job that both sides know it by.
 
-        The same call finds what an earlier one began and did not take, as it was lost, or what was to be kept.
+        The same call finds what an earlier one began detached and did not take, and what was to be kept.
 
         Args:
             what: it is, for others who wait for the device.
@@ -242,8 +245,11 @@ class Session:
             check_output(target, *files.values())
         digests = {name: _digest(path) for name, path in files.items()}
         self._link.send({digests[name]: path for name, path in files.items()}, progress)
-        identity = [commands, sorted(digests.items()), sorted(writes), environment, self._makes if keep else ""]
+        # Others who give the same command at the same time share what is kept, or detached, and nothing else.
+        own = self._makes if keep else "" if self.detach else uuid.uuid4().hex
+        identity = [commands, sorted(digests.items()), sorted(writes), environment, own]
         job = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        targets = {f"work/{name}": target for name, target in writes.items() if target}
         request = {
             "job": job,
             "commands": commands,
@@ -260,8 +266,18 @@ class Session:
         try:
             ended, said, found = self._follow(request, progress)
         except LinkLost as error:
-            fate = "goes on: give the same command again to take what comes of it" if self.detach else "is ended there"
-            raise LinkLost(f"{error.message}; what ran there {fate}") from error
+            fate, hint = (
+                ("goes on", "Give the same command again to take what comes of it.")
+                if self.detach
+                else ("is ended there", "Give the same command again; with --detach it goes on without a connection.")
+            )
+            raise LinkLost(f"{error.message}; what ran there {fate}", hint) from error
+        except (KeyboardInterrupt, SystemExit):
+            if not self.detach:
+                with suppress(AcmixDeployError):  # such as the rounds that a gate has measured
+                    self._link.fetch(job, {name: to for name, to in targets.items() if to.suffix == ".json"}, progress)
+                    self._link.ask("drop", job=job)
+            raise
         if ended is None:  # it broke off in an earlier call
             raise MissingComponent(f"{what} was ended on {self.name} from outside", "Give the same command again.")
         if "refused" in ended:
@@ -269,7 +285,6 @@ class Session:
             raise MissingComponent(f"{ended['program']} does not run on {self.name}: {ended['refused']}")
         with tempfile.TemporaryDirectory() as folder:
             stdout = Path(folder, "stdout")
-            targets = {f"work/{name}": target for name, target in writes.items() if target}
             self._link.fetch(job, {"stdout": stdout}, lambda step: None)
             self._link.fetch(job, targets, progress)
             printed = stdout.read_text(encoding="utf-8", errors="replace")
@@ -279,17 +294,20 @@ class Session:
 
     def _follow(self, request: Mapping[str, Any], progress: Progress) -> tuple[dict[str, Any] | None, list[str], bool]:
         said: list[str] = []
-        found = False
+        found = over = False
         with self._link.talk("run", **request) as talk, _stopping(talk, self.detach):
             talk.beat()
             for told in talk:
                 if "line" in told:
                     line = told["line"]
-                    progress(line.removesuffix(" ...")) if line.endswith(" ...") else said.append(line)
+                    if not line.endswith(" ..."):
+                        said.append(line)
+                    elif not over:
+                        progress(line.removesuffix(" ..."))
                 elif "waiting" in told:
                     progress(f"waiting for {self.name}: {_holder(told['waiting'])}")
                 elif "found" in told:
-                    found = True
+                    found, over = True, told["over"]
                     progress(f"found on {self.name}, begun {_ago(told['found'], self.clock_s)}")
                 elif "broken" in told:
                     how = "restarted" if told["rebooted"] else "broke off"
@@ -311,6 +329,11 @@ class Session:
         """Raises what a program of this package ended with, as its type and in its words."""
         if ended.code == 0:
             return
+        if ended.code == -signal.SIGKILL:
+            raise MissingComponent(
+                f"{self.name} ended what ran there, as the system does when memory runs out",
+                "End other programs there, or make swap space.",
+            )
         lines = [line for line in ended.said if line.strip()]
         start = max((index for index, line in enumerate(lines) if line.startswith("error: ")), default=None)
         if start is None:

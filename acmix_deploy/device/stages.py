@@ -187,13 +187,12 @@ class There:
     def _programs(self, what: str, commands: Sequence[Sequence[str]], **options: Any) -> Ended:
         """:meth:`Session.run`, which is noted with what it said. Raises what it ended with, too."""
         done = self.session.run(what, commands, **options)
-        self._ran.append(what)
-        if done.found:
-            self._found.append(what)
         self._log += f"{what}: exit code {done.code}\n" + "".join(f"    {line}\n" for line in done.said)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / LOG).write_text(self._log, encoding="utf-8")
         self.session.check(done)
+        self._ran.append(what)
+        self._found += [what] * done.found
         return done
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 import acmix_deploy
 from acmix_deploy.artifacts import replacing
 
@@ -28,11 +30,7 @@ def write_wheel(path: Path) -> None:
     imported.
     """
     found = metadata.distribution(_DISTRIBUTION)
-    information = {
-        # setuptools leaves a folder `.egg-info` beside the package, which calls it PKG-INFO.
-        "METADATA": found.read_text("METADATA") or found.read_text("PKG-INFO") or "",
-        "entry_points.txt": found.read_text("entry_points.txt") or "",
-    }
+    information = {"METADATA": _metadata(found), "entry_points.txt": found.read_text("entry_points.txt") or ""}
     described = {f"{_INFO}/{name}": text.encode() for name, text in (*information.items(), ("WHEEL", _WHEEL))}
     record = []
     with (
@@ -44,6 +42,15 @@ def write_wheel(path: Path) -> None:
             record.append(f"{name},sha256={digest},{len(content)}\n")
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
         archive.writestr(zipfile.ZipInfo(f"{_INFO}/RECORD"), "".join([*record, f"{_INFO}/RECORD,,\n"]))
+
+
+def _metadata(found: metadata.Distribution) -> str:
+    """What pip has to know, in a form that does not depend on what installed the package here."""
+    fields = [("Metadata-Version", "2.1"), ("Name", _DISTRIBUTION), ("Version", acmix_deploy.__version__)]
+    fields += [("Requires-Python", text) for text in found.metadata.get_all("Requires-Python", [])]
+    fields += [("Provides-Extra", extra) for extra in sorted(found.metadata.get_all("Provides-Extra", []))]
+    fields += [("Requires-Dist", text) for text in sorted(str(Requirement(each)) for each in found.requires or [])]
+    return "".join(f"{name}: {text}\n" for name, text in fields)
 
 
 def _files() -> Iterator[tuple[str, bytes]]:

@@ -101,6 +101,8 @@ def next_steps(
     """
     if device and not device.package:
         return tuple(f"On {device.name}: trtexec --loadEngine={shlex.quote(path)}" for path in device.engines)
+    if device and device.machine and not device.machine.gpu:
+        return (f"{device.name} has no GPU. --fetch brings its engines here, for a machine with one",)
     if engines := [str(artifact.path) for role, artifact in artifacts.items() if role.endswith(ENGINE)]:
         there = f" --on {shlex.quote(device.name)}" if device else ""
         return (f"acmix-deploy profile {shlex.join(engines)} --layers --power{there}",)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from acmix_deploy.artifacts import sha256
+from acmix_deploy.device.wheel import write_wheel
 from tests.device.loopback import Device, device
 
 
@@ -14,6 +19,32 @@ from tests.device.loopback import Device, device
 def bench(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """A new device, which `ssh bench` reaches here; no device has a name yet."""
     with device(tmp_path_factory.mktemp("device") / "root") as made:
-        monkeypatch.setenv("PATH", f"{made.client}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setenv("XDG_CONFIG_HOME", str(made.root / "config"))
+        use(made, monkeypatch)
         yield made
+
+
+def use(made: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `ssh bench` reach a device, and keep names of devices in its folder."""
+    monkeypatch.setenv("PATH", f"{made.client}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(made.root / "config"))
+
+
+@pytest.fixture(scope="session")
+def this_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as a wheel."""
+    path = tmp_path_factory.mktemp("wheel") / "this.whl"
+    write_wheel(path)
+    return path
+
+
+def stand_in(bench: Device, this_wheel: Path, verb: str) -> None:
+    """Have a device whose package is a script of sh in place of every verb; it is as it would be installed."""
+    folder = bench.home / "acmix-deploy"
+    (folder / "venv/bin").mkdir(parents=True, exist_ok=True)
+    (folder / "venv/bin/python").write_text(f"#!/bin/sh\n{verb}\n")
+    (folder / "venv/bin/python").chmod(0o755)
+    (folder / "installed.json").write_text(json.dumps({"version": "0.1.0", "wheel": sha256(this_wheel)}))
+
+
+def quoted(path: Path) -> str:
+    return shlex.quote(str(path))

@@ -45,6 +45,7 @@ from tests.device.proxy import Proxy
 SSHD = Path("/usr/sbin/sshd")
 # Of what the tests have, what a device lacks: this package, and what only an export needs.
 NOT_THERE = ("acmix_deploy", "__editable__", "torch", "functorch", "triton-", "ultralytics", "thop", "onnxscript")
+_STAYS = ("acmix-deploy.lock", ".ses")  # ours, and ONNX Runtime's
 PROGRAMS = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
 
 SSHD_CONFIG = """\
@@ -153,8 +154,9 @@ class Device:
         (root / "sshd_config").write_text(SSHD_CONFIG.format(**values))
         (root / "ssh_config").write_text(SSH_CONFIG.format(**values))
         _program(root / "session", SESSION.format(root=shlex.quote(str(root))))
-        ssh, config = shutil.which("ssh"), shlex.quote(str(root / "ssh_config"))
-        _program(self.client / "ssh", f'#!/bin/sh\nexec {ssh} -F {config} "$@"\n')
+        ssh, config, calls = shutil.which("ssh"), *(shlex.quote(str(root / name)) for name in ("ssh_config", "calls"))
+        text = f"""#!/bin/sh\n{{ printf '%s\\0' "$@"; echo; }} >> {calls}\nexec {ssh} -F {config} "$@"\n"""
+        _program(self.client / "ssh", text)
         self.profile("")
 
     def ssh(self, command: str, host: str = "bench", stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
@@ -162,6 +164,24 @@ class Device:
         line: list[str | Path] = [self.client / "ssh", "-o", "BatchMode=yes", host, command]
         done = subprocess.run(line, input=stdin, capture_output=True, check=False, timeout=60)
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def calls(self) -> list[list[str]]:
+        """The arguments of each ssh that was started, but for those of the test's configuration."""
+        path = self.root / "calls"
+        lines = path.read_text().split("\0\n") if path.exists() else []
+        return [line.split("\0") for line in lines if line]
+
+    def left(self) -> list[object]:
+        """What commands that ended should not have left: connections, processes, sockets, files but those to keep."""
+        found: list[object] = []
+        until(lambda: not (self.link.open or self.processes()))
+        found += ["a connection"] * self.link.open
+        found += [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in self.processes()]
+        sockets = {Path(call[call.index("-S") + 1]).parent for call in self.calls() if "-S" in call}
+        found += [path for path in sockets if path.exists()]
+        found += [path for path in self.tmp.iterdir() if path.name not in _STAYS]
+        found += [*self.home.glob("*/jobs/*"), *self.home.glob("*/.*"), *self.home.glob("*/store/.*")]
+        return found
 
     def log(self) -> str:
         """What sshd says of its connections."""
@@ -183,7 +203,7 @@ class Device:
             folders = [Path(folder) for folder in reversed(PROGRAMS)]
             for name, path in {path.name: path for folder in folders for path in folder.glob("*")}.items():
                 (self._programs / name).symlink_to(path)
-            self._set(PATH=f"{self.bin}:{self._programs}")
+            self.set(PATH=f"{self.bin}:{self._programs}")
         for path in (*self.bin.glob(pattern), *self._programs.glob(pattern)):
             path.unlink()
 
@@ -201,12 +221,12 @@ class Device:
 
     def clock(self, shift: int) -> None:
         """Have its programs see a time that is off by so many seconds; times of files stay right. Skips without cc."""
-        self._set(LD_PRELOAD=_world(self.root), LOOPBACK_CLOCK_SHIFT=str(shift))
+        self.set(LD_PRELOAD=_world(self.root), LOOPBACK_CLOCK_SHIFT=str(shift))
 
     def reboot(self) -> None:
         """End all that runs there and all connections, forget TMPDIR and have another boot id. Skips without cc."""
         boot = self.root / "boot_id"
-        self._set(LD_PRELOAD=_world(self.root), LOOPBACK_BOOT_ID=boot)
+        self.set(LD_PRELOAD=_world(self.root), LOOPBACK_BOOT_ID=boot)
         self.link.down()
         self.kill()
         boot.write_text(f"{uuid.uuid4()}\n")
@@ -300,14 +320,14 @@ class Device:
             (self.root / "lib").mkdir()
             (self.root / "lib/libtensorrt_rtx.so").symlink_to(libraries[0])
             self._variables["LD_LIBRARY_PATH"] = f"{self.root / 'lib'}:{libraries[0].parent}"
-        self._set(PATH=":".join([str(self.bin), *PROGRAMS]))
+        self.set(PATH=":".join([str(self.bin), *PROGRAMS]))
 
     def _user_site(self) -> Path:
         folder = Path(site.getusersitepackages().replace(site.getuserbase(), str(self.home / ".local"), 1))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _set(self, **variables: str | Path) -> None:
+    def set(self, **variables: str | Path) -> None:
         self._variables.update(variables)
         lines = [f"export {name}={shlex.quote(str(value))}\n" for name, value in self._variables.items()]
         (self.root / "environment").write_text("".join(lines))

@@ -92,7 +92,7 @@ def test_doctor(board):
 
 
 def test_detections(board, detector):
-    """Those of this machine, to what is printed of them but the last digit."""
+    """Those of this machine."""
 
     def read(printed: str) -> list[dict[str, Any]]:
         return [found for line in printed.splitlines() for found in json.loads(line)["detections"]]

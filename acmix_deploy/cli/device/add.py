@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--offline says how to install, and nothing is to be installed", "Add --install.")
     before = registry.named(options.name)
     given = {"host": options.host, "folder": options.folder}
-    device = before.model_copy(update={name: value for name, value in given.items() if value})
+    device = before.model_copy(update={name: value for name, value in given.items() if value is not None})
     registry.named(device.host)
     session = Session(device, progress=lambda step: print(f"{step} ...", file=sys.stderr))
     with session, progress() as session.progress:
