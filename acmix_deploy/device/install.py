@@ -57,7 +57,7 @@ def install(session: Session, *, offline: bool = False) -> Installed:
         )
     if done.code:
         raise MissingComponent(
-            f"the package cannot be installed on {session.name}: {done.last_words}",
+            f"the package cannot be installed on {session.name}: {done.last_words.removeprefix('error: ')}",
             "Without a network there: --offline. Where sudo asks for a password, install the system's packages once by "
             "hand: docs/devices.md#install.",
         )
