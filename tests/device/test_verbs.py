@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +14,7 @@ from onnx import TensorProto, helper
 from acmix_deploy.cli import main
 from acmix_deploy.gate.read import read_samples
 from tests.device.conftest import use
-from tests.device.loopback import Device, device
+from tests.device.loopback import Device
 from tests.gate.test_run import chain
 
 cv2 = pytest.importorskip("cv2", reason="no OpenCV: pip install opencv-python-headless")
@@ -24,24 +22,14 @@ cv2 = pytest.importorskip("cv2", reason="no OpenCV: pip install opencv-python-he
 FAST = ["--samples", "3", "--seconds", "0.1"]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
-    """A device on which the package was installed, into a folder with a space. Nothing is downloaded."""
-    with device(tmp_path_factory.mktemp("device") / "root") as found, pytest.MonkeyPatch.context() as patch:
-        found.set(PIP_NO_INDEX="1")
-        use(found, patch)
-        assert main(["device", "add", "bench", "--folder", "a folder", "--install"]) == 0
-        yield found
-
-
 @pytest.fixture
-def bench(made, tmp_path, monkeypatch) -> Iterator[Device]:
+def bench(installed, tmp_path, monkeypatch) -> Iterator[Device]:
     """The same, and a folder here for commands. Each leaves nothing but a store."""
-    use(made, monkeypatch)
+    use(installed, monkeypatch)
     monkeypatch.chdir(tmp_path)
     chain(tmp_path / "model.onnx")
-    yield made
-    assert made.left() == []
+    yield installed
+    assert installed.left() == []
 
 
 def answer(capsys, *arguments):
@@ -85,7 +73,7 @@ def test_renewal(bench, capsys):
     installed = bench.home / "a folder/installed.json"
     installed.write_text(json.dumps({"version": "0.1.0", "wheel": "of another"}))
     try:
-        code, found, told = answer(capsys, "doctor", "model.onnx", "--on", "bench")
+        _, found, _ = answer(capsys, "doctor", "model.onnx", "--on", "bench")
         (there,) = (part for part in found["environment"] if part["name"] == "acmix-deploy there")
         assert (there["state"], found["file"]) == ("missing", None)
         assert there["found"].startswith("bench has acmix-deploy 0.1.0 of another build than is here; Python ")
@@ -104,37 +92,26 @@ def keys(found):
 
 def test_profile_as_here(bench, tmp_path, capsys):
     """Files are called as they are given, wherever they lie."""
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "cwd").mkdir()
-    names = ["a b'\"$(touch x)`;.onnx", "-dash.onnx", "[1].onnx"]
-    paths = ["model.onnx", "sub/model.onnx", tmp_path / "sub/other.onnx", "../cwd/model.onnx", *names]
-    for index, path in enumerate(paths):
-        chain(tmp_path / "cwd" / path if str(path).startswith("..") else tmp_path / path, 1 + index % 3)
-    (tmp_path / "cwd/..").resolve()
-    shutil.copytree(tmp_path, tmp_path / "cwd/copy", ignore=shutil.ignore_patterns("cwd"))
-    given = [str(path) for path in paths if not str(path).startswith("-")]
-    given = [path.replace("../cwd", "sub/../cwd") for path in given]
-    arguments = ["profile", *FAST, *given[1:], "--json", "--", "-dash.onnx"]
+    given = ["model.onnx", "sub/model.onnx", str(tmp_path / "sub/other.onnx"), "sub/../beside/model.onnx"]
+    given += ["a b'\"$(touch x)`;.onnx", "[1].onnx", "-dash.onnx"]
+    for index, path in enumerate(given):
+        Path(path).parent.mkdir(exist_ok=True)
+        chain(Path(path), 1 + index % 3)
     answers = []
     for on in ([], ["--on", "bench"]):
         capsys.readouterr()
-        assert main(["profile", *on, *FAST, "--json", "--", *given, "-dash.onnx"]) == 0, capsys.readouterr().err
+        assert main(["profile", *on, *FAST, "--json", "--", *given]) == 0
         answers.append(json.loads(capsys.readouterr().out))
     here, there = answers
-    assert keys(here["profiles"][0]).keys() == keys(there["profiles"][0]).keys()
+    assert [keys(part) for part in there["profiles"]] == [keys(part) for part in here["profiles"]]
     assert [part["file"] for part in there["profiles"]] == [part["file"] for part in here["profiles"]]
-    assert arguments
     assert not [*bench.home.glob("**/x")]
 
 
 def test_exit_codes_as_here(bench, tmp_path, capsys):
     (tmp_path / "broken.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:-40])
-    (tmp_path / "text.onnx").write_text("hello")
     for arguments in (
-        ["profile", "broken.onnx"],
         ["profile", tmp_path / "broken.onnx"],
-        ["profile", "text.onnx"],
-        ["profile", "absent.onnx"],
         ["profile", "model.onnx", "--provider", "cuda"],
         ["gate", "run", "--candidate", "broken.onnx", "-o", "gate.json"],
         ["gate", "run", "--candidate", "model.onnx", "-o", "model.onnx"],
@@ -223,18 +200,3 @@ def test_tables_as_here(bench, capsys):
     out = capsys.readouterr().out
     assert "model.onnx" in out
     assert "{" not in out
-
-
-def test_python_that_is_too_old(bench, capsys):
-    """JetPack 5 has 3.8."""
-    version = "collections.namedtuple('Version', 'major minor micro releaselevel serial')(3, 8, 10, 'final', 0)"
-    assert version
-    with device(bench.root.parent / "old") as old, pytest.MonkeyPatch.context() as patch:
-        use(old, patch)
-        old.old_python()
-        code, _, told = answer(capsys, "device", "add", "bench", "--install")
-    assert code == 3
-    assert "error: bench has Python 3.8." in told
-    assert "3.10" in told
-    assert sys.executable
-    assert subprocess
