@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_cut_while_it_builds(bench, capsys):
     assert "model.fused.engine was not compared: bench has no GPU" in found.notes
     assert "model.fused.engine was not compared: bench has no GPU" in " ".join(printed.split())
     assert {comparison.candidate for comparison in found.verification.comparisons} == {
-        "model.plain.onnx",
+        "model.onnx",
         "model.fused.onnx",
     }
     assert found.files["fused"].profile
@@ -151,3 +152,21 @@ def test_engines_that_run_there_are_compared_here(gpu, capsys):
     assert main(["export", "model.pt", *OPTIONS, "--fp16"]) == 1
     assert "model.fp16.engine" in capsys.readouterr().err
     assert not report().passed
+
+
+@pytest.mark.soak
+def test_what_a_device_costs(installed, tmp_path, monkeypatch, capsys):
+    """The demo's checkpoint, with the package installed there and no connection open: plugin and engine included."""
+    pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    from scripts.train_shapes import CHECKPOINT
+
+    use(installed, monkeypatch)
+    seconds = {}
+    for out, options in (("here", ["--no-engine"]), ("there", ["--on", "bench"])):
+        start = time.monotonic()
+        assert main(["export", str(CHECKPOINT), "--fp16", "--out", str(tmp_path / out), *options]) == 0
+        seconds[out] = time.monotonic() - start
+    with capsys.disabled():
+        ratio = seconds["there"] / seconds["here"]
+        print(f"\nexport {seconds['here']:.0f} s, to a device {seconds['there']:.0f} s, {ratio:.2f} times as long")
+    assert seconds["there"] - seconds["here"] < 90
