@@ -53,4 +53,5 @@ def stand_in(bench: Device, this_wheel: Path, verb: str) -> None:
     (folder / "venv/bin").mkdir(parents=True, exist_ok=True)
     (folder / "venv/bin/python").write_text(f"#!/bin/sh\n{verb}\n")
     (folder / "venv/bin/python").chmod(0o755)
+    (folder / ".acmix-deploy").touch()
     (folder / "installed.json").write_text(json.dumps({"version": "0.1.0", "wheel": sha256(this_wheel)}))
