@@ -12,6 +12,8 @@ from typing import Any
 
 from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
+from acmix_deploy.device.check import DeviceDocument
+from acmix_deploy.device.registry import DevicesDocument
 from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.doctor.messages import MESSAGES, Message
 from acmix_deploy.doctor.pasted import PastedDocument, groups_in
@@ -52,6 +54,8 @@ DOCUMENTS: tuple[type[Document], ...] = (
     BuildDocument,
     DetectDocument,
     DetectResponse,
+    DeviceDocument,
+    DevicesDocument,
     DoctorDocument,
     ExportReport,
     Fp16Document,

@@ -309,31 +309,31 @@ def unit_of(instruction: Instruction) -> str:
     return UNIT_OF[name]
 
 
-def find_nvdisasm(cuda: Cuda) -> Path:
-    """The disassembler: on the PATH, beside nvcc, or of the Python package.
+def find_tool(name: str, *folders: Path) -> Path:
+    """A program of CUDA such as nvdisasm: on the PATH, in folders such as that of nvcc, or of its Python package.
 
     Raises:
         MissingComponent: there is none.
     """
     packages = importlib.util.find_spec("nvidia")
-    folders = packages.submodule_search_locations or [] if packages else []
+    installed = packages.submodule_search_locations or [] if packages else []
     candidates = [
-        *([Path(found)] if (found := shutil.which("nvdisasm")) else []),
-        cuda.nvcc.resolve().parent / "nvdisasm",
-        *(path for folder in folders for path in sorted(Path(folder).glob("cu*/bin/nvdisasm"), reverse=True)),
+        *([Path(found)] if (found := shutil.which(name)) else []),
+        *(folder / name for folder in folders),
+        *(path for folder in installed for path in sorted(Path(folder).glob(f"cu*/bin/{name}"), reverse=True)),
     ]
     for path in candidates:
         if path.is_file():
             return path
     raise MissingComponent(
-        "nvdisasm was looked for on the PATH, beside nvcc and among the Python packages, and not found",
-        "Run: pip install nvidia-cuda-nvdisasm",
+        f"{name} was looked for on the PATH, beside nvcc and among the Python packages, and not found",
+        f"Run: pip install nvidia-cuda-{name}",
     )
 
 
 def compile_kernels(cuda: Cuda, architecture: int, wanted: Iterable[Kernel]) -> dict[Kernel, Code]:
     """The kernels as the build compiles them for an architecture, disassembled."""
-    nvdisasm = find_nvdisasm(cuda)
+    nvdisasm = find_tool("nvdisasm", cuda.nvcc.resolve().parent)
     wanted = list(wanted)
     headers = dict.fromkeys(kernel.header for kernel in wanted)
     instances = dict.fromkeys(kernel.instance for kernel in wanted)

@@ -319,7 +319,8 @@ def typed(step):
     [
         pytest.param(name, axes, id=f"{name}-{'dynamic' if axes else 'static'}", marks=marks)
         for name in NEXT
-        for axes, marks in (("batch,height,width", ()), ("", () if name == "no block" else pytest.mark.soak))
+        for axes in ("batch,height,width", "")
+        for marks in [() if name == "no block" or (name == "fused" and axes) else pytest.mark.soak]
     ],
 )
 def test_next_can_be_typed(tmp_path, monkeypatch, name, axes):

@@ -34,6 +34,7 @@ from acmix_deploy.cli import (
 )
 from acmix_deploy.cli.common import add_common
 from acmix_deploy.cli.habits import Parser, add_aliases, keys_and_values, unrecognized
+from acmix_deploy.cli.on import check_on
 from acmix_deploy.errors import AcmixDeployError
 
 VERBS = (
@@ -126,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parsed(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
+        if hasattr(options, "on"):
+            check_on(options)
         return int(options.run(options))
     except AcmixDeployError as error:
         if options.debug:

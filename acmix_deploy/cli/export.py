@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from acmix_deploy.cli.common import add_max_pixels, limit_pixels, needs_torch, progress, show
 from acmix_deploy.cli.on import add_on, connected
-from acmix_deploy.errors import UserError
 from acmix_deploy.options import add_options
 from acmix_deploy.plan import Plan
+from acmix_deploy.targets import NEWEST
 
 if TYPE_CHECKING:
     from acmix_deploy.report.model import ExportReport
@@ -30,8 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
-    if options.fetch and not options.on:
-        raise UserError("--fetch brings engines from a device, and none is named", "Add --on DEVICE.")
     report = _there(options) if options.on else _here(options)
     from acmix_deploy.report.show import show_export
 
@@ -52,11 +50,13 @@ def _there(options: argparse.Namespace) -> ExportReport:
     from acmix_deploy.device.stages import There
 
     deploy = needs_torch("acmix_deploy.pipeline").deploy
-    _plan(options)  # so that what is wrong with it is told at once
+    _plan(options, engine_target=None if options.no_engine else NEWEST)  # so that what is wrong is told at once
     with connected(options) as session:
+        if options.no_engine:
+            session.need_package()
         place = There if session.runs_package else Bare
         there = place(session, _plan(options).out, fetch=options.fetch)
-        plan = _plan(options, there=None if options.no_engine else there.target)
+        plan = _plan(options, engine_target=None if options.no_engine else there.target)
         report: ExportReport = deploy(plan, session.progress, there)
     return report
 

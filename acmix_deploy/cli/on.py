@@ -15,7 +15,7 @@ from typing import Any
 from acmix_deploy.artifacts import sidecar
 from acmix_deploy.cli.common import progress
 from acmix_deploy.device.session import WAIT_S, Session
-from acmix_deploy.document import D
+from acmix_deploy.document import D, write_document
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import kind_of
 from acmix_deploy.options import not_negative
@@ -48,6 +48,15 @@ def _named(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it names no device")
     return text
+
+
+def check_on(options: argparse.Namespace) -> None:
+    """Raises UserError: an option is for a device, and none is named; or it is for what runs here alone."""
+    for name, default in {"detach": False, "wait": WAIT_S, "fetch": False}.items():
+        if not options.on and getattr(options, name, default) != default:
+            raise UserError(f"--{name} is for a device, and none is named", "Add --on DEVICE.")
+    if options.on and getattr(options, "error", None) is not None:
+        raise UserError("--error explains a message here, wherever it comes from", "Leave out --on.")
 
 
 @contextmanager
@@ -86,14 +95,16 @@ def run_on(options: argparse.Namespace, kind: type[D], session: Session | None =
         device.progress(f"running {' '.join(words)} on {device.name}")
         done = device.run(
             " ".join(words),
-            [[device.python, "-m", "acmix_deploy.cli", *words, "--json", *arguments]],
+            [[*device.command, *words, "--json", *arguments]],
             files=reads,
             writes=writes,
             alone=alone,
         )
     try:
         found = kind.model_validate(_as_here(json.loads(done.stdout), places))
-        if done.code <= 1:  # what failed is in the document
+        if done.code in (0, 1):  # what failed is in the document
+            if getattr(options, "output", None):
+                write_document(found, options.output)
             return found
         raise ValueError(done.code)
     except ValueError as error:
@@ -142,8 +153,7 @@ def _spelt(options: argparse.Namespace) -> tuple[list[str], dict[str, Path], dic
             if action.dest in options.writes:
                 writes |= {str(name): one, str(sidecar(name)): sidecar(one)}
             else:
-                reads.update({str(name / part if str(part) != "." else name): file for part, file in _files(one)})
-                reads.update(_beside(one, name))
+                reads |= {str(place): file for place, file in _files(one, name)} | _beside(one, name)
         if not action.option_strings:
             positional += texts
         elif action.nargs == 0:
@@ -159,15 +169,18 @@ def _place(path: Path, index: int) -> Path:
     return Path(_ELSEWHERE, str(index), path.name) if elsewhere else path
 
 
-def _files(path: Path) -> list[tuple[Path, Path]]:
-    """The file, or the images of a folder or a data set, each with its path within."""
+def _files(path: Path, name: Path) -> list[tuple[Path, Path]]:
+    """The file by its place on the device, or the images of a folder or a data set with their labels."""
     if not path.is_dir() and path.suffix not in (".yaml", ".yml"):
-        return [(Path(), path)]
+        return [(name, path)]
     from acmix_deploy.detection.images import find
+    from acmix_deploy.verify.accuracy import label_file
 
     images = find(path).paths
     base = Path(os.path.commonpath([image.parent for image in images]))
-    return [(image.relative_to(base), image) for image in images]
+    found = [(name / image.relative_to(base), image) for image in images]
+    labels = [(label_file(place), label_file(image)) for place, image in found]
+    return found + [(place, file) for place, file in labels if file.is_file()]
 
 
 def _weights(model: Path) -> list[Path]:
@@ -188,7 +201,13 @@ def _beside(path: Path, name: Path) -> dict[str, Path]:
         if not found and not path.is_dir():
             raise UserError(f"{path} does not exist", "Name a file that is there.")
         return found
-    if kind_of(path) == "onnx":
+    kind = kind_of(path)
+    if kind in ("checkpoint", "program"):
+        raise UserError(
+            f"{path} is a checkpoint, and there is no PyTorch on a device",
+            f"Export it to the device: acmix-deploy export {path} --on DEVICE",
+        )
+    if kind == "onnx":
         found |= {str(name.parent / weights): path.parent / weights for weights in _weights(path)}
         if (report := path.with_name("report.json")).is_file():
             found[str(name.with_name(report.name))] = report

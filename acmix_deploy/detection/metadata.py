@@ -62,13 +62,29 @@ class ModelMetadata(RootModel[dict[str, str]]):
             told["names"] = {int(key) if key.isdecimal() else key: name for key, name in names.items()}
         return cls().updated(**told)
 
-    def header(self) -> dict[str, Any]:
+    def header(self, dims: Sequence[object], shape: Sequence[int], precision: str | None = None) -> dict[str, Any]:
         """These as Ultralytics writes them before an engine, which its releases then load.
+
+        Args:
+            dims: of the engine's input [B, C, H, W]; anything but a positive number is free.
+            shape: what free ones usually are.
+            precision: lowest type that the engine may compute in, where that is known.
 
         Raises:
             UserError: an entry without which some release fails is missing, or one is wrong.
         """
-        if missing := [name for name in ("stride", "task", "names", "batch", "imgsz") if name not in self.root]:
+        axes = zip(("batch", "channels", "height", "width"), dims, strict=True)
+        free = [axis for axis, size in axes if not isinstance(size, int) or size < 0]
+        told = self.for_file(shape, free)
+        args = told._arguments | {
+            "dynamic": {"batch", "height", "width"} <= {*free}
+        }  # else a wrong size goes unnoticed
+        if precision:
+            args |= {"half": precision == "float16", "int8": precision == "int8"}
+        return told.updated(args=args)._header()
+
+    def _header(self) -> dict[str, Any]:
+        if missing := [name for name in ("stride", "task", "names") if name not in self.root]:
             raise UserError(
                 f"the metadata tell no {', no '.join(missing)}, which Ultralytics asks an engine for",
                 "Export the file from its checkpoint: acmix-deploy export",
@@ -99,10 +115,11 @@ class ModelMetadata(RootModel[dict[str, str]]):
 
         Args:
             shape: [B, C, H, W] that the file was exported at.
-            free: axes that are free, out of "batch", "height" and "width"; to Ultralytics, all three are dynamic.
+            free: axes that are free, out of "batch", "height" and "width". Where the batch is, the file is dynamic to
+                Ultralytics: some of its releases then fail on one that says that it is not.
         """
         batch, _, *size = shape
-        arguments = {"batch": batch, "dynamic": {"batch", "height", "width"} <= {*free}, "nms": self.nms}
+        arguments = {"batch": batch, "dynamic": "batch" in free, "nms": self.nms}
         return self.updated(batch=batch, imgsz=size, args=arguments)
 
     @property

@@ -49,6 +49,7 @@ def install(session: Session, *, offline: bool = False) -> Installed:
             download(wheel, facts, Path(folder))
             files |= {f"wheels/{path.name}": path for path in sorted(Path(folder).glob("*.whl"))}
             options = ["--no-index", "--find-links", "wheels"]
+        session.note_installed(None)
         done = session.run(
             "device add --install",
             [["bash", "install.sh", facts.folder, f"wheels/{wheel.name}", *options]],

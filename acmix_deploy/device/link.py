@@ -46,13 +46,14 @@ class Link:
     Args:
         host: destination as ssh takes it: a name of ``~/.ssh/config``, ``user@host`` or ``ssh://user@host:port``.
         folder: of this package on the device, beneath its home where it is relative.
+        name: what it is called in what is said.
 
     Raises:
         MissingComponent: there is no ssh here, or the device cannot be reached, with ssh's reason.
     """
 
-    def __init__(self, host: str, folder: str) -> None:
-        self.host, self.folder = host, folder
+    def __init__(self, host: str, folder: str, name: str = "") -> None:
+        self.host, self.folder, self.name = host, folder, name or host
         if shutil.which("ssh") is None:
             raise MissingComponent("ssh was not found", "Install OpenSSH's client: apt-get install openssh-client")
         with ExitStack() as stack:
@@ -120,7 +121,7 @@ class Link:
                 stderr=said,
                 start_new_session=True,  # Ctrl-C is for this process, which tells the device
             )
-            talk = Talk(self.host, process, said)
+            talk = Talk(self.name, process, said)
             try:
                 talk.write(b"%d\n" % len(_SCRIPT), _SCRIPT)
                 talk.write(json.dumps({"do": do, "folder": self.folder, **request}).encode(), b"\n")
@@ -135,21 +136,21 @@ class Link:
             files: by SHA-256.
             progress: told what is being sent, and how fast.
         """
-        missing = self.ask("lacks", sha256=[*files])["missing"] if files else []
+        known = {sha256: path.stat().st_size if path.exists() else None for sha256, path in files.items()}
+        missing = self.ask("lacks", sizes=known)["missing"] if files else []
         if not missing:
             return
         if away := [files[sha256] for sha256 in missing if not files[sha256].exists()]:
-            raise UserError(f"{away[0]} is not here, and {self.host} does not have it either", "Make it again.")
+            raise UserError(f"{away[0]} is not here, and {self.name} does not have it either", "Make it again.")
         sizes = {sha256: files[sha256].stat().st_size for sha256 in missing}
         missing.sort(key=lambda sha256: -sizes[sha256])
         names = _named([files[sha256].name for sha256 in missing])
-        transfer = _Transfer(f"sending {names} to {self.host}", sizes, progress)
+        transfer = _Transfer(f"sending {names} to {self.name}", sizes, progress)
         entries = [{"sha256": sha256, "size": sizes[sha256]} for sha256 in missing]
         with self.talk("receive", files=entries) as talk:
             for sha256 in missing:
                 with files[sha256].open("rb") as file:
-                    while block := file.read(_BLOCK):
-                        talk.write(block)
+                    while (block := file.read(_BLOCK)) and talk.write(block):
                         transfer.moved(len(block))
             talk.end()
             next(iter(talk))
@@ -175,7 +176,7 @@ class Link:
                 if "name" not in told:
                     break
                 name, size = told["name"], told["size"]
-                transfer = _Transfer(f"fetching {targets[name].name} from {self.host}", {name: size}, progress)
+                transfer = _Transfer(f"fetching {targets[name].name} from {self.name}", {name: size}, progress)
                 with replacing(targets[name]) as temporary, temporary.open("wb") as file:
                     for block in talk.data(size):
                         file.write(block)
@@ -188,20 +189,22 @@ class Link:
 class Talk:
     """A request that was sent, and its answers; the connection's errors are raised while they are read."""
 
-    def __init__(self, host: str, process: subprocess.Popen[bytes], said: Any) -> None:
-        self._host, self._process, self._said = host, process, said
+    def __init__(self, name: str, process: subprocess.Popen[bytes], said: Any) -> None:
+        self._name, self._process, self._said = name, process, said
         assert process.stdin
         assert process.stdout
         self._input, self._output = process.stdin, process.stdout
         self._writing = threading.Lock()
         self._closed = threading.Event()
 
-    def write(self, *blocks: bytes) -> None:
-        """Send bytes. Where nobody reads them any more, the answers say why."""
+    def write(self, *blocks: bytes) -> bool:
+        """Send bytes; whether somebody reads them. Where not, the answers say why."""
         with self._writing, suppress(BrokenPipeError, ValueError):
             for block in blocks:
                 self._input.write(block)
             self._input.flush()
+            return True
+        return False
 
     def end(self) -> None:
         """Nothing more is sent."""
@@ -265,27 +268,27 @@ class Talk:
         self._process.wait()
 
     def _error(self, told: Answer) -> AcmixDeployError:
-        place = f"{told['path']} on {self._host}" if told.get("path") else f"files on {self._host}"
+        place = f"{told['path']} on {self._name}" if told.get("path") else f"files on {self._name}"
         if told["errno"] in _NO_SPACE:
             return no_space(place, told["error"])
         if told["errno"] is None:
-            return MissingComponent(f"{self._host}: {told['error']}", _AGAIN)
+            return MissingComponent(f"{self._name}: {told['error']}", _AGAIN)
         return UserError(
             f"{place} cannot be used: {told['error']}",
             "Have the folder made there once, so that it is yours, or choose another one: acmix-deploy device add "
-            f"{self._host} --folder DIR",
+            f"{self._name} --folder DIR",
         )
 
     def _ended(self, code: int) -> AcmixDeployError:
         self._said.seek(0)
         said = self._said.read().decode(errors="replace")
         if code in (255, -signal.SIGTERM, -signal.SIGKILL):
-            return LinkLost(f"the connection to {self._host} was lost{_last(said)}", _AGAIN)
+            return LinkLost(f"the connection to {self._name} was lost{_last(said)}", _AGAIN)
         if code == 127 and "librar" not in said:  # that of a loader too, which says so
-            return MissingComponent(f"{self._host} has no python3", "Install it there: apt-get install python3")
+            return MissingComponent(f"{self._name} has no python3", "Install it there: apt-get install python3")
         return MissingComponent(
-            f"python3 gave no answer on {self._host}: exit code {code}{_last(said)}",
-            f"Does this work? ssh {self._host} python3 --version",
+            f"python3 gave no answer on {self._name}: exit code {code}{_last(said)}",
+            "Does python3 --version work there, by ssh?",
         )
 
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,9 @@ from acmix_deploy.artifacts import check_output, sha256, sidecar
 from acmix_deploy.device import wheel
 from acmix_deploy.device.link import Link, LinkLost, Talk
 from acmix_deploy.device.registry import Device, named
-from acmix_deploy.errors import CheckFailed, Inconclusive, MissingComponent, UserError
+from acmix_deploy.document import read_json
+from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
+from acmix_deploy.manifest import KIND as ENGINE
 from acmix_deploy.manifest import Machine
 from acmix_deploy.process import ending
 
@@ -63,6 +65,7 @@ class Facts(BaseModel):
     python: str
     machine: str = Field(description="its architecture, such as aarch64")
     libc: str = Field(description="such as glibc 2.35")
+    boot: str = Field(description="id of its last start")
     time: float = Field(description="its clock, in seconds since 1970")
     free: int = Field(description="bytes that are free for the folder")
     jetson: str = Field(description="model of the board, empty where it tells none")
@@ -120,13 +123,14 @@ class Session:
         self.device = named(device) if isinstance(device, str) else device
         self.detach, self.wait, self.progress = detach, wait, progress
         self._stack = ExitStack()
+        self._taken: list[str] = []
 
     def __enter__(self) -> Session:
         self.progress(f"connecting to {self.device.name}")
         with ExitStack() as stack:
-            self._link = stack.enter_context(Link(self.device.host, self.device.folder))
+            self._link = stack.enter_context(Link(self.device.host, self.device.folder, self.name))
+            self._ask_facts()
             self._stack = stack.pop_all()
-        self._ask_facts()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,6 +153,11 @@ class Session:
         """The interpreter that has the package."""
         return f"{self.facts.folder}/venv/bin/python"
 
+    @property
+    def command(self) -> tuple[str, str]:
+        """What runs a verb. A script by its path: with -m a folder of the user's could stand in for a package."""
+        return self.python, f"{self.facts.folder}/venv/bin/acmix-deploy"
+
     @cached_property
     def wheel(self) -> tuple[Path, str]:
         """This package as a wheel, and its SHA-256."""
@@ -165,12 +174,14 @@ class Session:
     @property
     def notes(self) -> tuple[str, ...]:
         """What stands out on the device, of what figures that are measured there depend on."""
-        return (f"{self.clock}; times in what it measures are its own",) if abs(self.clock_s) > CLOCK_S else ()
+        wrong = abs(self.clock_s) > CLOCK_S
+        return (*[f"{self.clock}; times in what it measures are its own"] * wrong, *self._taken)
 
     @property
     def _makes(self) -> list[str | None]:
         """What decides on what is built there."""
-        return [self.wheel[1], self.facts.tensorrt, self.facts.cuda, self.facts.release]
+        machine = self.machine.model_dump_json() if self.runs_package and self.machine else None
+        return [self.wheel[1], machine, self.facts.tensorrt, self.facts.cuda, self.facts.release]
 
     @property
     def runs_package(self) -> bool:
@@ -189,9 +200,9 @@ class Session:
         if installed is None:
             raise MissingComponent(f"acmix-deploy is not installed in {self.facts.folder} of {self.name}", install)
         if installed.wheel != self.wheel[1]:
-            other = f" {installed.version}" if installed.version != __version__ else ", of another build"
+            other = f", here is {__version__}" if installed.version != __version__ else " of another build than is here"
             raise MissingComponent(
-                f"{self.name} has acmix-deploy{other}, here is {__version__}", install.replace("Install", "Renew")
+                f"{self.name} has acmix-deploy {installed.version}{other}", install.replace("Install", "Renew")
             )
 
     @cached_property
@@ -245,9 +256,11 @@ class Session:
         digests = {name: _digest(path) for name, path in files.items()}
         self._link.send({digests[name]: path for name, path in files.items()}, progress)
         # Others who give the same command at the same time share what is kept, or detached, and nothing else.
-        own = self._makes if keep else "" if self.detach else uuid.uuid4().hex
+        kept = alone and (keep or self.detach)
+        own = [*self._makes, self.facts.boot if not keep else ""] if kept else uuid.uuid4().hex
         identity = [commands, sorted(digests.items()), sorted(writes), environment, own]
         job = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        targets = {f"work/{name}": target for name, target in writes.items() if target}
         request = {
             "job": job,
             "commands": commands,
@@ -257,8 +270,9 @@ class Session:
             "environment": environment or {},
             "alone": alone,
             "wait": self.wait,
-            "detach": self.detach,
-            "who": f"{getpass.getuser()}@{socket.gethostname()}",
+            "detach": self.detach and alone,
+            "kept": kept,
+            "who": _who(),
             "what": what,
         }
         try:
@@ -270,6 +284,12 @@ class Session:
                 else ("is ended there", "Give the same command again; with --detach it goes on without a connection.")
             )
             raise LinkLost(f"{error.message}; what ran there {fate}", hint) from error
+        except (KeyboardInterrupt, SystemExit):
+            if not self.detach:
+                with suppress(AcmixDeployError):  # such as the rounds that a gate has measured
+                    self._link.fetch(job, {name: to for name, to in targets.items() if to.suffix == ".json"}, progress)
+                    self._link.ask("drop", job=job)
+            raise
         if ended is None:  # it broke off in an earlier call
             raise MissingComponent(f"{what} was ended on {self.name} from outside", "Give the same command again.")
         if "refused" in ended:
@@ -277,7 +297,6 @@ class Session:
             raise MissingComponent(f"{ended['program']} does not run on {self.name}: {ended['refused']}")
         with tempfile.TemporaryDirectory() as folder:
             stdout = Path(folder, "stdout")
-            targets = {f"work/{name}": target for name, target in writes.items() if target}
             self._link.fetch(job, {"stdout": stdout}, lambda step: None)
             self._link.fetch(job, targets, progress)
             printed = stdout.read_text(encoding="utf-8", errors="replace")
@@ -287,29 +306,37 @@ class Session:
 
     def _follow(self, request: Mapping[str, Any], progress: Progress) -> tuple[dict[str, Any] | None, list[str], bool]:
         said: list[str] = []
-        found = False
+        found = over = False
         with self._link.talk("run", **request) as talk, _stopping(talk, self.detach):
             talk.beat()
             for told in talk:
                 if "line" in told:
                     line = told["line"]
-                    progress(line.removesuffix(" ...")) if line.endswith(" ...") else said.append(line)
+                    if not line.endswith(" ..."):
+                        said.append(line)
+                    elif not over:
+                        progress(line.removesuffix(" ..."))
                 elif "waiting" in told:
                     progress(f"waiting for {self.name}: {_holder(told['waiting'])}")
                 elif "found" in told:
-                    found = True
-                    progress(f"found on {self.name}, begun {_ago(told['found'], self.clock_s)}")
+                    found, over = True, told["over"]
+                    said_when = f"begun {_ago(told['found'], self.clock_s)} by an earlier command"
+                    progress(f"found on {self.name}, {said_when}")
+                    if self.detach:
+                        self._taken.append(f"what {request['what']} gives was {said_when}")
                 elif "broken" in told:
                     how = "restarted" if told["rebooted"] else "broke off"
                     progress(f"{self.name} {how} when this ran there before; it runs again")
                 elif "refused" in told:
-                    raise MissingComponent(
-                        f"{self.name} is in use: {_holder(told['what'])}",
-                        "Wait longer with --wait SECONDS, or try again later.",
-                    )
+                    raise self._in_use(told["what"])
                 elif "ended" in told:
                     return told["ended"], said, found
         return None, said, found
+
+    def _in_use(self, holder: Mapping[str, Any]) -> MissingComponent:
+        return MissingComponent(
+            f"{self.name} is in use: {_holder(holder)}", "Wait longer with --wait SECONDS, or try again later."
+        )
 
     def path(self, job: str, name: str) -> str:
         """Where a file of a job that was kept lies on the device."""
@@ -333,12 +360,18 @@ class Session:
         raise kind(f"on {self.name}: {message.removeprefix('error: ')}", "\n".join(hint))
 
     def remove_files(self) -> None:
-        """Remove what was installed, sent and built there; other things in the folder stay."""
-        self._link.ask("drop", job="", parts=("venv", "store", "jobs", "installed.json", "timing.cache"))
+        """Remove what was installed, sent and built there; other things in the folder stay.
 
-    def note_installed(self, installed: Installed) -> None:
-        """Have the device tell what was installed."""
-        self._link.ask("note_installed", installed=installed.model_dump())
+        Raises:
+            MissingComponent: the device is in use.
+        """
+        told = self._link.ask("remove", alone=True, wait=self.wait, who=_who(), what="device remove --files")
+        if "refused" in told:
+            raise self._in_use(told["what"])
+
+    def note_installed(self, installed: Installed | None) -> None:
+        """Have the device tell what was installed; nothing while that changes."""
+        self._link.ask("note_installed", installed=installed.model_dump() if installed else None)
         self._ask_facts()
 
 
@@ -356,9 +389,14 @@ def _stopping(talk: Talk, detach: bool) -> Iterator[None]:
 def _digest(path: Path) -> str:
     """SHA-256 of a file; of one that is not here but stays on a device, as its sidecar says."""
     if not path.exists() and sidecar(path).is_file():
-        content = json.loads(sidecar(path).read_bytes())
-        return str(content["sha256"])
+        content = read_json(sidecar(path))
+        if isinstance(content, dict) and content.get("kind") == ENGINE:
+            return str(content["sha256"])
     return sha256(path)
+
+
+def _who() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def _holder(told: Mapping[str, Any]) -> str:

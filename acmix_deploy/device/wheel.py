@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 import acmix_deploy
 from acmix_deploy.artifacts import replacing
 
@@ -28,18 +30,27 @@ def write_wheel(path: Path) -> None:
     imported.
     """
     found = metadata.distribution(_DISTRIBUTION)
-    information = {name: found.read_text(name) or "" for name in ("METADATA", "entry_points.txt")}
+    information = {"METADATA": _metadata(found), "entry_points.txt": found.read_text("entry_points.txt") or ""}
     described = {f"{_INFO}/{name}": text.encode() for name, text in (*information.items(), ("WHEEL", _WHEEL))}
     record = []
     with (
         replacing(path) as temporary,
-        zipfile.ZipFile(temporary, "w", compresslevel=1) as archive,
+        zipfile.ZipFile(temporary, "w") as archive,
     ):
         for name, content in (*_files(), *described.items()):
             digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
             record.append(f"{name},sha256={digest},{len(content)}\n")
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(name), content)
         archive.writestr(zipfile.ZipInfo(f"{_INFO}/RECORD"), "".join([*record, f"{_INFO}/RECORD,,\n"]))
+
+
+def _metadata(found: metadata.Distribution) -> str:
+    """What pip has to know, in a form that does not depend on what installed the package here."""
+    fields = [("Metadata-Version", "2.1"), ("Name", _DISTRIBUTION), ("Version", acmix_deploy.__version__)]
+    fields += [("Requires-Python", text) for text in found.metadata.get_all("Requires-Python", [])]
+    fields += [("Provides-Extra", extra) for extra in sorted(found.metadata.get_all("Provides-Extra", []))]
+    fields += [("Requires-Dist", text) for text in sorted(str(Requirement(each)) for each in found.requires or [])]
+    return "".join(f"{name}: {text}\n" for name, text in fields)
 
 
 def _files() -> Iterator[tuple[str, bytes]]:

@@ -282,15 +282,12 @@ def _header(
             f"feeds one input {_IMAGES} of [B, C, H, W]",
             "Leave out --ultralytics, or export the file from its checkpoint: acmix-deploy export",
         )
-    axes = zip(("batch", "channels", "height", "width"), names[_IMAGES], strict=True)
-    free = [axis for axis, size in axes if not isinstance(size, int)]
-    shape = profiles[_IMAGES][1] if free else tuple(int(size) for size in names[_IMAGES])
+    dims = names[_IMAGES]
+    shape = profiles[_IMAGES][1] if _IMAGES in profiles else tuple(map(int, dims))
     try:
-        header = ModelMetadata.of(model).for_file(shape, free).header()
+        return header_bytes(ModelMetadata.of(model).header(dims, shape, precision))
     except UserError as error:
         raise UserError(f"{source}: {error.message}", error.hint) from error
-    header["args"] |= {"half": precision == "float16", "int8": precision == "int8"}
-    return header_bytes(header)
 
 
 def _failure(

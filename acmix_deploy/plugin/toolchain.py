@@ -170,7 +170,7 @@ def _try(cuda: Cuda) -> None:
         command: list[str | Path] = [cuda.nvcc, "-shared", "-Xcompiler=-fPIC", source, "-o", source.with_suffix(".so")]
         done = run(command, environment=cuda.environment)
     if done.code:
-        lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines() or ["no message"]
+        lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines() or [done.how]
         reason = next((line for line in lines if re.search("error|cannot|not found", line)), lines[0])
         raise MissingComponent(
             f"{cuda.nvcc} was found and does not work: {reason.strip()}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -219,7 +220,7 @@ def test_usage_errors(arguments):
 
 def test_every_verb_has_an_example():
     for name, command in commands().items():
-        assert f"acmix-deploy {name} " in command.epilog
+        assert re.search(rf"acmix-deploy {name}\s", command.epilog)
         assert all(action.help for action in command._actions)
 
 

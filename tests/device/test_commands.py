@@ -256,7 +256,10 @@ def test_a_device_without_the_package(bench, here, capsys):
 def test_another_version(bench, here, this_wheel, capsys):
     stand_in(bench, this_wheel, "exit 0")
     installed = bench.home / "acmix-deploy/installed.json"
-    for version, words in (("0.0.9", "acmix-deploy 0.0.9, here is 0.1.0"), ("0.1.0", "acmix-deploy, of another build")):
+    for version, words in (
+        ("0.0.9", "acmix-deploy 0.0.9, here is 0.1.0"),
+        ("0.1.0", "acmix-deploy 0.1.0 of another build"),
+    ):
         installed.write_text(json.dumps({"version": version, "wheel": "of another"}))
         code, told = said(capsys, "profile", "model.onnx", "--on", "bench")
         assert code == 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -79,7 +78,7 @@ def test_renewal(bench, capsys):
         _, found, _ = answer(capsys, "doctor", "model.onnx", "--on", "bench")
         (there,) = (part for part in found["environment"] if part["name"] == "acmix-deploy there")
         assert (there["state"], found["file"]) == ("missing", None)
-        assert there["found"].startswith("bench has acmix-deploy, of another build, here is 0.1.0; Python ")
+        assert there["found"].startswith("bench has acmix-deploy 0.1.0 of another build than is here; Python ")
         assert answer(capsys, "profile", "model.onnx", "--on", "bench")[0] == 3
     finally:
         assert answer(capsys, "device", "add", "bench", "--install")[0] == 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,12 @@ from acmix_deploy.engine.build import build
 from acmix_deploy.engine_file import header_bytes, read_engine, read_engine_file
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.files import kind_of
+from acmix_deploy.gate import worker
 from acmix_deploy.manifest import HeaderManifest, Manifest, check, read_any_manifest, read_manifest
+from acmix_deploy.profile import profile
+from acmix_deploy.profile.monitor import Conditions, Monitor
+from acmix_deploy.profile.others import Processes
+from acmix_deploy.profile.subjects import Setup
 from acmix_deploy.report.inspection import inspect
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.tensorrt import EngineRunner
@@ -157,6 +163,34 @@ def test_layers_without_details_and_further_profiles_are_told(here, tmp_path):
     assert "of its 3 optimization profiles the first is used" in found.notes
 
 
+def test_what_runs_engines_takes_it(here, plan, tmp_path, capsys, monkeypatch):
+    """Its type is not known: it passes by the limits of float32, or by those that somebody gives."""
+    onnx.save(model_of(), tmp_path / "model.onnx")
+    adopt(plan)
+    verify = ["verify", str(tmp_path / "model.onnx"), str(plan), "--json"]
+    assert main(verify) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {(one["precision"], one["passed"]) for one in found["comparisons"]} == {("unknown", True)}
+    assert "nothing tells what type model.engine computes in" in " ".join(found["notes"])
+
+    rounded = model_of()
+    rounded.graph.node[0].output[0] = "exact"
+    cast = [("to_half", "exact", "half", TensorProto.FLOAT16), ("back", "half", "output0", TensorProto.FLOAT)]
+    rounded.graph.node.extend(helper.make_node("Cast", [a], [b], name=name, to=to) for name, a, b, to in cast)
+    half = make_plan(tmp_path / "half.engine", rounded, {"images": SHAPES})
+    adopt(half)
+    verify[2] = str(half)
+    assert main(verify) == 1, "what passes as float16 does not pass as nobody knows what"
+    assert main([*verify, "--max-relative", "0.01"]) == 0
+
+    monkeypatch.setattr(Monitor, "read", lambda self: Conditions())
+    monkeypatch.setattr(Monitor, "processes", lambda self: Processes(time.monotonic(), {}))
+    (timed,) = profile([plan], samples=3, seconds=600)
+    assert (timed.precision, timed.samples_ms[:3]) == (None, (1.0,) * 3)
+    turn = worker.measure(worker.Request(file=plan, setup=Setup(), samples=3, seconds=5))
+    assert (turn.kind, turn.precision, turn.provider) == ("engine", None, "TensorRT 8.6.0")
+
+
 @pytest.mark.parametrize(
     ("described", "said"),
     [
@@ -193,6 +227,63 @@ def test_metadata_of_another_file_are_refused(here, plan, tmp_path, other, said)
 def test_without_metadata_it_says_so(here, plan):
     assert any("--metadata" in note for note in adopt(plan).found.notes)
     assert read_manifest(plan).metadata.entries == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What Ultralytics reads before an engine
+
+
+def test_a_build_for_ultralytics(gpu, tmp_path, capsys):
+    onnx.save(model_of(metadata=TOLD | {"kpt_shape": "[4, 3]", "letterbox": "{}"}), tmp_path / "model.onnx")
+    engine = tmp_path / "model.engine"
+    shapes = [
+        f"--{name}={','.join(map(str, shape))}" for name, shape in zip(("min", "opt", "max"), SHAPES, strict=True)
+    ]
+    assert main(["build", str(tmp_path / "model.onnx"), "--ultralytics", "--fp16", *shapes, "-o", str(engine)]) == 0
+    found = read_engine_file(engine)
+    assert engine.read_bytes()[:4] == struct.pack("<i", found.offset - 4)
+    assert found.header == {
+        "stride": 32, "task": "detect", "names": {"0": "nut", "1": "bolt"}, "channels": 3, "kpt_shape": [4, 3],
+        "letterbox": "{}", "batch": 1, "imgsz": [64, 64],
+        "args": {"batch": 1, "dynamic": True, "nms": False, "half": True, "int8": False},
+    }  # fmt: skip
+    assert json.loads(read_engine(engine))["asked"]["flags"] == ["FP16"]
+    assert ModelMetadata.of_header(found.header).lowered == read_manifest(engine).precision == "float16"
+    array = np.full((1, 3, 32, 32), -1, np.float32)
+    with EngineRunner(engine) as runner:
+        np.testing.assert_array_equal(runner.infer({"images": array})["output0"], -array)
+
+
+def test_metadata_before_an_engine_are_those_of_the_file(tmp_path):
+    metadata = ModelMetadata(TOLD | {"kpt_shape": "[4, 3]", "end2end": "True", "letterbox": "{}"})
+    for dims, shape, dynamic in (
+        ((2, 3, 32, 64), (2, 3, 32, 64), False),
+        ((-1, 3, -1, -1), (2, 3, 32, 64), True),
+        ((-1, 3, 32, 64), (2, 3, 32, 64), False),  # else a release sets other sizes, and does not see them refused
+    ):
+        header = json.loads(header_bytes(metadata.header(dims, shape))[4:])
+        told = ModelMetadata.of_header(header)
+        assert told == metadata.updated(batch=2, imgsz=[32, 64], args=header["args"])
+        assert header["args"] == {"batch": 2, "dynamic": dynamic, "nms": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (model_of(dims=(1, 3, 32, 32), metadata={"stride": "32"}), "the metadata tell no task, no names, which"),
+        (model_of(dims=(1, 3, 32, 32), metadata=TOLD | {"stride": "x"}), "the metadata tell the stride 'x'"),
+        (model_of(dims=(1, 3, 32, 32), name="x", metadata=TOLD), r"takes x \[1, 3, 32, 32\], and Ultralytics feeds"),
+        (
+            model_of(dims=(1, 3, 32), metadata=TOLD),
+            r"takes images \[1, 3, 32\], and Ultralytics feeds one input images",
+        ),
+    ],
+)
+def test_what_ultralytics_would_not_load_is_not_built(gpu, tmp_path, model, said):
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=said):
+        build(tmp_path / "model.onnx", tmp_path / "model.engine", ultralytics=True)
+    assert not (tmp_path / "model.engine").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +411,7 @@ def test_the_beginning_of_a_file(tmp_path, content, found):
 def test_what_is_no_engine_is_not_adopted(here, tmp_path, capsys):
     for name, content, said in (
         ("text.engine", b"not an engine\n", "is a text file that begins with 'not an engine'; an engine is needed"),
-        ("json.engine", b'{"stride": 32}', "is a JSON document; an engine is needed"),
+        ("json.engine", b'{"stride": 32}', "is a JSON document that begins with"),
         ("cut.engine", header_bytes({"stride": 32})[:9], "; an engine is needed"),
         ("lie.engine", struct.pack("<i", 99) + b'{"stride": 32}' + PLAN, "; an engine is needed"),
         ("header.engine", header_bytes({"stride": 32}), "; an engine is needed"),

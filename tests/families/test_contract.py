@@ -37,6 +37,7 @@ from tests.families.parts import (
     operators,
     outputs,
     relative_l2,
+    variants_of,
 )
 from tests.pipeline.parts import deployed
 from tests.plugin import parts as plugin_parts
@@ -49,6 +50,9 @@ def one_of_each(variants: Sequence[Variant]) -> list[Variant]:
         found.setdefault(tuple(operator.op_type for operator, _ in variant.family.operators), variant)
     return [*found.values()]
 
+
+FIRST = [variant for variant in VARIANTS if variant.examples is variants_of(variant.family)[0].examples]
+"""Of each family."""
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 
@@ -236,7 +240,12 @@ class Exported:
 
 
 EXPORTED = [
-    pytest.param((variant, *export.values), id=f"{variant.name}-{export.id}", marks=export.marks)
+    pytest.param(
+        (variant, *export.values),
+        id=f"{variant.name}-{export.id}",
+        # Free axes take dynamo its time; of a family's variants the first one shows what it makes of them.
+        marks=[*export.marks, *[pytest.mark.soak] * (export.id == "dynamo-dynamic" and variant not in FIRST)],
+    )
     for variant in VARIANTS
     for export in EXPORTS
 ]

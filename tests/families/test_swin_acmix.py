@@ -380,8 +380,16 @@ class Own(nn.Module):
         return self.head((x + self.shifted(torch.relu(self.plain(x)))).permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("exporter", "dynamic"),
+    [
+        pytest.param("torchscript", False, id="static-torchscript"),
+        pytest.param("torchscript", True, id="dynamic-torchscript"),
+        pytest.param("dynamo", False, id="static-dynamo"),
+        # tests/families/test_contract.py has free axes by that exporter.
+        pytest.param("dynamo", True, id="dynamic-dynamo", marks=pytest.mark.soak),
+    ],
+)
 def test_published_code_as_it_is(tmp_path: Path, exporter: str, dynamic: bool) -> None:
     """A free batch is fixed by ``int`` under the tracer: that file fails at any other, and fusing repairs it."""
     model, x = randomised(Small()), torch.randn(2, 3, 16, 24)

@@ -279,8 +279,10 @@ IN_GRAPHS = [*SPELLINGS, {"scale": 1.0}, {"residual": True}]
     ("exporter", "dynamic", "options"),
     [
         *(("torchscript", dynamic, options) for dynamic in ((), ("batch",)) for options in IN_GRAPHS),
-        *(("dynamo", (), options) for options in SPELLINGS[1:3]),
-        *(("dynamo", ("batch",), options) for options in (SPELLINGS[0], SPELLINGS[4])),
+        ("dynamo", (), SPELLINGS[1]),
+        ("dynamo", ("batch",), SPELLINGS[4]),
+        pytest.param("dynamo", (), SPELLINGS[2], marks=pytest.mark.soak),
+        pytest.param("dynamo", ("batch",), SPELLINGS[0], marks=pytest.mark.soak),
     ],
     ids=str,
 )

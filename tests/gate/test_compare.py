@@ -325,8 +325,10 @@ def test_history_of_noise_alone(tmp_path: Path, capsys: pytest.CaptureFixture[st
 PAGE = (ROOT / "docs/gate.md").read_text(encoding="utf-8")
 
 
-def test_the_workflows_are_yaml_whose_commands_parse() -> None:
-    github, gitlab = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.M | re.S))
+@pytest.mark.parametrize(("place", "device"), [("On a device behind ssh", "bench"), ("On a machine of your own", None)])
+def test_the_workflows_are_yaml_whose_commands_parse(place: str, device: str | None) -> None:
+    section = PAGE.partition(f"### {place}\n")[2].partition("\n##")[0]
+    github, gitlab = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", section, re.M | re.S))
     (job,) = github["jobs"].values()
     assert all(("uses" in step) != ("run" in step) for step in job["steps"])
     assert set(job) <= {"runs-on", "steps", "timeout-minutes"}
@@ -334,11 +336,13 @@ def test_the_workflows_are_yaml_whose_commands_parse() -> None:
     (name,) = (name for name, value in gitlab.items() if isinstance(value, dict) and "script" in value)
     assert gitlab[name]["allow_failure"] == {"exit_codes": [4]}
     assert gitlab[name]["artifacts"]["reports"]["junit"] == "gate.xml"
-    commands += gitlab[name]["script"]
-    gates = [shlex.split(command.partition("||")[0])[1:] for command in commands if "acmix-deploy gate" in command]
-    assert len(gates) == 4
-    for arguments in gates:
-        cli.parser().parse_args(arguments)
+    commands += [*gitlab[name].get("before_script", ()), *gitlab[name]["script"]]
+    words = [shlex.split(part) for command in commands for part in command.split("||")]
+    parsed = [cli.parser().parse_args(line[1:]) for line in words if line[:1] == ["acmix-deploy"]]
+    runs = [options for options in parsed if "candidate" in options]
+    assert len(parsed) == (8 if device else 4)
+    assert [options.on for options in runs] == [device] * 2
+    assert all(options.wait < 60 * job["timeout-minutes"] for options in runs if device)
 
 
 def test_every_field_that_may_be_allowed_is_described() -> None:

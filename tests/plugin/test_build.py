@@ -214,6 +214,9 @@ def test_cuda_that_does_not_work(bare):
     )
     with pytest.raises(MissingComponent, match="nvcc was found and does not work: sh: 1: cicc: not found"):
         find_cuda()
+    program(nvcc, 'case "$*" in *probe.cu*) exit 127;; *) echo release 12.9, sm_87;; esac')
+    with pytest.raises(MissingComponent, match="nvcc was found and does not work: exit code 127"):
+        find_cuda()
     nvcc.write_text("no program")
     with pytest.raises(MissingComponent, match="does not run"):
         find_cuda()

@@ -36,7 +36,7 @@ def cuda():
         pytest.skip(missing)
     try:
         found = find_cuda()
-        instructions.find_nvdisasm(found)
+        instructions.find_tool("nvdisasm", found.nvcc.resolve().parent)
     except MissingComponent as missing:
         pytest.skip(missing.message)
     return found

@@ -80,10 +80,13 @@ UNLIMITED = {
 every_way = pytest.mark.parametrize(("dtype", "layout", "kernel"), ways_of(LOCAL_ATTENTION))
 
 
+@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.soak)])
 @every_operator
-@settings(max_examples=30, deadline=None)
-@given(data=st.data())
-def test_equals_oracle(library, operator, data):
+def test_equals_oracle(library, operator, examples):
+    settings(max_examples=examples, deadline=None)(given(data=st.data())(equals_oracle))(library, operator)
+
+
+def equals_oracle(library, operator, data):
     dtype, layout, kernel = data.draw(st.sampled_from(ways_of(operator)))
     seeds = st.integers(0, 999)
     launch = {"layout": layout, "kernel": kernel, "sm": data.draw(st.sampled_from([75, 90])), "seed": data.draw(seeds)}

@@ -64,7 +64,16 @@ def write_measurements(folder: Path) -> None:
     (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
 
 
-LONG = "docs/cli.md", "docs/python.md"
+LONG = "docs/cli.md", "docs/python.md", "docs/int8.md", "docs/detect.md", "docs/doctor.md", "docs/verify.md"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_are_such(name: str) -> None:
+    """Verbs and options, also of what is only shown, or run by `make soak` alone."""
+    for language, content in blocks(PAGES[name], "console", "text"):
+        start = r"\$ " if language == "console" else r"(?:\$ )?"
+        for command in re.findall(rf"^{start}(acmix-deploy [^>|\n]+)", content, re.M):
+            cli.parser().parse_args(shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.soak) if n in LONG else n for n in RUNNABLE])
@@ -100,8 +109,9 @@ def test_commands_and_code_run(
             # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
             if not command.startswith("acmix-deploy "):
                 continue
-            elsewhere = ("acmix-deploy plugin ", "acmix-deploy build ", "acmix-deploy gate run ", "acmix-deploy serve ")
-            if command.startswith(elsewhere) or ".engine" in command or "--validation" in command:
+            verbs = "plugin", "build", "gate run", "serve", "device"
+            elsewhere = tuple(f"acmix-deploy {verb} " for verb in verbs)
+            if command.startswith(elsewhere) or re.search(r"\.engine| --on |--validation", command):
                 cli.parser().parse_args(shlex.split(command)[1:])
             else:
                 capsys.readouterr()
@@ -193,11 +203,11 @@ def test_named_targets_and_extras_exist() -> None:
 
 def test_quoted_reasons_and_faults_exist() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "acmix_deploy").rglob("*.py"))
-    text = PAGES["docs/pipeline.md"].read_text(encoding="utf-8")
-    tables = re.findall(r"^\| reason .*?\n\n", text, re.M | re.S)
+    text = "".join(PAGES[f"docs/{name}.md"].read_text(encoding="utf-8") for name in ("pipeline", "devices"))
+    tables = re.findall(r"^\| (?:reason|sentence) .*?\n\n", text, re.M | re.S)
     quoted = [row for table in tables for row in re.findall(r"^\| `([^`]+)`", table, re.M)]
-    assert len(tables) == 2
-    assert len(quoted) > 15
+    assert len(tables) == 3
+    assert len(quoted) > 30
     for reason in quoted:
         assert reason in sources, reason
 

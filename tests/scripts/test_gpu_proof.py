@@ -61,6 +61,7 @@ def test_targets_start_with_few_packages(bare_python):
     assert figures.stderr.startswith("make bench-gpu: no NVIDIA GPU\n")
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(bool(kernels.missing_compiler()), reason=kernels.missing_compiler())
 def test_proof_on_an_emulated_device(bare_python, tmp_path):
     kernels.library()

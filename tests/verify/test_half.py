@@ -214,7 +214,7 @@ def overflowing(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("kept", ["none", "softmax", "decode,softmax,range"])
+@pytest.mark.parametrize("kept", [pytest.param("none", marks=pytest.mark.soak), "softmax", "decode,softmax,range"])
 def test_an_attention_that_overflows(overflowing, kept, capsys):
     """Unless it is kept in float32, which is the default."""
     command = [

@@ -24,6 +24,7 @@ from acmix_deploy.artifacts import read_artifact, write_artifact
 from acmix_deploy.detection.boxes import MOST, decode
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Letterbox, Placement, tensor
+from acmix_deploy.engine_file import header_bytes
 from acmix_deploy.errors import UserError
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.serving.detector import Detector
@@ -234,6 +235,20 @@ def engine(path: Path, model: Path, batches: tuple[int, int, int] = (1, 2, 4), *
     profile = tuple((count, 3, 32, 32) for count in batches)
     metadata = {entry.key: entry.value for entry in onnx.load(model).metadata_props}
     return make_engine(path, onnx.load(model), {"images": profile}, metadata=metadata, **changed)
+
+
+def test_what_ultralytics_writes_before_an_engine_is_left_out(schema: Any, tmp_path: Path) -> None:
+    """Of Triton's own backend, which deserialises the whole file."""
+    file = engine(tmp_path / "model.engine", tiny(tmp_path / "model.onnx"))
+    plan, settings = file.read_bytes(), read_artifact(file).settings
+    file.write_bytes(header_bytes({"stride": 32}) + b"ftrt" + plan)
+    write_artifact(file, "engine", settings=settings)
+    package(file, tmp_path / "native")
+    inside = tmp_path / "native" / "model.network" / "1" / "model.engine"
+    assert inside.read_bytes() == b"ftrt" + plan
+    assert read_artifact(inside).settings == settings
+    package(file, tmp_path / "python", backend="python")
+    assert (tmp_path / "python" / "model" / "1" / "model.engine").read_bytes() == file.read_bytes()
 
 
 def test_an_engine_goes_with_its_plugin(schema: Any, tmp_path: Path) -> None:
