@@ -181,7 +181,9 @@ class Device:
         found += [path for path in sockets if path.exists()]
         found += [path for path in self.tmp.iterdir() if path.name not in _STAYS]
         found += [*self.home.glob("*/jobs/*"), *self.home.glob("*/store/.*")]
-        found += [path for path in self.home.glob("*/.*") if path.parent.name[0] != "." and path.name != ".acmix-deploy"]
+        found += [
+            path for path in self.home.glob("*/.*") if path.parent.name[0] != "." and path.name != ".acmix-deploy"
+        ]
         return found
 
     def log(self) -> str:
