@@ -48,9 +48,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
 
 
 def stand_in(bench: Device, this_wheel: Path, verb: str) -> None:
-    """Have a device whose package is a script of sh in place of every verb; it is as it would be installed."""
+    """Have a device without TensorRT, whose package is a script of sh in place of every verb."""
     folder = bench.home / "acmix-deploy"
     (folder / "venv/bin").mkdir(parents=True, exist_ok=True)
-    (folder / "venv/bin/python").write_text(f"#!/bin/sh\n{verb}\n")
+    (folder / "venv/bin/python").write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit 1\n{verb}\n')
     (folder / "venv/bin/python").chmod(0o755)
+    (folder / ".acmix-deploy").touch()
     (folder / "installed.json").write_text(json.dumps({"version": "0.1.0", "wheel": sha256(this_wheel)}))
