@@ -35,6 +35,7 @@ JETSON = Facts(
     release="",
     tensorrt=None,
     cuda=None,
+    boot="",
     used={},
     tools={},
 )
