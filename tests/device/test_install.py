@@ -29,6 +29,7 @@ JETSON = Facts(
     python="3.10.12",
     machine="aarch64",
     libc="glibc 2.35",
+    boot="",
     time=0,
     free=0,
     jetson="",
