@@ -37,8 +37,8 @@ _BEAT_S = 60.0
 """Without a sign of life from the other side for so long the connection counts as lost."""
 _KEPT_S = 30 * 86400
 """How long a file stays in the store that nothing asks for."""
-_LOST_S = 86400
-"""After how long a job counts as forgotten that was neither detached nor to be kept."""
+_LOST_S = 7 * 86400
+"""After how long a job counts as forgotten whose result nobody took."""
 _MARK = ".acmix-deploy"
 """File in a folder of this package."""
 _END_S = 10.0
@@ -229,7 +229,7 @@ def run(request: dict[str, Any]) -> None:
 
 
 def _sweep(jobs: Path) -> None:
-    """Remove jobs that ended long ago, and that nobody can find again."""
+    """Remove jobs that ended long ago, and were not to be kept."""
     for job in jobs.glob("*"):
         started = _read(job / "started.json")
         if started and not started.get("kept") and time.time() - started["time"] > _LOST_S and not _found(job, False):

@@ -256,8 +256,8 @@ class Session:
         digests = {name: _digest(path) for name, path in files.items()}
         self._link.send({digests[name]: path for name, path in files.items()}, progress)
         # Others who give the same command at the same time share what is kept, or detached, and nothing else.
-        kept = alone and (keep or self.detach)
-        own = [*self._makes, self.facts.boot if not keep else ""] if kept else uuid.uuid4().hex
+        shared = alone and (keep or self.detach)
+        own = [*self._makes, self.facts.boot if not keep else ""] if shared else uuid.uuid4().hex
         identity = [commands, sorted(digests.items()), sorted(writes), environment, own]
         job = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         targets = {f"work/{name}": target for name, target in writes.items() if target}
@@ -271,7 +271,7 @@ class Session:
             "alone": alone,
             "wait": self.wait,
             "detach": self.detach and alone,
-            "kept": kept,
+            "kept": keep,
             "who": _who(),
             "what": what,
         }

@@ -36,7 +36,6 @@ JETSON = Facts(
     release="",
     tensorrt=None,
     cuda=None,
-    boot="",
     used={},
     tools={},
 )

@@ -53,7 +53,7 @@ def test_what_is_installed(bench, capsys):
     code = (
         "import importlib, pkgutil, acmix_deploy\n"
         "for found in pkgutil.walk_packages(acmix_deploy.__path__, 'acmix_deploy.'):\n"
-        "    if found.name.endswith('__main__'): continue\n"
+        "    if found.name.endswith(('.__main__', '.ultralytics')): continue\n"
         "    try: importlib.import_module(found.name)\n"
         "    except ModuleNotFoundError as error: print(error.name)\n"
         "print(acmix_deploy.__file__)\n"
