@@ -322,7 +322,7 @@ class Session:
                     found, over = True, told["over"]
                     said_when = f"begun {_ago(told['found'], self.clock_s)} by an earlier command"
                     progress(f"found on {self.name}, {said_when}")
-                    if self.detach:
+                    if not request["kept"]:
                         self._taken.append(f"what {request['what']} gives was {said_when}")
                 elif "broken" in told:
                     how = "restarted" if told["rebooted"] else "broke off"

@@ -78,7 +78,7 @@ def test_cut_while_it_builds(bench, capsys):
     assert digests == {found.files["fused engine"].artifact.sha256}
     log = Path("model-deploy/device.log").read_text()
     assert "build model.fused.engine: exit code 0" in log
-    assert log.count("exit code") == len(found.device.ran)
+    assert log.count("exit code 0") == len(found.device.ran)
 
 
 def test_without_an_engine(bench, capsys):
