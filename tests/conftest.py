@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import os
@@ -108,8 +109,10 @@ def empty_library(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def shapes_model(tmp_path_factory):
-    """The trained detector (docs/detector.md) as a fused ONNX file for any number of images of 160x160 pixels."""
+def shapes_files(request, tmp_path_factory):
+    """A folder of the trained detector (docs/detector.md) as plain.onnx and shapes.fused.onnx, for any number of images
+    of 160x160 pixels: a copy, since the processes of a run export it once for all.
+    """
     pytest.importorskip("ultralytics", reason="ultralytics is not installed")
     from acmix_deploy import families, yolo
     from acmix_deploy.checkpoint import load
@@ -117,10 +120,21 @@ def shapes_model(tmp_path_factory):
     from acmix_deploy.fusion import fuse
     from scripts.train_shapes import CHECKPOINT
 
-    folder = tmp_path_factory.mktemp("shapes")
-    model = load(CHECKPOINT)
-    module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
-    options = {"input_shape": (1, 3, 160, 160), "opset": 17, "divisor": 32, "dynamic": ("batch",)}
-    export(module, folder / "plain.onnx", metadata=model.metadata, **options)
-    fuse(folder / "plain.onnx", folder / "shapes.fused.onnx", expect=3)
-    return folder / "shapes.fused.onnx"
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if hasattr(request.config, "workerinput") else base) / "trained"
+    shared.mkdir(exist_ok=True)
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "shapes.fused.onnx").exists():
+            model = load(CHECKPOINT)
+            module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
+            options = {"input_shape": (1, 3, 160, 160), "opset": 17, "divisor": 32, "dynamic": ("batch",)}
+            export(module, shared / "plain.onnx", metadata=model.metadata, **options)
+            fuse(shared / "plain.onnx", shared / "shapes.fused.onnx", expect=3)
+    return Path(shutil.copytree(shared, tmp_path_factory.mktemp("shapes"), dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="session")
+def shapes_model(shapes_files):
+    """The fused one."""
+    return shapes_files / "shapes.fused.onnx"
