@@ -13,6 +13,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -97,6 +98,13 @@ def gpu(fake, monkeypatch):
     if "tensorrt" in sys.modules:
         wrong = [event for event in sys.modules["tensorrt"]._events if "before" in event or "without" in event]
         assert wrong == []
+
+
+@pytest.fixture
+def faster_exporter(monkeypatch):
+    """The one that traces, whatever the opset; with soak the one that a user gets."""
+    if not os.environ.get("ACMIX_SOAK"):
+        monkeypatch.setattr("acmix_deploy.export._dynamo", Mock(side_effect=NotImplementedError))
 
 
 @pytest.fixture

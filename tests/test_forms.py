@@ -198,7 +198,7 @@ def exported(folder):
     return ExportReport.model_validate_json((folder / "deploy" / "report.json").read_text())
 
 
-def test_export_for_targets(checkpoint, capsys):
+def test_export_for_targets(checkpoint, faster_exporter, capsys):
     """Opset, parent, form and command of each, and nothing left of the target before."""
     expected = {
         "jetpack-5.1": ("fused", 17, "plugin", "--fp16 --plugins=./build/libacmix_plugin.so"),

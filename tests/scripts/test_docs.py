@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
 from importlib import metadata
 from pathlib import Path
-from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import onnx
@@ -83,6 +81,7 @@ def test_commands_and_code_run(
     name: str,
     prepared: Path,
     tmp_path: Path,
+    faster_exporter: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
@@ -98,8 +97,6 @@ def test_commands_and_code_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.1)
-    if not os.environ.get("ACMIX_SOAK"):  # by the faster exporter, whatever the opset
-        monkeypatch.setattr("acmix_deploy.export._dynamo", Mock(side_effect=NotImplementedError))
     namespace: dict[str, object] = {}
     for language, content in blocks(page, "python", "console"):
         if language == "python":
