@@ -108,17 +108,26 @@ class Manifest(BaseModel):
 
 
 class HeaderManifest(BaseModel):
-    """Of an engine that something else built and that could not be deserialised: what its file says. Where it runs and
-    what it takes is not known, so nothing runs it."""
+    """Of an engine that something else built and that was not deserialised. Where it runs and what it takes is not
+    known, so nothing runs it."""
 
     model_config = ConfigDict(frozen=True)
 
-    origin: Literal["header"] = Field(default="header", description="adopted by what stands at the file's beginning")
+    origin: Literal["header", "trtexec"] = Field(
+        default="header",
+        description="header: adopted by what stands at the file's beginning; trtexec: built by that on a device where "
+        "this package does not run",
+    )
     backend: Backend | None = Field(description="what wrote it, None where that is not known")
     version: str | None = Field(description="release of that, None where it is not known")
     metadata: ModelMetadata = Field(
         description="what Ultralytics wrote before the engine, or of the file that was named"
     )
+
+    @property
+    def how(self) -> str:
+        """Where it is from, in words."""
+        return "adopted by its header alone" if self.origin == "header" else "built by trtexec"
 
     @property
     def tensorrt(self) -> str:
@@ -132,7 +141,7 @@ AnyManifest = Manifest | HeaderManifest
 
 def manifest_of(settings: dict[str, Any]) -> AnyManifest:
     """The manifest in an engine's sidecar. Raises ValidationError where it is of another form."""
-    form = HeaderManifest if settings.get("origin") == "header" else Manifest
+    form = HeaderManifest if settings.get("origin") in ("header", "trtexec") else Manifest
     return form.model_validate(settings)
 
 
@@ -153,13 +162,13 @@ def read_manifest(engine: Path) -> Manifest:
     """The manifest of an engine file whose bytes are still those that it was written for.
 
     Raises:
-        UserError: there is no manifest, it is another artifact's, the engine has changed since, or it was adopted by
-            its header alone.
+        UserError: there is no manifest, it is another artifact's, the engine has changed since, or it was never
+            asked what it takes.
     """
     manifest = read_any_manifest(engine)
     if isinstance(manifest, HeaderManifest):
         raise UserError(
-            f"{engine} was adopted by its header alone: it is of {manifest.tensorrt}, and neither what it takes nor "
+            f"{engine} was {manifest.how}: it is of {manifest.tensorrt}, and neither what it takes nor "
             "where it runs is known",
             f"On the machine that it fits: acmix-deploy adopt {engine}",
         )

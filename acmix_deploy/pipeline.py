@@ -62,7 +62,7 @@ def deploy(plan: Plan, progress: Progress = lambda step: None, there: There | No
     The report is also in ``report.json``; whether the files are exact enough is in its ``passed``.
 
     Args:
-        plan: what is made; ``plan.there`` is the device's target where there is one.
+        plan: what is made; with a device ``plan.engine_target`` is ``there.target``.
         progress: told what is being done.
         there: the device on which engines are built and files timed; this machine by default.
 
@@ -71,6 +71,8 @@ def deploy(plan: Plan, progress: Progress = lambda step: None, there: There | No
         CheckFailed: a file that computes something else, or another number of blocks than ``plan.expect``.
         MissingComponent: a package that the checkpoint needs is not installed.
     """
+    if there and plan.engine_target != (None if plan.no_engine else there.target):
+        raise UserError("the plan is for another device", "Give it engine_target=there.target.")
     work = _Work(plan, progress, there)
     sizes = there.sizes if there else {}
     source = work.stage("load", f"loading {plan.checkpoint}", lambda: _load(plan))
@@ -307,8 +309,8 @@ def _profile(work: _Work, source: Source) -> dict[str, Profile]:
     there = work.there
     timed = {role: artifact.path for role, artifact in work.artifacts.items() if not _needs_plugin(artifact)}
     if there:
-        engines = {role: path for role, path in timed.items() if role.endswith(ENGINE)}
-        timed = engines if engines and there.runs_engines else {role: timed[role] for role in timed.keys() - engines}
+        on_gpu = there.runs_engines and any(role.endswith(ENGINE) for role in timed)
+        timed = {role: path for role, path in timed.items() if role.endswith(ENGINE) == on_gpu}
     found = (there.profile if there else profile)(
         [*timed.values()], input_shape=source.shape, seconds=work.plan.seconds
     )

@@ -140,7 +140,7 @@ class Plan(BaseModel):
     fetch: Annotated[bool, Option()] = Field(
         default=False, description="with --on: also bring the engines here, not their manifests alone"
     )
-    there: Target | None = Field(
+    engine_target: Target | None = Field(
         default=None,
         description="what the TensorRT of the device takes that engines are built on, if it is not this machine's",
     )
@@ -167,11 +167,11 @@ class Plan(BaseModel):
         check_code(self.code, self.trust)
         check_python(self.python, self.trust, self.arch, self.head)
         made_for(self.target, self.form)
-        if self.there and self.target:
+        if self.engine_target and self.target:
             raise UserError(
                 f"--on builds for the device's own TensorRT, and --for names {self.target.name}", "Leave out --for."
             )
-        if self.there and self.plugin:
+        if self.engine_target and self.plugin:
             raise UserError("--on compiles the plugin on the device", "Leave out --plugin.")
         if self.plugin and not self.device:
             raise UserError(f"{self.plugin} is for an engine, and {self._why_no_engine}", "Leave out --plugin.")
@@ -230,8 +230,8 @@ class Plan(BaseModel):
         is none or no engine is asked for."""
         if self.target or self.no_engine:
             return None
-        if self.there:
-            return self.there
+        if self.engine_target:
+            return self.engine_target
         from acmix_deploy.engine.build import target_here
 
         try:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import get_args
 
 from rich.console import Console
+from rich.markup import escape
 
 from acmix_deploy.artifacts import writing
 from acmix_deploy.document import D
@@ -132,7 +133,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda step: print(f"{step} ...", file=sys.stderr)
         return
     with Console(stderr=True).status("starting") as status:
-        yield status.update
+        yield lambda step: status.update(escape(step))
 
 
 def needs_torch(module: str) -> ModuleType:

@@ -50,13 +50,13 @@ def _there(options: argparse.Namespace) -> ExportReport:
     from acmix_deploy.device.stages import There
 
     deploy = needs_torch("acmix_deploy.pipeline").deploy
-    _plan(options, there=None if options.no_engine else NEWEST)  # so that what is wrong is told at once
+    _plan(options, engine_target=None if options.no_engine else NEWEST)  # so that what is wrong is told at once
     with connected(options) as session:
         if options.no_engine:
             session.need_package()
         place = There if session.runs_package else Bare
         there = place(session, _plan(options).out, fetch=options.fetch)
-        plan = _plan(options, there=None if options.no_engine else there.target)
+        plan = _plan(options, engine_target=None if options.no_engine else there.target)
         report: ExportReport = deploy(plan, session.progress, there)
     return report
 

@@ -15,7 +15,7 @@ from typing import Any
 from acmix_deploy.artifacts import sidecar
 from acmix_deploy.cli.common import progress
 from acmix_deploy.device.session import WAIT_S, Session
-from acmix_deploy.document import D
+from acmix_deploy.document import D, write_document
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import kind_of
 from acmix_deploy.options import not_negative
@@ -95,14 +95,16 @@ def run_on(options: argparse.Namespace, kind: type[D], session: Session | None =
         device.progress(f"running {' '.join(words)} on {device.name}")
         done = device.run(
             " ".join(words),
-            [[device.python, "-m", "acmix_deploy.cli", *words, "--json", *arguments]],
+            [[*device.command, *words, "--json", *arguments]],
             files=reads,
             writes=writes,
             alone=alone,
         )
     try:
         found = kind.model_validate(_as_here(json.loads(done.stdout), places))
-        if done.code <= 1:  # what failed is in the document
+        if done.code in (0, 1):  # what failed is in the document
+            if getattr(options, "output", None):
+                write_document(found, options.output)
             return found
         raise ValueError(done.code)
     except ValueError as error:

@@ -3,6 +3,7 @@ by CMake, the engine and its times by trtexec. What the engine computes is not c
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ _TIMES = "times.json"
 class Bare(There):
     """See the module; methods as those of :class:`There`."""
 
-    def _need(self) -> None:
+    def _check(self) -> None:
         self._running: dict[str, list[str]] = {}  # options that an engine is run with, by its name
         self._trtexec = self._tool("trtexec", "it comes with TensorRT: apt-get install libnvinfer-bin")
         if not self.session.facts.tensorrt:
@@ -69,6 +70,7 @@ class Bare(There):
     def build(
         self, source: Path, target: Path, *, plugin: Path | None, fp16: bool, shapes: Shapes | None
     ) -> Made[BuildReport | None]:
+        self._check_target(target)
         name, release, model = target.name, self.target, read(source)
         library = [release.load(str(plugin))] if plugin else []
         precision = "float16" if fp16 and precision_of(model) == "float32" else precision_of(model)
@@ -86,7 +88,11 @@ class Bare(There):
                 keep=True,
             )
         self.files[name], self.sizes[name] = self.session.path(done.job, name), done.sizes[name]
-        manifest = HeaderManifest(backend="tensorrt", version=self.machine.version, metadata=ModelMetadata.of(model))
+        manifest = HeaderManifest(
+            origin="trtexec", backend="tensorrt", version=self.machine.version, metadata=ModelMetadata.of(model)
+        )
+        run = [self._trtexec, f"--loadEngine={self.files[name]}", *self._running[name]]
+        self.commands.append(shlex.join(run))
         settings, digest = manifest.model_dump(mode="json"), done.digests[name]
         return Made(write_artifact(target, KIND, parents=with_weights(source), settings=settings, digest=digest), None)
 

@@ -49,6 +49,7 @@ def install(session: Session, *, offline: bool = False) -> Installed:
             download(wheel, facts, Path(folder))
             files |= {f"wheels/{path.name}": path for path in sorted(Path(folder).glob("*.whl"))}
             options = ["--no-index", "--find-links", "wheels"]
+        session.note_installed(None)
         done = session.run(
             "device add --install",
             [["bash", "install.sh", facts.folder, f"wheels/{wheel.name}", *options]],
@@ -57,7 +58,7 @@ def install(session: Session, *, offline: bool = False) -> Installed:
         )
     if done.code:
         raise MissingComponent(
-            f"the package cannot be installed on {session.name}: {done.last_words}",
+            f"the package cannot be installed on {session.name}: {done.last_words.removeprefix('error: ')}",
             "Without a network there: --offline. Where sudo asks for a password, install the system's packages once by "
             "hand: docs/devices.md#install.",
         )

@@ -136,7 +136,8 @@ class Link:
             files: by SHA-256.
             progress: told what is being sent, and how fast.
         """
-        missing = self.ask("lacks", sha256=[*files])["missing"] if files else []
+        known = {sha256: path.stat().st_size if path.exists() else None for sha256, path in files.items()}
+        missing = self.ask("lacks", sizes=known)["missing"] if files else []
         if not missing:
             return
         if away := [files[sha256] for sha256 in missing if not files[sha256].exists()]:
@@ -149,8 +150,7 @@ class Link:
         with self.talk("receive", files=entries) as talk:
             for sha256 in missing:
                 with files[sha256].open("rb") as file:
-                    while block := file.read(_BLOCK):
-                        talk.write(block)
+                    while (block := file.read(_BLOCK)) and talk.write(block):
                         transfer.moved(len(block))
             talk.end()
             next(iter(talk))
@@ -197,12 +197,14 @@ class Talk:
         self._writing = threading.Lock()
         self._closed = threading.Event()
 
-    def write(self, *blocks: bytes) -> None:
-        """Send bytes. Where nobody reads them any more, the answers say why."""
+    def write(self, *blocks: bytes) -> bool:
+        """Send bytes; whether somebody reads them. Where not, the answers say why."""
         with self._writing, suppress(BrokenPipeError, ValueError):
             for block in blocks:
                 self._input.write(block)
             self._input.flush()
+            return True
+        return False
 
     def end(self) -> None:
         """Nothing more is sent."""

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ _BEAT_S = 60.0
 """Without a sign of life from the other side for so long the connection counts as lost."""
 _KEPT_S = 30 * 86400
 """How long a file stays in the store that nothing asks for."""
+_LOST_S = 7 * 86400
+"""After how long a job counts as forgotten whose result nobody took."""
+_MARK = ".acmix-deploy"
+"""File in a folder of this package."""
 _END_S = 10.0
 """What a program is given to end when it is asked to."""
 _BLOCK = 1 << 20
@@ -114,18 +119,27 @@ def _cuda() -> str | None:
 
 
 def lacks(request: dict[str, Any]) -> None:
-    """Those of some files that are not in the store."""
+    """Those of some files, given with their sizes, that are not in the store as a whole."""
     store = _folder(request) / "store"
-    answer({"missing": [sha256 for sha256 in request["sha256"] if not (store / sha256).is_file()]})
+    missing = []
+    for sha256, size in request["sizes"].items():
+        try:
+            os.utime(str(store / sha256))
+            whole = size is None or (store / sha256).stat().st_size == size
+        except OSError:
+            whole = False
+        missing += [] if whole else [sha256]
+    answer({"missing": missing})
 
 
 def receive(request: dict[str, Any]) -> None:
     """Files into the store, each whole and as its SHA-256 says, or not at all."""
-    store = _folder(request) / "store"
-    store.mkdir(parents=True, exist_ok=True)
-    for old in store.iterdir():  # what no job has and none was given for long
-        if old.stat().st_nlink == 1 and time.time() - old.stat().st_mtime > _KEPT_S:
-            _remove(old)
+    store = _own(request) / "store"
+    store.mkdir(exist_ok=True)
+    for old in store.iterdir():  # what no job has and nothing asked for in long
+        with contextlib.suppress(OSError):
+            if old.stat().st_nlink == 1 and time.time() - old.stat().st_mtime > _KEPT_S:
+                old.unlink()
     for entry in request["files"]:
         with tempfile.NamedTemporaryFile(dir=str(store), prefix=".receiving") as file:
             digest, left = hashlib.sha256(), entry["size"]
@@ -137,6 +151,7 @@ def receive(request: dict[str, Any]) -> None:
                 digest.update(block)
                 left -= len(block)
             file.flush()
+            os.fsync(file.fileno())
             if digest.hexdigest() != entry["sha256"]:
                 raise ValueError("a file arrived with another SHA-256")
             _link(Path(file.name), store / entry["sha256"])
@@ -163,19 +178,29 @@ def fetch(request: dict[str, Any]) -> None:
 
 
 def drop(request: dict[str, Any]) -> None:
-    """Remove a job, or what ``parts`` names of the folder."""
-    parts = [_folder(request) / part for part in request.get("parts", ())] or [_job(request)]
-    for part in parts:
-        shutil.rmtree(str(part)) if part.is_dir() else _remove(part)
-    folder = _folder(request)
-    if request.get("parts") and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Remove a job."""
+    shutil.rmtree(str(_job(request)), ignore_errors=True)
     answer({"dropped": True})
 
 
+def remove(request: dict[str, Any]) -> None:
+    """All that was installed, sent and built in the folder, and the folder where nothing else is in it."""
+    folder = _own(request)
+    with _device_lock(request, _Link()):
+        for part in [folder / name for name in ("venv", "store", "jobs", "installed.json", "timing.cache", _MARK)]:
+            shutil.rmtree(str(part)) if part.is_dir() else _remove(part)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    answer({"removed": True})
+
+
 def note_installed(request: dict[str, Any]) -> None:
-    """Keep what was installed; see ``facts``."""
-    _write(_folder(request) / "installed.json", request["installed"])
+    """Keep what was installed, see ``facts``; nothing while it changes."""
+    path = _own(request) / "installed.json"
+    if request["installed"]:
+        _write(path, request["installed"])
+    else:
+        _remove(path)
     answer({"noted": True})
 
 
@@ -185,6 +210,7 @@ def note_installed(request: dict[str, Any]) -> None:
 
 def run(request: dict[str, Any]) -> None:
     """Run programs in a job of their own, or find the one that the same command began before, and follow it."""
+    _own(request)
     job = _job(request)
     link = _Link()
     holder = None
@@ -195,20 +221,29 @@ def run(request: dict[str, Any]) -> None:
                 if started and not ended:
                     answer({"broken": started, "rebooted": started.get("boot") != _boot()})
                 shutil.rmtree(str(job), ignore_errors=True)
+                _sweep(job.parent)
                 holder = _start(request, job, device.fileno())
     if holder is None:
         answer({"found": _read(job / "started.json") or {}, "over": (job / "ended.json").exists()})
     _follow(job, link, bool(request["detach"]), holder)
 
 
-def _found(job: Path) -> bool:
-    """Whether a job runs, or has ended by itself and waits to be taken."""
+def _sweep(jobs: Path) -> None:
+    """Remove jobs that ended long ago, and were not to be kept."""
+    for job in jobs.glob("*"):
+        started = _read(job / "started.json")
+        if started and not started.get("kept") and time.time() - started["time"] > _LOST_S and not _found(job, False):
+            shutil.rmtree(str(job), ignore_errors=True)
+
+
+def _found(job: Path, over: bool = True) -> bool:
+    """Whether a job runs or, where it may be ``over``, has ended by itself and waits to be taken."""
     if not job.is_dir():
         return False
     with (job / "lock").open("a") as lock:
         running = not _locked(lock)
     ended = _read(job / "ended.json")
-    return running or (ended is not None and not ended.get("stopped"))
+    return running or (over and ended is not None and not ended.get("stopped"))
 
 
 class _Link:
@@ -240,7 +275,8 @@ def _device_lock(request: dict[str, Any], link: _Link) -> Any:
             path.open("a").close()
         finally:
             os.umask(mask)
-    file = path.open()  # reading is enough to lock, where another user lets nobody write
+    # Reading is enough to lock, where another user lets nobody write.
+    file = os.fdopen(os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW))
     deadline, told = time.monotonic() + request["wait"], None
     while not _locked(file):
         holder = _read(path) or {}
@@ -252,9 +288,9 @@ def _device_lock(request: dict[str, Any], link: _Link) -> Any:
             answer({"waiting": holder})
             told = holder
         time.sleep(0.2)
-    with contextlib.suppress(OSError), path.open("r+") as told_to_others:
-        told_to_others.truncate(0)
-        json.dump({"who": request["who"], "what": request["what"], "since": time.time()}, told_to_others)
+    with contextlib.suppress(OSError), os.fdopen(os.open(str(path), os.O_WRONLY | os.O_NOFOLLOW), "w") as holder_file:
+        holder_file.truncate(0)
+        json.dump({"who": request["who"], "what": request["what"], "since": time.time()}, holder_file)
     return file
 
 
@@ -274,7 +310,13 @@ def _start(request: dict[str, Any], job: Path, device: int) -> int:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
     _write(
         job / "started.json",
-        {"boot": _boot(), "time": time.time(), "who": request["who"], "what": request["what"]},
+        {
+            "boot": _boot(),
+            "time": time.time(),
+            "who": request["who"],
+            "what": request["what"],
+            "kept": request["kept"],
+        },
     )
     reader, holder = os.pipe()
     ready, told = os.pipe()
@@ -380,7 +422,7 @@ def _follow(job: Path, link: _Link, detached: bool, holder: int | None) -> None:
         for line in lines + [rest] * bool(ended is not None and rest):
             answer({"line": line.decode(errors="replace")})
         if ended is not None:
-            if ended.get("stopped") or "error" in ended:  # nobody can take anything of it
+            if "error" in ended or (ended.get("stopped") and not link.stop):  # nobody takes anything of it
                 shutil.rmtree(str(job), ignore_errors=True)
             answer(ended if "error" in ended else {"ended": ended})
             return
@@ -409,6 +451,17 @@ def _error(error: Exception) -> dict[str, Any]:
 
 class _Refused(Exception):
     """Something that is told by a word and what belongs to it."""
+
+
+def _own(request: dict[str, Any]) -> Path:
+    """The folder, to be written to; it is marked, so that nothing of others is taken for ours."""
+    folder = _folder(request)
+    if not (folder / _MARK).exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise OSError(errno.EEXIST, "it holds something else, and has to be a folder of its own", str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _MARK).touch()
+    return folder
 
 
 def _folder(request: dict[str, Any]) -> Path:
@@ -458,6 +511,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _link(path: Path, target: Path) -> None:
+    """Have a file under another name too, from now on read-only, so that it stays what its SHA-256 says."""
+    path.chmod(0o444)
     _replace(target, lambda temporary: os.link(str(path), str(temporary)))
 
 
@@ -514,8 +569,11 @@ def main(functions: Sequence[Callable[[dict[str, Any]], None]]) -> None:
 
 
 if __name__ == "__main__":
+    status = 1
     try:
-        main((hold, facts, lacks, receive, fetch, drop, note_installed, run))
+        main((hold, facts, lacks, receive, fetch, drop, remove, note_installed, run))
         sys.stdout.buffer.flush()
-    finally:
-        os._exit(0)  # a thread may be reading stdin, which Python would call a fatal error
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)  # a thread may be reading stdin, which Python would call a fatal error

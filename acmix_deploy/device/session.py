@@ -24,7 +24,9 @@ from acmix_deploy.artifacts import check_output, sha256, sidecar
 from acmix_deploy.device import wheel
 from acmix_deploy.device.link import Link, LinkLost, Talk
 from acmix_deploy.device.registry import Device, named
+from acmix_deploy.document import read_json
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
+from acmix_deploy.manifest import KIND as ENGINE
 from acmix_deploy.manifest import Machine
 from acmix_deploy.process import ending
 
@@ -63,6 +65,7 @@ class Facts(BaseModel):
     python: str
     machine: str = Field(description="its architecture, such as aarch64")
     libc: str = Field(description="such as glibc 2.35")
+    boot: str = Field(description="id of its last start")
     time: float = Field(description="its clock, in seconds since 1970")
     free: int = Field(description="bytes that are free for the folder")
     jetson: str = Field(description="model of the board, empty where it tells none")
@@ -120,6 +123,7 @@ class Session:
         self.device = named(device) if isinstance(device, str) else device
         self.detach, self.wait, self.progress = detach, wait, progress
         self._stack = ExitStack()
+        self._taken: list[str] = []
 
     def __enter__(self) -> Session:
         self.progress(f"connecting to {self.device.name}")
@@ -149,6 +153,11 @@ class Session:
         """The interpreter that has the package."""
         return f"{self.facts.folder}/venv/bin/python"
 
+    @property
+    def command(self) -> tuple[str, str]:
+        """What runs a verb. A script by its path: with -m a folder of the user's could stand in for a package."""
+        return self.python, f"{self.facts.folder}/venv/bin/acmix-deploy"
+
     @cached_property
     def wheel(self) -> tuple[Path, str]:
         """This package as a wheel, and its SHA-256."""
@@ -165,7 +174,8 @@ class Session:
     @property
     def notes(self) -> tuple[str, ...]:
         """What stands out on the device, of what figures that are measured there depend on."""
-        return (f"{self.clock}; times in what it measures are its own",) if abs(self.clock_s) > CLOCK_S else ()
+        wrong = abs(self.clock_s) > CLOCK_S
+        return (*[f"{self.clock}; times in what it measures are its own"] * wrong, *self._taken)
 
     @property
     def _makes(self) -> list[str | None]:
@@ -246,7 +256,8 @@ class Session:
         digests = {name: _digest(path) for name, path in files.items()}
         self._link.send({digests[name]: path for name, path in files.items()}, progress)
         # Others who give the same command at the same time share what is kept, or detached, and nothing else.
-        own = self._makes if keep else "" if self.detach else uuid.uuid4().hex
+        shared = alone and (keep or self.detach)
+        own = [*self._makes, self.facts.boot if not keep else ""] if shared else uuid.uuid4().hex
         identity = [commands, sorted(digests.items()), sorted(writes), environment, own]
         job = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         targets = {f"work/{name}": target for name, target in writes.items() if target}
@@ -259,8 +270,9 @@ class Session:
             "environment": environment or {},
             "alone": alone,
             "wait": self.wait,
-            "detach": self.detach,
-            "who": f"{getpass.getuser()}@{socket.gethostname()}",
+            "detach": self.detach and alone,
+            "kept": keep,
+            "who": _who(),
             "what": what,
         }
         try:
@@ -308,18 +320,23 @@ class Session:
                     progress(f"waiting for {self.name}: {_holder(told['waiting'])}")
                 elif "found" in told:
                     found, over = True, told["over"]
-                    progress(f"found on {self.name}, begun {_ago(told['found'], self.clock_s)}")
+                    said_when = f"begun {_ago(told['found'], self.clock_s)} by an earlier command"
+                    progress(f"found on {self.name}, {said_when}")
+                    if not request["kept"]:
+                        self._taken.append(f"what {request['what']} gives was {said_when}")
                 elif "broken" in told:
                     how = "restarted" if told["rebooted"] else "broke off"
                     progress(f"{self.name} {how} when this ran there before; it runs again")
                 elif "refused" in told:
-                    raise MissingComponent(
-                        f"{self.name} is in use: {_holder(told['what'])}",
-                        "Wait longer with --wait SECONDS, or try again later.",
-                    )
+                    raise self._in_use(told["what"])
                 elif "ended" in told:
                     return told["ended"], said, found
         return None, said, found
+
+    def _in_use(self, holder: Mapping[str, Any]) -> MissingComponent:
+        return MissingComponent(
+            f"{self.name} is in use: {_holder(holder)}", "Wait longer with --wait SECONDS, or try again later."
+        )
 
     def path(self, job: str, name: str) -> str:
         """Where a file of a job that was kept lies on the device."""
@@ -343,12 +360,18 @@ class Session:
         raise kind(f"on {self.name}: {message.removeprefix('error: ')}", "\n".join(hint))
 
     def remove_files(self) -> None:
-        """Remove what was installed, sent and built there; other things in the folder stay."""
-        self._link.ask("drop", job="", parts=("venv", "store", "jobs", "installed.json", "timing.cache"))
+        """Remove what was installed, sent and built there; other things in the folder stay.
 
-    def note_installed(self, installed: Installed) -> None:
-        """Have the device tell what was installed."""
-        self._link.ask("note_installed", installed=installed.model_dump())
+        Raises:
+            MissingComponent: the device is in use.
+        """
+        told = self._link.ask("remove", alone=True, wait=self.wait, who=_who(), what="device remove --files")
+        if "refused" in told:
+            raise self._in_use(told["what"])
+
+    def note_installed(self, installed: Installed | None) -> None:
+        """Have the device tell what was installed; nothing while that changes."""
+        self._link.ask("note_installed", installed=installed.model_dump() if installed else None)
         self._ask_facts()
 
 
@@ -366,9 +389,14 @@ def _stopping(talk: Talk, detach: bool) -> Iterator[None]:
 def _digest(path: Path) -> str:
     """SHA-256 of a file; of one that is not here but stays on a device, as its sidecar says."""
     if not path.exists() and sidecar(path).is_file():
-        content = json.loads(sidecar(path).read_bytes())
-        return str(content["sha256"])
+        content = read_json(sidecar(path))
+        if isinstance(content, dict) and content.get("kind") == ENGINE:
+            return str(content["sha256"])
     return sha256(path)
+
+
+def _who() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def _holder(told: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from acmix_deploy.artifacts import Artifact, Made, sidecar
 from acmix_deploy.device.session import Ended, Session
 from acmix_deploy.engine.build import BuildReport, target_for
-from acmix_deploy.errors import MissingComponent
+from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.graph import with_weights
 from acmix_deploy.manifest import Machine, Manifest
 from acmix_deploy.plugin.build import NAME
@@ -45,13 +45,8 @@ class DeviceReport(BaseModel):
     ran: tuple[str, ...] = Field(description="what ran there; all else ran on the machine that wrote this")
     found: tuple[str, ...] = Field(description="of that what an earlier command had left there")
     files: dict[str, str] = Field(description="files that stay there: their paths, by name")
-    package: bool = Field(description="whether this package runs there")
+    commands: tuple[str, ...] = Field(description="what runs the engines there, where this package does not")
     notes: tuple[str, ...]
-
-    @property
-    def engines(self) -> list[str]:
-        """Paths of the engines that stay there."""
-        return [path for name, path in self.files.items() if name.endswith(".engine")]
 
 
 class There:
@@ -68,7 +63,9 @@ class There:
 
     def __init__(self, session: Session, out: Path, *, fetch: bool = False) -> None:
         self.session, self.out, self.fetch = session, out, fetch
-        self._need()
+        self.commands: list[str] = []
+        """What runs the engines there, where this package does not."""
+        self._check()
         self.sizes: dict[str, int] = {}
         """Of the engines, in bytes, by name."""
         self.files: dict[str, str] = {}
@@ -77,7 +74,8 @@ class There:
         self._found: list[str] = []
         self._log = ""
 
-    def _need(self) -> None:
+    def _check(self) -> None:
+        """Raise MissingComponent where the device lacks what the stages need."""
         self.session.need_package()
 
     @property
@@ -117,6 +115,7 @@ class There:
     ) -> Made[BuildReport | None]:
         """:func:`acmix_deploy.engine.build.build` there; here its manifest arrives, and the engine where it is asked
         for. An engine that an earlier command built there of the same file is taken."""
+        self._check_target(target)
         options = ["--fp16"] * fp16 + [f"--plugin={plugin}"] * bool(plugin)
         if shapes:
             for name, shape in zip(("min", "opt", "max"), shapes, strict=True):
@@ -135,6 +134,14 @@ class There:
         found = json.loads(done.stdout)
         artifact = Artifact.model_validate(found["artifact"]).model_copy(update={"path": target})
         return Made(artifact, BuildReport.model_validate(found))
+
+    def _check_target(self, target: Path) -> None:
+        """Raise UserError where an engine that is here would lose its manifest to that of the one on the device."""
+        if not self.fetch and target.exists():
+            raise UserError(
+                f"{target} is here, and the engine on {self.session.name} would have its manifest",
+                "Add --fetch, move it, or give --out another folder.",
+            )
 
     def candidate(self, engine: Artifact, feeds: Feeds) -> Candidate:
         """What an engine gives there for these inputs, float32 by name, to be compared here."""
@@ -176,18 +183,19 @@ class There:
             ran=tuple(self._ran),
             found=tuple(self._found),
             files=self.files,
-            package=self.session.runs_package,
+            commands=tuple(self.commands),
             notes=self.session.notes,
         )
 
     def _verb(self, what: str, arguments: Sequence[str], **options: Any) -> Ended:
         """A verb there, with its document on stdout."""
-        return self._programs(what, [[self.session.python, "-m", "acmix_deploy.cli", *arguments]], **options)
+        return self._programs(what, [[*self.session.command, *arguments]], **options)
 
     def _programs(self, what: str, commands: Sequence[Sequence[str]], **options: Any) -> Ended:
         """:meth:`Session.run`, which is noted with what it said. Raises what it ended with, too."""
         done = self.session.run(what, commands, **options)
-        self._log += f"{what}: exit code {done.code}\n" + "".join(f"    {line}\n" for line in done.said)
+        printed = [] if done.stdout.startswith("{") else done.stdout.splitlines()  # what is no document
+        self._log += f"{what}: exit code {done.code}\n" + "".join(f"    {line}\n" for line in (*printed, *done.said))
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / LOG).write_text(self._log, encoding="utf-8")
         self.session.check(done)
@@ -211,6 +219,7 @@ class _Recorded(BaseRunner):  # type: ignore[misc]
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        self.inference_time = 0.0  # Polygraphy adds it up
         return self._outputs[_key(feed_dict)]
 
 

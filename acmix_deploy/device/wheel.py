@@ -35,12 +35,12 @@ def write_wheel(path: Path) -> None:
     record = []
     with (
         replacing(path) as temporary,
-        zipfile.ZipFile(temporary, "w", compresslevel=1) as archive,
+        zipfile.ZipFile(temporary, "w") as archive,
     ):
         for name, content in (*_files(), *described.items()):
             digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
             record.append(f"{name},sha256={digest},{len(content)}\n")
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(name), content)
         archive.writestr(zipfile.ZipInfo(f"{_INFO}/RECORD"), "".join([*record, f"{_INFO}/RECORD,,\n"]))
 
 

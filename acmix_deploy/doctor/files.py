@@ -77,7 +77,7 @@ def _engine(path: Path, plugin: Path | None) -> Examination:
     manifest = read_any_manifest(path)
     if isinstance(manifest, HeaderManifest):
         note = (
-            "it was adopted by its header alone, so whether it fits this machine cannot be told: on the machine that "
+            f"it was {manifest.how}, so whether it fits this machine cannot be told: on the machine that "
             f"it fits, acmix-deploy adopt {path}"
         )
         contents = {"built with": manifest.tensorrt, "for": "unknown"}

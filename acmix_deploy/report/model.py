@@ -58,16 +58,23 @@ class ExportReport(Document):
     fp16: Fp16Report | None = Field(default=None, description="what stays in float32 in the fp16 file")
     int8: Int8Report | None = Field(default=None, description="layers in INT8 and what each one costs")
     engines: dict[str, BuildReport] = Field(
-        default={}, description="by role, as in files, where there was a TensorRT and a GPU"
+        default={}, description="by role, as in files, of those that this package built, here or on the device"
     )
     device: DeviceReport | None = Field(default=None, description="what ran on another machine, with --on")
     verification: Verification
     seconds: dict[str, float] = Field(description="time that each stage took")
     next_steps: tuple[str, ...] = Field(description="what to run next, line by line")
 
+    @computed_field(description="files that were not compared with the model")  # type: ignore[prop-decorator]
+    @property
+    def uncompared(self) -> tuple[str, ...]:
+        """By their names."""
+        compared = {comparison.candidate for comparison in self.verification.comparisons}
+        return tuple(file.artifact.path.name for file in self.files.values() if file.artifact.path.name not in compared)
+
     @computed_field(  # type: ignore[prop-decorator]
-        description="whether every file is as exact as the operator's definition asks; null where too little was "
-        "detected to judge"
+        description="whether every file that was compared is as exact as the operator's definition asks; null where "
+        "too little was detected to judge"
     )
     @property
     def passed(self) -> bool | None:
@@ -99,11 +106,12 @@ def next_steps(
         device: where engines were built, if it was not here.
         detector: whether detections can be compared.
     """
-    if device and not device.package:
-        return tuple(f"On {device.name}: trtexec --loadEngine={shlex.quote(path)}" for path in device.engines)
-    if device and device.machine and not device.machine.gpu:
-        return (f"{device.name} has no GPU. --fetch brings its engines here, for a machine with one",)
-    if engines := [str(artifact.path) for role, artifact in artifacts.items() if role.endswith(ENGINE)]:
+    engines = [str(artifact.path) for role, artifact in artifacts.items() if role.endswith(ENGINE)]
+    if device and device.commands:
+        return tuple(f"On {device.name}: {command}" for command in device.commands)
+    if engines and device and device.machine and not device.machine.gpu:
+        return (f"{device.name} has no GPU, so its engines are for a machine with one",)
+    if engines:
         there = f" --on {shlex.quote(device.name)}" if device else ""
         return (f"acmix-deploy profile {shlex.join(engines)} --layers --power{there}",)
     typed: tuple[tuple[str, Precision], ...] = (("int8", "int8"), ("fp16", "float16"), ("fused", "float32"))

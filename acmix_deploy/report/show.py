@@ -59,9 +59,8 @@ def show_export(report: ExportReport, console: Console) -> None:
 
 
 def _compared(report: ExportReport) -> str:
-    names = [file.artifact.path.name for file in report.files.values()]
-    left = [name for name in names if name not in {one.candidate for one in report.verification.comparisons}]
-    return f"every file but {' and '.join(left)}, not compared, computes" if left else "every file computes"
+    left = " and ".join(report.uncompared)
+    return f"every file but {left}, not compared, computes" if left else "every file computes"
 
 
 def _engine(report: ExportReport, role: str, built: BuildReport) -> list[RenderableType]:

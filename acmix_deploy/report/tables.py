@@ -268,7 +268,7 @@ def engine(manifest: AnyManifest) -> Table:
     rows = table("", "")
     rows.show_header = False
     if isinstance(manifest, HeaderManifest):
-        rows.add_row("origin", "adopted by its header alone")
+        rows.add_row("origin", manifest.how)
         rows.add_row("built with", manifest.tensorrt)
         rows.add_row("runs on", _UNKNOWN)
         _metadata(rows, manifest.metadata)

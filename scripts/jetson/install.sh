@@ -22,7 +22,10 @@ echo "virtual environment ..." >&2
 # TensorRT's Python module is a package of the system, and so is pip as a rule.
 python=$folder/venv/bin/python
 [ -x "$python" ] || python3 -m venv --system-site-packages --without-pip "$folder/venv"
-"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 || {
+    echo "error: there is no pip; install it: sudo apt-get install python3-pip python3-venv" >&2
+    exit 3
+}
 echo "packages ..." >&2
 pip=("$python" -m pip install --disable-pip-version-check "$@")
 source=${package:-$(dirname "$0")/../..}

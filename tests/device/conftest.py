@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from acmix_deploy.artifacts import sha256
+from acmix_deploy.cli import main
 from acmix_deploy.device.wheel import write_wheel
 from tests.device.loopback import Device, device
 
@@ -37,14 +37,21 @@ def this_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    """A device on which the package was installed, into a folder with a space. Nothing is downloaded."""
+    with device(tmp_path_factory.mktemp("device") / "root") as made, pytest.MonkeyPatch.context() as patch:
+        made.set(PIP_NO_INDEX="1")
+        use(made, patch)
+        assert main(["device", "add", "bench", "--folder", "a folder", "--install"]) == 0
+        yield made
+
+
 def stand_in(bench: Device, this_wheel: Path, verb: str) -> None:
-    """Have a device whose package is a script of sh in place of every verb; it is as it would be installed."""
+    """Have a device without TensorRT, whose package is a script of sh in place of every verb."""
     folder = bench.home / "acmix-deploy"
     (folder / "venv/bin").mkdir(parents=True, exist_ok=True)
-    (folder / "venv/bin/python").write_text(f"#!/bin/sh\n{verb}\n")
+    (folder / "venv/bin/python").write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit 1\n{verb}\n')
     (folder / "venv/bin/python").chmod(0o755)
+    (folder / ".acmix-deploy").touch()
     (folder / "installed.json").write_text(json.dumps({"version": "0.1.0", "wheel": sha256(this_wheel)}))
-
-
-def quoted(path: Path) -> str:
-    return shlex.quote(str(path))

@@ -180,7 +180,10 @@ class Device:
         sockets = {Path(call[call.index("-S") + 1]).parent for call in self.calls() if "-S" in call}
         found += [path for path in sockets if path.exists()]
         found += [path for path in self.tmp.iterdir() if path.name not in _STAYS]
-        found += [*self.home.glob("*/jobs/*"), *self.home.glob("*/.*"), *self.home.glob("*/store/.*")]
+        found += [*self.home.glob("*/jobs/*"), *self.home.glob("*/store/.*")]
+        found += [
+            path for path in self.home.glob("*/.*") if path.parent.name[0] != "." and path.name != ".acmix-deploy"
+        ]
         return found
 
     def log(self) -> str:
