@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import os
@@ -12,6 +13,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -99,6 +101,13 @@ def gpu(fake, monkeypatch):
 
 
 @pytest.fixture
+def faster_exporter(monkeypatch):
+    """The one that traces, whatever the opset; with soak the one that a user gets."""
+    if not os.environ.get("ACMIX_SOAK"):
+        monkeypatch.setattr("acmix_deploy.export._dynamo", Mock(side_effect=NotImplementedError))
+
+
+@pytest.fixture
 def empty_library(tmp_path):
     """A library that loads and registers no plugin."""
     if not (compiler := shutil.which("cc")):
@@ -108,8 +117,10 @@ def empty_library(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def shapes_model(tmp_path_factory):
-    """The trained detector (docs/detector.md) as a fused ONNX file for any number of images of 160x160 pixels."""
+def shapes_files(request, tmp_path_factory):
+    """A folder of the trained detector (docs/detector.md) as plain.onnx and shapes.fused.onnx, for any number of images
+    of 160x160 pixels: a copy, since the processes of a run export it once for all.
+    """
     pytest.importorskip("ultralytics", reason="ultralytics is not installed")
     from acmix_deploy import families, yolo
     from acmix_deploy.checkpoint import load
@@ -117,10 +128,21 @@ def shapes_model(tmp_path_factory):
     from acmix_deploy.fusion import fuse
     from scripts.train_shapes import CHECKPOINT
 
-    folder = tmp_path_factory.mktemp("shapes")
-    model = load(CHECKPOINT)
-    module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
-    options = {"input_shape": (1, 3, 160, 160), "opset": 17, "divisor": 32, "dynamic": ("batch",)}
-    export(module, folder / "plain.onnx", metadata=model.metadata, **options)
-    fuse(folder / "plain.onnx", folder / "shapes.fused.onnx", expect=3)
-    return folder / "shapes.fused.onnx"
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if hasattr(request.config, "workerinput") else base) / "trained"
+    shared.mkdir(exist_ok=True)
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "shapes.fused.onnx").exists():
+            model = load(CHECKPOINT)
+            module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
+            options = {"input_shape": (1, 3, 160, 160), "opset": 17, "divisor": 32, "dynamic": ("batch",)}
+            export(module, shared / "plain.onnx", metadata=model.metadata, **options)
+            fuse(shared / "plain.onnx", shared / "shapes.fused.onnx", expect=3)
+    return Path(shutil.copytree(shared, tmp_path_factory.mktemp("shapes"), dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="session")
+def shapes_model(shapes_files):
+    """The fused one."""
+    return shapes_files / "shapes.fused.onnx"

@@ -198,17 +198,18 @@ def exported(folder):
     return ExportReport.model_validate_json((folder / "deploy" / "report.json").read_text())
 
 
-def test_export_for_targets(checkpoint, capsys):
+def test_export_for_targets(checkpoint, faster_exporter, capsys):
     """Opset, parent, form and command of each, and nothing left of the target before."""
     expected = {
-        "jetpack-5.1": ("fused", 17, "plugin", "--fp16 --plugins=./build/libacmix_plugin.so"),
-        "jetpack-6.2": ("fp16", 18, "plugin", "--stronglyTyped --staticPlugins=./libacmix_plugin.so"),
-        "tensorrt-11": ("fp16", 18, "any", "--staticPlugins=./libacmix_plugin.so"),
+        "jetpack-5.1": ("fused", 17, "plugin", "--fp16 ", "--plugins=./build/libacmix_plugin.so"),
+        "jetpack-6.2": ("fp16", 18, "plugin", "--stronglyTyped ", "--staticPlugins=./libacmix_plugin.so"),
+        "tensorrt-11": ("fp16", 18, "any", "", "--staticPlugins=./libacmix_plugin.so"),
     }
-    for name, (parent, opset, form, options) in expected.items():
+    for name, (parent, opset, form, options, plugin) in expected.items():
         file = f"model.{parent}.{name}.onnx"
         assert main([*EXPORT, "--for", name]) == 0
-        assert f"trtexec --onnx={file} {options} --save" in capsys.readouterr().out
+        engine = file.replace(".onnx", ".engine")
+        assert f"trtexec --onnx={file} {options}--saveEngine={engine} {plugin}\n" in capsys.readouterr().out
         written = {"model.onnx", "model.fused.onnx", "model.fp16.onnx", file}
         found = {path.name for path in (checkpoint / "deploy").glob("*.onnx")}
         assert found == written

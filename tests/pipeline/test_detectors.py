@@ -23,7 +23,7 @@ def distances(report):
 def test_checkpoint_to_files(tmp_path):
     make_checkpoint(tmp_path / "model.pt")
     steps: list[str] = []
-    options = {"image_size": 160, "opset": 17, "fp16": True}  # by the faster exporter; README's example by the other
+    options = {"image_size": 160, "opset": 17, "fp16": True}  # by the faster exporter; README's by the other, with soak
     report = deployed(tmp_path / "model.pt", tmp_path, expect=3, progress=steps.append, **options)
     assert report.passed
     assert [block.status for block in report.blocks] == ["canonical"] * 3

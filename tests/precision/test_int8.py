@@ -38,7 +38,6 @@ from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.verify import compare_files
 from scripts import shapes
-from scripts.train_shapes import CHECKPOINT
 from tests import ROOT
 from tests.families.parts import export
 from tests.fusion.test_fuse import randomised
@@ -218,19 +217,10 @@ def test_error_of_the_file(quantized, photographs, name):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(shapes_model, tmp_path_factory):
     """The fused file of the detector that was trained on shapes, and folders of scenes that it has not seen."""
-    from acmix_deploy import families, yolo
-    from acmix_deploy.checkpoint import load
-    from acmix_deploy.export import export as export_detector
-
     folder = tmp_path_factory.mktemp("trained")
-    model = load(CHECKPOINT)
-    module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
-    options = {"input_shape": (1, 3, shapes.SIZE, shapes.SIZE), "opset": 17, "divisor": 32}
-    export_detector(module, folder / "plain.onnx", metadata=model.metadata, **options)
-    fuse(folder / "plain.onnx", folder / "17.onnx", expect=3)
-    path = at_opset_19(folder / "17.onnx", folder / "fused.onnx")
+    path = at_opset_19(shapes_model, folder / "fused.onnx")
     scenes = (("calibration", 11, 12), ("unseen", 12, 20), ("few", 12, 6))
     folders = {name: shapes.write(folder / name, seed, count) for name, seed, count in scenes}
     return SimpleNamespace(path=path, **folders)

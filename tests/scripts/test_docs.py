@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy import cli, plan
+from acmix_deploy import cli
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
@@ -81,6 +81,7 @@ def test_commands_and_code_run(
     name: str,
     prepared: Path,
     tmp_path: Path,
+    faster_exporter: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
@@ -96,7 +97,6 @@ def test_commands_and_code_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.1)
-    monkeypatch.setattr(plan, "DEFAULT_OPSET", 17)  # by the faster exporter
     namespace: dict[str, object] = {}
     for language, content in blocks(page, "python", "console"):
         if language == "python":

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from acmix_deploy import families, yolo
-from acmix_deploy.checkpoint import load
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find, placed_batches
-from acmix_deploy.export import export
-from acmix_deploy.fusion import fuse
 from acmix_deploy.precision.fp16 import to_fp16
 from acmix_deploy.precision.int8 import quantize
 from acmix_deploy.runtime.metrics import Array
@@ -22,7 +19,6 @@ from acmix_deploy.verify import DetectionComparison, Scenes
 from acmix_deploy.verify.detections import compare_detections
 from acmix_deploy.verify.limits import DETECTION_LIMITS
 from scripts import shapes
-from scripts.train_shapes import CHECKPOINT
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
 pytest.importorskip("ultralytics", reason="ultralytics is not installed")
@@ -37,17 +33,15 @@ class Outputs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+def outputs(shapes_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Outputs:
     folder = tmp_path_factory.mktemp("limits")
-    model = load(CHECKPOINT)
-    module = yolo.prepare_for_export(families.canonicalise(model.module)[0])
-    export(module, folder / "plain.onnx", input_shape=SHAPE, opset=17, divisor=32, metadata=model.metadata)
-    fuse(folder / "plain.onnx", folder / "float32.onnx", expect=3)
-    to_fp16(folder / "float32.onnx", folder / "float16.onnx")
+    plain, fused = shapes_files / "plain.onnx", shapes_files / "shapes.fused.onnx"
+    to_fp16(fused, folder / "float16.onnx")
     calibration, unseen = (shapes.write(folder / str(seed), seed, count) for seed, count in ((11, 16), (2, 48)))
-    quantize(folder / "float32.onnx", folder / "int8.onnx", calibration=calibration)
+    quantize(fused, folder / "int8.onnx", calibration=calibration)
     scenes = Scenes("images", list(placed_batches(find(unseen).paths, [SHAPE])), {})
-    sessions = {name: open_session(folder / f"{name}.onnx") for name in ("plain", *DETECTION_LIMITS)}
+    files = {"plain": plain, "float32": fused, **{name: folder / f"{name}.onnx" for name in ("float16", "int8")}}
+    sessions = {name: open_session(file) for name, file in files.items()}
     run = {
         name: [session.run(None, {"images": batch.images})[0] for batch in scenes.batches]
         for name, session in sessions.items()
