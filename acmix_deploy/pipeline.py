@@ -21,6 +21,7 @@ from acmix_deploy.artifacts import Artifact, Made, mark_exported, outdated, remo
 from acmix_deploy.checkpoint.source import Source, load_source
 from acmix_deploy.detection.boxes import no_detector
 from acmix_deploy.detection.heads import unlike_told
+from acmix_deploy.device.link import Unavailable
 from acmix_deploy.device.stages import There
 from acmix_deploy.document import write_document
 from acmix_deploy.engine.build import BuildReport, build
@@ -241,6 +242,8 @@ def _build(work: _Work, exported: ExportResult) -> dict[str, BuildReport]:
     if not plugin and takes_plugin(onnx.load(plan.path("fused"))):
         try:
             plugin = there.library() if there else library_in(plan.out, work.progress)
+        except Unavailable:
+            raise
         except AcmixDeployError as error:
             work.notes.append(f"the engine does without the plugin, so the attention is slower: {error.message}")
     found = {}

@@ -36,7 +36,11 @@ Answer = dict[str, Any]
 Progress = Callable[[str], None]
 
 
-class LinkLost(MissingComponent):
+class Unavailable(MissingComponent):
+    """A device cannot be reached or is in use, whatever was to run there."""
+
+
+class LinkLost(Unavailable):
     """The connection to a device ended in the middle of a request."""
 
 
@@ -340,8 +344,8 @@ _REASONS = (
 )  # fmt: skip
 
 
-def _unreachable(host: str, said: str) -> MissingComponent:
+def _unreachable(host: str, said: str) -> Unavailable:
     for pattern, reason, hint in _REASONS:
         if re.search(pattern, said):
-            return MissingComponent(f"{host} cannot be reached: {reason}{_last(said)}", hint.replace("HOST", host))
-    return MissingComponent(f"{host} cannot be reached{_last(said)}", f"Does this work? ssh {host} true")
+            return Unavailable(f"{host} cannot be reached: {reason}{_last(said)}", hint.replace("HOST", host))
+    return Unavailable(f"{host} cannot be reached{_last(said)}", f"Does this work? ssh {host} true")

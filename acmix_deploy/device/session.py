@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from acmix_deploy import __version__
 from acmix_deploy.artifacts import check_output, sha256, sidecar
 from acmix_deploy.device import wheel
-from acmix_deploy.device.link import Link, LinkLost, Talk
+from acmix_deploy.device.link import Link, LinkLost, Talk, Unavailable
 from acmix_deploy.device.registry import Device, named
 from acmix_deploy.document import read_json
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
@@ -246,7 +246,8 @@ class Session:
 
         Raises:
             LinkLost: the connection ended; the message says what becomes of the programs.
-            MissingComponent: the device is in use, or there is no such program.
+            Unavailable: the device is in use.
+            MissingComponent: there is no such program.
             UserError: no space is left on either side.
         """
         progress = progress or self.progress
@@ -333,8 +334,8 @@ class Session:
                     return told["ended"], said, found
         return None, said, found
 
-    def _in_use(self, holder: Mapping[str, Any]) -> MissingComponent:
-        return MissingComponent(
+    def _in_use(self, holder: Mapping[str, Any]) -> Unavailable:
+        return Unavailable(
             f"{self.name} is in use: {_holder(holder)}", "Wait longer with --wait SECONDS, or try again later."
         )
 
