@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from acmix_deploy.device import link, remote
-from acmix_deploy.device.link import LinkLost
+from acmix_deploy.device.link import LinkLost, Unavailable
 from acmix_deploy.device.session import Session
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 from tests.device.loopback import Device, until
@@ -322,7 +322,7 @@ def test_held(bench):
         Session("bench", progress=lambda step: (steps.append(step), job.end() if "waiting" in step else None)) as third,
         Job(bench, first) as job,
     ):
-        said = raised(MissingComponent, lambda: run(second, "echo second"))
+        said = raised(Unavailable, lambda: run(second, "echo second"))
         assert "bench is in use: " in said
         assert "@" in said
         assert "runs a test there since " in said
