@@ -126,11 +126,16 @@ def print_line(text: str) -> None:
         raise
 
 
+def print_step(step: str) -> None:
+    """Tell on stderr what is being done, in a line that stays."""
+    print(f"{step} ...", file=sys.stderr)
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """Show what is being done on stderr: a spinner in a terminal, a line for each step elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda step: print(f"{step} ...", file=sys.stderr)
+        yield print_step
         return
     with Console(stderr=True).status("starting") as status:
         yield lambda step: status.update(escape(step))

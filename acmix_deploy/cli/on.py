@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from acmix_deploy.artifacts import sidecar
-from acmix_deploy.cli.common import progress
+from acmix_deploy.cli.common import print_step, progress
 from acmix_deploy.device.session import WAIT_S, Session
 from acmix_deploy.document import D, write_document
 from acmix_deploy.errors import MissingComponent, UserError
@@ -66,7 +66,7 @@ def connected(options: argparse.Namespace) -> Iterator[Session]:
         options.on,
         detach=options.detach,
         wait=options.wait,
-        progress=lambda step: print(f"{step} ...", file=sys.stderr),
+        progress=print_step,
     )
     with session, progress() as session.progress:
         yield session

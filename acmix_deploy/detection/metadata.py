@@ -76,9 +76,8 @@ class ModelMetadata(RootModel[dict[str, str]]):
         axes = zip(("batch", "channels", "height", "width"), dims, strict=True)
         free = [axis for axis, size in axes if not isinstance(size, int) or size < 0]
         told = self.for_file(shape, free)
-        args = told._arguments | {
-            "dynamic": {"batch", "height", "width"} <= {*free}
-        }  # else a wrong size goes unnoticed
+        # Where a size is fixed, releases that are told "dynamic" do not notice a wrong one.
+        args = told._arguments | {"dynamic": {"batch", "height", "width"} <= {*free}}
         if precision:
             args |= {"half": precision == "float16", "int8": precision == "int8"}
         return told.updated(args=args)._header()

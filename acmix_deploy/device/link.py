@@ -17,6 +17,7 @@ from typing import Any
 
 from acmix_deploy.artifacts import no_space, replacing
 from acmix_deploy.device import remote
+from acmix_deploy.device.registry import HOSTS
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 
 # A constant: what the login shell of a device is given is made of no name.
@@ -53,7 +54,8 @@ class Link:
         name: what it is called in what is said.
 
     Raises:
-        MissingComponent: there is no ssh here, or the device cannot be reached, with ssh's reason.
+        MissingComponent: there is no ssh here.
+        Unavailable: the device cannot be reached, with ssh's reason.
     """
 
     def __init__(self, host: str, folder: str, name: str = "") -> None:
@@ -160,20 +162,16 @@ class Link:
             next(iter(talk))
         transfer.done()
 
-    def fetch(self, job: str, targets: Mapping[str, Path], progress: Progress) -> list[str]:
-        """Bring files of a job here, each whole or not at all.
+    def fetch(self, job: str, targets: Mapping[str, Path], progress: Progress) -> None:
+        """Bring files of a job here, each whole or not at all; those that it did not write are left out.
 
         Args:
             job: id of the job.
             targets: where files go, by their names in the job's folder.
             progress: told what is being fetched, and how fast.
-
-        Returns:
-            The names of those that were there.
         """
-        found: list[str] = []
         if not targets:
-            return found
+            return
         with self.talk("fetch", job=job, names=[*targets]) as talk:
             talk.end()
             for told in talk:
@@ -186,8 +184,6 @@ class Link:
                         file.write(block)
                         transfer.moved(len(block))
                 transfer.done()
-                found.append(name)
-        return found
 
 
 class Talk:
@@ -336,8 +332,7 @@ _REASONS = (
      "If the device was set up anew, remove the old key: ssh-keygen -R HOST, then look at the new one: ssh HOST"),
     (r"Host key verification failed", "its host key is not known here", "Look at it and accept it once: ssh HOST"),
     (r"Permission denied", "it does not let you in", "Give it your key: ssh-copy-id HOST"),
-    (r"Could not resolve hostname", "there is no host of that name",
-     "Give user@host, or a name of ~/.ssh/config or of: acmix-deploy device list"),
+    (r"Could not resolve hostname", "there is no host of that name", HOSTS),
     (r"Connection refused", "no ssh server listens there",
      "Is sshd running, and on that port? Ports stand in ~/.ssh/config."),
     (r"timed out", "it does not answer", "Is it switched on, and in this network?"),

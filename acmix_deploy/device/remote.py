@@ -358,7 +358,6 @@ def _keep(request: dict[str, Any], job: Path, device: int, attached: int | None,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,
-                    env={**os.environ, **request["environment"]},
                     start_new_session=True,
                     pass_fds=(device,),
                     preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509  has no threads

@@ -224,7 +224,6 @@ class Session:
         *,
         files: Mapping[str, Path] | None = None,
         writes: Mapping[str, Path | None] | None = None,
-        environment: Mapping[str, str] | None = None,
         alone: bool = True,
         keep: bool = False,
         progress: Progress | None = None,
@@ -239,7 +238,6 @@ class Session:
             files: what they read, by its path in the folder where they run. Of an engine that the device keeps
                 the manifest is enough.
             writes: what they write, by its path there, and where it goes here; None leaves it there.
-            environment: variables besides those of a login.
             alone: hold the device, so that nothing else runs there meanwhile.
             keep: leave the job there if it succeeds.
             progress: told what the programs say that they do.
@@ -259,7 +257,7 @@ class Session:
         # Others who give the same command at the same time share what is kept, or detached, and nothing else.
         shared = alone and (keep or self.detach)
         own = [*self._makes, self.facts.boot if not keep else ""] if shared else uuid.uuid4().hex
-        identity = [commands, sorted(digests.items()), sorted(writes), environment, own]
+        identity = [commands, sorted(digests.items()), sorted(writes), own]
         job = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         targets = {f"work/{name}": target for name, target in writes.items() if target}
         request = {
@@ -268,7 +266,6 @@ class Session:
             "files": digests,
             "writes": [*writes],
             "keeps": [name for name in writes if name.endswith(".engine")],
-            "environment": environment or {},
             "alone": alone,
             "wait": self.wait,
             "detach": self.detach and alone,
@@ -291,7 +288,7 @@ class Session:
                     self._link.fetch(job, {name: to for name, to in targets.items() if to.suffix == ".json"}, progress)
                     self._link.ask("drop", job=job)
             raise
-        if ended is None:  # it broke off in an earlier call
+        if ended is None:
             raise MissingComponent(f"{what} was ended on {self.name} from outside", "Give the same command again.")
         if "refused" in ended:
             self._link.ask("drop", job=job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,20 @@ EXPORTS = [
     )
 ]
 """Exporters, and the axes that they leave free."""
+
+
+def exports_of(names: Iterable[str], by_dynamo: Collection[str]) -> list[Any]:
+    """Each name by each of :data:`EXPORTS`; by the slow one only those of ``by_dynamo``, the others as soak."""
+    return [
+        pytest.param(
+            name,
+            *export.values,
+            id=f"{export.id}-{name}",
+            marks=[*export.marks, *[pytest.mark.soak] * (export.id == "dynamo-dynamic" and name not in by_dynamo)],
+        )
+        for export in EXPORTS
+        for name in names
+    ]
 
 
 def example(variant: Variant, *, as_others_have_it: bool = False) -> tuple[Any, Tensor]:

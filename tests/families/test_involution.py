@@ -19,10 +19,10 @@ from acmix_deploy.families.involution.module import Involution
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.reassembly import REASSEMBLY
 from tests.families.parts import (
-    EXPORTS,
     assert_left_alone_in_a_graph,
     assert_left_alone_in_a_module,
     export,
+    exports_of,
     operators,
     outputs,
     randomised,
@@ -156,16 +156,7 @@ def test_in_modules(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "exporter", "dynamic"),
-    [
-        pytest.param(
-            name,
-            *export.values,
-            id=f"{export.id}-{name}",
-            marks=[*export.marks, *[pytest.mark.soak] * (export.id == "dynamo-dynamic" and name not in BY_DYNAMO)],
-        )
-        for export in EXPORTS
-        for name in WRITTEN
-    ],
+    exports_of(WRITTEN, BY_DYNAMO),
 )
 def test_in_graphs(name: str, exporter: str, dynamic: tuple[str, ...], tmp_path: Path) -> None:
     if (name, exporter) == ("windows of tensors", "torchscript"):

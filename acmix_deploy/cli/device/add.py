@@ -9,9 +9,8 @@ example:
 from __future__ import annotations
 
 import argparse
-import sys
 
-from acmix_deploy.cli.common import progress, show
+from acmix_deploy.cli.common import print_step, progress, show
 from acmix_deploy.errors import UserError
 
 
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     given = {"host": options.host, "folder": options.folder}
     device = before.model_copy(update={name: value for name, value in given.items() if value is not None})
     registry.named(device.host)
-    session = Session(device, progress=lambda step: print(f"{step} ...", file=sys.stderr))
+    session = Session(device, progress=print_step)
     with session, progress() as session.progress:
         if options.install:
             install(session, offline=options.offline)

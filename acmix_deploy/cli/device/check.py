@@ -7,9 +7,8 @@ example:
 from __future__ import annotations
 
 import argparse
-import sys
 
-from acmix_deploy.cli.common import show
+from acmix_deploy.cli.common import print_step, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     from acmix_deploy.device.session import Session
     from acmix_deploy.report.show_device import show_device
 
-    with Session(options.device, progress=lambda step: print(f"{step} ...", file=sys.stderr)) as session:
+    with Session(options.device, progress=print_step) as session:
         found = look(session)
     show(options, found, show_device)
     return 0 if found.ready else 3

@@ -7,9 +7,8 @@ example:
 from __future__ import annotations
 
 import argparse
-import sys
 
-from acmix_deploy.cli.common import show
+from acmix_deploy.cli.common import print_step, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     if options.files:
         known = next((device for device in registry.devices() if device.name == options.name), None)
         if known:
-            with Session(known, progress=lambda step: print(f"{step} ...", file=sys.stderr)) as session:
+            with Session(known, progress=print_step) as session:
                 session.remove_files()
     registry.remove(options.name)
     show(options, registry.DevicesDocument(devices=registry.devices()), show_devices)
