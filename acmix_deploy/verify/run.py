@@ -351,8 +351,8 @@ def compare_borders(
         rounded=(name,) if compared.rounded else (),
         notes=(
             *(f"{image} could not be read: {why}" for image, why in scenes.skipped.items()),
-            f"{name} sees a border of {pad}, {reference.name} one of {letterbox.padding_value}: detections alone were "
-            "compared, by the limits of int8",
+            f"the candidate's images have a border of {pad} in place of {letterbox.padding_value}: detections alone "
+            "were compared, by the limits of int8",
             *filter(None, (expected.note, compared.note)),
             *notes,
         ),

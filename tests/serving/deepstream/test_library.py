@@ -316,6 +316,36 @@ def test_masks_that_no_model_gives(parsers: Any) -> None:
         assert all(overlap(box, other) <= 0.7 + 1e-5 for same, other in boxes[:place] if same == kind)
 
 
+def test_masks_at_the_edges(parsers: Any) -> None:
+    """Of boxes that reach beyond the network, and of one that lies outside, no value is read that is not there."""
+    _, _, parser = parsers("segment")
+    rows = np.zeros((4 + 3 + 5, 5), np.float32)
+    rows[:5] = np.array(
+        [
+            [0, 0, 20, 20, 0.9],
+            [96, 64, 20, 20, 0.8],
+            [48, 32, 500, 500, 0.7],
+            [300, 300, 2, 2, 0.6],
+            [48, 32, 0, 0, 0.55],
+        ]
+    ).T
+    rows[7] = [3, -3, 3, 3, 3]
+    prototypes = np.zeros((5, 16, 24), np.float32)
+    prototypes[0] = 1
+    layers = [Layer("output1", prototypes), Layer("output0", rows)]
+    answer = parser(layers, (HEIGHT, WIDTH), 3, [0.5] * 3, "NvDsInferParseAcmixMasks")
+    assert (answer.taken, answer.log) == (True, "")
+    assert [one.mask.shape for one in answer.objects if one.mask is not None] == [
+        (5, 5),
+        (5, 5),
+        (32, 48),
+        (1, 1),
+        (1, 1),
+    ]
+    for one, sign in zip(answer.objects, (1, -1, 1, 1, 1), strict=True):
+        np.testing.assert_allclose(one.mask, 1 / (1 + np.exp(-3 * sign)), atol=1e-5)
+
+
 @pytest.mark.soak
 def test_the_library_compiles_with_all_headers(tmp_path: Path) -> None:
     check_compiles([(one, other) for one in deepstream_sets() for other in tensorrt_sets()], tmp_path)
@@ -348,7 +378,8 @@ def check_compiles(pairs: list[tuple[Path, Path]], folder: Path) -> None:
 
 
 def test_it_needs_nothing_that_older_releases_lack(tmp_path: Path) -> None:
-    """What 6.3's documentation does not have in these structures: rotation_angle, and the types INT64 and UINT8."""
+    """The documentation of 6.2, 7.0 and 8.0 has no rotation_angle in NvDsInferObjectDetectionInfo, nor has that of 6.2
+    the types INT64 and UINT8."""
     deepstream, tensorrt = need_headers()
     older = tmp_path / "older"
     older.mkdir()
@@ -389,7 +420,7 @@ def test_make_and_cmake_build_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_the_plugin_is_loaded_from_beside_the_library(there: bool, tmp_path: Path) -> None:
-    """As soon as the library is, wherever the program was started, and it stays when the library goes."""
+    """As soon as the library is, wherever the program was started."""
     need_headers()
     plugin = tmp_path / "lib plug?in.so"
     code = '#include <cstdio>\nstatic struct Said { Said() { std::fprintf(stderr, "the plugin is here\\n"); } } said;\n'
