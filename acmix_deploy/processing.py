@@ -5,6 +5,7 @@ Stages look at networks alone: they take off what is around one when they read a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from acmix_deploy.detection.metadata import ModelMetadata, Pixels
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import keep
+from acmix_deploy.graph import keep, read
 
 _INPUT = "acmix_input"
 """Before the names of nodes and tensors between the file's input and the network's."""
@@ -24,6 +25,9 @@ class Processing(NamedTuple):
 
     pixels: Pixels | None = None
     """The file takes images [B, H, W, 3] in uint8, channels in this order, not [B, 3, H, W] in RGB, 0 to 1."""
+
+
+NOTHING = Processing()
 
 
 def attach(model: onnx.ModelProto, processing: Processing) -> None:
@@ -49,8 +53,23 @@ def detach(model: onnx.ModelProto) -> Processing:
     found = Processing(ModelMetadata.of(model).pixels)
     if found.pixels:
         _detach_pixels(model)
-    _tell(model, Processing())
+    _tell(model, NOTHING)
     return found
+
+
+def network_of(model: Path | onnx.ModelProto) -> Path | onnx.ModelProto:
+    """What takes images [B, 3, H, W] in floats: the network in a model that takes pixels, else the model itself.
+
+    Raises:
+        UserError: what :func:`detach` and :func:`acmix_deploy.graph.read` raise.
+    """
+    held = read(model, weights=False) if isinstance(model, Path) else model
+    if not ModelMetadata.of(held).pixels:
+        return model
+    network = onnx.ModelProto()
+    network.CopyFrom(read(model) if isinstance(model, Path) else model)
+    detach(network)
+    return network
 
 
 def _tell(model: onnx.ModelProto, processing: Processing) -> None:
