@@ -31,7 +31,7 @@ from acmix_deploy.files import expect
 from acmix_deploy.manifest import Manifest, check, read_manifest
 from acmix_deploy.options import Provider
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.inputs import Input, as_images, channels_first, channels_last
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.triton import Backend
@@ -88,7 +88,7 @@ class _Network(NamedTuple):
     head: Head
     metadata: ModelMetadata
     shape: Sequence[int]
-    """The usual [B, 3, H, W]."""
+    """The usual one of the input."""
     batches: tuple[int, int | None] | None
     """Fewest and most images in a run, None where there is no limit; None where the number is fixed."""
     manifest: Manifest | None
@@ -173,10 +173,11 @@ def _read(path: Path, plugin: Path | None) -> _Network:
         inputs, outputs = [*tensorrt.inputs_of(manifest)], [*tensorrt.outputs_of(manifest)]
         metadata = manifest.metadata
         profile = manifest.profiles.get(inputs[0].name)
+    images = [as_images(node, metadata.pixels) for node in inputs]
     if (
         [len(node.dims) for node in inputs] != [4]
-        or inputs[0].dims[1] != 3
-        or {node.dtype.kind for node in (*inputs, *outputs)} != {"f"}
+        or images[0].dims[1] != 3
+        or {node.dtype.kind for node in (*images, *outputs)} != {"f"}
     ):
         given = f"takes {', '.join(map(str, inputs))} and gives {', '.join(map(str, outputs))}"
         raise no_detector(path.stem, given)
@@ -186,9 +187,10 @@ def _read(path: Path, plugin: Path | None) -> _Network:
         raise no_detector(path.stem, str(error)) from error
     if not manifest:
         Detector.load(path).close()
-    wanted = profile[1] if profile else metadata.usual_shape
+    usual = channels_last(metadata.usual_shape) if metadata.pixels else metadata.usual_shape
+    wanted = profile[1] if profile else usual
     shape = [dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)]
-    metadata.check_size(str(path), shape)
+    metadata.check_size(str(path), channels_first(shape) if metadata.pixels else shape)
     batch = inputs[0].dims[0]
     return _Network(
         path=path,
@@ -323,10 +325,13 @@ def _tensor(field: str, node: Input) -> str:
     return f"{field} {{ name: {_quoted(node.name)} data_type: {_type(node)} dims: {_dims(node.dims)} }}"
 
 
+_KINDS = {"f": "FP", "i": "INT", "u": "UINT"}
+
+
 def _type(node: Input) -> str:
     if node.dtype.kind == "O":
         return "TYPE_STRING"
-    return f"TYPE_{'FP' if node.dtype.kind == 'f' else 'INT'}{8 * node.dtype.itemsize}"
+    return f"TYPE_{_KINDS[node.dtype.kind]}{8 * node.dtype.itemsize}"
 
 
 def _dims(dims: Sequence[int | str | None]) -> str:
@@ -353,8 +358,9 @@ def _step(model: str, inputs: Sequence[str], outputs: Mapping[str, str]) -> list
 def _described(network: _Network, confidence: float) -> list[str]:
     """What clients need to know beside the tensors."""
     names, letterbox = network.metadata.names, network.metadata.letterbox
+    pixels = {"pixels": network.metadata.pixels} if network.metadata.pixels else {}
     return _parameters(
-        {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence)}
+        {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence), **pixels}
     )
 
 
