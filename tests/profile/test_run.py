@@ -265,7 +265,8 @@ def test_a_checkpoint_runs_in_pytorch_on_the_same_noise(tmp_path: Path) -> None:
     torch.save(Doubled(), tmp_path / "doubled.pt")
     profile_file(tmp_path / "doubled.pt", input_shape=(1, 3, 8, 8), samples=1, trust=True, threads=1)
     images, threads = Doubled.seen[-1]
-    np.testing.assert_array_equal(images.numpy(), np.random.default_rng(0).random((1, 3, 8, 8), dtype=np.float32))
+    levels = np.random.default_rng(0).integers(0, 256, (1, 3, 8, 8), np.uint8)
+    np.testing.assert_array_equal(images.numpy(), levels / np.float32(255))
     assert (threads, torch.get_num_threads()) == (1, before)
     with pytest.raises(UserError, match=r"does not run on .*expected input.* to have 3 channels"):
         profile_file(tmp_path / "model.pt", input_shape=(1, 4, 8, 8))
