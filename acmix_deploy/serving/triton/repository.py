@@ -358,7 +358,7 @@ def _step(model: str, inputs: Sequence[str], outputs: Mapping[str, str]) -> list
 def _described(network: _Network, confidence: float) -> list[str]:
     """What clients need to know beside the tensors."""
     names, letterbox = network.metadata.names, network.metadata.letterbox
-    pixels = {"pixels": network.metadata.pixels} if network.metadata.pixels else {}
+    pixels = {"pixels": json.dumps(network.metadata.pixels)} if network.metadata.pixels else {}
     return _parameters(
         {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence), **pixels}
     )
