@@ -18,7 +18,7 @@ from acmix_deploy.detection.images import batches, find, tensor
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.doctor.graphs import examine_onnx
 from acmix_deploy.engine.build import build
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.forms import write_for
 from acmix_deploy.fusion import fuse
@@ -224,6 +224,15 @@ def test_tensorrt_rtx_takes_the_front(reports: Reports, tmp_path: Path) -> None:
     (image,) = made.found.manifest.inputs
     assert (image.dtype, image.shape) == ("UINT8", (-1, -1, -1, 3))
     assert made.found.manifest.profiles == {"images": LAST}
+    model = onnx.load(source)
+    cast, transpose = model.graph.node[:2]
+    cast.op_type, transpose.op_type = "Transpose", "Cast"
+    attributes = [onnx.AttributeProto.FromString(node.attribute[0].SerializeToString()) for node in (transpose, cast)]
+    for node, attribute in zip((cast, transpose), attributes, strict=True):
+        node.attribute[0].CopyFrom(attribute)
+    onnx.save(model, tmp_path / "transposed.onnx")
+    with pytest.raises(AcmixDeployError, match="UInt8"):
+        build(tmp_path / "transposed.onnx", tmp_path / "other", shapes=SHAPES, backend="tensorrt_rtx")
 
 
 @pytest.mark.parametrize("name", ["jetpack-5.1", "jetpack-6.2", "tensorrt-11"])
