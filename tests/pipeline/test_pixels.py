@@ -33,6 +33,7 @@ from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import TARGETS
+from acmix_deploy.verify.judges import ByDetections, ByLabels
 from acmix_deploy.verify.run import compare_files
 from scripts import shapes
 from tests.engine.parts import make_engine
@@ -172,6 +173,19 @@ def test_nothing_is_wrong_with_it(rgb: Path) -> None:
     assert found.findings == found.notes == ()
     assert found.contents["input images"] == "uint8 ['batch', 'height', 'width', 3]"
     assert [block.fused for block in found.graph_blocks] == [True]
+
+
+def test_judges_of_int8_see_the_same(shapes_files: Path, photos: Path, tmp_path: Path) -> None:
+    plain = shapes_files / "plain.onnx"
+    network = onnx.load(plain)
+    of_pixels = onnx.load(plain)
+    attach(of_pixels, Processing("bgr"))
+    onnx.save(of_pixels, tmp_path / "pixels.onnx")
+    shape = (2, 3, 160, 160)
+    for judge in (ByLabels, ByDetections):
+        floats, pixels = (judge(path, shape, photos, 0.5) for path in (plain, tmp_path / "pixels.onnx"))
+        assert pixels.reference == floats.reference
+        assert {"map_drop": 0, "lost": 0}.items() & pixels(network).items()
 
 
 def test_engines(gpu: None, reports: Reports, tmp_path: Path) -> None:
