@@ -5,6 +5,7 @@ Stages look at networks alone: they take off what is around one when they read a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from acmix_deploy.detection.heads import Head, NoHead, head_of
 from acmix_deploy.detection.metadata import ModelMetadata, Pixels
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import keep
+from acmix_deploy.graph import keep, read
 from acmix_deploy.nms import graph_of
 
 _INPUT = "acmix_input"
@@ -32,6 +33,9 @@ class Processing(NamedTuple):
     """The file takes images [B, H, W, 3] in uint8, channels in this order, not [B, 3, H, W] in RGB, 0 to 1."""
     suppression: Suppression | None = None
     """The file gives rows [B, N, 6] of boxes that do not overlap, not one for every anchor."""
+
+
+NOTHING = Processing()
 
 
 def attach(model: onnx.ModelProto, processing: Processing) -> None:
@@ -63,8 +67,25 @@ def detach(model: onnx.ModelProto) -> Processing:
         _detach_pixels(model)
     if found.suppression:
         _detach_suppression(model)
-    _tell(model, Processing())
+    _tell(model, NOTHING)
     return found
+
+
+def network_of(model: Path | onnx.ModelProto) -> Path | onnx.ModelProto:
+    """What is within :func:`attach`'s nodes: it takes images [B, 3, H, W] in floats, and gives boxes for every anchor.
+    Without such nodes that is the model itself.
+
+    Raises:
+        UserError: what :func:`detach` and :func:`acmix_deploy.graph.read` raise.
+    """
+    held = read(model, weights=False) if isinstance(model, Path) else model
+    metadata = ModelMetadata.of(held)
+    if not (metadata.pixels or metadata.suppression):
+        return model
+    network = onnx.ModelProto()
+    network.CopyFrom(read(model) if isinstance(model, Path) else model)
+    detach(network)
+    return network
 
 
 def _tell(model: onnx.ModelProto, processing: Processing) -> None:

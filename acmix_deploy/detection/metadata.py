@@ -75,8 +75,12 @@ class ModelMetadata(RootModel[dict[str, str]]):
             precision: lowest type that the engine may compute in, where that is known.
 
         Raises:
-            UserError: an entry without which some release fails is missing, or one is wrong.
+            UserError: an entry without which some release fails is missing, or one is wrong; the engine takes pixels.
         """
+        if self.pixels:
+            raise UserError(
+                "it takes images in uint8, and Ultralytics feeds floats", "Export the file again, without --input."
+            )
         axes = zip(("batch", "channels", "height", "width"), dims, strict=True)
         free = [axis for axis, size in axes if not isinstance(size, int) or size < 0]
         told = self.for_file(shape, free)
