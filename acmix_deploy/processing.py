@@ -5,6 +5,7 @@ Stages look at networks alone: they take off what is around one when they read a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from acmix_deploy.detection.heads import Head, NoHead, head_of
+from acmix_deploy.detection.heads import Dims, Head, NoHead, head_of
 from acmix_deploy.detection.metadata import ModelMetadata, Pixels
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import UserError
@@ -88,6 +89,19 @@ def network_of(model: Path | onnx.ModelProto) -> Path | onnx.ModelProto:
     return network
 
 
+def with_network_output(model: Path | onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
+    """A model that suppresses boxes with an output more, what the network gives; and its name.
+
+    Raises:
+        UserError: the metadata tell of nodes that are not there.
+    """
+    both = onnx.ModelProto()
+    both.CopyFrom(read(model) if isinstance(model, Path) else model)
+    inner, declared = _behind_network(both)
+    both.graph.output.append(declared)
+    return both, inner
+
+
 def _tell(model: onnx.ModelProto, processing: Processing) -> None:
     told = ModelMetadata.of(model).with_suppression(processing.suppression)
     entries = {key: value for key, value in told.entries.items() if key != "pixels"}
@@ -149,7 +163,7 @@ def _detach_pixels(model: onnx.ModelProto) -> None:
     _rename(graph, inner, name)
 
 
-def suppressible(metadata: ModelMetadata, outputs: dict[str, tuple[int | str, ...]]) -> Head:
+def suppressible(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> Head:
     """What a network gives whose boxes can be suppressed in the file.
 
     Raises:
@@ -198,22 +212,31 @@ def _attach_suppression(model: onnx.ModelProto, suppression: Suppression) -> Non
 
 def _detach_suppression(model: onnx.ModelProto) -> None:
     graph = model.graph
+    name = graph.output[0].name
+    inner, declared = _behind_network(model)
+    output = onnx.ValueInfoProto()
+    output.CopyFrom(declared)
+    output.name = name
+    keep(graph.node, [node for node in graph.node if not node.name.startswith(f"{_NMS}/")])
+    for tensors in (graph.initializer, graph.value_info):
+        keep(tensors, [tensor for tensor in tensors if not tensor.name.startswith(f"{_NMS}/")])
+    keep(graph.output, [output])
+    _rename(graph, inner, name)
+    _rename_written(graph, inner, name)
+
+
+def _behind_network(model: onnx.ModelProto) -> tuple[str, onnx.ValueInfoProto]:
+    """What the network's output is called in a file that suppresses boxes, and what is declared of it."""
+    graph = model.graph
     name, inner = graph.output[0].name, f"{_NMS}/{graph.output[0].name}"
-    outputs = [value for value in graph.value_info if value.name == inner]
-    rest = [node for node in graph.node if not node.name.startswith(f"{_NMS}/")]
-    written = [output for node in rest for output in node.output]
-    if len(graph.output) != 1 or len(outputs) != 1 or inner not in written or name in written:
+    declared = [value for value in graph.value_info if value.name == inner]
+    written = [tensor for node in graph.node if not node.name.startswith(f"{_NMS}/") for tensor in node.output]
+    if len(graph.output) != 1 or len(declared) != 1 or inner not in written or name in written:
         raise UserError(
             f"the metadata tell that boxes of {name} are suppressed, and the nodes that do it are not as they were",
             "Export the file from its checkpoint: acmix-deploy export --nms",
         )
-    keep(graph.node, rest)
-    for tensors in (graph.initializer, graph.value_info):
-        keep(tensors, [tensor for tensor in tensors if not tensor.name.startswith(f"{_NMS}/")])
-    outputs[0].name = name
-    keep(graph.output, outputs)
-    _rename(graph, inner, name)
-    _rename_written(graph, inner, name)
+    return inner, declared[0]
 
 
 def _rename_written(graph: onnx.GraphProto, old: str, new: str) -> None:
