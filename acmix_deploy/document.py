@@ -27,6 +27,7 @@ Written = Literal[
     "gate history",
     "gate run",
     "inspect",
+    "package deepstream",
     "package triton",
     "plugin",
     "profile",
