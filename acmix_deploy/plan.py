@@ -50,7 +50,9 @@ def suppression(text: str) -> Suppression:
         raise ValueError(text)
     told: dict[str, object] = {"by_class": "agnostic" not in parts}
     for name, _, value in (part.partition("=") for part in parts if part != "agnostic"):
-        told[_SUPPRESSION.get(name, name)] = value
+        if name not in _SUPPRESSION:
+            raise ValueError(text)
+        told[_SUPPRESSION[name]] = value
     return Suppression.model_validate(told)
 
 
