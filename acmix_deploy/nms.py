@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import numpy_helper, parser
@@ -91,6 +93,8 @@ suppression ({element}[{dims}] predictions) => (float[batch, {most}, 6] rows)
 }}
 """
 
+_AXES = ("batch", "axis1", "axis2")
+
 _SCORES = {
     "anchors": """
     values = Identity (output)
@@ -116,7 +120,9 @@ _BY_CLASS = """
 _AGNOSTIC = "candidates = Identity (ranking)"
 
 
-def graph_of(suppression: Suppression, head: Head, dims: tuple[int | str, ...], *, float16: bool) -> onnx.ModelProto:
+def graph_of(
+    suppression: Suppression, head: Head, dims: Sequence[int | str | None], *, float16: bool
+) -> onnx.ModelProto:
     """A graph from ``predictions`` to ``rows`` [B, N, 6] float32: (x1, y1, x2, y2, score, class), corners in pixels of
     the network's input, the highest score first, then zeros.
 
@@ -128,7 +134,7 @@ def graph_of(suppression: Suppression, head: Head, dims: tuple[int | str, ...], 
     Args:
         suppression: thresholds and sizes, which become initializers.
         head: what the predictions are, in the layout "anchors" or "objectness".
-        dims: their axes; names where they are free.
+        dims: their axes; not whole numbers where they are free.
         float16: they are in half precision, else float32.
     """
     anchors = dims[2 if head.axis == 1 else 1]
@@ -136,7 +142,7 @@ def graph_of(suppression: Suppression, head: Head, dims: tuple[int | str, ...], 
     text = _GRAPH.format(
         opset=OPSET,
         element="float16" if float16 else "float",
-        dims=", ".join(str(dim) if isinstance(dim, int) else f"axis{axis}" for axis, dim in enumerate(dims)),
+        dims=", ".join(str(dim) if isinstance(dim, int) else name for dim, name in zip(dims, _AXES, strict=True)),
         scores=_SCORES[head.layout],
         classes=_BY_CLASS if suppression.by_class else _AGNOSTIC,
         considered=considered,
