@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=grey,
         metavar="GREY",
         help="put a border of this grey, 0 to 255, around the candidate's images, and compare detections alone; "
-        "without a candidate the reference is it (DeepStream has 0; default: of the metadata, for both)",
+        "without a candidate it is the reference's own (DeepStream has 0; default: of the metadata, for both)",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write what --json prints to a file")
     parser.add_argument("--worst", type=Path, metavar="FILE", help="draw the worst image, both detectors side by side")

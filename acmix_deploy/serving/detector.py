@@ -20,7 +20,7 @@ from acmix_deploy.detection.boxes import (
     unlike_detector,
 )
 from acmix_deploy.detection.heads import Array, head_of
-from acmix_deploy.detection.images import Image, tensor
+from acmix_deploy.detection.images import Image, Placement, tensor
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.files import expect
@@ -145,6 +145,10 @@ class Detector:
         chunks = (images[start : start + most] for start in range(0, len(images), most))
         return [found for chunk in chunks for found in self._detect(chunk)]
 
+    def place(self, shape: Shape) -> Placement:
+        """Where an image [h, w, ...] comes to lie in what the model sees."""
+        return self._letterbox.place(shape, *self.input_shape[2:])
+
     def infer(self, feed: Feed) -> dict[str, Array]:
         """The raw outputs by name, in arrays of their own.
 
@@ -227,7 +231,7 @@ def _open_engine(path: Path, plugin: Path | None) -> Opened:
     runner: EngineRunner = held.enter_context(model.runner)
     return Opened(
         run=runner.infer,
-        inputs=model.inputs,
+        inputs=tensorrt.inputs_of(runner.manifest),
         outputs=tensorrt.outputs_of(runner.manifest),
         metadata=model.metadata,
         profiles=model.profiles,

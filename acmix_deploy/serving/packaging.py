@@ -18,7 +18,7 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import Manifest, check, read_manifest
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.inputs import Input, as_images, channels_first, channels_last
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.serving.detector import Detector
 
@@ -35,7 +35,7 @@ class Network(NamedTuple):
     head: Head
     metadata: ModelMetadata
     shape: Sequence[int]
-    """The usual [B, 3, H, W]."""
+    """The usual one of the input."""
     batches: tuple[int, int | None] | None
     """Fewest and most images in a run, None where there is no limit; None where the number is fixed."""
     manifest: Manifest | None
@@ -49,7 +49,7 @@ class Network(NamedTuple):
         return self.outputs[0]
 
 
-def read(path: Path, plugin: Path | None, server: str) -> Network:
+def read(path: Path, plugin: Path | None, server: str, *, feeds_pixels: bool = True) -> Network:
     """What a file is to another server.
 
     Args:
@@ -57,9 +57,10 @@ def read(path: Path, plugin: Path | None, server: str) -> Network:
             manifest.
         plugin: library that an engine was built with; where the manifest says, by default.
         server: who runs it, by name.
+        feeds_pixels: whether that gives images in uint8 to a file that takes them.
 
     Raises:
-        UserError: the file is not a detector, is an engine of TensorRT-RTX, or the plugin is not the engine's.
+        UserError: the file is not a detector, takes uint8 where that is not given to it, is an engine of TensorRT-RTX, or the plugin is not the engine's.
         MissingComponent: ONNX Runtime is not here.
     """
     manifest, library, profile = None, None, None
@@ -82,10 +83,16 @@ def read(path: Path, plugin: Path | None, server: str) -> Network:
         inputs, outputs = [*tensorrt.inputs_of(manifest)], [*tensorrt.outputs_of(manifest)]
         metadata = manifest.metadata
         profile = manifest.profiles.get(inputs[0].name)
+    if metadata.pixels and not feeds_pixels:
+        raise UserError(
+            f"{path} takes {', '.join(map(str, inputs))}, and {server} feeds images [B, 3, H, W] in float32 alone",
+            "Export it without --input uint8.",
+        )
+    images = [as_images(node, metadata.pixels) for node in inputs]
     if (
         [len(node.dims) for node in inputs] != [4]
-        or inputs[0].dims[1] != 3
-        or {node.dtype.kind for node in (*inputs, *outputs)} != {"f"}
+        or images[0].dims[1] != 3
+        or {node.dtype.kind for node in (*images, *outputs)} != {"f"}
     ):
         given = f"takes {', '.join(map(str, inputs))} and gives {', '.join(map(str, outputs))}"
         raise no_detector(path.stem, given)
@@ -95,9 +102,10 @@ def read(path: Path, plugin: Path | None, server: str) -> Network:
         raise no_detector(path.stem, str(error)) from error
     if not manifest:
         Detector.load(path).close()
-    wanted = profile[1] if profile else metadata.usual_shape
+    usual = channels_last(metadata.usual_shape) if metadata.pixels else metadata.usual_shape
+    wanted = profile[1] if profile else usual
     shape = [dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)]
-    metadata.check_size(str(path), shape)
+    metadata.check_size(str(path), channels_first(shape) if metadata.pixels else shape)
     batch = inputs[0].dims[0]
     return Network(
         path=path,

@@ -74,7 +74,7 @@ def package(
     """
     folder = out.resolve()
     is_onnx = expect(model, "onnx", "engine") == "onnx"
-    network = read(model, None if is_onnx else plugin, "DeepStream")
+    network = read(model, None if is_onnx else plugin, "DeepStream", feeds_pixels=False)
     if is_onnx and plugin:
         if not plugin.is_file():
             raise UserError(f"{plugin} is not a file", "Give the library: acmix-deploy plugin build.")
@@ -116,7 +116,7 @@ def _check(network: Network) -> None:
     path, head = network.path, network.head
     if network.input.dtype != np.float32:
         raise UserError(
-            f"{path} takes {network.input}, and DeepStream's nvinfer feeds images [B, 3, H, W] in float32 alone",
+            f"{path} takes {network.input}, and DeepStream feeds images [B, 3, H, W] in float32 alone",
             "Export it with float32 at its input.",
         )
     for node in network.outputs:
