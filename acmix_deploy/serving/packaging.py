@@ -60,7 +60,8 @@ def read(path: Path, plugin: Path | None, server: str, *, feeds_pixels: bool = T
         feeds_pixels: whether that gives images in uint8 to a file that takes them.
 
     Raises:
-        UserError: the file is not a detector, takes uint8 where that is not given to it, is an engine of TensorRT-RTX, or the plugin is not the engine's.
+        UserError: the file is not a detector, takes uint8 where that is not given to it, or is an engine of
+            TensorRT-RTX; the plugin is not the engine's.
         MissingComponent: ONNX Runtime is not here.
     """
     manifest, library, profile = None, None, None
