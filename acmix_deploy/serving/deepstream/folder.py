@@ -291,7 +291,7 @@ def _header(network: Network) -> str:
     head = network.head
     prototypes = next((node for node in network.outputs if node.name == head.prototypes), None)
     extra = {"pose": head.keypoints[0] * head.keypoints[1], "segment": prototypes and prototypes.dims[1]}.get(head.task)
-    return f"""// What the library reads: the outputs of {network.path.name}.
+    return f"""// The outputs that the library reads.
 #pragma once
 
 #include <cstddef>
@@ -371,6 +371,9 @@ def _readme(network: Network, commands: list[str], notes: list[str]) -> str:
             "beside itself as soon as nvinfer loads that, which is before it reads the engine.\n\n"
         )
     lines = "\n".join(commands)
+    most = f"- nvinfer keeps up to {MOST} boxes of each class where `detect` keeps {MOST} in all.\n"
+    if network.head.task == "segment":
+        most = ""
     differs = "".join(f"- {note}.\n" for note in notes)
     return f"""# {network.path.stem} on DeepStream
 
@@ -399,5 +402,4 @@ looks). With CMake: `cmake -S {_LIBRARY} -B build && cmake --build build`.
 
 {differs}- Images are scaled by DeepStream, with other rounding.
 - A box that reaches beyond the left or upper edge of the frame is moved to that edge with its size, by nvinfer.
-- nvinfer keeps up to {MOST} boxes of each class where `detect` keeps {MOST} in all.
-"""
+{most}"""
