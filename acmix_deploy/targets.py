@@ -117,6 +117,10 @@ LIMITS = (
         *("ScatterND", "reduction", lambda name: name == "none", "reduction {}"),
         way="scatter_add or scatter_reduce in place of index_add, from TensorRT 10.0 on",
     ),
+    Limit(
+        *("Transpose", "data.type", lambda name: name != "UINT8", "data of {}"),
+        way="a Cast before it, as export --input uint8 writes",
+    ),
     Limit("TopK", "K.value", lambda k: max(k or (0,)) <= 3840, "K {}"),
     Limit("TopK", "K.value", lambda k: k is not None, "a K that nodes compute", (8, 6), "an export at fixed sizes"),
 )
