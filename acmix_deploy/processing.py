@@ -43,7 +43,8 @@ def attach(model: onnx.ModelProto, processing: Processing) -> None:
     """Put nodes around a network, in place, and say so in its metadata.
 
     Pixels are cast first, since TensorRT takes uint8 from a Cast alone, then transposed and divided as
-    :func:`acmix_deploy.detection.images.tensor` does, in float32. Boxes are suppressed in float32, see
+    :func:`acmix_deploy.detection.images.tensor` does, in float32. All releases since 8.5 take that: kUINT8 in
+    NvInferRuntimeCommon.h of 8.5.2, and docs/Changelog.md of onnx-tensorrt at 8.5. Boxes are suppressed in float32, see
     :func:`acmix_deploy.nms.graph_of`. Input and output keep their names.
 
     Raises:

@@ -20,7 +20,7 @@ from acmix_deploy.detection.boxes import (
     unlike_detector,
 )
 from acmix_deploy.detection.heads import Array, head_of
-from acmix_deploy.detection.images import Image, tensor
+from acmix_deploy.detection.images import Image, Placement, tensor
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.files import expect
@@ -144,6 +144,10 @@ class Detector:
         most = self.max_batch or max(len(images), 1)
         chunks = (images[start : start + most] for start in range(0, len(images), most))
         return [found for chunk in chunks for found in self._detect(chunk)]
+
+    def place(self, shape: Shape) -> Placement:
+        """Where an image [h, w, ...] comes to lie in what the model sees."""
+        return self._letterbox.place(shape, *self.input_shape[2:])
 
     def infer(self, feed: Feed) -> dict[str, Array]:
         """The raw outputs by name, in arrays of their own.
