@@ -74,7 +74,9 @@ def test_stages_see_the_network_alone(attached: Path, shapes_files: Path, photos
         assert [one.expected > 5 for one in found.detections] == [True]
 
 
-def test_boxes_are_those_of_the_file_without_box_by_box(shapes_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_boxes_are_those_of_the_file_without_box_by_box(
+    shapes_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = [read(path) for path in find(photos).paths]
     model = onnx.load(shapes_model)
     attach(model, Processing(suppression=AROUND.suppression))
@@ -89,6 +91,9 @@ def test_boxes_are_those_of_the_file_without_box_by_box(shapes_model: Path, phot
             assert len(right.scores) > 1
             for name in ("boxes", "scores", "classes"):
                 np.testing.assert_allclose(getattr(found, name), getattr(right, name), rtol=1e-5, atol=1e-3)
+    for confidence, notes in (("0.1", 1), ("0.3", 0)):
+        assert main(["detect", str(tmp_path / "inside.onnx"), str(photos), "--confidence", confidence]) == 0
+        assert capsys.readouterr().err.count("gives none of a score up to 0.3") == notes
 
 
 def test_files_are_compared_by_their_networks(attached: Path, shapes_files: Path, photos: Path) -> None:
