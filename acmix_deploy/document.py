@@ -28,6 +28,7 @@ Written = Literal[
     "gate run",
     "inspect",
     "model response",
+    "package deepstream",
     "package triton",
     "plugin",
     "profile",

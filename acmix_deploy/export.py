@@ -28,6 +28,7 @@ from acmix_deploy.detection.rows import paired
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.graph import tidied
 from acmix_deploy.operators.spec import TOLERANCES
+from acmix_deploy.processing import NOTHING, Processing, attach
 from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
@@ -47,6 +48,7 @@ class TensorInfo(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(description="tensor name")
+    dtype: str = Field(default="float32", description="element type by NumPy's name")
     shape: tuple[int | str, ...] = Field(description="sizes; names or expressions of names where dynamic")
 
 
@@ -84,6 +86,7 @@ def export(
     divisor: int = 1,
     metadata: ModelMetadata | None = None,
     reference: nn.Module | None = None,
+    processing: Processing = NOTHING,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Made[ExportResult]:
     """Export a float32 module of one image input to an ONNX file that computes the same.
@@ -106,6 +109,7 @@ def export(
         divisor: H and W must be multiples of it, the model's total stride.
         metadata: goes into the file's ``metadata_props``, with what they tell of a file.
         reference: what the file has to compute, where ``module`` was made of another; by default that is ``module``.
+        processing: what is put around the network, once its file is proven.
         progress: told what is about to be done.
 
     Raises:
@@ -160,11 +164,12 @@ def export(
                 continue
             if smallest:
                 onnx.helper.set_model_props(model, metadata.updated(min_size=[*smallest]).entries)
-                onnx.save_model(model, temporary)
                 notes.append(
                     f"below {smallest[0]}x{smallest[1]} the file computes something else than the model, as where its "
                     "code asks for the size: smaller images are refused"
                 )
+            attach(model, processing)
+            onnx.save_model(model, temporary)
             found = ExportResult(
                 exporter=exporter,
                 opset=opset,
@@ -182,7 +187,7 @@ def export(
             if newer := _newer_operators("; ".join(notes)):
                 ways = [f"with opset {max(newer.values())}, which has {' and '.join(newer)}"]
             raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
-    settings = {"input_shape": list(example), "dynamic": sorted(dynamic), "opset": opset}
+    settings = {"input_shape": list(example), "dynamic": sorted(dynamic), "opset": opset, "pixels": processing.pixels}
     return Made(write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found)
 
 
@@ -459,7 +464,9 @@ def _same_rows(expected: Array, actual: Array, limit: float) -> str:
 def _describe(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorInfo, ...]:
     return tuple(
         TensorInfo(
-            name=value.name, shape=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            name=value.name,
+            dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+            shape=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
         )
         for value in values
     )

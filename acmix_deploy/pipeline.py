@@ -35,6 +35,7 @@ from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.plan import Plan
 from acmix_deploy.plugin.build import library_in
 from acmix_deploy.precision import Fp16Report, Int8Report, quantize, to_fp16
+from acmix_deploy.processing import Processing
 from acmix_deploy.profile import Profile, profile
 from acmix_deploy.report.model import ExportReport, describe_file, next_steps
 from acmix_deploy.runtime.inputs import noise
@@ -182,6 +183,7 @@ def _export(work: _Work, source: Source) -> Made[ExportResult]:
         divisor=source.metadata.stride,
         metadata=source.metadata,
         reference=source.reference,
+        processing=Processing(plan.pixels),
         progress=work.progress,
     )
     if source.metadata.detects:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.options import (
     FLOAT32,
@@ -29,6 +30,9 @@ from acmix_deploy.targets import DEFAULT_OPSET, INT8_OPSET, PLAIN, Form, Target,
 
 _SUFFIXES = {"plain": ".onnx", "fused": ".fused.onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
 
+
+InputType = Literal["float32", "uint8", "uint8-bgr"]
+_PIXELS: dict[InputType, Pixels | None] = {"float32": None, "uint8": "rgb", "uint8-bgr": "bgr"}
 
 _Size = Annotated[int, Field(gt=0)]
 
@@ -90,6 +94,11 @@ class Plan(BaseModel):
     )
     dynamic: Annotated[tuple[str, ...], Option(names, "AXES", bare=",".join(AXES))] = Field(
         default=(), description="axes to leave free: batch, height, width, separated by commas; all where none is named"
+    )
+    input: Annotated[InputType, Option()] = Field(
+        default="float32",
+        description="what the files take: float32 [B,3,H,W] in RGB from 0 to 1; uint8 [B,H,W,3] in RGB or, as OpenCV "
+        "reads images, in BGR, scaled and transposed in the file",
     )
     opset: Annotated[int | None, Option(int, "N")] = Field(
         default=None, description="17 to 21 (default: 18, 19 with --int8, or what the target reads)"
@@ -194,6 +203,11 @@ class Plan(BaseModel):
     def half(self) -> bool:
         """Whether a file in half precision is asked for."""
         return self.fp16 or self.fp16_io
+
+    @property
+    def pixels(self) -> Pixels | None:
+        """Channels of the images in uint8 that the files take; None where they take floats."""
+        return _PIXELS[self.input]
 
     @property
     def chosen_opset(self) -> int:

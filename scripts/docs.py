@@ -40,6 +40,7 @@ from acmix_deploy.report.documents import (
 )
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.serving.app import DetectResponse, ModelResponse
+from acmix_deploy.serving.deepstream.folder import DeepStreamDocument
 from acmix_deploy.serving.server import ServeDocument
 from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.serving.triton.repository import PackageDocument
@@ -52,6 +53,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS: tuple[type[Document], ...] = (
     AdoptDocument,
     BuildDocument,
+    DeepStreamDocument,
     DetectDocument,
     DetectResponse,
     DeviceDocument,

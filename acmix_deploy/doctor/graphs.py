@@ -25,6 +25,7 @@ from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.fusion import FusedBlock, fuse
 from acmix_deploy.graph import check, read
+from acmix_deploy.processing import network_of
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
@@ -94,7 +95,7 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
 def _of_session(path: Path, progress: Callable[[str], None]) -> Iterator[Finding]:
     """What ONNX Runtime makes of the file."""
     try:
-        session = open_session(path)
+        session = open_session(network_of(path))
     except UserError as error:
         if found := _FLOAT64.search(error.message):
             yield Finding.of("float64-position", f"ONNX Runtime: {found[0]}", found[1])

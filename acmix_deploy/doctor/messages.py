@@ -121,9 +121,10 @@ MESSAGES: dict[str, Message] = {
             r"Unsupported ONNX data type: (?P<type>U?INT8|U?INT16)\b",
             r"Found unsupported input type of (?P<type>\w+)",
         ),
-        "an input of the file is of a type that TensorRT takes no images in",
-        "Make the input float32 or float16, and turn images to floats before it: acmix-deploy export writes such a "
-        "file, and detect and serve feed it.",
+        "an input of the file is of a type that this TensorRT takes no images in, or that another node than a Cast "
+        "reads: uint8 is taken since 8.5, and a Cast has to read it",
+        "Make the input float32 or float16, or take the file of acmix-deploy export --input uint8, whose first node "
+        "is that Cast.",
     ),
     "computed-pads": Message(
         "TensorRT",

@@ -230,7 +230,7 @@ class Api:
                     images = [await run_sync(decode, file, limiter=self._threads) for file in files]
                 steps.end("decode")
                 found, times = await self.batcher.detect(images)
-                steps.end(wait=times.waited, copy=times.copied, model=times.ran)
+                steps.tell({"wait": times.waited, "copy": times.copied, **times.ran})
         served = self.batcher.served
         response = DetectResponse(
             model=served.name,
@@ -296,11 +296,14 @@ class _Steps:
         self._seconds: dict[str, float] = {}
         self._began = time.perf_counter()
 
-    def end(self, name: str = "", **told: float) -> None:
-        """A step is over: one with a name took the time since the last one, others took what is told."""
-        now = time.perf_counter()
-        self._seconds |= {name: now - self._began} if name else told
-        self._began = now
+    def end(self, name: str) -> None:
+        """A step is over, which began where the last one ended."""
+        self.tell({name: time.perf_counter() - self._began})
+
+    def tell(self, seconds: Mapping[str, float]) -> None:
+        """Steps are over whose time was taken elsewhere."""
+        self._seconds |= seconds
+        self._began = time.perf_counter()
 
     def header(self) -> str:
         """The value of Server-Timing, in milliseconds. Source: W3C, Server Timing, section 3."""

@@ -18,7 +18,7 @@ from acmix_deploy.detection.heads import Array
 from acmix_deploy.detection.images import Image
 from acmix_deploy.errors import AcmixDeployError, CheckFailed
 from acmix_deploy.serving.detector import Feed
-from acmix_deploy.serving.worker import Died, Served, Setup, Worker
+from acmix_deploy.serving.worker import Died, Seconds, Served, Setup, Worker
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -78,8 +78,8 @@ class Times(NamedTuple):
     """Until its run began: for others to fill a batch, and for runs before."""
     copied: float
     """On the way to the model's process and back."""
-    ran: float
-    """In that process, with what others had in the same run."""
+    ran: Seconds
+    """In that process, by step, with what others had in the same run."""
 
 
 class _Job(NamedTuple):
@@ -247,7 +247,7 @@ class Batcher:
                 self._observe(sum(len(job.images) for job in jobs), seconds)
                 for job, result in zip(jobs, results, strict=True):
                     if not job.answer.done():
-                        job.answer.set_result((result, Times(start - job.arrived, seconds - ran, ran)))
+                        job.answer.set_result((result, Times(start - job.arrived, seconds - sum(ran.values()), ran)))
                 return
         raise Unavailable("the model ended while it worked on this")
 
@@ -297,8 +297,8 @@ async def _within(seconds: float, worker: Worker, work: Callable[[Worker], T]) -
     return await running
 
 
-def _work(jobs: Sequence[_Job], worker: Worker) -> tuple[list[Any], float]:
-    """The results of jobs that go into one run, and its seconds in the process of the model."""
+def _work(jobs: Sequence[_Job], worker: Worker) -> tuple[list[Any], Seconds]:
+    """The results of jobs that go into one run, and its time in the process of the model."""
     if jobs[0].feed is not None:
         outputs, seconds = worker.infer(jobs[0].feed)
         return [outputs], seconds

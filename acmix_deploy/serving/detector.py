@@ -227,7 +227,7 @@ def _open_engine(path: Path, plugin: Path | None) -> Opened:
     runner: EngineRunner = held.enter_context(model.runner)
     return Opened(
         run=runner.infer,
-        inputs=model.inputs,
+        inputs=tensorrt.inputs_of(runner.manifest),
         outputs=tensorrt.outputs_of(runner.manifest),
         metadata=model.metadata,
         profiles=model.profiles,

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from acmix_deploy.serving.detector import Detector, Feed
 
 
+Seconds = dict[str, float]
+"""By the name of a step."""
+
+
 class Setup(NamedTuple):
     """What to serve."""
 
@@ -96,17 +100,17 @@ class Worker:
         served: Served = self._ask(self._setup)
         return served
 
-    def detect(self, images: Sequence[Image]) -> tuple[list[Detections], float]:
-        """What is in each of the images, and the seconds that took in the process, without the way there and back.
+    def detect(self, images: Sequence[Image]) -> tuple[list[Detections], Seconds]:
+        """What is in each of the images, and how long that took in the process, without the way there and back.
 
         See :class:`Detector` for what this raises, and Died.
         """
-        found: tuple[list[Detections], float] = self._ask(("detect", list(images)))
+        found: tuple[list[Detections], Seconds] = self._ask(("detect", list(images)))
         return found
 
-    def infer(self, feed: Feed) -> tuple[dict[str, Array], float]:
-        """The raw outputs, and the seconds, as of :meth:`detect`; raises what :meth:`Detector.infer` does, and Died."""
-        outputs: tuple[dict[str, Array], float] = self._ask(("infer", dict(feed)))
+    def infer(self, feed: Feed) -> tuple[dict[str, Array], Seconds]:
+        """The raw outputs, and the time, as of :meth:`detect`; raises what :meth:`Detector.infer` does, and Died."""
+        outputs: tuple[dict[str, Array], Seconds] = self._ask(("infer", dict(feed)))
         return outputs
 
     def kill(self) -> None:
@@ -154,7 +158,7 @@ def serve(connection: Connection) -> None:
                     kind, given = request
                     start = time.perf_counter()
                     result = detector(given) if kind == "detect" else detector.infer(given)
-                    answer = result, time.perf_counter() - start
+                    answer = result, {"model": time.perf_counter() - start}
             except AcmixDeployError as error:
                 answer = error
             except Exception as error:

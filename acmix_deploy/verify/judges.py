@@ -16,6 +16,7 @@ from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.errors import UserError
 from acmix_deploy.half import runnable
+from acmix_deploy.processing import network_of
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import open_model
@@ -135,7 +136,7 @@ class ByDetections:
         self._shape, self._letterbox = shape, model.metadata.letterbox
         photos = find(images, _IMAGES)
         self.images = photos.paths
-        self._expected = self._run(open_session(source))
+        self._expected = self._run(open_session(network_of(source)))
         for outputs in self._expected:
             try:
                 self._head = head_of(model.metadata, {name: array.shape for name, array in outputs.items()})

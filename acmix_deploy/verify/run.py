@@ -281,6 +281,84 @@ def compare_files(
     return result.model_copy(update={"notes": (*notes, *more), "accuracy": found, "layers": along})
 
 
+def compare_borders(
+    reference: Path,
+    candidate: Path,
+    images: Path,
+    pad: int,
+    *,
+    input_shape: Sequence[int] | None = None,
+    confidence: float = CONFIDENCE,
+    provider: Provider = "cpu",
+    plugin: Path | None = None,
+) -> Verification:
+    """What another border around the images costs: detections of the candidate with it against those of the reference
+    with the border that the metadata tell, and both files' mean average precision where images have labels.
+
+    Nothing else is compared, since both see other pixels. The limits are those of int8, the widest.
+
+    Args:
+        reference, candidate: ONNX files or engines; they may be the same file.
+        images: folder or data set to take inputs from, at most 32, at one size.
+        pad: grey of the candidate's border, 0 to 255.
+        input_shape, confidence, provider, plugin: see :func:`compare_files`.
+
+    Raises:
+        UserError: the images of the files have no border, or that very one; else see :func:`compare_files`.
+        CheckFailed: a file fails on an input.
+        MissingComponent: what runs the candidate is not here.
+    """
+    right, expected = _open(reference, reference.name, plugin=plugin)
+    name = f"{candidate.name} on a border of {pad}"
+    other, compared = _open(candidate, name, provider=provider, plugin=plugin)
+    metadata = other.metadata.updated(**right.metadata.entries)
+    letterbox = metadata.letterbox
+    if letterbox.fit != "pad":
+        raise UserError(f"{reference} takes images without a border (fit: {letterbox.fit})", "Leave out --pad.")
+    if letterbox.padding_value == pad:
+        raise UserError(f"{pad} is the border of {reference} anyway", "Give --pad another grey.")
+    with_border = metadata.updated(letterbox=letterbox.model_copy(update={"padding_value": pad}))
+    node, shapes = _tried(right, other, metadata, input_shape)
+    scenes, others = (
+        Scenes.read(node, images, shapes[:1], told, limit=_IMAGES, confidence=confidence)
+        for told in (metadata, with_border)
+    )
+    with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # as in verify
+        rights = _outputs(_run(right.runner, scenes.feeds))
+        head = known_head(metadata, rights[0])
+        unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
+        if unlike or head is None:
+            raise no_detector(reference.name, unlike or "does not tell its task")
+        found = _outputs(_run(other.runner, others.feeds))
+    pairs = [*zip(rights, found, strict=True)]
+    if not all(_fit(*pair) for pair in pairs):
+        raise UserError(f"{candidate} gives other outputs than {reference}", "Compare them without --pad first.")
+    limits = DETECTION_LIMITS["int8"]
+    detections = DetectionComparison(
+        candidate=name,
+        precision=compared.precision,
+        confidence=0.0 if head.layout == "classes" else confidence,
+        images=compare_detections(scenes, head, pairs, limits.near),
+        limits=limits,
+    )
+    first, notes = _accuracy([right], shapes[0], images, metadata)
+    second, _ = _accuracy([other], shapes[0], images, with_border)
+    return Verification(
+        reference=reference.name,
+        comparisons=(),
+        detections=(detections,),
+        accuracy=(*first, *second),
+        rounded=(name,) if compared.rounded else (),
+        notes=(
+            *(f"{image} could not be read: {why}" for image, why in scenes.skipped.items()),
+            f"{name} sees a border of {pad}, {reference.name} one of {letterbox.padding_value}: detections alone were "
+            "compared, by the limits of int8",
+            *filter(None, (expected.note, compared.note)),
+            *notes,
+        ),
+    )
+
+
 def failing_first(found: Verification, feeds: Sequence[Feed]) -> list[Feed]:
     """Inputs, those of shapes at which something failed before the others."""
     failed = [one.input_shapes for one in found.failures]

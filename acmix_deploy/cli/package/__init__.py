@@ -4,6 +4,6 @@ example:
   acmix-deploy package triton model.engine -o repository
 """
 
-from acmix_deploy.cli.package import triton
+from acmix_deploy.cli.package import deepstream, triton
 
-VERBS = (triton,)
+VERBS = (triton, deepstream)
