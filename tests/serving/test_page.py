@@ -457,6 +457,12 @@ def test_the_time_of_each_step_is_seen(page: Any, picture: Picture) -> None:
     choose(page, PICTURE)
     assert [*times(page)] == ["network, browser", "round trip"]
 
+    answer(page, timing="decode;dur=5, model;dur=60000")  # as of a clock that is wrong
+    choose(page, PICTURE)
+    bars = page.locator("#steps div").evaluate_all("all => all.map(bar => bar.style.width)")
+    assert (times(page)["network, browser"], bars[1]) == (0, "100%")
+    assert_fits(page, 1280)
+
 
 def test_the_token_is_asked_for(browser: Any, shapes_model: Path, tmp_path: Path, drawn: list[Picture]) -> None:
     (tmp_path / "token").write_text(TOKEN)
