@@ -25,6 +25,7 @@ from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head
 from acmix_deploy.detection.rows import paired
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.graph import tidied
 from acmix_deploy.network import NetworkRunner
@@ -65,6 +66,7 @@ class ExportResult(BaseModel):
     outputs: tuple[TensorInfo, ...] = Field(description="outputs of the file")
     checked_shapes: tuple[tuple[int, ...], ...] = Field(description="input shapes at which file and module agreed")
     relative_l2: float = Field(description="largest relative L2 distance of the file from the module over all of them")
+    suppression: Suppression | None = Field(default=None, description="what the files suppress boxes by, where they do")
     notes: tuple[str, ...] = Field(default=(), description="what did not go the usual way, and why")
 
     @property
@@ -187,6 +189,7 @@ def export(
                 outputs=_describe(model.graph.output),
                 checked_shapes=tuple(expected),
                 relative_l2=relative_l2,
+                suppression=processing.suppression,
                 notes=tuple(notes),
             )
             break

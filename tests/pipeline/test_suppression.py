@@ -208,6 +208,7 @@ def test_export(tmp_path: Path) -> None:
     report = ExportReport.model_validate_json((tmp_path / "report.json").read_text())
     assert report.passed
     assert report.export.outputs[0].shape == (2, 20, 6)
+    assert report.export.suppression == Suppression(confidence=0.3, most=20)
     assert len([note for note in report.verification.notes if "suppresses boxes" in note]) == 2
     for role in ("plain", "fused"):
         path = report.files[role].artifact.path
