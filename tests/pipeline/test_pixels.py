@@ -36,7 +36,7 @@ from acmix_deploy.targets import TARGETS
 from acmix_deploy.verify.judges import ByDetections, ByLabels
 from acmix_deploy.verify.run import compare_files
 from scripts import shapes
-from tests.engine.parts import make_engine
+from tests.engine.parts import make_engine, make_plan
 from tests.fusion.test_fuse import randomised
 from tests.plugin.parts import rtx_libraries
 
@@ -207,6 +207,14 @@ def test_engines(gpu: None, reports: Reports, tmp_path: Path) -> None:
             runner.infer({"images": images + np.float32(1e-3)})
     (timed,) = profile([engine], samples=2)
     assert timed.input_shapes == {"images": LAST[1]}
+
+
+def test_an_adopted_engine_takes_what_its_file_takes(gpu: None, rgb: Path, tmp_path: Path) -> None:
+    engine = make_plan(tmp_path / "model.engine", onnx.load(rgb), {"images": LAST})
+    assert main(["adopt", str(engine), "--metadata", str(rgb)]) == 0
+    opened = open_model(engine)
+    assert (opened.metadata.pixels, opened.inputs[0].dims) == ("rgb", (None, 3, None, None))
+    assert opened.profiles == {"images": SHAPES}
 
 
 def test_sizes_are_those_of_images(gpu: None, rgb: Path, tmp_path: Path) -> None:
