@@ -27,6 +27,7 @@ Written = Literal[
     "gate history",
     "gate run",
     "inspect",
+    "model response",
     "package deepstream",
     "package triton",
     "plugin",

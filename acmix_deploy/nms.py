@@ -1,4 +1,7 @@
-"""Non-maximum suppression as a graph of standard operators, of those that TensorRT reads from 8.5 on."""
+"""Non-maximum suppression as a graph of standard operators, in the ways that TensorRT reads from 8.5 on.
+
+Before 10.0 its parser passes over start and end of Shape, and before 8.6 it takes a constant K of TopK alone.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ suppression ({element}[{dims}] predictions) => (float[batch, {most}, 6] rows)
 <
     float zero = {{0}}, float half = {{0.5}}, float largest = {{3.4e38}}, float beyond = {{{considered}}},
     int64 first = {{0}}, int64 second = {{2}}, int64 step = {{1}},
-    int64[1] zeroth = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] four = {{4}}, int64[1] five = {{5}},
+    int64[1] zeroth = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] three = {{3}},
+    int64[1] four = {{4}}, int64[1] five = {{5}},
     int64[1] end = {{{end}}}, int64[1] last = {{-1}}, int64[4] border = {{0, 0, 0, {border}}},
     int64[1] considered = {{{considered}}}, int64[1] lowest = {{{lowest}}},
     int64[1] most = {{{most}}}, float[1] iou = {{{iou:.9g}}}, float[1] confidence = {{{confidence:.9g}}}
@@ -35,8 +39,10 @@ suppression ({element}[{dims}] predictions) => (float[batch, {most}, 6] rows)
     class = ArgMax <axis = 1> (scores)
     best = GatherElements <axis = 1> (scores, class)
     above = Greater (best, confidence)
-    sizes = Shape <start = 1, end = 2> (values)
-    row = Concat <axis = 0> (one, sizes)
+    sizes = Shape (values)
+    batch = Slice (sizes, zeroth, one)
+    height = Slice (sizes, one, two)
+    row = Concat <axis = 0> (one, height)
     ones = ConstantOfShape <value = float[1] {{1}}> (row)
     sums = MatMul (ones, values)
     size_of_sums = Abs (sums)
@@ -47,7 +53,7 @@ suppression ({element}[{dims}] predictions) => (float[batch, {most}, 6] rows)
     enough = Pad (by_anchor, border, zero)
     ranked, anchor = TopK <axis = 1> (enough, considered)
 
-    anchors = Shape <start = 2> (values)
+    anchors = Slice (sizes, two, three)
     last_anchor = Sub (anchors, one)
     there = Min (anchor, last_anchor)
     which = Unsqueeze (there, last)
@@ -70,7 +76,6 @@ suppression ({element}[{dims}] predictions) => (float[batch, {most}, 6] rows)
     filled = Concat <axis = 0> (selected, none)
     image = Gather <axis = 1> (filled, first)
     place = Gather <axis = 1> (filled, second)
-    batch = Shape <start = 0, end = 1> (output)
     images = Squeeze (batch, zeroth)
     range = Range (first, images, step)
     own_image = Unsqueeze (range, one)
@@ -109,7 +114,8 @@ _SCORES = {
 }
 
 _BY_CLASS = """
-    classes = Shape <start = 1, end = 2> (scores)
+    sizes_of_scores = Shape (scores)
+    classes = Slice (sizes_of_scores, one, two)
     count = Squeeze (classes, zeroth)
     indices = Range (first, count, step)
     every_class = Unsqueeze (indices, one)

@@ -67,6 +67,10 @@ of 10.15; what lies between was not seen. Operators of opset 25 and later are in
 1.7.1 agrees up to opset 24, but for DeformConv, whose plugin it does not have."""
 
 
+UNBUILT_BY_RTX = frozenset({"NonMaxSuppression"})
+"""Standard operators of ours that TensorRT-RTX's parser reads and its builder has "no runners" for, seen at 1.7.1."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """What a node of a standard operator has to be like for TensorRT to read it."""

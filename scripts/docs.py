@@ -39,7 +39,7 @@ from acmix_deploy.report.documents import (
     VerifyDocument,
 )
 from acmix_deploy.report.model import ExportReport
-from acmix_deploy.serving.app import DetectResponse
+from acmix_deploy.serving.app import DetectResponse, ModelResponse
 from acmix_deploy.serving.deepstream.folder import DeepStreamDocument
 from acmix_deploy.serving.server import ServeDocument
 from acmix_deploy.serving.sources import DetectDocument
@@ -67,6 +67,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     HistoryDocument,
     HtmlDocument,
     InspectDocument,
+    ModelResponse,
     PackageDocument,
     PastedDocument,
     PluginDocument,

@@ -18,6 +18,8 @@ from acmix_deploy.detection.metadata import Layout
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.graph import keep
 from acmix_deploy.nms import CONSIDERED, graph_of
+from acmix_deploy.onnx_file import unread
+from acmix_deploy.targets import TARGETS
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -155,6 +157,16 @@ def test_objectness(free: bool) -> None:
     np.testing.assert_allclose(run(output, how, "objectness", free=free), right, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["anchors", "objectness"])
+@pytest.mark.parametrize("by_class", [True, False])
+def test_every_tensorrt_reads_it(layout: Layout, by_class: bool) -> None:
+    model = graph_of(Suppression(by_class=by_class), Head("detect", layout, "predictions", 3), [None] * 3, float16=True)
+    assert [unread(model, target) for target in TARGETS.values() if unread(model, target)] == []
+    shapes = [node for node in model.graph.node if node.op_type == "Shape"]
+    assert shapes
+    assert not [attribute for node in shapes for attribute in node.attribute], "TensorRT 8 passes over start and end"
+
+
 def test_rtx_reads_it_and_builds_the_rest(rtx: Any, tmp_path: Path) -> None:
     """TensorRT-RTX has the operator's importer, and nothing that runs it. What is around it is built, with rows of
     something else in its place, whose number does not depend on the data."""
@@ -182,7 +194,6 @@ def without_nms(model: onnx.ModelProto) -> onnx.ModelProto:
     changed.CopyFrom(model)
     (node,) = (node for node in changed.graph.node if node.op_type == "NonMaxSuppression")
     changed.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, 3]), "by_three"))
-    changed.graph.initializer.append(onnx.numpy_helper.from_array(np.array([3]), "three"))
     steps = [
         onnx.helper.make_node("Slice", [node.input[0], "zeroth", "three", "two"], ["numbers"]),
         onnx.helper.make_node("Cast", ["numbers"], ["indices_of_three"], to=onnx.TensorProto.INT64),

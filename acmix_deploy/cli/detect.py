@@ -76,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
             output as write,
             _closed_by_signals(source),
         ):
+            if detector.note:
+                print(f"Note: {detector.note}", file=sys.stderr)
             if options.fast_decode:
                 source = reduced(source, detector.place)
             start = told = time.perf_counter()

@@ -360,6 +360,8 @@ def compare_borders(
     right, expected = _open(reference, reference.name, plugin=plugin)
     name = f"{candidate.name} on a border of {pad}"
     other, compared = _open(candidate, name, provider=provider, plugin=plugin)
+    if right.metadata.suppression != other.metadata.suppression:
+        raise UserError(f"{reference} and {candidate} give other outputs", "Compare a file with itself.")
     metadata = other.metadata.updated(**right.metadata.entries)
     letterbox = metadata.letterbox
     if letterbox.fit != "pad":
@@ -400,9 +402,10 @@ def compare_borders(
         rounded=(name,) if compared.rounded else (),
         notes=(
             *(f"{image} could not be read: {why}" for image, why in scenes.skipped.items()),
-            f"{name} sees a border of {pad}, {reference.name} one of {letterbox.padding_value}: detections alone were "
-            "compared, by the limits of int8",
+            f"the candidate's images have a border of {pad} in place of {letterbox.padding_value}: detections alone "
+            "were compared, by the limits of int8",
             *filter(None, (expected.note, compared.note)),
+            *([right.runner.told] if isinstance(right.runner, NetworkRunner) else []),
             *notes,
         ),
     )

@@ -14,7 +14,10 @@ from acmix_deploy.cli import main
 from acmix_deploy.detection.images import find, read
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.doctor.graphs import examine_onnx
+from acmix_deploy.engine.build import build
 from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.forms import write_for
 from acmix_deploy.fusion import fuse
 from acmix_deploy.precision import quantize, to_fp16
 from acmix_deploy.processing import Processing, attach, detach
@@ -23,10 +26,13 @@ from acmix_deploy.report.model import ExportReport
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner
 from acmix_deploy.serving.detector import Detector
+from acmix_deploy.targets import TARGETS
 from acmix_deploy.verify import Candidate, Scenes, verify
 from acmix_deploy.verify.run import compare_files
 from scripts import shapes
 from scripts.train_shapes import CHECKPOINT
+from tests.engine.parts import make_engine
+from tests.plugin.parts import rtx_libraries
 
 SQUARE = (3, 3, 160, 160)
 AROUND = Processing("bgr", Suppression(confidence=0.3, iou=0.6, most=50))
@@ -68,7 +74,9 @@ def test_stages_see_the_network_alone(attached: Path, shapes_files: Path, photos
         assert [one.expected > 5 for one in found.detections] == [True]
 
 
-def test_boxes_are_those_of_the_file_without_box_by_box(shapes_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_boxes_are_those_of_the_file_without_box_by_box(
+    shapes_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = [read(path) for path in find(photos).paths]
     model = onnx.load(shapes_model)
     attach(model, Processing(suppression=AROUND.suppression))
@@ -83,6 +91,9 @@ def test_boxes_are_those_of_the_file_without_box_by_box(shapes_model: Path, phot
             assert len(right.scores) > 1
             for name in ("boxes", "scores", "classes"):
                 np.testing.assert_allclose(getattr(found, name), getattr(right, name), rtol=1e-5, atol=1e-3)
+    for confidence, notes in (("0.1", 1), ("0.3", 0)):
+        assert main(["detect", str(tmp_path / "inside.onnx"), str(photos), "--confidence", confidence]) == 0
+        assert capsys.readouterr().err.count("gives none of a score up to 0.3") == notes
 
 
 def test_files_are_compared_by_their_networks(attached: Path, shapes_files: Path, photos: Path) -> None:
@@ -139,8 +150,6 @@ def test_rows_alone_are_compared_with_what_is_kept_of_the_reference(
 
 
 def test_engines(gpu: None, attached: Path, shapes_files: Path, photos: Path, tmp_path: Path) -> None:
-    from tests.engine.parts import make_engine
-
     model = onnx.load(attached / "plain.onnx")
     last = (1, 160, 160, 3), (3, 160, 160, 3), (4, 160, 160, 3)
     path = make_engine(tmp_path / "model.engine", model, {"images": last}, metadata=ModelMetadata.of(model))
@@ -148,6 +157,25 @@ def test_engines(gpu: None, attached: Path, shapes_files: Path, photos: Path, tm
     assert compare_files(attached / "plain.onnx", path).passed
     with pytest.raises(UserError, match="Name the ONNX file as the reference"):
         compare_files(path, shapes_files / "plain.onnx")
+
+
+def test_tensorrt_rtx_reads_it_and_cannot_build_it(attached: Path, tmp_path: Path) -> None:
+    found = examine_onnx(attached / "plain.onnx", lambda step: None)
+    assert found.findings == ()
+    assert [note for note in found.notes if "NonMaxSuppression, which TensorRT-RTX reads and cannot build" in note]
+    rtx_libraries()
+    sizes = (1, 3, 160, 160), (1, 3, 160, 160), (2, 3, 160, 160)
+    with pytest.raises(UserError, match="NonMaxSuppression, which TensorRT-RTX reads and cannot build"):
+        build(attached / "plain.onnx", tmp_path / "model.engine", shapes=sizes, backend="tensorrt_rtx")
+
+
+@pytest.mark.parametrize("name", ["jetpack-5.1", "jetpack-6.2", "tensorrt-11"])
+def test_every_tensorrt_reads_it(attached: Path, tmp_path: Path, name: str) -> None:
+    source = tmp_path / "model.fused.onnx"
+    source.write_bytes((attached / "fused.onnx").read_bytes())
+    made = write_for(TARGETS[name], source).found
+    assert made.unread == {}
+    assert ModelMetadata.of(onnx.load(tmp_path / made.file)).suppression == AROUND.suppression
 
 
 def test_times_are_measured(attached: Path) -> None:

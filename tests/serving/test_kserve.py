@@ -29,6 +29,8 @@ SERVED = Served(
     (Input("output0", ("batch", 2), np.dtype(np.float16)),),
     (1, 2),
     8,
+    "detect",
+    0.25,
 )
 ROW = np.array([[0.5, -2]], np.float32)
 

@@ -143,6 +143,16 @@ def test_suppression_of_half_precision() -> None:
     np.testing.assert_array_equal(answer["detection_scores"][0, : len(right.scores)], right.scores)
 
 
+def test_suppression_of_boxes_with_objectness() -> None:
+    output = predictions(9, 2, 4, 60).transpose(0, 2, 1)
+    head = Head("detect", "objectness", "predictions", 3)
+    graph = suppression(head, ["batch", None, 8], 0.25, MOST)
+    answer = onnxruntime.InferenceSession(graph.SerializeToString()).run(None, {"predictions": output})
+    for image, found in enumerate(decode(head, {"predictions": output}, [WHOLE] * 2)):
+        assert answer[0][image].item() == len(found.scores) > 1
+        np.testing.assert_array_equal(answer[2][image, : len(found.scores)], found.scores)
+
+
 @pytest.mark.parametrize("confidence", [0.25, 0.6])
 def test_rows_of_a_file_that_suppresses_boxes_are_told_apart(confidence: float) -> None:
     output = predictions(8, 2, 3, 60)
