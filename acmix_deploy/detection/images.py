@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -181,29 +181,65 @@ def read(path: Path) -> Image:
         Unreadable: the file holds none of :data:`FORMATS` that can be decoded, or a larger one than is taken.
         MissingComponent: OpenCV is not installed.
     """
+    return decode(_contents(path)[0])
+
+
+def read_reduced(path: Path, fitted: Callable[[int, int], tuple[int, int]]) -> tuple[Image, tuple[int, int]]:
+    """A picture as :func:`read` gives it, a JPEG at a half, a quarter or an eighth of its scale where that is enough.
+
+    libjpeg leaves out frequencies then, so that less is decoded; a side is rounded up.
+
+    Args:
+        path: of the picture.
+        fitted: the size that a picture is going to be resized to, (height, width), both ways.
+
+    Returns:
+        The image, and the picture's own height and width.
+
+    Raises:
+        Unreadable, MissingComponent: see :func:`read`.
+    """
+    data, (width, height) = _contents(path)
+    if data[:2] == b"\xff\xd8":
+        turned = (height, width), (width, height)  # EXIF data may say either
+        enough = min(side / least for sides in turned for side, least in zip(sides, fitted(*sides), strict=True))
+        for scale in (8, 4, 2):
+            small = -(-height // scale), -(-width // scale)
+            if scale > enough or (
+                small[0] == small[1] and height != width
+            ):  # of a square nobody sees that it is turned
+                continue
+            image = decode(data, scale)
+            return image, (height, width) if image.shape[:2] == small else (width, height)
+    image = decode(data)
+    return image, (image.shape[0], image.shape[1])
+
+
+def _contents(path: Path) -> tuple[bytes, tuple[int, int]]:
+    """The bytes of a picture's file, and its width and height before it is turned."""
     opencv()
     try:
         if (size := path.stat().st_size) > _MAX_BYTES * max(pictures.max_pixels(), pictures.MAX_PIXELS):
             raise TooLarge(f"the file has {size} bytes, more than any picture that is taken")
         data = path.read_bytes()
-        pictures.pixels(data, FORMATS)
+        return data, pictures.size(data, FORMATS)
     except TooLarge as error:
         raise TooLarge(f"{error}; see --max-pixels or OPENCV_IO_MAX_IMAGE_PIXELS") from error
     except OSError as error:
         raise Broken(f"the file cannot be read: {error.strerror}") from error
-    return decode(data)
 
 
-def decode(data: bytes) -> Image:
-    """A picture as OpenCV reads it: [h, w, 3] in BGR, turned as its EXIF data say.
+def decode(data: bytes, scale: Literal[1, 2, 4, 8] = 1) -> Image:
+    """A picture as OpenCV reads it: [h, w, 3] in BGR, turned as its EXIF data say, its sides divided by a scale.
 
     Raises:
         Broken: it cannot be decoded.
         MissingComponent: OpenCV is not installed.
     """
     cv2 = opencv()
+    flags = cv2.IMREAD_COLOR if scale == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{scale}")
     try:
-        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         image = None
     if image is None:

@@ -100,7 +100,8 @@ class Detector:
         if self.input_shape[1] != 3:
             raise no_detector(name, f"takes {self._input}")
         height, width = self.input_shape[2:]
-        self._fitter = Fitter(opened.metadata.letterbox, height, width, pixels)
+        self._letterbox = opened.metadata.letterbox
+        self._fitter = Fitter(self._letterbox, height, width, pixels)
         self._free: deque[Array] = deque()
         noise = random_images((self._min_batch, *self.input_shape[1:]))
         feed = as_pixels(noise, pixels) if pixels else noise.astype(self._input.dtype)
@@ -199,6 +200,10 @@ class Detector:
         if problem := spoilt(self.head, outputs, self.confidence):
             raise CheckFailed(f"{self.name} gives {self.head.output} with {problem}")
         return decode(self.head, outputs, placements, confidence=self.confidence, iou=self.iou)
+
+    def place(self, shape: Shape) -> Placement:
+        """Where an image [h, w, ...] comes to lie in what the model sees."""
+        return self._letterbox.place(shape, *self.input_shape[2:])
 
     def infer(self, feed: Feed) -> dict[str, Array]:
         """The raw outputs by name, in arrays of their own.
