@@ -187,7 +187,8 @@ def read(path: Path) -> Image:
 def read_reduced(path: Path, fitted: Callable[[int, int], tuple[int, int]]) -> tuple[Image, tuple[int, int]]:
     """A picture as :func:`read` gives it, a JPEG at a half, a quarter or an eighth of its scale where that is enough.
 
-    libjpeg leaves out frequencies then, so that less is decoded; a side is rounded up.
+    libjpeg leaves out frequencies then, so that less is decoded. A side is rounded up: where it is no multiple of the
+    scale the last row or column, before the picture is turned, stands for fewer pixels than the others.
 
     Args:
         path: of the picture.

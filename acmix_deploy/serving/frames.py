@@ -26,16 +26,9 @@ class Frame(NamedTuple):
     lost: int = 0
     """Images or frames that the problem stands for."""
     original: tuple[int, int] | None = None
-    """Height and width of the picture, where the image is smaller by a whole factor (:attr:`reduced`)."""
+    """Height and width of the picture, where the image is smaller."""
     dropped: int = 0
     """Frames of a camera or stream that came since the one before and were replaced by newer ones."""
-
-    @property
-    def reduced(self) -> int:
-        """Pixels of the picture, a side, that a pixel of the image stands for: 1, 2, 4 or 8."""
-        if self.image is None or self.original is None:
-            return 1
-        return int(round(max(self.original) / max(self.image.shape[:2])))
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -64,38 +57,46 @@ class Source(NamedTuple):
     """Ends the frames of a live source within a moment, from any thread and from a handler of signals."""
 
 
-class Sizes:
-    """The frames of one stream as they go through: another size is said once, and too many pixels are left out, said
-    once, and counted."""
+class Checked:
+    """The frames of one stream as they go through. Another size is said once; frames of too many pixels and frames that
+    cannot be decoded are said once each, and counted."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._size: tuple[int, int] | None = None
-        self._said_size = self._said_large = False
-        self._left_out = 0
+        self._resized = False
+        self._left_out: dict[str, int] = {}
 
     def __call__(self, frame: Frame) -> Iterator[Frame]:
-        """The frame, or what is said of it; it has an image."""
+        """A frame with an image, or what is said of it."""
         assert frame.size
         height, width = frame.size
         try:
             check_pixels(width, height)
         except TooLarge as error:
-            if self._said_large:
-                self._left_out += 1
-            else:
-                self._said_large = True
-                said = f"is too large, and so may others be: {error}"
-                yield Frame(self._name, None, said, frame.number, frame.seconds, lost=1)
+            yield from self.lost("too large", f"is too large: {error}", frame)
             return
-        if self._size not in (None, frame.size) and not self._said_size:
-            self._said_size = True
+        if self._size not in (None, frame.size) and not self._resized:
+            self._resized = True
             before, now = (f"{wide} x {high}" for high, wide in (self._size or (0, 0), frame.size))
-            yield Frame(self._name, None, f"frames change their size, from {before} to {now}; it goes on", frame.number)
+            yield Frame(self._name, None, f"frames change their size, from {before} to {now}", frame.number)
         self._size = frame.size
         yield frame
 
+    def broken(self, frame: Frame) -> Iterator[Frame]:
+        """What is said of a frame that cannot be decoded."""
+        yield from self.lost("broken", "cannot be decoded", frame)
+
+    def lost(self, kind: str, problem: str, frame: Frame) -> Iterator[Frame]:
+        """What is said of a frame that is left out: nothing but once for each kind."""
+        if kind in self._left_out:
+            self._left_out[kind] += 1
+            return
+        self._left_out[kind] = 0
+        yield Frame(self._name, None, problem, frame.number, frame.seconds, lost=1)
+
     def rest(self) -> Iterator[Frame]:
         """What is left to say at the end."""
-        if self._left_out:
-            yield Frame(self._name, None, f"{self._left_out} more frames were too large", lost=self._left_out)
+        for kind, count in self._left_out.items():
+            if count:
+                yield Frame(self._name, None, f"{count} more frames were {kind}", lost=count)

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from acmix_deploy.serving.frames import Frame, Sizes
+from acmix_deploy.detection.images import Image
+from acmix_deploy.serving.frames import Checked, Frame
 from acmix_deploy.serving.video import next_image
 
 if TYPE_CHECKING:
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before each try to open a source again that stopped."""
 
+STEADY = 30.0
+"""Seconds that a source has to give frames until its tries are counted from the first again."""
+
+_PATIENCE = 10  # frames in a row that cannot be decoded, after which a source is taken to have stopped
+_AT_ONCE = 1.0  # seconds; a source that fails after more than that has timed out
+
 _MOMENT = 0.1  # seconds until a caller that waits for a frame sees that the source was closed
 
 
@@ -24,8 +31,8 @@ class Live(Iterator[Frame]):
     """The frames of a camera or stream as they come. A thread reads them always and keeps the newest one: what is not
     taken in time is dropped and counted, so that a slow caller is never more than a frame behind.
 
-    Where frames stop, the source is opened again, with pauses; each stop, return and end is said in a frame without an
-    image, and no such frame is dropped.
+    Where frames stop, the source is opened again after :data:`PAUSES`; each stop, return and end is said in a frame
+    without an image, and no such frame is dropped.
     """
 
     def __init__(self, name: str, capture: Any, reopen: Callable[[], Any]) -> None:
@@ -82,36 +89,49 @@ class Live(Iterator[Frame]):
                 self._changed.notify_all()
 
     def _frames(self) -> Iterator[Frame]:
-        number, sizes, image = 0, Sizes(self._name), self._next()
-        while image is not None:
-            yield from sizes(Frame(self._name, image, number=number))
+        checked, number, image = Checked(self._name), 0, next_image(self._capture)
+        opened, pauses = time.monotonic(), iter(PAUSES)
+        while image is not None and not self._stop.is_set():
+            yield from checked(Frame(self._name, image, number=number))
+            image, broken = self._next()
+            for _ in range(broken if image is not None else 0):
+                number += 1
+                yield from checked.broken(Frame(self._name, None, number=number))
             number += 1
-            if (image := self._next()) is None and not self._stop.is_set():
-                yield Frame(self._name, None, f"gives no more frames after {number}; it is opened again")
-                stopped = time.monotonic()
-                image = self._first_again()
-                seconds = time.monotonic() - stopped
-                if image is not None:
-                    yield Frame(self._name, None, f"gives frames again after {seconds:.0f} s")
-                elif not self._stop.is_set():
-                    tried = f"{len(PAUSES)} tries over {seconds:.0f} s"
-                    yield Frame(
-                        self._name, None, f"could not be opened again in {tried}; it ends after {number} frames"
-                    )
-        yield from sizes.rest()
+            if image is not None or self._stop.is_set():
+                continue
+            stopped = time.monotonic()
+            if stopped - opened > STEADY:
+                pauses = iter(PAUSES)
+            yield self._said(f"gives no more frames after {number}; it is opened again")
+            image, opened = self._first_again(pauses), time.monotonic()
+            if image is not None:
+                yield self._said(f"gives frames again after {opened - stopped:.0f} s")
+            elif not self._stop.is_set():
+                yield self._said(f"is given up after {len(PAUSES)} tries; it ends after {number} frames")
+        yield from checked.rest()
 
-    def _next(self) -> Any:
-        return None if self._stop.is_set() else next_image(self._capture)
+    def _said(self, text: str) -> Frame:
+        return Frame(self._name, None, text)
 
-    def _first_again(self) -> Any:
-        """The first image after the source was opened again; None where it cannot be."""
-        for pause in PAUSES:
+    def _next(self) -> tuple[Image | None, int]:
+        """The next frame, None where the source has stopped, and how many before it cannot be decoded."""
+        for broken in range(_PATIENCE):
+            asked = time.monotonic()
+            image = next_image(self._capture)
+            if image is not None or time.monotonic() - asked > _AT_ONCE or self._stop.is_set():
+                return image, broken
+        return None, _PATIENCE
+
+    def _first_again(self, pauses: Iterator[float]) -> Image | None:
+        """The first image after the source was opened again; None where it cannot be with the pauses that are left."""
+        for pause in pauses:
             self._capture.release()
             if self._stop.wait(pause):
                 return None
             capture = self._reopen()
             if capture is not None:
                 self._capture = capture
-                if (image := self._next()) is not None:
+                if (image := next_image(capture)) is not None:
                     return image
         return None

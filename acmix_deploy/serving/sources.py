@@ -16,11 +16,11 @@ from acmix_deploy.detection.pictures import TooLarge, Unreadable, check_pixels
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Decoder
+from acmix_deploy.serving.frames import Checked
 from acmix_deploy.serving.frames import Frame as Frame
-from acmix_deploy.serving.frames import Sizes
 from acmix_deploy.serving.frames import Source as Source
 from acmix_deploy.serving.live import Live
-from acmix_deploy.serving.video import frame_count, next_image, open_capture
+from acmix_deploy.serving.video import frame_count, next_image, open_capture, seconds_of
 
 _FPS = 25.0  # of a camera that tells none
 _PATIENCE = 1000  # frames in a row that cannot be decoded, after which the rest of a video is taken for lost
@@ -65,14 +65,21 @@ class DetectDocument(Document):
 
 def _in_picture(found: Detection, frame: Frame) -> Detection:
     """From pixels of a frame's image to those of its picture."""
-    if frame.original is None:
+    if frame.image is None or frame.original is None:
         return found
-    scale, (height, width) = frame.reduced, frame.original
-    points = found.keypoints and [(x * scale, y * scale, *seen) for x, y, *seen in found.keypoints]
-    corners = found.corners and [(x * scale, y * scale) for x, y in found.corners]
-    mask = found.mask and [[(x * scale, y * scale) for x, y in part] for part in found.mask]
-    box = tuple(min(edge * scale, most) for edge, most in zip(found.box, (width, height) * 2, strict=True))
-    return found.model_copy(update={"box": box, "keypoints": points, "corners": corners, "mask": mask})
+    down, across = (whole / part for whole, part in zip(frame.original, frame.image.shape, strict=False))
+
+    def moved(x: float, y: float, *seen: float) -> tuple[float, ...]:
+        return round(x * across, 2), round(y * down, 2), *seen
+
+    changed: dict[str, object] = {"box": moved(*found.box[:2]) + moved(*found.box[2:])}
+    if found.keypoints:
+        changed["keypoints"] = [moved(*point) for point in found.keypoints]
+    if found.corners:
+        changed["corners"] = [moved(*point) for point in found.corners]
+    if found.mask:
+        changed["mask"] = [[moved(*point) for point in part] for part in found.mask]
+    return found.model_copy(update=changed)
 
 
 def open_source(text: str, decoder: Decoder = "auto") -> Source:
@@ -151,17 +158,16 @@ def _film(name: str, capture: Any, files: Sequence[Path]) -> Source:
 
     def frames() -> Iterator[Frame]:
         """Where a frame cannot be decoded the next one may: only their number tells the end."""
-        sizes = Sizes(name)
+        checked = Checked(name)
         tried = read = failed = 0
         while failed < _PATIENCE and (tried < total or not failed):
             image = next_image(capture)
             failed = 0 if image is not None else failed + 1
             if image is not None:
-                seconds = round(capture.get(opencv().CAP_PROP_POS_MSEC) / 1e3, 3)
-                yield from sizes(Frame(name, image, number=tried, seconds=seconds))
+                yield from checked(Frame(name, image, number=tried, seconds=seconds_of(capture, tried)))
                 read += 1
             tried += 1
-        yield from sizes.rest()
+        yield from checked.rest()
         if read < total:
             yield Frame(name, None, f"{total - read} of {total} frames cannot be read", lost=total - read)
 

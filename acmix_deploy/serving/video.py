@@ -83,6 +83,18 @@ def next_image(capture: Any) -> Image | None:
     return image if done else None
 
 
+def seconds_of(capture: Any, number: int) -> float | None:
+    """From the start of a video to a frame that has just been read; None where it is not known.
+
+    Of GStreamer OpenCV tells how far the pipeline is, which is ahead of the frame: the frame's number tells it there.
+    """
+    cv2 = opencv()
+    if capture.getBackendName() != "GSTREAMER":
+        return round(float(capture.get(cv2.CAP_PROP_POS_MSEC)) / 1e3, 3)
+    fps = float(capture.get(cv2.CAP_PROP_FPS))
+    return round(number / fps, 3) if fps > 0 else None
+
+
 def frame_count(capture: Any) -> int:
     """How many frames a video tells to have; 0 of a stream, and where GStreamer decodes, which guesses."""
     if capture.getBackendName() == "GSTREAMER":
