@@ -8,6 +8,7 @@ from typing import get_args
 from rich.console import Console
 
 from acmix_deploy.report.tables import milliseconds, table
+from acmix_deploy.serving.end_to_end import EndToEndDocument
 from acmix_deploy.serving.path import PathTimes, Step
 
 
@@ -28,6 +29,19 @@ def show_times(found: Sequence[tuple[str, PathTimes]], console: Console) -> None
     console.print(rows)
     for name, times in found:
         console.print(f"{name}: {in_words(times)}")
+
+
+def show_end_to_end(found: EndToEndDocument, console: Console) -> None:
+    """Print what files took from a source to the boxes, beside each other."""
+    show_times([(model.file, model.times) for model in found.models], console)
+    first = found.models[0]
+    for model in found.models:
+        ratio = model.times.images_per_second / first.times.images_per_second
+        faster = f", {ratio:.2f} times the first" if model is not first else ""
+        rates = f"{min(model.rates):.1f} to {max(model.rates):.1f}"
+        console.print(f"{model.file}: {rates} images a second in {len(model.rates)} rounds{faster}")
+    device = found.machine.gpu or f"{found.threads} threads of {found.machine.cpu}"
+    console.print(f"{found.source}, {device}", style="dim")
 
 
 def in_words(times: PathTimes) -> str:

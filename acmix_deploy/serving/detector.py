@@ -123,6 +123,7 @@ class Detector:
         iou: float = IOU,
         threads: int | None = None,
         provider: Provider = "cpu",
+        engines: Path | None = None,
     ) -> Self:
         """Load a file and run it once.
 
@@ -134,6 +135,7 @@ class Detector:
             iou: of two boxes of one class that overlap by more, as intersection over union, the better one stays.
             threads: of ONNX Runtime on the CPU; all cores by default.
             provider: what runs an ONNX file.
+            engines: folder in which provider "tensorrt" keeps what it builds.
 
         Raises:
             UserError: the file cannot be used here, or is not a detector.
@@ -141,7 +143,7 @@ class Detector:
             CheckFailed: it fails when it runs, or an output is not finite on noise.
         """
         kind = expect(path, "onnx", "engine")
-        opened = _open_onnx(path, threads, provider, plugin) if kind == "onnx" else _open_engine(path, plugin)
+        opened = _open_onnx(path, threads, provider, plugin, engines) if kind == "onnx" else _open_engine(path, plugin)
         try:
             return cls(path.stem, opened, confidence, iou)
         except BaseException:
@@ -261,9 +263,11 @@ class Detector:
             self._metadata.check_size(self.name, self._image_shape(array.shape))
 
 
-def _open_onnx(path: Path, threads: int | None, provider: Provider, plugin: Path | None) -> Opened:
+def _open_onnx(
+    path: Path, threads: int | None, provider: Provider, plugin: Path | None, engines: Path | None
+) -> Opened:
     """Polygraphy's runner is not taken: it imports PyTorch wherever that is installed."""
-    session = open_session(path, threads, provider=provider, plugin=plugin)
+    session = open_session(path, threads, provider=provider, plugin=plugin, engines=engines)
     outputs = tuple(onnxruntime.outputs_of(session))
     names = [output.name for output in outputs]
     return Opened(

@@ -21,7 +21,7 @@ import pytest
 from acmix_deploy import cli
 from acmix_deploy.detection import pictures
 from acmix_deploy.detection.boxes import Detections
-from acmix_deploy.detection.images import decode, read, read_reduced
+from acmix_deploy.detection.images import Placement, decode, read, read_reduced
 from acmix_deploy.detection.pictures import Broken
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.serving import live, video
@@ -340,7 +340,7 @@ def test_what_was_dropped_is_told(
 ) -> None:
     monkeypatch.setattr(live, "PAUSES", ())
     images = [picture(index) for index in range(60)]
-    monkeypatch.setattr(Detector, "__call__", slowly(0.05))
+    monkeypatch.setattr(Detector, "boxes", slowly(0.05))
     cameras(monkeypatch, Camera(images, 0.01))
     model, out = tiny(tmp_path / "a.onnx"), tmp_path / "a.avi"
     assert cli.main(["detect", str(model), "0", "--json"]) == 0
@@ -355,7 +355,7 @@ def test_what_was_dropped_is_told(
     video_capture = cv2.VideoCapture
     monkeypatch.undo()
     monkeypatch.setattr(live, "PAUSES", ())
-    monkeypatch.setattr(Detector, "__call__", slowly(0.05))
+    monkeypatch.setattr(Detector, "boxes", slowly(0.05))
     real, fake = cv2.VideoCapture, Camera(images, 0.01)
     monkeypatch.setattr(cv2, "VideoCapture", lambda *given: fake if given[0] == 0 else real(*given))
     assert video_capture is not real
@@ -367,11 +367,11 @@ def slowly(seconds: float) -> Callable[..., list[Detections]]:
     """A detector that takes its time and finds nothing."""
     nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
-    def call(self: Detector, images: list[np.ndarray]) -> list[Detections]:
+    def boxes(self: Detector, outputs: object, placements: list[Placement]) -> list[Detections]:
         time.sleep(seconds)
-        return [nothing] * len(images)
+        return [nothing] * len(placements)
 
-    return call
+    return boxes
 
 
 @pytest.mark.parametrize("progressive", [0, 1])
