@@ -27,8 +27,9 @@ from acmix_deploy.detection.parts import known_head
 from acmix_deploy.detection.rows import paired
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.graph import tidied
+from acmix_deploy.network import NetworkRunner
 from acmix_deploy.operators.spec import TOLERANCES
-from acmix_deploy.processing import NOTHING, Processing, attach
+from acmix_deploy.processing import NOTHING, Processing, attach, suppressible
 from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
@@ -114,7 +115,8 @@ def export(
 
     Raises:
         UserError: the request cannot be met by this model, or the file cannot be written.
-        CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen.
+        CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen; or other
+            boxes are suppressed than outside the file.
     """
     metadata = metadata or ModelMetadata()
     shapes = checked_shapes(input_shape, dynamic, divisor)
@@ -133,6 +135,8 @@ def export(
     progress("running the model")
     expected = {shape: run(reference, shape) for shape in shapes}
     names = [f"output{index}" for index in range(len(expected[example]))]
+    if processing.suppression:
+        suppressible(metadata, {name: output.shape for name, output in zip(names, expected[example], strict=True)})
     image = torch.zeros(traced)
 
     exporters: dict[Exporter, Callable[[], onnx.ModelProto]] = {
@@ -170,6 +174,11 @@ def export(
                 )
             attach(model, processing)
             onnx.save_model(model, temporary)
+            if processing.suppression:
+                progress("checking what is suppressed")
+                with NetworkRunner(temporary, path.name) as runner:
+                    for shape in expected:
+                        runner.infer({INPUT: random_images(shape)})
             found = ExportResult(
                 exporter=exporter,
                 opset=opset,
@@ -187,7 +196,13 @@ def export(
             if newer := _newer_operators("; ".join(notes)):
                 ways = [f"with opset {max(newer.values())}, which has {' and '.join(newer)}"]
             raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
-    settings = {"input_shape": list(example), "dynamic": sorted(dynamic), "opset": opset, "pixels": processing.pixels}
+    settings = {
+        "input_shape": list(example),
+        "dynamic": sorted(dynamic),
+        "opset": opset,
+        "pixels": processing.pixels,
+        "suppression": processing.suppression and processing.suppression.model_dump(),
+    }
     return Made(write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found)
 
 

@@ -27,6 +27,9 @@ HeadChoice = Literal["anchors", "end-to-end"]
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """What ONNX Runtime runs a file on."""
 
+Decoder = Literal["auto", "opencv", "gstreamer"]
+"""What decodes and encodes video, see :func:`acmix_deploy.serving.video.elements`."""
+
 Method = Literal["percentile", "entropy", "minmax"]
 """How the range of an activation follows from its values."""
 

@@ -183,11 +183,12 @@ def _export(work: _Work, source: Source) -> Made[ExportResult]:
         divisor=source.metadata.stride,
         metadata=source.metadata,
         reference=source.reference,
-        processing=Processing(plan.pixels),
+        processing=Processing(plan.pixels, plan.nms),
         progress=work.progress,
     )
     if source.metadata.detects:
-        work.unlike = unlike_told(source.metadata, {output.name: output.shape for output in made.found.outputs})
+        told = source.metadata.with_suppression(plan.nms)
+        work.unlike = unlike_told(told, {output.name: output.shape for output in made.found.outputs})
     if plan.int8 and work.unlike:
         raise no_detector(made.artifact.path.name, work.unlike)
     work.removed = remove_exported(plan.out, plan.checkpoint.stem)

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, get_args
 
 from acmix_deploy.cli.common import add_detector, add_max_pixels, limit_pixels, print_line, progress
 from acmix_deploy.errors import UserError
+from acmix_deploy.options import Decoder
+
+if TYPE_CHECKING:
+    from acmix_deploy.serving.frames import Source
 
 _EVERY = 2.0  # seconds between two lines of progress
 
@@ -30,6 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="also draw the boxes: a folder for images, an .mp4 or .avi else",
     )
+    parser.add_argument(
+        "--decoder",
+        choices=get_args(Decoder),
+        default="auto",
+        help="what decodes and encodes video; auto: gstreamer on a Jetson whose OpenCV is built with it, else opencv",
+    )
+    parser.add_argument(
+        "--fast-decode",
+        action="store_true",
+        help="decode JPEG files of at least twice the size that the model sees at a half, quarter or eighth of it: "
+        "boxes move a little",
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="also tell the time of each step, and which of them the others wait for"
+    )
     add_detector(parser)
     add_max_pixels(parser)
 
@@ -39,11 +62,14 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # broken videos are told of in our own words
     from acmix_deploy.serving.annotate import annotate, open_output
     from acmix_deploy.serving.detector import Detector
-    from acmix_deploy.serving.sources import DetectDocument, detect, open_source
+    from acmix_deploy.serving.path import Clock, DetectStats, detect
+    from acmix_deploy.serving.sources import DetectDocument, open_source, reduced
 
-    source = open_source(options.source)
-    output = open_output(options.output, source) if options.output else nullcontext()
-    done = skipped = 0
+    if options.fast_decode and options.output:
+        raise UserError("--fast-decode leaves no whole pictures for --output to draw into", "Leave one of both out.")
+    source = open_source(options.source, options.decoder)
+    output = open_output(options.output, source, options.decoder) if options.output else nullcontext()
+    done = skipped = dropped = 0
     start = told = time.perf_counter()
     with progress() as report_progress:
         report_progress(f"loading {options.model}")
@@ -52,30 +78,77 @@ def run(options: argparse.Namespace) -> int:
                 options.model, plugin=options.plugin, confidence=options.confidence, provider=options.provider
             ) as detector,
             output as write,
+            _closed_by_signals(source),
         ):
+            if detector.note:
+                print(f"Note: {detector.note}", file=sys.stderr)
+            if options.fast_decode:
+                source = reduced(source, detector.place)
             start = told = time.perf_counter()
+            clock = Clock()
             try:
-                for frame, found in detect(detector, source.frames):
-                    line = DetectDocument.of(frame, found, detector.names)
-                    if options.json:
-                        print_line(line.model_dump_json(by_alias=True, exclude_none=True))
-                    if line.problem:
-                        skipped += frame.lost
-                        print(line, file=sys.stderr)
-                    elif not options.json:
-                        print_line(str(line))
-                    if frame.image is not None and found is not None:
-                        done += 1
-                        if write:
-                            write(frame.source, annotate(frame.image, found, detector.names))
-                    if time.perf_counter() - told > _EVERY:
-                        told = time.perf_counter()
-                        total = f" of {source.total}" if source.total else ""
-                        report_progress(f"{done}{total} images, {done / (told - start):.1f} a second")
+                with closing(detect(detector, source, clock)) as frames:
+                    for frame, found in frames:
+                        line = DetectDocument.of(frame, found, detector.names)
+                        if options.json:
+                            print_line(line.model_dump_json(by_alias=True, exclude_none=True))
+                        dropped += frame.dropped
+                        if line.problem:
+                            skipped += frame.lost
+                            print(line, file=sys.stderr)
+                        elif not options.json:
+                            print_line(str(line))
+                        if frame.image is not None and found is not None:
+                            done += 1
+                            if write:
+                                with clock.step("draw"):
+                                    drawn = annotate(frame.image, found, detector.names)
+                                    for _ in range(1 + frame.dropped):  # the video is as long as what it shows took
+                                        write(frame.source, drawn)
+                        if time.perf_counter() - told > _EVERY:
+                            told = time.perf_counter()
+                            total = f" of {source.total}" if source.total else ""
+                            report_progress(f"{done}{total} images, {done / (told - start):.1f} a second")
             finally:
                 seconds = time.perf_counter() - start
                 left_out = f", {skipped} skipped" if skipped else ""
+                left_out += f", {dropped} dropped" if dropped else ""
                 print(f"{done} images{left_out}, {done / seconds:.1f} a second", file=sys.stderr)
+                if options.stats:
+                    times = clock.times(source, done, detector.input_shape[0], dropped)
+                    if options.json:
+                        stats = DetectStats(source=source.name, times=times)
+                        print_line(stats.model_dump_json(by_alias=True, exclude_none=True))
+                    else:
+                        from rich.console import Console
+
+                        from acmix_deploy.report.show_path import show_times
+
+                        show_times([(options.model.name, times)], Console(stderr=True, highlight=False))
     if not done:
         raise UserError(f"nothing in {source.name} can be read")
     return 0
+
+
+@contextmanager
+def _closed_by_signals(source: Source) -> Iterator[None]:
+    """A signal ends a live source before anything else: threads that wait for its next frame are waited for."""
+
+    def closed(before: Callable[[int, FrameType | None], object]) -> Callable[[int, FrameType | None], None]:
+        def handler(number: int, where: FrameType | None) -> None:
+            source.close()
+            before(number, where)
+
+        return handler
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, before in handlers.items():
+            if callable(before):
+                signal.signal(number, closed(before))
+        yield
+    finally:
+        source.close()
+        for number, before in handlers.items():
+            if callable(before):
+                signal.signal(number, before)

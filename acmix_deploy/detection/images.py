@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from acmix_deploy.detection import pictures
 from acmix_deploy.detection.listing import IMAGE_SUFFIXES, listed
 from acmix_deploy.detection.pictures import Broken, TooLarge, Unreadable
 from acmix_deploy.errors import MissingComponent, UserError
+
+if TYPE_CHECKING:
+    from acmix_deploy.detection.metadata import Pixels
 
 Image = NDArray[np.uint8]
 Images = NDArray[np.float32]
@@ -74,12 +77,30 @@ class Letterbox(BaseModel):
         Bilinear, equal to Ultralytics' ``LetterBox`` with ``auto=False``; a crop with the antialiasing of Pillow and
         within two levels of Ultralytics' ``classify_transforms``.
         """
-        _, fitted, top, left, _ = self.place(image.shape, height, width)
-        if self.fit == "crop":
-            return np.ascontiguousarray(_antialiased(image, *fitted)[-top : height - top, -left : width - left])
-        canvas = np.full((height, width, 3), self.padding_value, np.uint8)
-        canvas[top : top + fitted[0], left : left + fitted[1]] = opencv().resize(image, fitted[::-1])
+        canvas = np.empty((height, width, 3), np.uint8)
+        self.into(canvas, image)
         return canvas
+
+    def into(self, canvas: Image, image: Image, before: Placement | None = None) -> Placement:
+        """Fit an image [h, w, 3] into an array [height, width, 3] whose rows may lie apart, equal to a call.
+
+        Args:
+            canvas: is written over.
+            image: what is fitted.
+            before: of the image that the array holds; its border is kept where it is the same. None: it holds none.
+        """
+        placed = self.place(image.shape, *canvas.shape[:2])
+        _, (height, width), top, left, _ = placed
+        if self.fit == "crop":
+            bottom, right = canvas.shape[0] - top, canvas.shape[1] - left
+            canvas[:] = _antialiased(image, height, width)[-top:bottom, -left:right]
+            return placed
+        if not before or (height, width, top, left) != (*before.fitted, before.top, before.left):
+            for border in (canvas[:top], canvas[top + height :], canvas[:, :left], canvas[:, left + width :]):
+                border[:] = self.padding_value
+        inside = canvas[top : top + height, left : left + width]
+        opencv().resize(image, (width, height), dst=inside)
+        return placed
 
     def place(self, shape: Shape, height: int, width: int) -> Placement:
         """Where an image [h, w, ...] comes to lie in [height, width]; a crop reaches beyond it."""
@@ -160,29 +181,66 @@ def read(path: Path) -> Image:
         Unreadable: the file holds none of :data:`FORMATS` that can be decoded, or a larger one than is taken.
         MissingComponent: OpenCV is not installed.
     """
+    return decode(_contents(path)[0])
+
+
+def read_reduced(path: Path, fitted: Callable[[int, int], tuple[int, int]]) -> tuple[Image, tuple[int, int]]:
+    """A picture as :func:`read` gives it, a JPEG at a half, a quarter or an eighth of its scale where that is enough.
+
+    libjpeg leaves out frequencies then, so that less is decoded. A side is rounded up: where it is no multiple of the
+    scale the last row or column, before the picture is turned, stands for fewer pixels than the others.
+
+    Args:
+        path: of the picture.
+        fitted: the size that a picture is going to be resized to, (height, width), both ways.
+
+    Returns:
+        The image, and the picture's own height and width.
+
+    Raises:
+        Unreadable, MissingComponent: see :func:`read`.
+    """
+    data, (width, height) = _contents(path)
+    if data[:2] == b"\xff\xd8":
+        turned = (height, width), (width, height)  # EXIF data may say either
+        enough = min(side / least for sides in turned for side, least in zip(sides, fitted(*sides), strict=True))
+        for scale in (8, 4, 2):
+            small = -(-height // scale), -(-width // scale)
+            if scale > enough or (
+                small[0] == small[1] and height != width
+            ):  # of a square nobody sees that it is turned
+                continue
+            image = decode(data, scale)
+            return image, (height, width) if image.shape[:2] == small else (width, height)
+    image = decode(data)
+    return image, (image.shape[0], image.shape[1])
+
+
+def _contents(path: Path) -> tuple[bytes, tuple[int, int]]:
+    """The bytes of a picture's file, and its width and height before it is turned."""
     opencv()
     try:
         if (size := path.stat().st_size) > _MAX_BYTES * max(pictures.max_pixels(), pictures.MAX_PIXELS):
             raise TooLarge(f"the file has {size} bytes, more than any picture that is taken")
         data = path.read_bytes()
-        pictures.pixels(data, FORMATS)
+        return data, pictures.size(data, FORMATS)
     except TooLarge as error:
         raise TooLarge(f"{error}; see --max-pixels or OPENCV_IO_MAX_IMAGE_PIXELS") from error
     except OSError as error:
         raise Broken(f"the file cannot be read: {error.strerror}") from error
-    return decode(data)
 
 
-def decode(data: bytes) -> Image:
-    """A picture as OpenCV reads it: [h, w, 3] in BGR, turned as its EXIF data say.
+def decode(data: bytes, scale: Literal[1, 2, 4, 8] = 1) -> Image:
+    """A picture as OpenCV reads it: [h, w, 3] in BGR, turned as its EXIF data say, its sides divided by a scale.
 
     Raises:
         Broken: it cannot be decoded.
         MissingComponent: OpenCV is not installed.
     """
     cv2 = opencv()
+    flags = cv2.IMREAD_COLOR if scale == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{scale}")
     try:
-        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         image = None
     if image is None:
@@ -192,8 +250,52 @@ def decode(data: bytes) -> Image:
 
 def tensor(image: Image) -> Images:
     """An image [H, W, 3] in BGR as [3, H, W] in RGB, float32 in [0, 1]."""
-    planes: Images = image[:, :, ::-1].transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    planes = np.empty((3, *image.shape[:2]), np.float32)
+    _divided(planes, image, _levels(image.shape))
     return planes
+
+
+def _levels(shape: Shape) -> list[Image]:
+    return [np.empty((shape[0], shape[1]), np.uint8) for _ in range(3)]
+
+
+def _divided(planes: NDArray[Any], image: Image, levels: list[Image]) -> None:
+    opencv().split(image, levels)
+    for plane, level in zip(planes, reversed(levels), strict=True):
+        np.copyto(plane, level)
+    np.divide(planes, np.float32(255), out=planes)
+
+
+class Fitter:
+    """Fits one image after another into what a model takes, in memory that is used again. For one caller at a time.
+
+    Args:
+        letterbox: the rule.
+        height, width: of what the model sees, in pixels.
+        pixels: order of the channels where it takes uint8; None where it takes floats from 0 to 1, in RGB.
+    """
+
+    def __init__(self, letterbox: Letterbox, height: int, width: int, pixels: Pixels | None = None) -> None:
+        self._letterbox, self._pixels = letterbox, pixels
+        self._canvas = np.empty((height, width, 3), np.uint8)
+        self._levels = _levels(self._canvas.shape)
+        self._before: Placement | None = None
+
+    def __call__(self, image: Image, place: NDArray[Any]) -> Placement:
+        """Fit an image [h, w, 3], uint8 in BGR, into a place in a batch; floats are those of :func:`tensor`.
+
+        Args:
+            image: of any size.
+            place: [height, width, 3] uint8 where pixels are taken, else [3, height, width] of floats.
+        """
+        if self._pixels == "bgr":
+            return self._letterbox.into(place, image)
+        self._before = placed = self._letterbox.into(self._canvas, image, self._before)
+        if self._pixels == "rgb":
+            opencv().cvtColor(self._canvas, opencv().COLOR_BGR2RGB, dst=place)
+        else:
+            _divided(place, self._canvas, self._levels)
+        return placed
 
 
 class Batch(NamedTuple):

@@ -67,34 +67,49 @@ def check_pixels(width: int, height: int) -> None:
 
 
 def pixels(data: bytes, formats: Collection[str] = ("JPEG", "PNG", "WEBP")) -> int:
-    """Width times height of a picture in one of the ``formats``, from the header alone.
-
-    Raises:
-        NoPicture, TooLarge, Broken: see there.
-    """
-    sizes = ((signature, size) for name, (signature, size) in _FORMATS.items() if name in formats)
-    size = next((size for signature, size in sizes if re.match(signature, data, re.DOTALL)), None)
-    if not size:
-        raise NoPicture(f"not a picture in one of {', '.join(formats)}")
-    try:
-        width, height = size(data)
-    except struct.error as error:
-        raise Broken("the picture's header cannot be read") from error
-    check_pixels(width, height)
-    if size is _jpeg and width * height * data.count(b"\xff\xda") > MAX_SCANS * max_pixels():
-        raise TooLarge("the picture has too many scans for its size")
+    """Width times height of a picture; see :func:`size`."""
+    width, height = size(data, formats)
     return width * height
 
 
+def size(data: bytes, formats: Collection[str] = ("JPEG", "PNG", "WEBP")) -> tuple[int, int]:
+    """Width and height of a picture in one of the ``formats``, from the header alone, before it is turned.
+
+    Raises:
+        NoPicture, TooLarge, Broken: see there. A JPEG without an end is broken: some releases of OpenCV refuse it
+            (4.14, 5.0), others fill what is missing with whatever was in memory (4.10).
+    """
+    readers = ((signature, reader) for name, (signature, reader) in _FORMATS.items() if name in formats)
+    reader = next((reader for signature, reader in readers if re.match(signature, data, re.DOTALL)), None)
+    if not reader:
+        raise NoPicture(f"not a picture in one of {', '.join(formats)}")
+    try:
+        width, height = reader(data)
+    except struct.error as error:
+        raise Broken("the picture's header cannot be read") from error
+    check_pixels(width, height)
+    if reader is _jpeg:
+        if width * height * data.count(b"\xff\xda") > MAX_SCANS * max_pixels():
+            raise TooLarge("the picture has too many scans for its size")
+        if data.rfind(b"\xff\xd9", _jpeg_frame(data)) < 0:
+            raise Broken("the picture is cut off")
+    return width, height
+
+
 def _jpeg(data: bytes) -> tuple[int, int]:
-    """Source: ITU T.81, annex B."""
+    height, width = struct.unpack_from(">HH", data, _jpeg_frame(data) + 1)
+    return width, height
+
+
+def _jpeg_frame(data: bytes) -> int:
+    """Where the contents of the segment begin that tells the size; a thumbnail lies before it. Source: ITU T.81,
+    annex B."""
     place = 2
     for _ in range(_MAX_SEGMENTS):
         if not (segment := _SEGMENT.match(data, place)):
             break
         if segment[1][0] in _FRAMES:
-            height, width = struct.unpack_from(">HH", data, segment.end() + 1)
-            return width, height
+            return segment.end()
         place = segment.start(2) + int.from_bytes(segment[2], "big")
     raise Broken("the picture's header cannot be read")
 

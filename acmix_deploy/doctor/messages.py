@@ -174,6 +174,14 @@ MESSAGES: dict[str, Message] = {
         "Where tactics were skipped for lack of memory before it, give it more. Else the layer is of a type that this "
         "TensorRT does not compute on this device: build without --fp16, or with a newer TensorRT.",
     ),
+    "no-runners": Message(
+        "TensorRT",
+        "Error Code 2: Internal Error (Assertion !layerImpls.empty() failed. node_of_selected_167 has no runners that "
+        "implement it In getSupportedFormats at /_src/optimizer/builder/tacticSupply.cpp:48)",
+        (r"Assertion !layerImpls\.empty\(\) failed\. (?P<node>\S+) has no runners that implement it",),
+        "this TensorRT, such as TensorRT-RTX for NonMaxSuppression, reads the operator and has nothing that runs it",
+        "Build it with TensorRT. A file without suppression of boxes is exported without --nms.",
+    ),
     "tactic-memory": Message(
         "TensorRT",
         "Skipping tactic 3 due to insufficient memory on requested size of 29147520 detected for tactic "

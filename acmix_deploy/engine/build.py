@@ -25,7 +25,7 @@ from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.inputs import Shapes, channels_first, channels_last
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import out_of_memory
-from acmix_deploy.targets import Form, Precision, Target, target_of
+from acmix_deploy.targets import UNBUILT_BY_RTX, Form, Precision, Target, target_of
 
 _RTX_AS_TENSORRT = (11, 0)  # what TensorRT-RTX reads and how it types is TensorRT 11's
 _IMAGES = "images"  # the only input that Ultralytics feeds
@@ -96,6 +96,11 @@ def build(
             f"{source} is quantised with zero points other than 0 ({onnx_file.some(nodes)}), for ONNX Runtime on a "
             "CPU; TensorRT reads none",
             "Quantise the float file again, without --for onnxruntime.",
+        )
+    if machine.backend == "tensorrt_rtx" and (unbuilt := {node.op_type for node in model.graph.node} & UNBUILT_BY_RTX):
+        raise UserError(
+            f"{source} has {', '.join(sorted(unbuilt))}, which TensorRT-RTX reads and cannot build",
+            "Build it with TensorRT, --backend tensorrt, or export the file without --nms.",
         )
     if fp16 and found.strongly_typed:
         raise UserError(

@@ -165,7 +165,8 @@ def quantize(
     check_output(target, source)
     if fp16 and scheme == "uint8":
         raise UserError("a file for ONNX Runtime on a CPU keeps in float32 what is not INT8", "Leave out --fp16.")
-    session = open_session(source)
+    network = network_of(source)
+    session = open_session(network)
     metadata = metadata_of(session)
     shapes = {node.name: node.shape for node in session.get_outputs()}
     if metadata.detects and (unlike := unlike_told(metadata, shapes)):
@@ -185,7 +186,6 @@ def quantize(
         progress("measuring the float file")
         judge = goal.judge(source, shape)
     progress("looking at the calibration images")
-    network = network_of(source)
     notes = doubts(images, network)
     progress(f"calibrating on {len(images.paths)} images")
 

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,13 +16,12 @@ from acmix_deploy.detection.drawing import PALETTE, draw_box, draw_outlines, dra
 from acmix_deploy.detection.images import Image, opencv
 from acmix_deploy.detection.listing import IMAGE_SUFFIXES
 from acmix_deploy.errors import UserError
-from acmix_deploy.serving.sources import Source
+from acmix_deploy.options import Decoder
+from acmix_deploy.serving.frames import Source
+from acmix_deploy.serving.video import CODECS, Writer, frame_count, open_writer
 
 Write = Callable[[str, Image], None]
 """Writes an annotated image that came from a file of a name; frames of a video in their order."""
-
-CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
-"""What OpenCV's own packages can write, by the file's suffix."""
 
 _RESERVE = 1 << 20  # bytes that a video leaves free on the disk, to be finished with
 
@@ -48,10 +46,15 @@ def annotate(image: Image, found: Detections, names: Mapping[int, str]) -> Image
     return drawn
 
 
-def open_output(out: Path, source: Source) -> AbstractContextManager[Write]:
+def open_output(out: Path, source: Source, decoder: Decoder = "auto") -> AbstractContextManager[Write]:
     """Where annotated images go: of a video to a video, of a folder to a folder, of an image to either of its kind.
 
     What was written before something fails or is interrupted stays, a video up to its last frame.
+
+    Args:
+        out: a folder, or a file by its suffix.
+        source: what is drawn into.
+        decoder: what encodes a video.
 
     Raises:
         UserError: it does not fit the source, would overwrite it, or cannot be written; the disk is full.
@@ -66,7 +69,7 @@ def open_output(out: Path, source: Source) -> AbstractContextManager[Write]:
     for file in source.files:
         if targets[file.name].resolve() == file.resolve():
             raise UserError(f"{file} would be overwritten", "Name another place.")
-    return _video(out, source.fps) if source.fps else _pictures(targets)
+    return _video(out, source.fps, decoder) if source.fps else _pictures(targets)
 
 
 @contextmanager
@@ -82,11 +85,11 @@ def _pictures(targets: Mapping[str, Path]) -> Iterator[Write]:
 
 
 @contextmanager
-def _video(path: Path, fps: float) -> Iterator[Write]:
+def _video(path: Path, fps: float, decoder: Decoder) -> Iterator[Write]:
     """OpenCV tells nothing of a full disk: there has to be room before each frame, and all frames in the end."""
     cv2 = opencv()
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    writer: Any = None
+    writer: Writer | None = None
     size, written = (0, 0), 0
 
     def write(_: str, image: Image) -> None:
@@ -94,12 +97,12 @@ def _video(path: Path, fps: float) -> Iterator[Write]:
         if writer is None:
             height, width = image.shape[:2]
             size = width + width % 2, height + height % 2  # codecs cut off what is odd
-            writer = _writer(temporary, path, fps, size)
+            writer = _writer(temporary, path, fps, size, decoder)
         if shutil.disk_usage(path.parent).free < image.nbytes + _RESERVE:
             raise no_space(path, f"less than {(image.nbytes + _RESERVE) / 1e6:.1f} MB are free")
         if (image.shape[1], image.shape[0]) != size:
             image = _fitted(image, size)
-        writer.write(image)
+        writer.cv2_writer.write(image)
         written += 1
 
     try:
@@ -110,22 +113,22 @@ def _video(path: Path, fps: float) -> Iterator[Write]:
             temporary.replace(path)
     if writer is not None:
         capture = cv2.VideoCapture(str(path.resolve()))
-        there = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        there = 0
+        if capture.isOpened():
+            there = written if capture.getBackendName() == "GSTREAMER" else frame_count(capture)
         capture.release()
         if there != written:
             raise no_space(path, f"of {written} frames {there} have arrived")
 
 
-def _writer(temporary: Path, path: Path, fps: float, size: tuple[int, int]) -> Any:
-    cv2 = opencv()
+def _writer(temporary: Path, path: Path, fps: float, size: tuple[int, int], decoder: Decoder) -> Writer:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "Choose a folder that you may write to.") from error
-    code = cv2.VideoWriter_fourcc(*CODECS[path.suffix.lower()])
-    writer = cv2.VideoWriter(str(temporary.resolve()), code, fps, size)
-    if not writer.isOpened():
+    writer = open_writer(temporary, fps, size, decoder)
+    if writer is None:
         temporary.unlink()
         raise UserError(f"OpenCV here cannot write {path}", f"Try another of {', '.join(sorted(CODECS))}.")
     return writer

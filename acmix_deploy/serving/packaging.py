@@ -49,7 +49,7 @@ class Network(NamedTuple):
         return self.outputs[0]
 
 
-def read(path: Path, plugin: Path | None, server: str) -> Network:
+def read(path: Path, plugin: Path | None, server: str, *, feeds_pixels: bool = True) -> Network:
     """What a file is to another server.
 
     Args:
@@ -57,9 +57,11 @@ def read(path: Path, plugin: Path | None, server: str) -> Network:
             manifest.
         plugin: library that an engine was built with; where the manifest says, by default.
         server: who runs it, by name.
+        feeds_pixels: whether that gives images in uint8 to a file that takes them.
 
     Raises:
-        UserError: the file is not a detector, is an engine of TensorRT-RTX, or the plugin is not the engine's.
+        UserError: the file is not a detector, takes uint8 where that is not given to it, or is an engine of
+            TensorRT-RTX; the plugin is not the engine's.
         MissingComponent: ONNX Runtime is not here.
     """
     manifest, library, profile = None, None, None
@@ -82,6 +84,11 @@ def read(path: Path, plugin: Path | None, server: str) -> Network:
         inputs, outputs = [*tensorrt.inputs_of(manifest)], [*tensorrt.outputs_of(manifest)]
         metadata = manifest.metadata
         profile = manifest.profiles.get(inputs[0].name)
+    if metadata.pixels and not feeds_pixels:
+        raise UserError(
+            f"{path} takes {', '.join(map(str, inputs))}, and {server} feeds images [B, 3, H, W] in float32 alone",
+            "Export it without --input uint8.",
+        )
     images = [as_images(node, metadata.pixels) for node in inputs]
     if (
         [len(node.dims) for node in inputs] != [4]

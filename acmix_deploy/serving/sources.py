@@ -1,61 +1,29 @@
-"""What is looked at: images, folders, videos and cameras, one frame after another, decoded ahead in a thread."""
+"""What is looked at: images, folders, videos and cameras, one frame after another."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from acmix_deploy.detection.boxes import Detection, Detections, named
-from acmix_deploy.detection.images import Image, opencv, read
+from acmix_deploy.detection.images import Image, Placement, opencv, read, read_reduced
 from acmix_deploy.detection.listing import IMAGE_SUFFIXES, in_folder
 from acmix_deploy.detection.pictures import TooLarge, Unreadable, check_pixels
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
-from acmix_deploy.serving.detector import Detector
-
-T = TypeVar("T")
+from acmix_deploy.options import Decoder
+from acmix_deploy.serving.frames import Checked
+from acmix_deploy.serving.frames import Frame as Frame
+from acmix_deploy.serving.frames import Source as Source
+from acmix_deploy.serving.live import Live
+from acmix_deploy.serving.video import frame_count, next_image, open_capture, seconds_of
 
 _FPS = 25.0  # of a camera that tells none
 _PATIENCE = 1000  # frames in a row that cannot be decoded, after which the rest of a video is taken for lost
-_TIMEOUT_MS = 10_000  # for a URL to answer
-
-
-class Frame(NamedTuple):
-    """An image, or why there is none."""
-
-    source: str
-    """Name of the file; of a URL without user and password."""
-    image: Image | None
-    """[h, w, 3] in BGR."""
-    problem: str = ""
-    """What is wrong where there is no image."""
-    number: int | None = None
-    """Of a frame in a video, from 0."""
-    seconds: float | None = None
-    """From the start of a video file to the frame."""
-    lost: int = 0
-    """Images or frames that the problem stands for."""
-
-
-class Source(NamedTuple):
-    """Frames that are read when they are asked for, once."""
-
-    name: str
-    frames: Iterator[Frame]
-    files: Sequence[Path] = ()
-    """Where the frames come from, if they are of files."""
-    fps: float | None = None
-    """Frames in a second of a video or camera."""
-    total: int | None = None
-    """How many frames there are, where it is known."""
 
 
 class DetectDocument(Document):
@@ -67,20 +35,26 @@ class DetectDocument(Document):
     seconds: float | None = Field(default=None, description="from the start of a video file")
     width: int | None = Field(default=None, description="of the image in pixels")
     height: int | None = Field(default=None, description="of the image in pixels")
+    dropped: int | None = Field(
+        default=None, description="frames of a camera or stream that newer ones replaced since the one before"
+    )
     detections: list[Detection] = Field(default=[], description="the highest score first")
-    problem: str | None = Field(default=None, description="why it was skipped, where it was")
+    problem: str | None = Field(
+        default=None, description="why it was skipped, where it was, or what happened to the source"
+    )
 
     @classmethod
     def of(cls, frame: Frame, found: Detections | None, names: Mapping[int, str]) -> DetectDocument:
         """A frame and what is in it, with the names of classes by their indices."""
-        height, width = frame.image.shape[:2] if frame.image is not None else (None, None)
+        height, width = frame.size or (None, None)
         return cls(
             source=frame.source,
             frame=frame.number,
             seconds=frame.seconds,
             width=width,
             height=height,
-            detections=named(found, names) if found else [],
+            dropped=frame.dropped or None,
+            detections=[_in_picture(one, frame) for one in named(found, names)] if found else [],
             problem=frame.problem or None,
         )
 
@@ -89,15 +63,35 @@ class DetectDocument(Document):
         return f"{place}: {self.problem or '; '.join(map(str, self.detections)) or 'nothing'}"
 
 
-def open_source(text: str) -> Source:
+def _in_picture(found: Detection, frame: Frame) -> Detection:
+    """From pixels of a frame's image to those of its picture."""
+    if frame.image is None or frame.original is None:
+        return found
+    down, across = (whole / part for whole, part in zip(frame.original, frame.image.shape, strict=False))
+
+    def moved(x: float, y: float, *seen: float) -> tuple[float, ...]:
+        return round(x * across, 2), round(y * down, 2), *seen
+
+    changed: dict[str, object] = {"box": moved(*found.box[:2]) + moved(*found.box[2:])}
+    if found.keypoints:
+        changed["keypoints"] = [moved(*point) for point in found.keypoints]
+    if found.corners:
+        changed["corners"] = [moved(*point) for point in found.corners]
+    if found.mask:
+        changed["mask"] = [[moved(*point) for point in part] for part in found.mask]
+    return found.model_copy(update=changed)
+
+
+def open_source(text: str, decoder: Decoder = "auto") -> Source:
     """The source of a name.
 
     Args:
         text: an image (by its suffix), a folder of images, a video, the index of a camera or a URL.
+        decoder: what decodes videos, cameras and streams.
 
     Raises:
         UserError: there is no such thing, or it is none of these.
-        MissingComponent: OpenCV is not installed.
+        MissingComponent: OpenCV is not installed, or the decoder is not there.
     """
     path = Path(text)
     if path.is_dir():
@@ -106,101 +100,93 @@ def open_source(text: str) -> Source:
             raise UserError(f"{path} holds no image", f"Images end in one of {known}.")
         return _images(str(path), files)
     if path.is_file():
-        return _images(path.name, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else _video(path)
+        return _images(path.name, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else _video(path, decoder)
     if text.isdecimal():
-        return _live(text, int(text))
+        return _live(text, int(text), decoder)
     if "://" in text:
-        return _live(urlsplit(text)._replace(netloc=urlsplit(text).netloc.rpartition("@")[2]).geturl(), text)
+        return _live(urlsplit(text)._replace(netloc=urlsplit(text).netloc.rpartition("@")[2]).geturl(), text, decoder)
     raise UserError(f"{text} does not exist", "Give an image, a folder, a video, the index of a camera or a URL.")
 
 
-def detect(detector: Detector, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Detections | None]]:
-    """The frames in their order with what is in them, None where there is no image.
-
-    The next frames are decoded while the detector runs, at most three batches of them.
-    """
-    batch = detector.input_shape[0]
-    with closing(ahead(frames, 2 * batch)) as decoded:
-        while taken := list(islice(decoded, batch)):
-            found = iter(detector([frame.image for frame in taken if frame.image is not None]))
-            for frame in taken:
-                yield frame, None if frame.image is None else next(found)
-
-
-def ahead(items: Iterable[T], count: int) -> Generator[T]:
-    """The items, the next ``count`` of which are made in a thread while one is used. Raises what making one raises."""
-    rest, end = iter(items), object()
-
-    def following() -> Any:
-        return next(rest, end)
-
-    with ThreadPoolExecutor(1) as thread:
-        coming: deque[Future[Any]] = deque(thread.submit(following) for _ in range(count))
-        try:
-            while (item := coming.popleft().result()) is not end:
-                coming.append(thread.submit(following))
-                yield item
-        finally:
-            thread.shutdown(cancel_futures=True)
-
-
 def _images(name: str, files: Sequence[Path]) -> Source:
-    def frames() -> Iterator[Frame]:
-        for file in files:
-            try:
-                yield Frame(file.name, read(file))
-            except Unreadable as error:
-                yield Frame(file.name, None, f"is no image that can be read: {error}", lost=1)
-
-    return Source(name, frames(), files=files, total=len(files))
+    return Source(name, _pictures(files, read), files=files, total=len(files))
 
 
-def _video(path: Path) -> Source:
-    cv2 = opencv()
-    capture = cv2.VideoCapture(str(path.resolve()))
-    if not capture.isOpened():
+def reduced(source: Source, place: Callable[[tuple[int, ...]], Placement]) -> Source:
+    """A source whose JPEG files are decoded at the smallest scale that is no smaller than what a model sees.
+
+    Args:
+        source: with frames that are not begun; a video stays as it is.
+        place: where an image [h, w, ...] comes to lie in what the model sees.
+    """
+    if source.fps:
+        return source
+
+    def smaller(file: Path) -> tuple[Image, tuple[int, int]]:
+        return read_reduced(file, lambda height, width: place((height, width, 3)).fitted)
+
+    return source._replace(frames=_pictures(source.files, smaller))
+
+
+def _pictures(
+    files: Sequence[Path], reader: Callable[[Path], Image | tuple[Image, tuple[int, int]]]
+) -> Iterator[Frame]:
+    for file in files:
+        try:
+            got = reader(file)
+        except Unreadable as error:
+            yield Frame(file.name, None, f"is no image that can be read: {error}", lost=1)
+            continue
+        image, original = got if isinstance(got, tuple) else (got, None)
+        yield Frame(file.name, image, original=original)
+
+
+def _video(path: Path, decoder: Decoder) -> Source:
+    capture = open_capture(path, decoder)
+    if capture is None:
         raise UserError(
             f"{path} is neither an image by its suffix nor a video that OpenCV can open",
             "Videos that were cut off at their end often cannot be opened; ffmpeg may repair them.",
         )
-    _check_frames(path.name, capture)
-    total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    return _film(path.name, capture, [path])
+
+
+def _film(name: str, capture: Any, files: Sequence[Path]) -> Source:
+    """A video that ends, of which no frame is left out."""
+    _check_frames(name, capture)
+    total = frame_count(capture)
 
     def frames() -> Iterator[Frame]:
         """Where a frame cannot be decoded the next one may: only their number tells the end."""
+        checked = Checked(name)
         tried = read = failed = 0
         while failed < _PATIENCE and (tried < total or not failed):
-            image = _next(capture)
+            image = next_image(capture)
             failed = 0 if image is not None else failed + 1
             if image is not None:
-                seconds = round(capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3, 3)
-                yield Frame(path.name, image, number=tried, seconds=seconds)
+                yield from checked(Frame(name, image, number=tried, seconds=seconds_of(capture, tried)))
                 read += 1
             tried += 1
+        yield from checked.rest()
         if read < total:
-            yield Frame(path.name, None, f"{total - read} of {total} frames cannot be read", lost=total - read)
+            yield Frame(name, None, f"{total - read} of {total} frames cannot be read", lost=total - read)
 
-    return Source(path.name, _released(capture, frames), [path], _fps(capture), total if total > 0 else None)
+    return Source(name, _released(capture, frames), files, _fps(capture), total or None)
 
 
-def _live(name: str, address: int | str) -> Source:
-    cv2 = opencv()
-    timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, _TIMEOUT_MS]
-    capture = cv2.VideoCapture(address, cv2.CAP_ANY, timeouts if isinstance(address, str) else [])
-    if not capture.isOpened():
+def _live(name: str, address: int | str, decoder: Decoder) -> Source:
+    """A camera or stream. A URL of a video that tells how many frames it has is read as a file is."""
+    capture = open_capture(address, decoder)
+    if capture is None:
         raise UserError(
             f"{name} cannot be opened as {'a camera' if isinstance(address, int) else 'a video stream'}",
             "Is it there, and may you use it?",
         )
+    if isinstance(address, str) and frame_count(capture):
+        return _film(name, capture, [])
     _check_frames(name, capture)
-
-    def frames() -> Iterator[Frame]:
-        index = 0
-        while (image := _next(capture)) is not None:
-            yield Frame(name, image, number=index)
-            index += 1
-
-    return Source(name, _released(capture, frames), fps=_fps(capture))
+    frames = Live(name, capture, lambda: open_capture(address, decoder))
+    return Source(name, frames, fps=_fps(capture), live=True, close=frames.close)
 
 
 def _check_frames(name: str, capture: Any) -> None:
@@ -211,11 +197,6 @@ def _check_frames(name: str, capture: Any) -> None:
     except TooLarge as error:
         capture.release()
         raise UserError(f"{name} has frames that are too large: {error}", "Raise --max-pixels.") from error
-
-
-def _next(capture: Any) -> Image | None:
-    done, image = capture.read()
-    return image if done else None
 
 
 def _fps(capture: Any) -> float:

@@ -18,7 +18,7 @@ from acmix_deploy.detection.images import batches, find, tensor
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.doctor.graphs import examine_onnx
 from acmix_deploy.engine.build import build
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.forms import write_for
 from acmix_deploy.fusion import fuse
@@ -33,6 +33,7 @@ from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import TARGETS
+from acmix_deploy.verify.judges import ByDetections, ByLabels
 from acmix_deploy.verify.run import compare_files
 from scripts import shapes
 from tests.engine.parts import make_engine
@@ -174,6 +175,19 @@ def test_nothing_is_wrong_with_it(rgb: Path) -> None:
     assert [block.fused for block in found.graph_blocks] == [True]
 
 
+def test_judges_of_int8_see_the_same(shapes_files: Path, photos: Path, tmp_path: Path) -> None:
+    plain = shapes_files / "plain.onnx"
+    network = onnx.load(plain)
+    of_pixels = onnx.load(plain)
+    attach(of_pixels, Processing("bgr"))
+    onnx.save(of_pixels, tmp_path / "pixels.onnx")
+    shape = (2, 3, 160, 160)
+    for judge in (ByLabels, ByDetections):
+        floats, pixels = (judge(path, shape, photos, 0.5) for path in (plain, tmp_path / "pixels.onnx"))
+        assert pixels.reference == floats.reference
+        assert {"map_drop": 0, "lost": 0}.items() & pixels(network).items()
+
+
 def test_engines(gpu: None, reports: Reports, tmp_path: Path) -> None:
     path = file(reports, "uint8-bgr")
     model = onnx.load(path)
@@ -224,6 +238,15 @@ def test_tensorrt_rtx_takes_the_front(reports: Reports, tmp_path: Path) -> None:
     (image,) = made.found.manifest.inputs
     assert (image.dtype, image.shape) == ("UINT8", (-1, -1, -1, 3))
     assert made.found.manifest.profiles == {"images": LAST}
+    model = onnx.load(source)
+    cast, transpose = model.graph.node[:2]
+    cast.op_type, transpose.op_type = "Transpose", "Cast"
+    attributes = [onnx.AttributeProto.FromString(node.attribute[0].SerializeToString()) for node in (transpose, cast)]
+    for node, attribute in zip((cast, transpose), attributes, strict=True):
+        node.attribute[0].CopyFrom(attribute)
+    onnx.save(model, tmp_path / "transposed.onnx")
+    with pytest.raises(AcmixDeployError, match="UInt8"):
+        build(tmp_path / "transposed.onnx", tmp_path / "other", shapes=SHAPES, backend="tensorrt_rtx")
 
 
 @pytest.mark.parametrize("name", ["jetpack-5.1", "jetpack-6.2", "tensorrt-11"])

@@ -2,6 +2,7 @@
 
 example:
   acmix-deploy package triton model.engine -o repository
+  acmix-deploy package deepstream model.engine -o deepstream
 """
 
 from acmix_deploy.cli.package import deepstream, triton

@@ -74,7 +74,7 @@ def package(
     """
     folder = out.resolve()
     is_onnx = expect(model, "onnx", "engine") == "onnx"
-    network = read(model, None if is_onnx else plugin, "DeepStream")
+    network = read(model, None if is_onnx else plugin, "DeepStream", feeds_pixels=False)
     if is_onnx and plugin:
         if not plugin.is_file():
             raise UserError(f"{plugin} is not a file", "Give the library: acmix-deploy plugin build.")
@@ -116,7 +116,7 @@ def _check(network: Network) -> None:
     path, head = network.path, network.head
     if network.input.dtype != np.float32:
         raise UserError(
-            f"{path} takes {network.input}, and DeepStream's nvinfer feeds images [B, 3, H, W] in float32 alone",
+            f"{path} takes {network.input}, and DeepStream feeds images [B, 3, H, W] in float32 alone",
             "Export it with float32 at its input.",
         )
     for node in network.outputs:
@@ -291,7 +291,7 @@ def _header(network: Network) -> str:
     head = network.head
     prototypes = next((node for node in network.outputs if node.name == head.prototypes), None)
     extra = {"pose": head.keypoints[0] * head.keypoints[1], "segment": prototypes and prototypes.dims[1]}.get(head.task)
-    return f"""// What the library reads: the outputs of {network.path.name}.
+    return f"""// The outputs that the library reads.
 #pragma once
 
 #include <cstddef>
@@ -371,6 +371,9 @@ def _readme(network: Network, commands: list[str], notes: list[str]) -> str:
             "beside itself as soon as nvinfer loads that, which is before it reads the engine.\n\n"
         )
     lines = "\n".join(commands)
+    most = f"- nvinfer keeps up to {MOST} boxes of each class where `detect` keeps {MOST} in all.\n"
+    if network.head.task == "segment":
+        most = ""
     differs = "".join(f"- {note}.\n" for note in notes)
     return f"""# {network.path.stem} on DeepStream
 
@@ -399,5 +402,4 @@ looks). With CMake: `cmake -S {_LIBRARY} -B build && cmake --build build`.
 
 {differs}- Images are scaled by DeepStream, with other rounding.
 - A box that reaches beyond the left or upper edge of the frame is moved to that edge with its size, by nvinfer.
-- nvinfer keeps up to {MOST} boxes of each class where `detect` keeps {MOST} in all.
-"""
+{most}"""

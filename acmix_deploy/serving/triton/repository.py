@@ -1,7 +1,8 @@
 """Model repositories: a detector as files that Triton serves, native or by its Python backend.
 
 Native are three models: the network on the backend of its file, the suppression of boxes that overlap as an ONNX graph,
-and an ensemble of both, which clients ask. Nothing but Triton's own container is needed there.
+and an ensemble of both, which clients ask. Of a file that suppresses boxes itself that graph takes the rows apart.
+Nothing but Triton's own container is needed there.
 
 Source: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md
 """
@@ -103,7 +104,8 @@ def package(
     network = read(model, plugin, "Triton")
     delay = round(max_delay_ms * 1000)
     if backend == "native":
-        if (network.head.task, network.head.layout) != ("detect", "anchors"):
+        suppressed = network.metadata.suppression
+        if network.head.task != "detect" or not (suppressed or network.head.layout in ("anchors", "objectness")):
             raise UserError(
                 f"{model} is of the task {network.head.task} and gives {network.head.layout}, and the graph that "
                 "follows it in Triton suppresses boxes of anchors alone",
@@ -146,8 +148,11 @@ def _native(network: Network, confidence: float, provider: Provider, max_batch: 
         """Without the batch, where Triton makes batches."""
         return _tensor(field, node._replace(dims=node.dims[1:] if max_batch else node.dims))
 
+    suppressed = network.metadata.suppression
+    most = suppressed.most if suppressed else MOST
+    boxes = [node._replace(dims=(most, *node.dims[1:])) if node.dims[0] == MOST else node for node in BOXES]
     outputs = [
-        _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in BOXES
+        _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in boxes
     ]
     predictions = network.output._replace(name="predictions")
     batching = f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}"
@@ -180,7 +185,8 @@ def _native(network: Network, confidence: float, provider: Provider, max_batch: 
             *_described(network, confidence),
         ],
     }
-    graph = suppression(confidence, float16=network.output.dtype == np.float16)
+    float16 = network.output.dtype == np.float16
+    graph = suppression(network.head, network.output.dims, confidence, most, float16=float16)
     return {
         **{f"{key}/config.pbtxt": _config(key, max_batch, fields) for key, fields in config.items()},
         **taken_along(network, f"{of_network}/1"),
@@ -255,6 +261,8 @@ def _step(model: str, inputs: Sequence[str], outputs: Mapping[str, str]) -> list
 def _described(network: Network, confidence: float) -> list[str]:
     """What clients need to know beside the tensors."""
     names, letterbox = network.metadata.names, network.metadata.letterbox
+    if suppressed := network.metadata.suppression:
+        confidence = max(confidence, suppressed.confidence)
     pixels = {"pixels": json.dumps(network.metadata.pixels)} if network.metadata.pixels else {}
     return _parameters(
         {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence), **pixels}

@@ -12,8 +12,10 @@ import onnx
 import pytest
 
 from acmix_deploy import cli
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.engine_file import header_bytes
 from acmix_deploy.errors import UserError
+from acmix_deploy.processing import Processing, attach
 from acmix_deploy.serving.deepstream.folder import SAMPLE, package
 from tests.engine.parts import ORIN, make_engine
 from tests.serving.deepstream.parts import fixed, read_config
@@ -175,6 +177,15 @@ def test_other_heads(tmp_path: Path) -> None:
     assert "constexpr std::size_t extra = 6;" in (tmp_path / "pose/library/model.h").read_text()
 
 
+def test_a_file_that_suppresses_boxes_is_not_clustered(tmp_path: Path) -> None:
+    model = onnx.load(tiny(tmp_path / "tiny.onnx"))
+    attach(model, Processing(suppression=Suppression()))
+    onnx.save(model, tmp_path / "nms.onnx")
+    document = package(tmp_path / "nms.onnx", tmp_path / "ds")
+    assert (document.clustering, infer(tmp_path / "ds")["cluster-mode"]) == ("none", "4")
+    assert "Layout::rows;" in (tmp_path / "ds/library/model.h").read_text()
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -213,19 +224,15 @@ def test_what_deepstream_cannot_run(tmp_path: Path) -> None:
         task="detect",
         **names,
     )
-    pixels = fixed(
-        tmp_path / "pixels.onnx",
-        {"output0": np.zeros((1, 6, 4), np.float32)},
-        element=onnx.TensorProto.UINT8,
-        task="detect",
-        **names,
-    )
+    model = onnx.load(tiny(tmp_path / "tiny.onnx"))
+    attach(model, Processing(pixels="bgr"))
+    onnx.save(model, pixels := tmp_path / "pixels.onnx")
     rotated = fixed(tmp_path / "obb.onnx", {"output0": np.zeros((1, 4 + 2 + 1, 4), np.float32)}, task="obb", **names)
     classes = fixed(tmp_path / "classes.onnx", {"output0": np.full((1, 2), 0.5, np.float32)}, task="classify", **names)
     nameless = selected(tmp_path / "nameless.onnx", end2end="True")
     for model, why in (
-        (half, "float16, and DeepStream's nvinfer feeds"),
-        (pixels, "uint8"),
+        (half, "float16, and DeepStream feeds"),
+        (pixels, "uint8, and DeepStream feeds"),
         (rotated, "task obb"),
         (classes, "task classify"),
         (nameless, "no names of its classes"),

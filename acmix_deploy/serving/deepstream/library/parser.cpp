@@ -40,8 +40,8 @@ struct Plugin {
         const std::string path = here.dli_fname;
         const size_t slash = path.rfind('/');
         const std::string beside = (slash == std::string::npos ? std::string("./") : path.substr(0, slash + 1)) + name;
-        // It stays loaded: TensorRT keeps pointers into it.
-        if (!dlopen(beside.c_str(), RTLD_NOW | RTLD_NODELETE)) {
+        // Never closed, since TensorRT keeps pointers into it.
+        if (!dlopen(beside.c_str(), RTLD_NOW)) {
             const char* why = dlerror();
             std::cerr << "acmix: the plugin cannot be loaded: " << (why ? why : beside) << std::endl;
         }

@@ -1,0 +1,137 @@
+"""Cameras and streams: read without a pause, the newest frame first, and opened again where they stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from acmix_deploy.detection.images import Image
+from acmix_deploy.serving.frames import Checked, Frame
+from acmix_deploy.serving.video import next_image
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
+"""Seconds before each try to open a source again that stopped."""
+
+STEADY = 30.0
+"""Seconds that a source has to give frames until its tries are counted from the first again."""
+
+_PATIENCE = 10  # frames in a row that cannot be decoded, after which a source is taken to have stopped
+_AT_ONCE = 1.0  # seconds; a source that fails after more than that has timed out
+
+_MOMENT = 0.1  # seconds until a caller that waits for a frame sees that the source was closed
+
+
+class Live(Iterator[Frame]):
+    """The frames of a camera or stream as they come. A thread reads them always and keeps the newest one: what is not
+    taken in time is dropped and counted, so that a slow caller is never more than a frame behind.
+
+    Where frames stop, the source is opened again after :data:`PAUSES`; each stop, return and end is said in a frame
+    without an image, and no such frame is dropped.
+    """
+
+    def __init__(self, name: str, capture: Any, reopen: Callable[[], Any]) -> None:
+        """A source of a name that is open, and what opens it again: OpenCV's VideoCapture, or None if it cannot be."""
+        self._name, self._capture, self._reopen = name, capture, reopen
+        self._waiting: deque[Frame] = deque()  # at most one of them has an image
+        self._dropped = 0
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._ended = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"frames of {name}", daemon=True)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Frame:
+        if not self._thread.ident:
+            self._thread.start()
+        with self._changed:
+            while not (self._waiting or self._ended or self._stop.is_set()):
+                self._changed.wait(_MOMENT)
+            if self._stop.is_set():
+                raise StopIteration
+            if not self._waiting:
+                error, self._error = self._error, None
+                raise error or StopIteration
+            frame = self._waiting.popleft()
+            if frame.image is not None:
+                frame, self._dropped = frame._replace(dropped=self._dropped), 0
+            return frame
+
+    def close(self) -> None:
+        """End it. The thread ends by itself once OpenCV has returned to it, and releases the source."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        try:
+            for frame in self._frames():
+                with self._changed:
+                    if frame.image is not None:
+                        kept = [waiting for waiting in self._waiting if waiting.image is None]
+                        self._dropped += len(self._waiting) - len(kept)
+                        self._waiting = deque(kept)
+                    self._waiting.append(frame)
+                    self._changed.notify_all()
+        except BaseException as error:
+            self._error = error
+        finally:
+            if self._capture is not None:
+                self._capture.release()
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _frames(self) -> Iterator[Frame]:
+        checked, number, image = Checked(self._name), 0, next_image(self._capture)
+        opened, pauses = time.monotonic(), iter(PAUSES)
+        while image is not None and not self._stop.is_set():
+            yield from checked(Frame(self._name, image, number=number))
+            image, broken = self._next()
+            for _ in range(broken if image is not None else 0):
+                number += 1
+                yield from checked.broken(Frame(self._name, None, number=number))
+            number += 1
+            if image is not None or self._stop.is_set():
+                continue
+            stopped = time.monotonic()
+            if stopped - opened > STEADY:
+                pauses = iter(PAUSES)
+            yield self._said(f"gives no more frames after {number}; it is opened again")
+            image, opened = self._first_again(pauses), time.monotonic()
+            if image is not None:
+                yield self._said(f"gives frames again after {opened - stopped:.0f} s")
+            elif not self._stop.is_set():
+                yield self._said(f"is given up after {len(PAUSES)} tries; it ends after {number} frames")
+        yield from checked.rest()
+
+    def _said(self, text: str) -> Frame:
+        return Frame(self._name, None, text)
+
+    def _next(self) -> tuple[Image | None, int]:
+        """The next frame, None where the source has stopped, and how many before it cannot be decoded."""
+        for broken in range(_PATIENCE):
+            asked = time.monotonic()
+            image = next_image(self._capture)
+            if image is not None or time.monotonic() - asked > _AT_ONCE or self._stop.is_set():
+                return image, broken
+        return None, _PATIENCE
+
+    def _first_again(self, pauses: Iterator[float]) -> Image | None:
+        """The first image after the source was opened again; None where it cannot be with the pauses that are left."""
+        for pause in pauses:
+            self._capture.release()
+            if self._stop.wait(pause):
+                return None
+            capture = self._reopen()
+            if capture is not None:
+                self._capture = capture
+                if (image := next_image(capture)) is not None:
+                    return image
+        return None
