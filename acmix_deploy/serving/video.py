@@ -35,7 +35,7 @@ def elements(decoder: Decoder) -> Elements | None:
     if decoder == "gstreamer" and not built_with:
         raise MissingComponent(
             "OpenCV is built without GStreamer here, as those of pip are",
-            "Take an OpenCV that is built with it (JetPack's and Debian's python3-opencv are), or --decoder opencv.",
+            "Take an OpenCV that is built with it, such as Debian's or JetPack's python3-opencv, or --decoder opencv.",
         )
     if built_with and gstreamer.has_element("nvv4l2decoder"):
         return JETSON
