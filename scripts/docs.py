@@ -41,6 +41,8 @@ from acmix_deploy.report.documents import (
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.serving.app import DetectResponse, ModelResponse
 from acmix_deploy.serving.deepstream.folder import DeepStreamDocument
+from acmix_deploy.serving.end_to_end import EndToEndDocument
+from acmix_deploy.serving.path import DetectStats
 from acmix_deploy.serving.server import ServeDocument
 from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.serving.triton.repository import PackageDocument
@@ -56,9 +58,11 @@ DOCUMENTS: tuple[type[Document], ...] = (
     DeepStreamDocument,
     DetectDocument,
     DetectResponse,
+    DetectStats,
     DeviceDocument,
     DevicesDocument,
     DoctorDocument,
+    EndToEndDocument,
     ExportReport,
     Fp16Document,
     FuseDocument,

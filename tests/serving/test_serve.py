@@ -188,7 +188,7 @@ def test_what_is_no_picture_is_refused_in_a_sentence(server: Server, pictures: l
     refused(server.detect(b"http://example.com/a.png"), 415, "not a picture")
     refused(server.detect(b"/etc/passwd"), 415, "not a picture")
     jpeg, webp = (encoded(cv2.imdecode(np.frombuffer(data, np.uint8), 1), suffix) for suffix in (".jpg", ".webp"))
-    refused(server.detect(jpeg[: len(jpeg) // 2]), 400, "the picture cannot be decoded")
+    refused(server.detect(jpeg[: len(jpeg) // 2]), 400, "the picture is cut off")
     refused(server.detect(webp[:100] + bytes(50) + webp[150:]), 400, "the picture cannot be decoded")
     refused(server.detect(webp[: len(webp) // 2]), 400, "the picture cannot be decoded")
     refused(server.detect(webp[:20]), 400, "header cannot be read")
