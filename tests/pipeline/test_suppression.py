@@ -79,7 +79,7 @@ def test_boxes_are_those_of_the_file_without_box_by_box(
 ) -> None:
     images = [read(path) for path in find(photos).paths]
     model = onnx.load(shapes_model)
-    attach(model, Processing(suppression=AROUND.suppression))
+    attach(model, AROUND)
     onnx.save(model, tmp_path / "inside.onnx")
     with (
         Detector.load(tmp_path / "inside.onnx", confidence=0.3) as inside,
