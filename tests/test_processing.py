@@ -158,6 +158,20 @@ def test_suppression_of_others_stays() -> None:
     assert model.SerializeToString(deterministic=True) == before
 
 
+def test_entries_that_nobody_needs_are_not_read() -> None:
+    model = detector(args="[")
+    before = model.SerializeToString(deterministic=True)
+    assert detach(model) == Processing()
+    assert model.SerializeToString(deterministic=True) == before
+    with pytest.raises(UserError, match="metadata tell the args"):
+        attach(model, BOTH)
+    model = detector(suppression='{"confidence": 2}')
+    with pytest.raises(
+        UserError, match=r"the suppression .* expected are confidence, iou, most, by_class"
+    ):
+        detach(model)
+
+
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [

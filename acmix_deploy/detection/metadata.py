@@ -174,11 +174,11 @@ class ModelMetadata(RootModel[dict[str, str]]):
 
     def with_suppression(self, suppression: Suppression | None) -> ModelMetadata:
         """These for a file with nodes of ours that suppress boxes, or without; Ultralytics reads ``nms``."""
+        if suppression is None and "suppression" not in self.root:
+            return self
         others = ModelMetadata({name: value for name, value in self.root.items() if name != "suppression"})
-        arguments = self._arguments | {"nms": suppression is not None}
-        if suppression:
-            return others.updated(args=arguments, suppression=suppression)
-        return others.updated(args=arguments) if "suppression" in self.root else self
+        told = others.updated(args=self._arguments | {"nms": suppression is not None})
+        return told.updated(suppression=suppression) if suppression else told
 
     @cached_property
     def names(self) -> dict[int, str]:
