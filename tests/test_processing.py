@@ -166,9 +166,7 @@ def test_entries_that_nobody_needs_are_not_read() -> None:
     with pytest.raises(UserError, match="metadata tell the args"):
         attach(model, BOTH)
     model = detector(suppression='{"confidence": 2}')
-    with pytest.raises(
-        UserError, match=r"the suppression .* expected are confidence, iou, most, by_class"
-    ):
+    with pytest.raises(UserError, match=r"the suppression .* expected are confidence, iou, most, by_class"):
         detach(model)
 
 
