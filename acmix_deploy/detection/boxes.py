@@ -210,7 +210,7 @@ def decode(
     Raises:
         MissingComponent: OpenCV is not installed.
     """
-    rows = _by_box(head, outputs[head.output].astype(np.float32))
+    rows = _by_box(head, outputs[head.output].astype(np.float32, copy=False))
     found = []
     for index, placement in enumerate(placements):
         if head.layout == "classes":

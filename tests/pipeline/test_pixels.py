@@ -32,11 +32,12 @@ from acmix_deploy.runtime.inputs import as_pixels, random_images
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.runtime.tensorrt import EngineRunner
+from acmix_deploy.serving.detector import Detector
 from acmix_deploy.targets import TARGETS
 from acmix_deploy.verify.judges import ByDetections, ByLabels
 from acmix_deploy.verify.run import compare_files
 from scripts import shapes
-from tests.engine.parts import make_engine
+from tests.engine.parts import make_engine, make_plan
 from tests.fusion.test_fuse import randomised
 from tests.plugin.parts import rtx_libraries
 
@@ -207,6 +208,27 @@ def test_engines(gpu: None, reports: Reports, tmp_path: Path) -> None:
             runner.infer({"images": images + np.float32(1e-3)})
     (timed,) = profile([engine], samples=2)
     assert timed.input_shapes == {"images": LAST[1]}
+
+
+def test_a_detector_gives_an_engine_bytes(gpu: None, shapes_model: Path, tmp_path: Path) -> None:
+    model = onnx.load(shapes_model)
+    attach(model, Processing("bgr"))
+    sizes = {"images": ((1, 160, 160, 3), (2, 160, 160, 3), (2, 160, 160, 3))}
+    engine = make_engine(tmp_path / "model.engine", model, sizes, metadata=ModelMetadata.of(model))
+    images = [scene.image for scene in shapes.images(4, 3)]
+    with Detector.load(engine) as detector, Detector.load(shapes_model) as floats:
+        assert (detector.input_shape, detector.inputs[0].dtype) == ((2, 3, 160, 160), np.uint8)
+        for found, expected in zip(detector(images), floats(images), strict=True):
+            assert len(expected.scores) > 0
+            np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-5)
+
+
+def test_an_adopted_engine_takes_what_its_file_takes(gpu: None, rgb: Path, tmp_path: Path) -> None:
+    engine = make_plan(tmp_path / "model.engine", onnx.load(rgb), {"images": LAST})
+    assert main(["adopt", str(engine), "--metadata", str(rgb)]) == 0
+    opened = open_model(engine)
+    assert (opened.metadata.pixels, opened.inputs[0].dims) == ("rgb", (None, 3, None, None))
+    assert opened.profiles == {"images": SHAPES}
 
 
 def test_sizes_are_those_of_images(gpu: None, rgb: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from acmix_deploy.artifacts import read_artifact, write_artifact
 from acmix_deploy.detection.boxes import MOST, decode, suppressed
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Letterbox, Placement, tensor
+from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.engine_file import header_bytes
 from acmix_deploy.errors import UserError
@@ -190,6 +191,9 @@ def test_a_file_that_suppresses_boxes_becomes_an_ensemble(schema: Any, shapes_mo
     assert config.parameters["confidence"].string_value == "0.3"
 
 
+_KINDS = {"tensor(float)": "TYPE_FP32", "tensor(int32)": "TYPE_INT32", "tensor(uint8)": "TYPE_UINT8"}
+
+
 def run_ensemble(schema: Any, folder: Path, name: str, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What Triton would answer, by ONNX Runtime: every step as its own configuration says, with what the file takes."""
     config = config_of(schema, folder, name)
@@ -204,7 +208,7 @@ def run_ensemble(schema: Any, folder: Path, name: str, feed: dict[str, np.ndarra
             assert {node.name for node in nodes} == set(sizes)
             for node in nodes:
                 kind, dims = sizes[node.name]
-                assert kind == {"tensor(float)": "TYPE_FP32", "tensor(int32)": "TYPE_INT32"}[node.type]
+                assert kind == _KINDS[node.type]
                 shape = node.shape[1:] if model.max_batch_size else node.shape
                 assert len(shape) == len(dims)
                 assert all(size == dim for size, dim in zip(shape, dims, strict=True) if isinstance(size, int))
@@ -268,6 +272,38 @@ def test_a_fixed_batch_makes_no_batches(schema: Any, tmp_path: Path) -> None:
     assert tensors(schema, configs[0].output) == outputs_of((1,))
     answer = run_ensemble(schema, tmp_path / "repository", "one", {"images": np.zeros((1, 3, 32, 32), np.float32)})
     np.testing.assert_allclose(answer["detection_boxes"][0, 0], (12, 12, 20, 20))
+
+
+def of_pixels(source: Path, path: Path, order: Pixels) -> Path:
+    """The file as `export --input` writes it."""
+    model = onnx.load(source)
+    attach(model, Processing(order))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_file_of_bytes_is_asked_with_bytes(schema: Any, shapes_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    package(shapes_model, folder, max_batch=4)
+    package(of_pixels(shapes_model, tmp_path / "bytes.onnx", "bgr"), folder, max_batch=4)
+    configs = [config_of(schema, folder, f"bytes{suffix}") for suffix in ("", ".network")]
+    assert [tensors(schema, config.input) for config in configs] == [{"images": ("TYPE_UINT8", (160, 160, 3))}] * 2
+    for warm in configs[1].model_warmup:
+        value = warm.inputs["images"]
+        assert (schema.DataType.Name(value.data_type), tuple(value.dims)) == ("TYPE_UINT8", (160, 160, 3))
+    assert json.loads(configs[0].parameters["pixels"].string_value) == "bgr"
+    images = np.stack([scene.image for scene in shapes.images(4, 3)])
+    expected = run_ensemble(schema, folder, "shapes.fused", {"images": np.stack([tensor(image) for image in images])})
+    found = run_ensemble(schema, folder, "bytes", {"images": images})
+    assert found["num_detections"].sum() > 5
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+    package(of_pixels(tiny(tmp_path / "a.onnx", batch=1), tmp_path / "one.onnx", "rgb"), folder)
+    (warm,) = config_of(schema, folder, "one.network").model_warmup
+    assert tuple(warm.inputs["images"].dims) == (1, 32, 32, 3)
+    answer = run_ensemble(schema, folder, "one", {"images": np.zeros((1, 32, 32, 3), np.uint8)})
+    assert answer["detection_boxes"].shape == (1, MOST, 4)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
