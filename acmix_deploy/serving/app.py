@@ -35,7 +35,7 @@ from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.runtime.onnxruntime import usable_cores
 from acmix_deploy.serving import kserve
 from acmix_deploy.serving.batching import Batcher, Budget, Expired, Limits, Overloaded, Unavailable
-from acmix_deploy.serving.worker import Setup
+from acmix_deploy.serving.worker import Seconds, Setup, Steps
 
 access = logging.getLogger("acmix_deploy.access")
 
@@ -218,7 +218,7 @@ class Api:
 
     async def detect(self, request: Request) -> Response:
         """Pictures in, boxes out, and in Server-Timing the time of each step."""
-        steps = _Steps()
+        steps = Steps()
         async with _body(request, self._bodies, self.batcher.limits.deadline) as body:
             files = await _files(request, body, self._most)
             steps.end("read")
@@ -241,7 +241,7 @@ class Api:
         )
         answer = _json(response)
         steps.end("encode")
-        answer.headers["server-timing"] = steps.header()
+        answer.headers["server-timing"] = _server_timing(steps.seconds)
         return answer
 
     async def reload(self, request: Request) -> Response:
@@ -289,27 +289,6 @@ class Api:
             raise HTTPException(404, f"there is the model {served} in version 1 alone")
 
 
-class _Steps:
-    """The seconds of a request's steps, from its head on."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    def end(self, name: str) -> None:
-        """A step is over, which began where the last one ended."""
-        self.tell({name: time.perf_counter() - self._began})
-
-    def tell(self, seconds: Mapping[str, float]) -> None:
-        """Steps are over whose time was taken elsewhere."""
-        self._seconds |= seconds
-        self._began = time.perf_counter()
-
-    def header(self) -> str:
-        """The value of Server-Timing, in milliseconds. Source: W3C, Server Timing, section 3."""
-        return ", ".join(f"{name};dur={1e3 * seconds:.2f}" for name, seconds in self._seconds.items())
-
-
 class _Observed:
     """Around everything: a request's id, whether its sender may, its line in the log, its metrics."""
 
@@ -347,6 +326,11 @@ class _Observed:
             told = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             client = (scope.get("client") or ("",))[0]
             access.info("request", extra={"told": {**told, "ms": round(1e3 * seconds, 1), "client": client}})
+
+
+def _server_timing(seconds: Seconds) -> str:
+    """The value of the header of this name, in milliseconds. Source: W3C, Server Timing, section 3."""
+    return ", ".join(f"{name};dur={1e3 * taken:.2f}" for name, taken in seconds.items())
 
 
 def _json(document: Document) -> Response:

@@ -34,6 +34,24 @@ Seconds = dict[str, float]
 """By the name of a step."""
 
 
+class Steps:
+    """The times of steps that follow each other."""
+
+    def __init__(self) -> None:
+        """The first one begins."""
+        self.seconds: Seconds = {}
+        self._began = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """A step is over, which began where the last one ended; one of the same name goes on."""
+        self.tell({name: self.seconds.get(name, 0.0) + time.perf_counter() - self._began})
+
+    def tell(self, seconds: Seconds) -> None:
+        """Steps are over whose time was taken elsewhere."""
+        self.seconds |= seconds
+        self._began = time.perf_counter()
+
+
 class Setup(NamedTuple):
     """What to serve."""
 
@@ -156,9 +174,7 @@ def serve(connection: Connection) -> None:
                 else:
                     assert detector
                     kind, given = request
-                    start = time.perf_counter()
-                    result = detector(given) if kind == "detect" else detector.infer(given)
-                    answer = result, {"model": time.perf_counter() - start}
+                    answer = detected(detector, given) if kind == "detect" else inferred(detector, given)
             except AcmixDeployError as error:
                 answer = error
             except Exception as error:
@@ -185,6 +201,28 @@ def tried(detector: Detector, max_batch: int) -> Served:
         task=detector.head.task,
         confidence=0.0 if detector.head.task == "classify" else detector.confidence,
     )
+
+
+def detected(detector: Detector, images: Sequence[Image]) -> tuple[list[Detections], Seconds]:
+    """What is in each of the images, in runs of at most :attr:`Detector.max_batch`, and the time of each step."""
+    found: list[Detections] = []
+    steps, most = Steps(), detector.max_batch or max(len(images), 1)
+    for start in range(0, len(images), most):
+        fitted = detector.fit(images[start : start + most])
+        steps.end("fit")
+        outputs = detector.run(fitted)
+        steps.end("run")
+        found += detector.boxes(outputs, fitted.placements)
+        steps.end("boxes")
+    return found, steps.seconds
+
+
+def inferred(detector: Detector, feed: Feed) -> tuple[dict[str, Array], Seconds]:
+    """The raw outputs, and the time of the run."""
+    steps = Steps()
+    outputs = detector.infer(feed)
+    steps.end("run")
+    return outputs, steps.seconds
 
 
 def main() -> None:
