@@ -40,6 +40,8 @@ from acmix_deploy.report.documents import (
 )
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.serving.app import DetectResponse
+from acmix_deploy.serving.end_to_end import EndToEndDocument
+from acmix_deploy.serving.path import DetectStats
 from acmix_deploy.serving.server import ServeDocument
 from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.serving.triton.repository import PackageDocument
@@ -54,9 +56,11 @@ DOCUMENTS: tuple[type[Document], ...] = (
     BuildDocument,
     DetectDocument,
     DetectResponse,
+    DetectStats,
     DeviceDocument,
     DevicesDocument,
     DoctorDocument,
+    EndToEndDocument,
     ExportReport,
     Fp16Document,
     FuseDocument,

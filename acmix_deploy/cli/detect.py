@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, get_args
@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode JPEG files of at least twice the size that the model sees at a half, quarter or eighth of it: "
         "boxes move a little",
     )
+    parser.add_argument(
+        "--stats", action="store_true", help="also tell the time of each step, and which of them the others wait for"
+    )
     add_detector(parser)
     add_max_pixels(parser)
 
@@ -57,9 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # broken videos are told of in our own words
+    from rich.console import Console
+
+    from acmix_deploy.report.show_path import show_times
     from acmix_deploy.serving.annotate import annotate, open_output
     from acmix_deploy.serving.detector import Detector
-    from acmix_deploy.serving.sources import DetectDocument, detect, open_source, reduced
+    from acmix_deploy.serving.path import Clock, DetectStats, detect
+    from acmix_deploy.serving.sources import DetectDocument, open_source, reduced
 
     if options.fast_decode and options.output:
         raise UserError("--fast-decode leaves no whole pictures for --output to draw into", "Leave one of both out.")
@@ -79,32 +86,42 @@ def run(options: argparse.Namespace) -> int:
             if options.fast_decode:
                 source = reduced(source, detector.place)
             start = told = time.perf_counter()
+            clock = Clock()
             try:
-                for frame, found in detect(detector, source.frames):
-                    line = DetectDocument.of(frame, found, detector.names)
-                    if options.json:
-                        print_line(line.model_dump_json(by_alias=True, exclude_none=True))
-                    dropped += frame.dropped
-                    if line.problem:
+                with closing(detect(detector, source, clock)) as frames:
+                    for frame, found in frames:
+                        line = DetectDocument.of(frame, found, detector.names)
+                        if options.json:
+                            print_line(line.model_dump_json(by_alias=True, exclude_none=True))
+                        dropped += frame.dropped
                         skipped += frame.lost
-                        print(line, file=sys.stderr)
-                    elif not options.json:
-                        print_line(str(line))
-                    if frame.image is not None and found is not None:
-                        done += 1
-                        if write:
-                            drawn = annotate(frame.image, found, detector.names)
-                            for _ in range(1 + frame.dropped):  # so that the video is as long as what it shows took
-                                write(frame.source, drawn)
-                    if time.perf_counter() - told > _EVERY:
-                        told = time.perf_counter()
-                        total = f" of {source.total}" if source.total else ""
-                        report_progress(f"{done}{total} images, {done / (told - start):.1f} a second")
+                        if line.problem:
+                            print(line, file=sys.stderr)
+                        elif not options.json:
+                            print_line(str(line))
+                        if frame.image is not None and found is not None:
+                            done += 1
+                            if write:
+                                with clock.step("draw"):
+                                    drawn = annotate(frame.image, found, detector.names)
+                                    for _ in range(1 + frame.dropped):  # the video is as long as what it shows took
+                                        write(frame.source, drawn)
+                        if time.perf_counter() - told > _EVERY:
+                            told = time.perf_counter()
+                            total = f" of {source.total}" if source.total else ""
+                            report_progress(f"{done}{total} images, {done / (told - start):.1f} a second")
             finally:
                 seconds = time.perf_counter() - start
                 left_out = f", {skipped} skipped" if skipped else ""
                 left_out += f", {dropped} dropped" if dropped else ""
                 print(f"{done} images{left_out}, {done / seconds:.1f} a second", file=sys.stderr)
+                if options.stats:
+                    times = clock.times(source, done, detector.input_shape[0], dropped)
+                    if options.json:
+                        stats = DetectStats(source=source.name, times=times)
+                        print_line(stats.model_dump_json(by_alias=True, exclude_none=True))
+                    else:
+                        show_times([(options.model.name, times)], Console(stderr=True, highlight=False))
     if not done:
         raise UserError(f"nothing in {source.name} can be read")
     return 0
@@ -114,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
 def _closed_by_signals(source: Source) -> Iterator[None]:
     """A signal ends a live source before anything else: threads that wait for its next frame are waited for."""
 
-    def closing(before: Callable[[int, FrameType | None], object]) -> Callable[[int, FrameType | None], None]:
+    def closed(before: Callable[[int, FrameType | None], object]) -> Callable[[int, FrameType | None], None]:
         def handler(number: int, where: FrameType | None) -> None:
             source.close()
             before(number, where)
@@ -125,7 +142,7 @@ def _closed_by_signals(source: Source) -> Iterator[None]:
     try:
         for number, before in handlers.items():
             if callable(before):
-                signal.signal(number, closing(before))
+                signal.signal(number, closed(before))
         yield
     finally:
         source.close()

@@ -43,10 +43,13 @@ def draw_outlines(image: Image, outlines: Sequence[Sequence[Sequence[float]]], c
     """Polygons of points (x, y), as lines; or tinted, as a mask."""
     cv2, bgr, width = opencv(), _bgr(colour), _width(image)
     points = [np.array(outline, np.float64).round().astype(np.int32) for outline in outlines]
-    if filled:
-        tinted = cv2.fillPoly(image.copy(), points, bgr)
-        image[:] = cv2.addWeighted(image, 1 - _TINT, tinted, _TINT, 0)
-    else:
+    if filled and points:
+        (left, top), (right, bottom) = (edge(np.vstack(points), axis=0).clip(0) for edge in (np.min, np.max))
+        part = image[top : bottom + 1, left : right + 1]
+        if part.size:
+            tinted = cv2.fillPoly(part.copy(), points, bgr, offset=(-int(left), -int(top)))
+            part[:] = cv2.addWeighted(part, 1 - _TINT, tinted, _TINT, 0)
+    elif points:
         cv2.polylines(image, points, True, bgr, width)
 
 

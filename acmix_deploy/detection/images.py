@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from acmix_deploy.detection import pictures
 from acmix_deploy.detection.listing import IMAGE_SUFFIXES, listed
 from acmix_deploy.detection.pictures import Broken, TooLarge, Unreadable
 from acmix_deploy.errors import MissingComponent, UserError
+
+if TYPE_CHECKING:
+    from acmix_deploy.detection.metadata import Pixels
 
 Image = NDArray[np.uint8]
 Images = NDArray[np.float32]
@@ -74,12 +77,30 @@ class Letterbox(BaseModel):
         Bilinear, equal to Ultralytics' ``LetterBox`` with ``auto=False``; a crop with the antialiasing of Pillow and
         within two levels of Ultralytics' ``classify_transforms``.
         """
-        _, fitted, top, left, _ = self.place(image.shape, height, width)
-        if self.fit == "crop":
-            return np.ascontiguousarray(_antialiased(image, *fitted)[-top : height - top, -left : width - left])
-        canvas = np.full((height, width, 3), self.padding_value, np.uint8)
-        canvas[top : top + fitted[0], left : left + fitted[1]] = opencv().resize(image, fitted[::-1])
+        canvas = np.empty((height, width, 3), np.uint8)
+        self.into(canvas, image)
         return canvas
+
+    def into(self, canvas: Image, image: Image, before: Placement | None = None) -> Placement:
+        """Fit an image [h, w, 3] into an array [height, width, 3] whose rows may lie apart, equal to a call.
+
+        Args:
+            canvas: is written over.
+            image: what is fitted.
+            before: of the image that the array holds; its border is kept where it is the same. None: it holds none.
+        """
+        placed = self.place(image.shape, *canvas.shape[:2])
+        _, (height, width), top, left, _ = placed
+        if self.fit == "crop":
+            bottom, right = canvas.shape[0] - top, canvas.shape[1] - left
+            canvas[:] = _antialiased(image, height, width)[-top:bottom, -left:right]
+            return placed
+        if not before or (height, width, top, left) != (*before.fitted, before.top, before.left):
+            for border in (canvas[:top], canvas[top + height :], canvas[:, :left], canvas[:, left + width :]):
+                border[:] = self.padding_value
+        inside = canvas[top : top + height, left : left + width]
+        opencv().resize(image, (width, height), dst=inside)
+        return placed
 
     def place(self, shape: Shape, height: int, width: int) -> Placement:
         """Where an image [h, w, ...] comes to lie in [height, width]; a crop reaches beyond it."""
@@ -229,8 +250,52 @@ def decode(data: bytes, scale: Literal[1, 2, 4, 8] = 1) -> Image:
 
 def tensor(image: Image) -> Images:
     """An image [H, W, 3] in BGR as [3, H, W] in RGB, float32 in [0, 1]."""
-    planes: Images = image[:, :, ::-1].transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    planes = np.empty((3, *image.shape[:2]), np.float32)
+    _divided(planes, image, _levels(image.shape))
     return planes
+
+
+def _levels(shape: Shape) -> list[Image]:
+    return [np.empty((shape[0], shape[1]), np.uint8) for _ in range(3)]
+
+
+def _divided(planes: NDArray[Any], image: Image, levels: list[Image]) -> None:
+    opencv().split(image, levels)
+    for plane, level in zip(planes, reversed(levels), strict=True):
+        np.copyto(plane, level)
+    np.divide(planes, np.float32(255), out=planes)
+
+
+class Fitter:
+    """Fits one image after another into what a model takes, in memory that is used again. For one caller at a time.
+
+    Args:
+        letterbox: the rule.
+        height, width: of what the model sees, in pixels.
+        pixels: order of the channels where it takes uint8; None where it takes floats from 0 to 1, in RGB.
+    """
+
+    def __init__(self, letterbox: Letterbox, height: int, width: int, pixels: Pixels | None = None) -> None:
+        self._letterbox, self._pixels = letterbox, pixels
+        self._canvas = np.empty((height, width, 3), np.uint8)
+        self._levels = _levels(self._canvas.shape)
+        self._before: Placement | None = None
+
+    def __call__(self, image: Image, place: NDArray[Any]) -> Placement:
+        """Fit an image [h, w, 3], uint8 in BGR, into a place in a batch; floats are those of :func:`tensor`.
+
+        Args:
+            image: of any size.
+            place: [height, width, 3] uint8 where pixels are taken, else [3, height, width] of floats.
+        """
+        if self._pixels == "bgr":
+            return self._letterbox.into(place, image)
+        self._before = placed = self._letterbox.into(self._canvas, image, self._before)
+        if self._pixels == "rgb":
+            opencv().cvtColor(self._canvas, opencv().COLOR_BGR2RGB, dst=place)
+        else:
+            _divided(place, self._canvas, self._levels)
+        return placed
 
 
 class Batch(NamedTuple):

@@ -33,6 +33,9 @@ Layout = Literal["anchors", "rows", "queries", "ranked queries", "objectness", "
 - classes: [B, classes], of an image as a whole.
 """
 
+Pixels = Literal["rgb", "bgr"]
+"""Order of the channels of images [B, H, W, 3] in uint8."""
+
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -142,6 +145,15 @@ class ModelMetadata(RootModel[dict[str, str]]):
         told: Any = self.root.get("layout")
         if told is not None and told not in get_args(Layout):
             raise self._wrong("layout", " or ".join(get_args(Layout)))
+        return told  # type: ignore[no-any-return]
+
+    @cached_property
+    def pixels(self) -> Pixels | None:
+        """Channels of the images [B, H, W, 3] in uint8 that the file takes; None where it takes [B, 3, H, W] in RGB, as
+        floats from 0 to 1."""
+        told: Any = self.root.get("pixels")
+        if told is not None and told not in get_args(Pixels):
+            raise self._wrong("pixels", " or ".join(get_args(Pixels)))
         return told  # type: ignore[no-any-return]
 
     @cached_property

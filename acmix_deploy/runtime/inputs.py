@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.errors import UserError
 
 AXES = {"batch": 0, "height": 2, "width": 3}
@@ -26,6 +27,14 @@ class Input(NamedTuple):
     name: str
     dims: tuple[int | str | None, ...]
     dtype: np.dtype[np.generic]
+
+    @property
+    def image_dims(self) -> tuple[int | str | None, ...]:
+        """The axes of an image input as [B, C, H, W], also where it is [B, H, W, C] in uint8."""
+        if self.dtype == np.uint8 and len(self.dims) == 4:
+            batch, height, width, channels = self.dims
+            return batch, channels, height, width
+        return self.dims
 
     def __str__(self) -> str:
         return f"{self.name} [{', '.join(map(str, self.dims))}] {self.dtype}"
@@ -96,5 +105,21 @@ def noise(name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0) -> 
 
 
 def random_images(shape: Shape, seed: int = 0) -> Images:
-    """Uniform noise in [0, 1), float32, the same for the same seed."""
-    return np.random.default_rng(seed).random(shape, dtype=np.float32)
+    """Noise of pixels: levels k / 255 for k from 0 to 255, all as likely, float32, the same for the same seed."""
+    levels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return np.asarray(levels / np.float32(255), np.float32)
+
+
+def as_pixels(images: Images, order: Pixels) -> NDArray[np.uint8]:
+    """Images [B, 3, H, W] in RGB, levels k / 255, as [B, H, W, 3] in uint8, channels in this order.
+
+    Raises:
+        UserError: a value is no such level.
+    """
+    levels = np.rint(images.astype(np.float32) * np.float32(255))
+    if not np.array_equal(levels / np.float32(255), images) or not ((levels >= 0) & (levels <= 255)).all():
+        raise UserError(
+            "the inputs are no levels of a pixel, k / 255, and the file takes uint8", "Give images or noise of pixels."
+        )
+    last = levels.transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(last[..., ::-1] if order == "bgr" else last, np.uint8)

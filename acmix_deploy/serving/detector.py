@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,13 +21,13 @@ from acmix_deploy.detection.boxes import (
     unlike_detector,
 )
 from acmix_deploy.detection.heads import Array, head_of
-from acmix_deploy.detection.images import Image, Placement, tensor
+from acmix_deploy.detection.images import Fitter, Image, Placement
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.options import Provider
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input, Shape, random_images
+from acmix_deploy.runtime.inputs import Input, Shape, as_pixels, random_images
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.runtime.reason import reason
@@ -36,6 +37,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Feed = Mapping[str, Array]
+
+
+class Fitted(NamedTuple):
+    """Images as a model takes them."""
+
+    batch: Array
+    """May have more images than there are placements, of zeros, where the model takes no smaller batch."""
+    placements: list[Placement]
+    memory: Array
+    """What the batch lies in."""
 
 
 class Opened(NamedTuple):
@@ -54,6 +65,7 @@ class Opened(NamedTuple):
 class Detector:
     """A detector that is loaded and has run once, on noise. For one caller at a time, of any thread.
 
+    A call is :meth:`fit`, :meth:`run` and :meth:`boxes`, each of which may be called by a thread of its own.
     Use it in a ``with`` statement, or call :meth:`close`: an engine holds memory of the device.
     """
 
@@ -67,16 +79,19 @@ class Detector:
         self.confidence, self.iou = confidence, iou
         self._run, self._close = opened.run, opened.close
         self._metadata = opened.metadata
-        self._letterbox = opened.metadata.letterbox
         if len(self.inputs) != 1 or len(self.inputs[0].dims) != 4:
             raise no_detector(name, f"takes {', '.join(map(str, self.inputs))}")
         (self._input,) = self.inputs
+        pixels = opened.metadata.pixels
+        if (self._input.dtype == np.uint8) != bool(pixels):
+            raise no_detector(name, f"takes {self._input}, and its metadata tell of {pixels or 'no'} pixels")
         profile = opened.profiles.get(self._input.name)
-        wanted = profile[1] if profile else opened.metadata.usual_shape
+        wanted = self._image_shape(profile[1]) if profile else opened.metadata.usual_shape
         self.input_shape: Shape = tuple(
-            dim if isinstance(dim, int) else size for dim, size in zip(self._input.dims, wanted, strict=True)
+            dim if isinstance(dim, int) else size for dim, size in zip(self._input.image_dims, wanted, strict=True)
         )
-        """[B, 3, H, W]: the size that images are letterboxed to, and the batch, the usual one where it is free."""
+        """[B, 3, H, W], whatever the order of the input: the size that images are letterboxed to, and the batch, the
+        usual one where it is free."""
         batch = self._input.dims[0]
         fixed = batch if isinstance(batch, int) else None
         self.max_batch: int | None = profile[2][0] if profile else fixed
@@ -84,8 +99,13 @@ class Detector:
         self._min_batch = profile[0][0] if profile else fixed or 1
         if self.input_shape[1] != 3:
             raise no_detector(name, f"takes {self._input}")
+        height, width = self.input_shape[2:]
+        self._letterbox = opened.metadata.letterbox
+        self._fitter = Fitter(self._letterbox, height, width, pixels)
+        self._free: deque[Array] = deque()
         noise = random_images((self._min_batch, *self.input_shape[1:]))
-        outputs = self.infer({self._input.name: noise.astype(self._input.dtype)})
+        feed = as_pixels(noise, pixels) if pixels else noise.astype(self._input.dtype)
+        outputs = self.infer({self._input.name: feed})
         if found := unlike_detector(opened.metadata, outputs):
             raise no_detector(name, found)
         self.head = head_of(opened.metadata, {key: output.shape for key, output in outputs.items()})
@@ -103,6 +123,7 @@ class Detector:
         iou: float = IOU,
         threads: int | None = None,
         provider: Provider = "cpu",
+        engines: Path | None = None,
     ) -> Self:
         """Load a file and run it once.
 
@@ -114,6 +135,7 @@ class Detector:
             iou: of two boxes of one class that overlap by more, as intersection over union, the better one stays.
             threads: of ONNX Runtime on the CPU; all cores by default.
             provider: what runs an ONNX file.
+            engines: folder in which provider "tensorrt" keeps what it builds.
 
         Raises:
             UserError: the file cannot be used here, or is not a detector.
@@ -121,7 +143,7 @@ class Detector:
             CheckFailed: it fails when it runs, or an output is not finite on noise.
         """
         kind = expect(path, "onnx", "engine")
-        opened = _open_onnx(path, threads, provider, plugin) if kind == "onnx" else _open_engine(path, plugin)
+        opened = _open_onnx(path, threads, provider, plugin, engines) if kind == "onnx" else _open_engine(path, plugin)
         try:
             return cls(path.stem, opened, confidence, iou)
         except BaseException:
@@ -142,8 +164,44 @@ class Detector:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise UserError(f"an image is [h, w, 3] uint8, and {list(image.shape)} {image.dtype} is given")
         most = self.max_batch or max(len(images), 1)
-        chunks = (images[start : start + most] for start in range(0, len(images), most))
-        return [found for chunk in chunks for found in self._detect(chunk)]
+        chunks = (self.fit(images[start : start + most]) for start in range(0, len(images), most))
+        return [found for fitted in chunks for found in self.boxes(self.run(fitted), fitted.placements)]
+
+    def fit(self, images: Sequence[Image]) -> Fitted:
+        """Images as the model takes them, in memory that :meth:`run` gives back.
+
+        Args:
+            images: each [h, w, 3], uint8 in BGR; at most :attr:`max_batch`.
+        """
+        count = max(len(images), self._min_batch)
+        memory = self._free.popleft() if self._free else self._empty(count)
+        if len(memory) < count:
+            memory = self._empty(count)
+        batch = memory[:count]
+        batch[len(images) :] = 0
+        placements = [self._fitter(image, place) for image, place in zip(images, batch, strict=False)]
+        return Fitted(batch, placements, memory)
+
+    def run(self, fitted: Fitted) -> dict[str, Array]:
+        """The raw outputs by name, in arrays of their own, of the images alone. Their batch is overwritten by a next
+        :meth:`fit`.
+
+        Raises:
+            CheckFailed: the model fails.
+        """
+        outputs = self.infer({self._input.name: fitted.batch})
+        self._free.append(fitted.memory)
+        return {name: array[: len(fitted.placements)] for name, array in outputs.items()}
+
+    def boxes(self, outputs: Mapping[str, Array], placements: Sequence[Placement]) -> list[Detections]:
+        """What is in each of the images of a run.
+
+        Raises:
+            CheckFailed: the outputs are no boxes or scores: NaN, infinities, scores outside [0, 1].
+        """
+        if problem := spoilt(self.head, outputs, self.confidence):
+            raise CheckFailed(f"{self.name} gives {self.head.output} with {problem}")
+        return decode(self.head, outputs, placements, confidence=self.confidence, iou=self.iou)
 
     def place(self, shape: Shape) -> Placement:
         """Where an image [h, w, ...] comes to lie in what the model sees."""
@@ -182,18 +240,13 @@ class Detector:
         self.close()
 
     def _empty(self, count: int) -> Array:
-        return np.zeros((count, *self.input_shape[1:]), self._input.dtype)
+        _, channels, height, width = self.input_shape
+        sizes = (height, width, channels) if self._metadata.pixels else (channels, height, width)
+        return np.zeros((count, *sizes), self._input.dtype)
 
-    def _detect(self, images: Sequence[Image]) -> list[Detections]:
-        height, width = self.input_shape[2:]
-        batch = self._empty(max(len(images), self._min_batch))
-        for place, image in zip(batch, images, strict=False):
-            place[:] = tensor(self._letterbox(image, height, width))
-        outputs = {name: array[: len(images)] for name, array in self.infer({self._input.name: batch}).items()}
-        if problem := spoilt(self.head, outputs, self.confidence):
-            raise CheckFailed(f"{self.name} gives {self.head.output} with {problem}")
-        placements = [self._letterbox.place(image.shape, height, width) for image in images]
-        return decode(self.head, outputs, placements, confidence=self.confidence, iou=self.iou)
+    def _image_shape(self, shape: Shape) -> Shape:
+        """[B, C, H, W] of the shape of an input."""
+        return tuple(size for size in self._input._replace(dims=shape).image_dims if isinstance(size, int))
 
     def _check(self, feed: Feed) -> None:
         if feed.keys() != {node.name for node in self.inputs}:
@@ -207,12 +260,14 @@ class Detector:
             )
             if not fits or array.dtype != node.dtype:
                 raise UserError(f"{self.name} takes {node}, and is given {list(array.shape)} {array.dtype}")
-            self._metadata.check_size(self.name, array.shape)
+            self._metadata.check_size(self.name, self._image_shape(array.shape))
 
 
-def _open_onnx(path: Path, threads: int | None, provider: Provider, plugin: Path | None) -> Opened:
+def _open_onnx(
+    path: Path, threads: int | None, provider: Provider, plugin: Path | None, engines: Path | None
+) -> Opened:
     """Polygraphy's runner is not taken: it imports PyTorch wherever that is installed."""
-    session = open_session(path, threads, provider=provider, plugin=plugin)
+    session = open_session(path, threads, provider=provider, plugin=plugin, engines=engines)
     outputs = tuple(onnxruntime.outputs_of(session))
     names = [output.name for output in outputs]
     return Opened(

@@ -1,14 +1,10 @@
-"""What is looked at: images, folders, videos and cameras, one frame after another, decoded ahead in a thread."""
+"""What is looked at: images, folders, videos and cameras, one frame after another."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -20,14 +16,11 @@ from acmix_deploy.detection.pictures import TooLarge, Unreadable, check_pixels
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Decoder
-from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.frames import Checked
 from acmix_deploy.serving.frames import Frame as Frame
 from acmix_deploy.serving.frames import Source as Source
 from acmix_deploy.serving.live import Live
 from acmix_deploy.serving.video import frame_count, next_image, open_capture, seconds_of
-
-T = TypeVar("T")
 
 _FPS = 25.0  # of a camera that tells none
 _PATIENCE = 1000  # frames in a row that cannot be decoded, after which the rest of a video is taken for lost
@@ -113,36 +106,6 @@ def open_source(text: str, decoder: Decoder = "auto") -> Source:
     if "://" in text:
         return _live(urlsplit(text)._replace(netloc=urlsplit(text).netloc.rpartition("@")[2]).geturl(), text, decoder)
     raise UserError(f"{text} does not exist", "Give an image, a folder, a video, the index of a camera or a URL.")
-
-
-def detect(detector: Detector, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Detections | None]]:
-    """The frames in their order with what is in them, None where there is no image.
-
-    The next frames are decoded while the detector runs, at most three batches of them.
-    """
-    batch = detector.input_shape[0]
-    with closing(ahead(frames, 2 * batch)) as decoded:
-        while taken := list(islice(decoded, batch)):
-            found = iter(detector([frame.image for frame in taken if frame.image is not None]))
-            for frame in taken:
-                yield frame, None if frame.image is None else next(found)
-
-
-def ahead(items: Iterable[T], count: int) -> Generator[T]:
-    """The items, the next ``count`` of which are made in a thread while one is used. Raises what making one raises."""
-    rest, end = iter(items), object()
-
-    def following() -> Any:
-        return next(rest, end)
-
-    with ThreadPoolExecutor(1) as thread:
-        coming: deque[Future[Any]] = deque(thread.submit(following) for _ in range(count))
-        try:
-            while (item := coming.popleft().result()) is not end:
-                coming.append(thread.submit(following))
-                yield item
-        finally:
-            thread.shutdown(cancel_futures=True)
 
 
 def _images(name: str, files: Sequence[Path]) -> Source:

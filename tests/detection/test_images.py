@@ -7,12 +7,14 @@ import time
 import tracemalloc
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from acmix_deploy.detection.images import Letterbox, batches, find, read, tensor
+from acmix_deploy.detection.images import Fitter, Letterbox, batches, find, read, tensor
 from acmix_deploy.detection.listing import IMAGE_SUFFIXES
+from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.detection.pictures import MAX_PIXELS, NoPicture, TooLarge
 from acmix_deploy.errors import MissingComponent, UserError
 
@@ -68,6 +70,75 @@ def test_a_photograph_is_what_ultralytics_feeds_its_models() -> None:
     (batch,) = batches([path], [(1, 3, 320, 256)])
     np.testing.assert_array_equal(batch[0], expected)
     assert not np.array_equal(tensor(Letterbox()(read(path), 320, 256))[::-1], expected), "red and blue differ"
+
+
+def plain_floats(image: np.ndarray) -> np.ndarray:
+    """[3, H, W] in RGB of an image in BGR, by its definition."""
+    return np.stack([image[:, :, channel].astype(np.float32) / np.float32(255) for channel in (2, 1, 0)])
+
+
+def plain_letterbox(rule: Letterbox, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image resized into an array of its own, then laid into a new canvas."""
+    if rule.fit == "crop":
+        return rule(image, *size)  # compared with Pillow in test_heads.py
+    placed = rule.place(image.shape, *size)
+    canvas = np.empty((*size, 3), np.uint8)
+    canvas[...] = rule.padding_value
+    small = cv2.resize(image, placed.fitted[::-1])
+    canvas[placed.top :, placed.left :][: small.shape[0], : small.shape[1]] = small
+    return canvas
+
+
+def test_every_level_becomes_a_float_as_by_division() -> None:
+    levels = np.arange(256, dtype=np.uint8)
+    image = np.stack([levels, levels[::-1], np.roll(levels, 7)], axis=-1).reshape(16, 16, 3)
+    np.testing.assert_array_equal(tensor(image), plain_floats(image))
+    assert (tensor(image) != image[:, :, ::-1].transpose(2, 0, 1) * np.float32(1 / 255)).any(), "a product differs"
+    half = np.empty((3, 16, 16), np.float16)
+    Fitter(Letterbox(), 16, 16)(image, half)
+    np.testing.assert_array_equal(half, plain_floats(image).astype(np.float16))
+    for turned in (image[::-1], image[:, ::2], image.transpose(1, 0, 2), image[:1], image[:, :1], image[:1, :1]):
+        np.testing.assert_array_equal(tensor(turned), plain_floats(turned))
+
+
+@pytest.mark.parametrize("pixels", [None, "rgb", "bgr"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"center": False},
+        {"scaleup": False},
+        {"padding_value": 0},
+        {"fit": "stretch"},
+        {"fit": "crop"},
+    ],
+    ids=str,
+)
+def test_memory_that_is_used_again_keeps_nothing_of_the_image_before(rule: dict[str, Any], pixels: Pixels) -> None:
+    random, letterbox = np.random.default_rng(0), Letterbox(**rule)
+    sizes = [(48, 64), (48, 64), (24, 32), (108, 81), (37, 53), (1, 90), (64, 64), (3, 2), (1, 1), (10, 1), (10, 1)]
+    for size in [(64, 64), (32, 48), (33, 19)]:
+        fitter = Fitter(letterbox, *size, pixels)
+        batch = np.full((2, *size, 3) if pixels else (2, 3, *size), 9, np.uint8 if pixels else np.float32)
+        for count, index in enumerate([*range(len(sizes)), *random.permutation(len(sizes))]):
+            image = random.integers(0, 256, (*sizes[index], 3), np.uint8)
+            other = batch[1 - count % 2].copy()
+            placed = fitter(image, batch[count % 2])
+            canvas = plain_letterbox(letterbox, image, size)
+            expected = plain_floats(canvas) if pixels is None else canvas if pixels == "bgr" else canvas[..., ::-1]
+            np.testing.assert_array_equal(batch[count % 2], expected, err_msg=f"{sizes[index]} in {size}")
+            np.testing.assert_array_equal(batch[1 - count % 2], other)
+            assert placed == letterbox.place(image.shape, *size)
+
+
+def test_fitting_allots_nothing_that_grows_with_the_image() -> None:
+    fitter, place = Fitter(Letterbox(), 320, 320), np.zeros((3, 320, 320), np.float32)
+    image = np.zeros((480, 640, 3), np.uint8)
+    fitter(image, place)
+    tracemalloc.start()
+    fitter(image, place)
+    assert tracemalloc.get_traced_memory()[1] < 20_000, "not even the rows of one plane"
+    tracemalloc.stop()
 
 
 def test_images_that_cannot_be_had_are_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

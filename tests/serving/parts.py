@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ import onnx
 import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from acmix_deploy.detection.boxes import Detections
+from acmix_deploy.detection.images import Placement
+from acmix_deploy.serving.detector import Fitted
 
 SOAK = bool(os.environ.get("ACMIX_SOAK"))
 SOAK_FORM = [pytest.mark.soak] if SOAK else []
@@ -67,6 +72,37 @@ class Server:
 
     def detect(self, data: bytes, **options: Any) -> httpx.Response:
         return self.client.post("/v1/detect", content=data, **options)
+
+
+class Slow:
+    """Stands for a detector whose steps take their time, in seconds, and find nothing."""
+
+    def __init__(self, batch: int = 1, fit: float = 0.0, run: float = 0.0, boxes: float = 0.0) -> None:
+        self.input_shape = (batch, 3, 160, 160)
+        self.taking = {"fit": fit, "run": run, "boxes": boxes}
+        self.given: list[int] = []
+        self.threads: dict[str, set[str]] = {"fit": set(), "run": set(), "boxes": set()}
+
+    def fit(self, images: list[np.ndarray]) -> Fitted:
+        self._step("fit")
+        memory = np.array([image.flat[0] for image in images])
+        return Fitted(memory, [Placement((1, 1), (1, 1), 0, 0, (1, 1))] * len(images), memory)
+
+    def run(self, fitted: Fitted) -> dict[str, np.ndarray]:
+        self.given.append(len(fitted.batch))
+        self._step("run")
+        return {"output0": fitted.batch}
+
+    def boxes(self, outputs: dict[str, np.ndarray], placements: list[Placement]) -> list[Detections]:
+        """As many boxes in each image as its first value tells."""
+        self._step("boxes")
+        counts = outputs["output0"][: len(placements)].tolist()
+        return [Detections(np.zeros((n, 4), np.float32), np.ones(n, np.float32), np.zeros(n, int)) for n in counts]
+
+    def _step(self, name: str) -> None:
+        self.threads[name].add(threading.current_thread().name)
+        if self.taking[name]:
+            time.sleep(self.taking[name])
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,13 +26,12 @@ from acmix_deploy.detection.drawing import PALETTE
 from acmix_deploy.detection.images import read
 from acmix_deploy.serving import annotate, sources
 from acmix_deploy.serving.detector import Detector
-from acmix_deploy.serving.sources import Frame, ahead, detect, open_source
+from acmix_deploy.serving.path import detect
+from acmix_deploy.serving.sources import open_source
 from scripts import shapes
-from tests.serving.parts import selected, tiny
+from tests.serving.parts import Slow, selected, tiny
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
-
-NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
 @pytest.fixture
@@ -81,20 +79,6 @@ def run(capsys: pytest.CaptureFixture[str], *command: object) -> tuple[int, str,
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     return code, printed.out, printed.err
-
-
-class Slow:
-    """Stands for a detector that takes its time and finds nothing."""
-
-    def __init__(self, seconds: float = 0.0, batch: int = 1) -> None:
-        self.input_shape = (batch, 3, 160, 160)
-        self.seconds = seconds
-        self.given: list[int] = []
-
-    def __call__(self, images: list[np.ndarray]) -> list[Detections]:
-        self.given.append(len(images))
-        time.sleep(self.seconds)
-        return [NOTHING] * len(images)
 
 
 def test_outputs_that_are_not_finite_are_no_empty_image(
@@ -292,54 +276,6 @@ def test_what_cannot_be_used_is_a_sentence(
     assert frames_of(tmp_path / "clip.avi") == 2
 
 
-def test_decoding_and_inference_overlap() -> None:
-    def frames() -> Iterator[Frame]:
-        for _ in range(20):
-            time.sleep(0.05)
-            yield Frame("a", np.zeros((1, 1, 3), np.uint8))
-
-    start = time.perf_counter()
-    assert len(list(detect(Slow(0.05), frames()))) == 20
-    seconds = time.perf_counter() - start
-    assert 1 < seconds < 1.6, "the longer of 1 s and 1 s, and not their sum"
-
-
-def test_little_is_decoded_ahead_and_batches_are_whole() -> None:
-    made = used = most = 0
-
-    def frames() -> Iterator[Frame]:
-        nonlocal made, most
-        for index in range(301):
-            made += 1
-            most = max(most, made - used)
-            yield Frame("a", None if index == 7 else np.zeros((1, 1, 3), np.uint8), number=index)
-
-    slow = Slow(0.001, batch=4)
-    for number, (frame, found) in enumerate(detect(slow, frames())):
-        used += 1
-        assert frame.number == number
-        assert (found is None) == (number == 7)
-    assert used == 301
-    assert 4 < most <= 12
-    assert slow.given == [4, 3, *[4] * 73, 1]
-
-
-def test_what_decoding_raises_arrives_and_leaving_early_ends_it() -> None:
-    def numbers() -> Iterator[int]:
-        yield from range(5)
-        raise OSError("gone")
-
-    taken = []
-    with pytest.raises(OSError, match="gone"):
-        taken.extend(ahead(numbers(), 2))
-    assert taken == [*range(5)]
-    before = threading.active_count()
-    following = ahead(iter(range(100)), 3)
-    assert next(following) == 0
-    following.close()
-    assert threading.active_count() == before
-
-
 @pytest.mark.parametrize("kind", ["folder", "video"])
 def test_memory_does_not_grow_with_the_number_of_images(kind: str, tmp_path: Path) -> None:
     """300 images, 900 MB of pixels."""
@@ -356,7 +292,7 @@ def test_memory_does_not_grow_with_the_number_of_images(kind: str, tmp_path: Pat
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize() // 2**20
 
-    used = [resident() for _ in detect(Slow(), source.frames)]
+    used = [resident() for _ in detect(Slow(), source)]
     assert len(used) == 300
     assert max(used) - used[10] < 40
 

@@ -14,7 +14,10 @@ from onnx import TensorProto, helper
 
 from acmix_deploy.detection.boxes import Detections, named
 from acmix_deploy.detection.matching import overlaps
+from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.processing import Processing, attach
+from acmix_deploy.runtime.inputs import as_pixels, random_images
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.serving.detector import Detector
 from scripts import shapes
@@ -257,3 +260,63 @@ print(*{{"torch", "onnx", "ultralytics"}} & sys.modules.keys())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+@pytest.mark.parametrize("element", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_a_file_that_takes_pixels_finds_the_same(
+    order: Pixels, element: int, drawn: list[np.ndarray], tmp_path: Path
+) -> None:
+    floats = small(tmp_path / "floats.onnx", element)
+    model = onnx.load(floats)
+    attach(model, Processing(order))
+    onnx.save(model, tmp_path / "pixels.onnx")
+    images, near = odd_images(drawn), 0 if element == TensorProto.FLOAT else 1e-3
+    with Detector.load(floats) as plain, Detector.load(tmp_path / "pixels.onnx") as detector:
+        assert detector.input_shape == plain.input_shape == (1, 3, 32, 48)
+        assert detector.inputs[0].dtype == np.uint8
+        for one, right in zip(detector(images), plain(images), strict=True):
+            for found, expected in zip(one[:3], right[:3], strict=True):
+                np.testing.assert_allclose(found, expected, rtol=near)
+        noise = random_images((2, 3, 32, 48))
+        (given,) = detector.infer({"images": as_pixels(noise, order)}).values()
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(element)
+        np.testing.assert_allclose(given, plain.infer({"images": noise.astype(dtype)})["output0"], rtol=near)
+        with pytest.raises(UserError, match=r"takes images \[batch, height, width, 3\] uint8, and is given"):
+            detector.infer({"images": noise})
+
+
+@pytest.mark.parametrize("told", [None, "rgb"])
+def test_pixels_that_are_not_told_or_not_taken(told: str | None, tmp_path: Path) -> None:
+    model = onnx.load(small(tmp_path / "a.onnx"))
+    if told:
+        onnx.helper.set_model_props(model, {"task": "detect", "pixels": told})
+    else:
+        attach(model, Processing("rgb"))
+        onnx.helper.set_model_props(model, {"task": "detect"})
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=f"and its metadata tell of {told or 'no'} pixels; expected are"):
+        Detector.load(tmp_path / "a.onnx")
+
+
+def test_steps_are_a_call_and_their_memory_is_used_again(drawn: list[np.ndarray], tmp_path: Path) -> None:
+    with Detector.load(small(tmp_path / "a.onnx")) as detector:
+        images = drawn[:3]
+        whole = detector(images)
+        first = detector.fit(images)
+        second = detector.fit(images[1:])
+        assert not np.shares_memory(first.batch, second.batch), "one is fitted while the other runs"
+        outputs = detector.run(first)
+        assert detector.fit(images[:1]).memory is first.memory
+        for found, right in zip(detector.boxes(outputs, first.placements), whole, strict=True):
+            np.testing.assert_array_equal(found.scores, right.scores)
+        (last,) = detector.boxes(detector.run(second), second.placements)[1:]
+        np.testing.assert_array_equal(last.scores, whole[2].scores)
+
+
+def test_a_batch_that_is_not_full_is_filled_with_zeros(drawn: list[np.ndarray], tmp_path: Path) -> None:
+    with Detector.load(tiny(tmp_path / "a.onnx", batch=4)) as detector:
+        detector(drawn[:4])
+        fitted = detector.fit(drawn[:1])
+        assert (fitted.batch.shape, fitted.batch[0].any(), fitted.batch[1:].any()) == ((4, 3, 32, 32), True, False)
+        assert len(detector.boxes(detector.run(fitted), fitted.placements)) == 1
