@@ -93,8 +93,8 @@ def run(options: argparse.Namespace) -> int:
                         if options.json:
                             print_line(line.model_dump_json(by_alias=True, exclude_none=True))
                         dropped += frame.dropped
+                        skipped += frame.lost
                         if line.problem:
-                            skipped += frame.lost
                             print(line, file=sys.stderr)
                         elif not options.json:
                             print_line(str(line))

@@ -24,7 +24,7 @@ class Frame(NamedTuple):
     seconds: float | None = None
     """From the start of a video file to the frame."""
     lost: int = 0
-    """Images or frames that the problem stands for."""
+    """Images or frames that the problem stands for; with an image, those before it that are left out and not said."""
     original: tuple[int, int] | None = None
     """Height and width of the picture, where the image is smaller."""
     dropped: int = 0
@@ -66,6 +66,7 @@ class Checked:
         self._size: tuple[int, int] | None = None
         self._resized = False
         self._left_out: dict[str, int] = {}
+        self._untold = 0
 
     def __call__(self, frame: Frame) -> Iterator[Frame]:
         """A frame with an image, or what is said of it."""
@@ -81,7 +82,8 @@ class Checked:
             before, now = (f"{wide} x {high}" for high, wide in (self._size or (0, 0), frame.size))
             yield Frame(self._name, None, f"frames change their size, from {before} to {now}", frame.number)
         self._size = frame.size
-        yield frame
+        yield frame._replace(lost=self._untold)
+        self._untold = 0
 
     def broken(self, frame: Frame) -> Iterator[Frame]:
         """What is said of a frame that cannot be decoded."""
@@ -91,6 +93,7 @@ class Checked:
         """What is said of a frame that is left out: nothing but once for each kind."""
         if kind in self._left_out:
             self._left_out[kind] += 1
+            self._untold += 1
             return
         self._left_out[kind] = 0
         yield Frame(self._name, None, problem, frame.number, frame.seconds, lost=1)
@@ -99,4 +102,5 @@ class Checked:
         """What is left to say at the end."""
         for kind, count in self._left_out.items():
             if count:
-                yield Frame(self._name, None, f"{count} more frames were {kind}", lost=count)
+                yield Frame(self._name, None, f"{count} more frames were {kind}", lost=self._untold)
+                self._untold = 0

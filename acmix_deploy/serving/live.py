@@ -39,7 +39,7 @@ class Live(Iterator[Frame]):
         """A source of a name that is open, and what opens it again: OpenCV's VideoCapture, or None if it cannot be."""
         self._name, self._capture, self._reopen = name, capture, reopen
         self._waiting: deque[Frame] = deque()  # at most one of them has an image
-        self._dropped = 0
+        self._dropped = self._lost = 0
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._ended = False
@@ -62,7 +62,8 @@ class Live(Iterator[Frame]):
                 raise error or StopIteration
             frame = self._waiting.popleft()
             if frame.image is not None:
-                frame, self._dropped = frame._replace(dropped=self._dropped), 0
+                frame = frame._replace(dropped=self._dropped, lost=frame.lost + self._lost)
+                self._dropped = self._lost = 0
             return frame
 
     def close(self) -> None:
@@ -76,6 +77,7 @@ class Live(Iterator[Frame]):
                     if frame.image is not None:
                         kept = [waiting for waiting in self._waiting if waiting.image is None]
                         self._dropped += len(self._waiting) - len(kept)
+                        self._lost += sum(waiting.lost for waiting in self._waiting if waiting.image is not None)
                         self._waiting = deque(kept)
                     self._waiting.append(frame)
                     self._changed.notify_all()

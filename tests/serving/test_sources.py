@@ -224,9 +224,26 @@ def test_frames_of_too_many_pixels_and_of_another_size_are_said_once(monkeypatch
         ("is too large: the picture is 300 x 200: at most 0.04 million pixels are taken", 1),
         ("cannot be decoded", 1),
         ("is given up after 0 tries; it ends after 14 frames", 0),
-        ("4 more frames were too large", 4),
-        ("2 more frames were broken", 2),
+        ("4 more frames were too large", 0),
+        ("2 more frames were broken", 0),
     ]
+    assert [frame.lost for frame in told if frame.image is not None] == [0, 0, 0, 4, 1, 1], "told before the end, too"
+
+
+def test_what_is_left_out_at_the_end_and_what_is_lost_with_frames_that_are_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", str(200 * 200))
+    monkeypatch.setattr(live, "PAUSES", ())
+    small, large = picture(1), picture(3, 300, 200)
+    cameras(monkeypatch, Camera([small, large, large, large, small, small, large, large]))
+    frames = open_source("0").frames
+    first = next(frames)
+    time.sleep(0.3)
+    rest = list(frames)
+    assert sum(frame.lost for frame in (first, *rest)) == 5
+    assert sum(1 + frame.dropped for frame in (first, *rest) if frame.image is not None) == 3
+    assert rest[-1].problem == "4 more frames were too large"
 
 
 def test_what_reading_raises_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
