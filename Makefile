@@ -50,7 +50,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	git ls-files plugins | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files plugins acmix_deploy | grep -E '\.(h|cpp|cu|cuh)$$' | \
+		xargs $(BIN)/clang-format --style=file:plugins/.clang-format --dry-run --Werror
 
 resources: $(READY)
 	$(BIN)/python -m scripts.resources

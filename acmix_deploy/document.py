@@ -28,6 +28,8 @@ Written = Literal[
     "gate history",
     "gate run",
     "inspect",
+    "model response",
+    "package deepstream",
     "package triton",
     "plugin",
     "profile",

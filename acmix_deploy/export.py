@@ -27,7 +27,9 @@ from acmix_deploy.detection.parts import known_head
 from acmix_deploy.detection.rows import paired
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.graph import tidied
+from acmix_deploy.network import NetworkRunner
 from acmix_deploy.operators.spec import TOLERANCES
+from acmix_deploy.processing import NOTHING, Processing, attach, suppressible
 from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
@@ -47,6 +49,7 @@ class TensorInfo(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(description="tensor name")
+    dtype: str = Field(default="float32", description="element type by NumPy's name")
     shape: tuple[int | str, ...] = Field(description="sizes; names or expressions of names where dynamic")
 
 
@@ -84,6 +87,7 @@ def export(
     divisor: int = 1,
     metadata: ModelMetadata | None = None,
     reference: nn.Module | None = None,
+    processing: Processing = NOTHING,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Made[ExportResult]:
     """Export a float32 module of one image input to an ONNX file that computes the same.
@@ -106,11 +110,13 @@ def export(
         divisor: H and W must be multiples of it, the model's total stride.
         metadata: goes into the file's ``metadata_props``, with what they tell of a file.
         reference: what the file has to compute, where ``module`` was made of another; by default that is ``module``.
+        processing: what is put around the network, once its file is proven.
         progress: told what is about to be done.
 
     Raises:
         UserError: the request cannot be met by this model, or the file cannot be written.
-        CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen.
+        CheckFailed: no exporter gave a file that computes what the module does, or an axis came out frozen; or other
+            boxes are suppressed than outside the file.
     """
     metadata = metadata or ModelMetadata()
     shapes = checked_shapes(input_shape, dynamic, divisor)
@@ -129,6 +135,8 @@ def export(
     progress("running the model")
     expected = {shape: run(reference, shape) for shape in shapes}
     names = [f"output{index}" for index in range(len(expected[example]))]
+    if processing.suppression:
+        suppressible(metadata, {name: output.shape for name, output in zip(names, expected[example], strict=True)})
     image = torch.zeros(traced)
 
     exporters: dict[Exporter, Callable[[], onnx.ModelProto]] = {
@@ -160,11 +168,17 @@ def export(
                 continue
             if smallest:
                 onnx.helper.set_model_props(model, metadata.updated(min_size=[*smallest]).entries)
-                onnx.save_model(model, temporary)
                 notes.append(
                     f"below {smallest[0]}x{smallest[1]} the file computes something else than the model, as where its "
                     "code asks for the size: smaller images are refused"
                 )
+            attach(model, processing)
+            onnx.save_model(model, temporary)
+            if processing.suppression:
+                progress("checking what is suppressed")
+                with NetworkRunner(temporary, path.name) as runner:
+                    for shape in expected:
+                        runner.infer({INPUT: random_images(shape)})
             found = ExportResult(
                 exporter=exporter,
                 opset=opset,
@@ -182,7 +196,13 @@ def export(
             if newer := _newer_operators("; ".join(notes)):
                 ways = [f"with opset {max(newer.values())}, which has {' and '.join(newer)}"]
             raise CheckFailed("; ".join(notes), f"It may work {' or '.join(ways)}." if ways else "")
-    settings = {"input_shape": list(example), "dynamic": sorted(dynamic), "opset": opset}
+    settings = {
+        "input_shape": list(example),
+        "dynamic": sorted(dynamic),
+        "opset": opset,
+        "pixels": processing.pixels,
+        "suppression": processing.suppression and processing.suppression.model_dump(),
+    }
     return Made(write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found)
 
 
@@ -459,7 +479,9 @@ def _same_rows(expected: Array, actual: Array, limit: float) -> str:
 def _describe(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorInfo, ...]:
     return tuple(
         TensorInfo(
-            name=value.name, shape=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            name=value.name,
+            dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+            shape=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
         )
         for value in values
     )

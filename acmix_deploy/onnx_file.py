@@ -235,13 +235,17 @@ def _limits(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, Limit, Any
     else:
         ranks = {}
     results = {value.name for value in model.graph.output}
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    types |= {name: tensor.data_type for name, tensor in constants.items()}
     known = {*constants, *(name for function in model.functions for name in function.input)}
     for node in nodes:
         if node.op_type == "Constant" or (node.input and known.issuperset(filter(None, node.input))):
             known.update(node.output)
     for node in nodes:
         if node.op_type in limits and node.domain in ("", "ai.onnx") and _is_standard(node.op_type, opset(model)):
-            facts = _facts(node, onnx.defs.get_schema(node.op_type, opset(model)), constants, known, ranks, results)
+            facts = _facts(
+                node, onnx.defs.get_schema(node.op_type, opset(model)), constants, types, known, ranks, results
+            )
             for limit in limits[node.op_type]:
                 if limit.fact in facts and not limit.read(facts[limit.fact]):
                     yield node, limit, facts[limit.fact]
@@ -251,6 +255,7 @@ def _facts(
     node: onnx.NodeProto,
     schema: onnx.defs.OpSchema,
     constants: Mapping[str, onnx.TensorProto],
+    types: Mapping[str, int],
     known: Container[str],
     ranks: Mapping[str, int],
     results: Container[str],
@@ -272,8 +277,9 @@ def _facts(
     for parameter, name in zip(schema.inputs, node.input, strict=False):
         if name in ranks:
             facts[f"{parameter.name}.rank"] = ranks[name]
+        if name in types:
+            facts[f"{parameter.name}.type"] = onnx.TensorProto.DataType.Name(types[name])
         if tensor := constants.get(name):
-            facts[f"{parameter.name}.type"] = onnx.TensorProto.DataType.Name(tensor.data_type)
             if tensor.data_location != onnx.TensorProto.EXTERNAL and np.prod(tensor.dims) <= _SMALL:
                 facts[f"{parameter.name}.value"] = tuple(numpy_helper.to_array(tensor).reshape(-1).tolist())
         elif name and name not in known:

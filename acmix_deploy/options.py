@@ -177,6 +177,7 @@ def _number(kind: Callable[[str], N], within: Callable[[N], bool], expected: str
 
 count = _number(int, lambda value: value >= 0, "a whole number of at least 0")
 positive = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+grey = _number(int, lambda value: 0 <= value < 1 << 8, "a grey, 0 to 255")
 port = _number(int, lambda value: 0 <= value < 1 << 16, "a port, 0 to 65535")
 share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")

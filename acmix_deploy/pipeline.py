@@ -35,6 +35,7 @@ from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.plan import Plan
 from acmix_deploy.plugin.build import library_in
 from acmix_deploy.precision import Fp16Report, Int8Report, quantize, to_fp16
+from acmix_deploy.processing import Processing
 from acmix_deploy.profile import Profile, profile
 from acmix_deploy.report.model import ExportReport, describe_file, next_steps
 from acmix_deploy.runtime.inputs import noise
@@ -182,10 +183,12 @@ def _export(work: _Work, source: Source) -> Made[ExportResult]:
         divisor=source.metadata.stride,
         metadata=source.metadata,
         reference=source.reference,
+        processing=Processing(plan.pixels, plan.nms),
         progress=work.progress,
     )
     if source.metadata.detects:
-        work.unlike = unlike_told(source.metadata, {output.name: output.shape for output in made.found.outputs})
+        told = source.metadata.with_suppression(plan.nms)
+        work.unlike = unlike_told(told, {output.name: output.shape for output in made.found.outputs})
     if plan.int8 and work.unlike:
         raise no_detector(made.artifact.path.name, work.unlike)
     work.removed = remove_exported(plan.out, plan.checkpoint.stem)

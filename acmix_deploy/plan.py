@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from acmix_deploy.detection.metadata import Pixels
+from acmix_deploy.detection.suppression import CONFIDENCE, Suppression
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.options import (
     FLOAT32,
@@ -21,6 +23,7 @@ from acmix_deploy.options import (
     duration,
     float32_list,
     names,
+    parses,
     positive,
     sides,
 )
@@ -30,7 +33,27 @@ from acmix_deploy.targets import DEFAULT_OPSET, INT8_OPSET, PLAIN, Form, Target,
 _SUFFIXES = {"plain": ".onnx", "fused": ".fused.onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
 
 
+InputType = Literal["float32", "uint8", "uint8-bgr"]
+_PIXELS: dict[InputType, Pixels | None] = {"float32": None, "uint8": "rgb", "uint8-bgr": "bgr"}
+
 _Size = Annotated[int, Field(gt=0)]
+
+
+_SUPPRESSION = {"conf": "confidence", "iou": "iou", "max_det": "most"}
+
+
+@parses("settings by commas such as conf=0.4,iou=0.5,max_det=100,agnostic")
+def suppression(text: str) -> Suppression:
+    """``conf=0.4,agnostic`` as settings, by the names of Ultralytics' options."""
+    parts = text.split(",")
+    if len({part.partition("=")[0] for part in parts}) < len(parts):
+        raise ValueError(text)
+    told: dict[str, object] = {"by_class": "agnostic" not in parts}
+    for name, _, value in (part.partition("=") for part in parts if part != "agnostic"):
+        if name not in _SUPPRESSION:
+            raise ValueError(text)
+        told[_SUPPRESSION[name]] = value
+    return Suppression.model_validate(told)
 
 
 def _sides(size: object) -> object:
@@ -90,6 +113,16 @@ class Plan(BaseModel):
     )
     dynamic: Annotated[tuple[str, ...], Option(names, "AXES", bare=",".join(AXES))] = Field(
         default=(), description="axes to leave free: batch, height, width, separated by commas; all where none is named"
+    )
+    input: Annotated[InputType, Option()] = Field(
+        default="float32",
+        description="what the files take: float32 [B,3,H,W] in RGB from 0 to 1; uint8 [B,H,W,3] in RGB or, as OpenCV "
+        "reads images, in BGR, scaled and transposed in the file",
+    )
+    nms: Annotated[Suppression | None, Option(suppression, "LIST", bare=f"conf={CONFIDENCE}")] = Field(
+        default=None,
+        description="suppress boxes that overlap in the files, which then give [B,N,6]: corners, score, class; LIST by "
+        "commas: conf=0.25, iou=0.7, max_det=300, and agnostic for all classes as one (docs/pipeline.md#boxes-out)",
     )
     opset: Annotated[int | None, Option(int, "N")] = Field(
         default=None, description="17 to 21 (default: 18, 19 with --int8, or what the target reads)"
@@ -194,6 +227,11 @@ class Plan(BaseModel):
     def half(self) -> bool:
         """Whether a file in half precision is asked for."""
         return self.fp16 or self.fp16_io
+
+    @property
+    def pixels(self) -> Pixels | None:
+        """Channels of the images in uint8 that the files take; None where they take floats."""
+        return _PIXELS[self.input]
 
     @property
     def chosen_opset(self) -> int:

@@ -5,18 +5,26 @@ Stages look at networks alone: they take off what is around one when they read a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from acmix_deploy.detection.heads import Dims, Head, NoHead, head_of
 from acmix_deploy.detection.metadata import ModelMetadata, Pixels
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import keep
+from acmix_deploy.graph import keep, read
+from acmix_deploy.nms import graph_of
 
 _INPUT = "acmix_input"
 """Before the names of nodes and tensors between the file's input and the network's."""
+
+_NMS = "acmix_nms"
+"""The same between the network's output and the file's."""
 
 
 class Processing(NamedTuple):
@@ -24,19 +32,28 @@ class Processing(NamedTuple):
 
     pixels: Pixels | None = None
     """The file takes images [B, H, W, 3] in uint8, channels in this order, not [B, 3, H, W] in RGB, 0 to 1."""
+    suppression: Suppression | None = None
+    """The file gives rows [B, N, 6] of boxes that do not overlap, not one for every anchor."""
+
+
+NOTHING = Processing()
 
 
 def attach(model: onnx.ModelProto, processing: Processing) -> None:
     """Put nodes around a network, in place, and say so in its metadata.
 
     Pixels are cast first, since TensorRT takes uint8 from a Cast alone, then transposed and divided as
-    :func:`acmix_deploy.detection.images.tensor` does, in float32. The input keeps its name.
+    :func:`acmix_deploy.detection.images.tensor` does, in float32. All releases since 8.5 take that: kUINT8 in
+    NvInferRuntimeCommon.h of 8.5.2, and docs/Changelog.md of onnx-tensorrt at 8.5. Boxes are suppressed in float32, see
+    :func:`acmix_deploy.nms.graph_of`. Input and output keep their names.
 
     Raises:
-        UserError: the network does not take one image [B, 3, H, W].
+        UserError: the network does not take one image [B, 3, H, W], or what it gives are no boxes of anchors.
     """
     if processing.pixels:
         _attach_pixels(model, processing.pixels)
+    if processing.suppression:
+        _attach_suppression(model, processing.suppression)
     _tell(model, processing)
 
 
@@ -46,15 +63,49 @@ def detach(model: onnx.ModelProto) -> Processing:
     Raises:
         UserError: the metadata tell of nodes that are not there.
     """
-    found = Processing(ModelMetadata.of(model).pixels)
+    metadata = ModelMetadata.of(model)
+    found = Processing(metadata.pixels, metadata.suppression)
     if found.pixels:
         _detach_pixels(model)
-    _tell(model, Processing())
+    if found.suppression:
+        _detach_suppression(model)
+    _tell(model, NOTHING)
     return found
 
 
+def network_of(model: Path | onnx.ModelProto) -> Path | onnx.ModelProto:
+    """What is within :func:`attach`'s nodes: it takes images [B, 3, H, W] in floats, and gives boxes for every anchor.
+    Without such nodes that is the model itself.
+
+    Raises:
+        UserError: what :func:`detach` and :func:`acmix_deploy.graph.read` raise.
+    """
+    held = read(model, weights=False) if isinstance(model, Path) else model
+    metadata = ModelMetadata.of(held)
+    if not (metadata.pixels or metadata.suppression):
+        return model
+    network = onnx.ModelProto()
+    network.CopyFrom(read(model) if isinstance(model, Path) else model)
+    detach(network)
+    return network
+
+
+def with_network_output(model: Path | onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
+    """A model that suppresses boxes with an output more, what the network gives; and its name.
+
+    Raises:
+        UserError: the metadata tell of nodes that are not there.
+    """
+    both = onnx.ModelProto()
+    both.CopyFrom(read(model) if isinstance(model, Path) else model)
+    inner, declared = _behind_network(both)
+    both.graph.output.append(declared)
+    return both, inner
+
+
 def _tell(model: onnx.ModelProto, processing: Processing) -> None:
-    entries = {entry.key: entry.value for entry in model.metadata_props if entry.key != "pixels"}
+    told = ModelMetadata.of(model).with_suppression(processing.suppression)
+    entries = {key: value for key, value in told.entries.items() if key != "pixels"}
     if processing.pixels:
         entries["pixels"] = processing.pixels
     onnx.helper.set_model_props(model, entries)
@@ -111,6 +162,88 @@ def _detach_pixels(model: onnx.ModelProto) -> None:
         keep(tensors, [tensor for tensor in tensors if not tensor.name.startswith(f"{_INPUT}/")])
     keep(graph.input, [helper.make_tensor_value_info(name, dtype, [batch, 3, height, width])])
     _rename(graph, inner, name)
+
+
+def suppressible(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> Head:
+    """What a network gives whose boxes can be suppressed in the file.
+
+    Raises:
+        UserError: why they cannot.
+    """
+    try:
+        head = head_of(metadata, outputs)
+    except NoHead as error:
+        raise UserError(f"the network {error}, so there are no boxes to suppress", "Leave out --nms.") from error
+    if head.selects:
+        why = f"it gives {head.layout}, which the model has selected itself"
+    elif head.task != "detect":
+        why = f"its task is {head.task}, and the rows of a file hold a box, a score and a class alone"
+    else:
+        return head
+    raise UserError(f"boxes of this model are not suppressed in the file: {why}", "Leave out --nms.")
+
+
+def _attach_suppression(model: onnx.ModelProto, suppression: Suppression) -> None:
+    graph = model.graph
+    sizes = {
+        output.name: tuple(dim.dim_param or dim.dim_value for dim in output.type.tensor_type.shape.dim)
+        for output in graph.output
+    }
+    head = suppressible(ModelMetadata.of(model), sizes)
+    (output,) = graph.output
+    name, inner = output.name, f"{_NMS}/{output.name}"
+    float16 = output.type.tensor_type.elem_type == TensorProto.FLOAT16
+    behind = graph_of(suppression, head, sizes[name], float16=float16).graph
+    names = {behind.input[0].name: inner, behind.output[0].name: name}
+    _rename(graph, name, inner)
+    _rename_written(graph, name, inner)
+    for index, node in enumerate(behind.node):
+        node.name = f"{_NMS}/{node.op_type}_{index}"
+        for tensors in (node.input, node.output):
+            tensors[:] = [names.get(tensor, f"{_NMS}/{tensor}") for tensor in tensors]
+    for tensor in behind.initializer:
+        tensor.name = f"{_NMS}/{tensor.name}"
+    graph.node.extend(behind.node)
+    graph.initializer.extend(behind.initializer)
+    output.name = inner
+    graph.value_info.append(output)
+    batch = sizes[name][0]
+    keep(graph.output, [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, suppression.most, 6])])
+
+
+def _detach_suppression(model: onnx.ModelProto) -> None:
+    graph = model.graph
+    name = graph.output[0].name
+    inner, declared = _behind_network(model)
+    output = onnx.ValueInfoProto()
+    output.CopyFrom(declared)
+    output.name = name
+    keep(graph.node, [node for node in graph.node if not node.name.startswith(f"{_NMS}/")])
+    for tensors in (graph.initializer, graph.value_info):
+        keep(tensors, [tensor for tensor in tensors if not tensor.name.startswith(f"{_NMS}/")])
+    keep(graph.output, [output])
+    _rename(graph, inner, name)
+    _rename_written(graph, inner, name)
+
+
+def _behind_network(model: onnx.ModelProto) -> tuple[str, onnx.ValueInfoProto]:
+    """What the network's output is called in a file that suppresses boxes, and what is declared of it."""
+    graph = model.graph
+    name, inner = graph.output[0].name, f"{_NMS}/{graph.output[0].name}"
+    declared = [value for value in graph.value_info if value.name == inner]
+    written = [tensor for node in graph.node if not node.name.startswith(f"{_NMS}/") for tensor in node.output]
+    if len(graph.output) != 1 or len(declared) != 1 or inner not in written or name in written:
+        raise UserError(
+            f"the metadata tell that boxes of {name} are suppressed, and the nodes that do it are not as they were",
+            "Export the file from its checkpoint: acmix-deploy export --nms",
+        )
+    return inner, declared[0]
+
+
+def _rename_written(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """What writes the tensor ``old`` writes ``new``."""
+    for node in graph.node:
+        node.output[:] = [new if written == old else written for written in node.output]
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:

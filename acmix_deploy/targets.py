@@ -67,6 +67,10 @@ of 10.15; what lies between was not seen. Operators of opset 25 and later are in
 1.7.1 agrees up to opset 24, but for DeformConv, whose plugin it does not have."""
 
 
+UNBUILT_BY_RTX = frozenset({"NonMaxSuppression"})
+"""Standard operators of ours that TensorRT-RTX's parser reads and its builder has "no runners" for, seen at 1.7.1."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """What a node of a standard operator has to be like for TensorRT to read it."""
@@ -116,6 +120,10 @@ LIMITS = (
     Limit(
         *("ScatterND", "reduction", lambda name: name == "none", "reduction {}"),
         way="scatter_add or scatter_reduce in place of index_add, from TensorRT 10.0 on",
+    ),
+    Limit(
+        *("Transpose", "data.type", lambda name: name != "UINT8", "data of {}"),
+        way="a Cast before it, as export --input uint8 writes",
     ),
     Limit("TopK", "K.value", lambda k: max(k or (0,)) <= 3840, "K {}"),
     Limit("TopK", "K.value", lambda k: k is not None, "a K that nodes compute", (8, 6), "an export at fixed sizes"),

@@ -63,6 +63,10 @@ def _open_engine(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
             f"{path} is an engine of {manifest.machine.tensorrt}, and Ultralytics runs those of TensorRT",
             "Build it with TensorRT: acmix-deploy build --backend tensorrt",
         )
+    if manifest.metadata.pixels:
+        raise UserError(
+            f"{path} takes images in uint8, and Ultralytics feeds floats", "Export the file again, without --input."
+        )
     read_fitting(path)
     if manifest.plugin:
         from acmix_deploy.runtime.tensorrt import load_plugin

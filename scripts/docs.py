@@ -39,7 +39,8 @@ from acmix_deploy.report.documents import (
     VerifyDocument,
 )
 from acmix_deploy.report.model import ExportReport
-from acmix_deploy.serving.app import DetectResponse
+from acmix_deploy.serving.app import DetectResponse, ModelResponse
+from acmix_deploy.serving.deepstream.folder import DeepStreamDocument
 from acmix_deploy.serving.end_to_end import EndToEndDocument
 from acmix_deploy.serving.path import DetectStats
 from acmix_deploy.serving.server import ServeDocument
@@ -54,6 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS: tuple[type[Document], ...] = (
     AdoptDocument,
     BuildDocument,
+    DeepStreamDocument,
     DetectDocument,
     DetectResponse,
     DetectStats,
@@ -69,6 +71,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     HistoryDocument,
     HtmlDocument,
     InspectDocument,
+    ModelResponse,
     PackageDocument,
     PastedDocument,
     PluginDocument,

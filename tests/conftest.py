@@ -68,6 +68,8 @@ def _one_registry() -> None:
     """PyTorch's newer exporter reads its operators anew at each export, for 0.8 s; here once in a process."""
     registration = sys.modules.get("torch.onnx._internal.exporter._registration")
     if registration and not hasattr(registration.ONNXRegistry.from_torchlib, "cache_info"):
+        with suppress(ImportError):
+            import torchvision  # noqa: F401 - its operators are known once it is imported
         registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(registration.ONNXRegistry.from_torchlib))
 
 

@@ -87,7 +87,11 @@ def test_the_file_is_the_module(
     module, path = Net(), tmp_path / "new" / "model.onnx"
     result = export(module, path, input_shape=SHAPE, opset=opset, dynamic=dynamic, divisor=4, metadata=METADATA).found
     batch, height, width = (name if name in dynamic else size for name, size in zip(AXES, (1, 64, 64), strict=True))
-    assert result.inputs[0].model_dump() == {"name": "images", "shape": (batch, 3, height, width)}
+    assert result.inputs[0].model_dump() == {
+        "name": "images",
+        "dtype": "float32",
+        "shape": (batch, 3, height, width),
+    }
     assert [output.name for output in result.outputs] == ["output0", "output1", "output2"]
     assert {output.shape[0] for output in result.outputs} == {batch}
     assert (result.exporter, result.opset, result.ir_version) == (exporter, opset, ir_version)

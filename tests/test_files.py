@@ -165,6 +165,7 @@ VERBS: dict[str, tuple[list[str], set[str]]] = {
     "profile": (["profile", "FILE"], MODEL | {"checkpoint", "program", "json"}),
     "detect": (["detect", "FILE", "photos"], MODEL),
     "package triton": (["package", "triton", "FILE", "-o", "out"], MODEL),
+    "package deepstream": (["package", "deepstream", "FILE", "-o", "out"], MODEL),
     "doctor": (["doctor", "FILE"], MODEL | {"checkpoint", "program", "plugin"}),
     "inspect": (["inspect", "FILE"], MODEL | {"checkpoint", "program", "torchscript", "plugin", "json"}),
     "plugin check": (["plugin", "check", "FILE"], {"plugin"}),
@@ -347,7 +348,7 @@ def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
 
 
 TOO_LARGE = ["fuse", "fuse --for", "quantize", "verify a reference", "verify a candidate", "profile", "detect"]
-TOO_LARGE += ["package triton", "doctor", "inspect", "build"]
+TOO_LARGE += ["package triton", "package deepstream", "doctor", "inspect", "build"]
 
 
 def test_more_than_protobuf_holds(

@@ -92,6 +92,11 @@ def cast(kind, *, within=True):
     return model(there, node("Cast", "c", to=TensorProto.FLOAT))
 
 
+def of_bytes(first, second):
+    how = {"Cast": {"to": TensorProto.FLOAT}, "Transpose": {"perm": [0, 3, 1, 2]}}
+    return model(node(first, "x", "f", **how[first]), node(second, "f", **how[second]), types=("UINT8", "FLOAT"))
+
+
 def deformed(*pads):
     weight, offset = np.ones((4, 3, 3, 3), np.float32), np.zeros((1, 18, 8, 8), np.float32)
     return model(node("DeformConv", "x weight offset", pads=pads), opset=19, weight=weight, offset=offset)
@@ -137,6 +142,7 @@ LIMITED = {
         "8.5 8.6",
     ),
     "ScatterND with reduction add": (scatter("ScatterND", np.array([[0]]), "add"), EVERY),
+    "Transpose with data of UINT8": (of_bytes("Transpose", "Cast"), EVERY),
     "TopK with K 4000": (top(4000), EVERY),
     "TopK with a K that nodes compute": (top_computed(), "8.5"),
 }
@@ -149,6 +155,7 @@ NEAR = {
     "an evaluated normalisation": trained(0),
     "casts of usual types": cast("INT32"),
     "a UINT8 output": cast("UINT8", within=False),
+    "bytes that a Cast reads": of_bytes("Cast", "Transpose"),
     "symmetric INT8": quantised(np.int8(0)),
     "two operands": einsum("bchw,bcxw->bhx"),
     "one letter in two operands": einsum("bchw,bchw->b"),

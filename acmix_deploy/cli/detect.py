@@ -60,9 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     limit_pixels(options)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # broken videos are told of in our own words
-    from rich.console import Console
-
-    from acmix_deploy.report.show_path import show_times
     from acmix_deploy.serving.annotate import annotate, open_output
     from acmix_deploy.serving.detector import Detector
     from acmix_deploy.serving.path import Clock, DetectStats, detect
@@ -83,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
             output as write,
             _closed_by_signals(source),
         ):
+            if detector.note:
+                print(f"Note: {detector.note}", file=sys.stderr)
             if options.fast_decode:
                 source = reduced(source, detector.place)
             start = told = time.perf_counter()
@@ -121,6 +120,10 @@ def run(options: argparse.Namespace) -> int:
                         stats = DetectStats(source=source.name, times=times)
                         print_line(stats.model_dump_json(by_alias=True, exclude_none=True))
                     else:
+                        from rich.console import Console
+
+                        from acmix_deploy.report.show_path import show_times
+
                         show_times([(options.model.name, times)], Console(stderr=True, highlight=False))
     if not done:
         raise UserError(f"nothing in {source.name} can be read")

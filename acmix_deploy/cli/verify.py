@@ -4,6 +4,7 @@ example:
   acmix-deploy verify model.onnx model.fused.onnx --random 5
   acmix-deploy verify model.onnx model.fused.onnx --images photos -o verify.json
   acmix-deploy verify model.fused.onnx model.fp16.onnx --images photos --layers
+  acmix-deploy verify model.fused.onnx --images photos --pad 0
   acmix-deploy verify --from verify.json --max-relative 0.02
   acmix-deploy verify model.fused.onnx model.engine --images photos --on jetson.local
 """
@@ -12,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from acmix_deploy.cli.common import add_input_shape, add_max_pixels, limit_pixels, progress, show
 from acmix_deploy.cli.on import add_on, run_on
 from acmix_deploy.errors import UserError
-from acmix_deploy.options import Provider, not_negative, positive, provider, share
+from acmix_deploy.options import Provider, grey, not_negative, positive, provider, share
 
 if TYPE_CHECKING:
     from acmix_deploy.verify import Verification
@@ -85,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="also compare all tensors inside that both ONNX files have, and tell where the error begins",
     )
+    parser.add_argument(
+        "--pad",
+        type=grey,
+        metavar="GREY",
+        help="put a border of this grey, 0 to 255, around the candidate's images, and compare detections alone; "
+        "without a candidate it is the reference's own (DeepStream has 0; default: of the metadata, for both)",
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write what --json prints to a file")
     parser.add_argument("--worst", type=Path, metavar="FILE", help="draw the worst image, both detectors side by side")
     add_max_pixels(parser)
@@ -128,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _found(options: argparse.Namespace) -> Verification:
-    names = ("images", "random", "input_shape", "confidence", "provider", "plugin", "layers")
+    names = ("images", "random", "input_shape", "confidence", "provider", "plugin", "layers", "pad")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.findings:
         if options.reference:
@@ -139,6 +147,8 @@ def _found(options: argparse.Namespace) -> Verification:
         from acmix_deploy.verify import read_verification
 
         return read_verification(options.findings)
+    if options.pad is not None:
+        return _bordered(options, given)
     if not options.candidate:
         raise UserError("two files are compared", "Name the one that is right, then the other.")
     from acmix_deploy.verify import compare_files
@@ -146,3 +156,18 @@ def _found(options: argparse.Namespace) -> Verification:
     with progress() as report_progress:
         report_progress("comparing, tensor by tensor" if options.layers else "comparing")
         return compare_files(options.reference, options.candidate, **given)
+
+
+def _bordered(options: argparse.Namespace, given: dict[str, Any]) -> Verification:
+    """What another border costs."""
+    if not options.images:
+        raise UserError("--pad is the border around images, and there are none", "Add --images DIR.")
+    if options.layers:
+        raise UserError("--pad compares detections alone, and --layers tensors", "Leave out one or the other.")
+    if not options.reference:
+        raise UserError("no file is given", "Name the model.")
+    from acmix_deploy.verify import compare_borders
+
+    with progress() as report_progress:
+        report_progress("comparing")
+        return compare_borders(options.reference, options.candidate or options.reference, **given)

@@ -14,12 +14,11 @@ from acmix_deploy.detection.heads import Array, Head, NoHead, head_of
 from acmix_deploy.detection.images import Boxes, Placement, opencv
 from acmix_deploy.detection.masks import Mask, Polygon, masks_of
 from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.suppression import CONFIDENCE as CONFIDENCE
+from acmix_deploy.detection.suppression import IOU as IOU
+from acmix_deploy.detection.suppression import MOST as MOST
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import UserError
-
-CONFIDENCE = 0.25
-IOU = 0.7
-MOST = 300
-"""Defaults of Ultralytics' ``predict``: smallest score, overlap of two boxes of one class, detections in an image."""
 
 TOP = 5
 """Classes of an image that are told, of the task "classify"."""
@@ -217,17 +216,11 @@ def decode(
         if head.layout == "classes":
             found.append(_best_classes(rows[index], placement, most, by_class))
             continue
-        image, every = rows[index], None if head.ranks else _scores(head, rows[index])
-        scores = image[:, 4] if every is None else every.max(axis=1)
-        seen = scores > confidence
-        seen[seen] = np.isfinite(image[seen]).all(axis=1)
-        image, scores, every = image[seen], scores[seen], None if every is None else every[seen]
-        classes = image[:, 5].astype(np.int64) if every is None else every.argmax(axis=1)
+        image, scores, classes, every = _counted(head, rows[index], confidence)
         boxes, extra = image[:, :4], image[:, head.width :]
         turned = np.hstack((boxes, extra[:, -1:])) if head.task == "obb" else None
-        if head.layout != "rows":  # (x, y, width, height)
-            half = boxes[:, 2:] / 2
-            boxes = np.hstack((boxes[:, :2] - half, boxes[:, :2] + half))
+        if head.layout != "rows":
+            boxes = _corners(boxes)
         if head.layout in ("queries", "ranked queries"):
             boxes = boxes * np.tile(np.array(placement.canvas[::-1], np.float32), 2)
         if head.selects:
@@ -256,6 +249,47 @@ def decode(
         told = every[kept] if by_class and every is not None else None
         found.append(Detections(boxes, scores[kept], classes[kept], told, keypoints, corners, masks))
     return found
+
+
+def suppressed(head: Head, outputs: Mapping[str, Array], suppression: Suppression) -> NDArray[np.float32]:
+    """What a file gives that has the suppression inside: rows [B, N, 6], (x1, y1, x2, y2, score, class), corners in
+    pixels of the network's input, the highest score first, then zeros.
+
+    Args:
+        head: what the outputs are, of the task "detect", in the layout "anchors" or "objectness".
+        outputs: by name, any floating-point type; see :func:`decode`.
+        suppression: thresholds, and N.
+
+    Raises:
+        MissingComponent: OpenCV is not installed.
+    """
+    rows = _by_box(head, outputs[head.output].astype(np.float32))
+    found = np.zeros((len(rows), suppression.most, 6), np.float32)
+    for image, told in zip(rows, found, strict=True):
+        counted, scores, classes, _ = _counted(head, image, suppression.confidence)
+        boxes = _corners(counted[:, :4])
+        apart = classes if suppression.by_class else np.zeros_like(classes)
+        kept = _suppressed(boxes, scores, apart, suppression.confidence, suppression.iou)[: suppression.most]
+        told[: len(kept)] = np.column_stack((boxes[kept], scores[kept], classes[kept]))
+    return found
+
+
+def _counted(head: Head, rows: Array, confidence: float) -> tuple[Array, Array, Array, Array | None]:
+    """Of an image the rows whose best score is above the confidence, that score, its class, and where they are told
+    the scores of all classes; what is not finite is left out."""
+    every = None if head.ranks else _scores(head, rows)
+    scores = rows[:, 4] if every is None else every.max(axis=1)
+    seen = scores > confidence
+    seen[seen] = np.isfinite(rows[seen]).all(axis=1)
+    rows, scores, every = rows[seen], scores[seen], None if every is None else every[seen]
+    classes = rows[:, 5].astype(np.int64) if every is None else every.argmax(axis=1)
+    return rows, scores, classes, every
+
+
+def _corners(boxes: Array) -> Array:
+    """Boxes (x, y, width, height) by their corners."""
+    half = boxes[:, 2:] / 2
+    return np.hstack((boxes[:, :2] - half, boxes[:, :2] + half))
 
 
 def _suppressed(boxes: Array, scores: Array, classes: Array, confidence: float, iou: float) -> NDArray[np.int64]:

@@ -121,6 +121,8 @@ _EXPECTED = {
 
 def _possible(metadata: ModelMetadata, task: Task) -> Sequence[Layout]:
     """The layouts that metadata leave open, the likeliest first."""
+    if metadata.suppression:  # the layout is the network's
+        return ["rows"]
     if metadata.layout:
         return [metadata.layout]
     if task == "classify":

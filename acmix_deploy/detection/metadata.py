@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from pydantic import ConfigDict, PositiveInt, RootModel, TypeAdapter, ValidationError
 
 from acmix_deploy.detection.images import Letterbox
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,8 +75,12 @@ class ModelMetadata(RootModel[dict[str, str]]):
             precision: lowest type that the engine may compute in, where that is known.
 
         Raises:
-            UserError: an entry without which some release fails is missing, or one is wrong.
+            UserError: an entry without which some release fails is missing, or one is wrong; the engine takes pixels.
         """
+        if self.pixels:
+            raise UserError(
+                "it takes images in uint8, and Ultralytics feeds floats", "Export the file again, without --input."
+            )
         axes = zip(("batch", "channels", "height", "width"), dims, strict=True)
         free = [axis for axis, size in axes if not isinstance(size, int) or size < 0]
         told = self.for_file(shape, free)
@@ -109,7 +114,8 @@ class ModelMetadata(RootModel[dict[str, str]]):
         return self.root
 
     def updated(self, /, **values: object) -> ModelMetadata:
-        """These and the entries of ``values``: strings, what Python's literals can spell, a letterbox."""
+        """These and the entries of ``values``: strings, what Python's literals can spell, a letterbox, a
+        suppression."""
         return ModelMetadata(self.root | {name: _spelt(value) for name, value in values.items()})
 
     def for_file(self, shape: Sequence[int], free: Collection[str] = ()) -> ModelMetadata:
@@ -155,6 +161,24 @@ class ModelMetadata(RootModel[dict[str, str]]):
         if told is not None and told not in get_args(Pixels):
             raise self._wrong("pixels", " or ".join(get_args(Pixels)))
         return told  # type: ignore[no-any-return]
+
+    @cached_property
+    def suppression(self) -> Suppression | None:
+        """What suppresses boxes in the file, where nodes of ours do."""
+        if (told := self.root.get("suppression")) is None:
+            return None
+        try:
+            return Suppression.model_validate_json(told)
+        except ValidationError as error:
+            raise self._wrong("suppression", f"{', '.join(Suppression.model_fields)} as JSON") from error
+
+    def with_suppression(self, suppression: Suppression | None) -> ModelMetadata:
+        """These for a file with nodes of ours that suppress boxes, or without; Ultralytics reads ``nms``."""
+        others = ModelMetadata({name: value for name, value in self.root.items() if name != "suppression"})
+        arguments = self._arguments | {"nms": suppression is not None}
+        if suppression:
+            return others.updated(args=arguments, suppression=suppression)
+        return others.updated(args=arguments) if "suppression" in self.root else self
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -266,4 +290,4 @@ _QUANTIZE: dict[str, Literal["float16", "int8"]] = {"16": "float16", "8": "int8"
 
 
 def _spelt(value: object) -> str:
-    return json.dumps(value.model_dump()) if isinstance(value, Letterbox) else str(value)
+    return json.dumps(value.model_dump()) if isinstance(value, (Letterbox, Suppression)) else str(value)

@@ -158,9 +158,10 @@ class There:
                 writes={**outputs},
             )
             found = [dict(np.load(path)) for path in outputs.values()]
-        precision = Manifest.model_validate(engine.settings).precision
-        assert precision  # of an engine that was built by this package
-        return Candidate(_Recorded(model.name, feeds, found), precision)
+        manifest = Manifest.model_validate(engine.settings)
+        assert manifest.precision  # of an engine that was built by this package
+        runner = _Recorded(model.name, feeds, found)
+        return Candidate(runner, manifest.precision, suppression=manifest.metadata.suppression)
 
     def profile(self, files: Sequence[Path], *, input_shape: Sequence[int], seconds: float) -> list[Profile]:
         """:func:`acmix_deploy.profile.profile` there."""

@@ -25,11 +25,12 @@ from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.fusion import FusedBlock, fuse
 from acmix_deploy.graph import check, read
+from acmix_deploy.processing import network_of
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
 from acmix_deploy.runtime.reason import reason
-from acmix_deploy.targets import NEWEST
+from acmix_deploy.targets import NEWEST, UNBUILT_BY_RTX
 
 _FLOAT64 = re.compile(r"Could not find an implementation for Conv\(\d+\) node with name '([^']*)'")
 _SIDES = (64, 160, 320, 640, 224, 416, 512, 256, 384, 448, 768, 1024, 1280)
@@ -61,6 +62,10 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
             path=path, kind="onnx", contents=contents, findings=(Finding.of("refused-file", error.message),)
         )
     notes = [f"it has {onnx_file.unread_note(*found)}" for found in onnx_file.unread(model, NEWEST).items()]
+    notes += [
+        f"it has {operator}, which TensorRT-RTX reads and cannot build: TensorRT can"
+        for operator in sorted({node.op_type for node in model.graph.node} & UNBUILT_BY_RTX)
+    ]
     findings = [*_folded(model)]
     if told.form == "plugin":
         notes.append("its operators have no definitions, so it cannot be run here: TensorRT with the plugin runs it")
@@ -94,7 +99,7 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
 def _of_session(path: Path, progress: Callable[[str], None]) -> Iterator[Finding]:
     """What ONNX Runtime makes of the file."""
     try:
-        session = open_session(path)
+        session = open_session(network_of(path))
     except UserError as error:
         if found := _FLOAT64.search(error.message):
             yield Finding.of("float64-position", f"ONNX Runtime: {found[0]}", found[1])

@@ -121,9 +121,10 @@ MESSAGES: dict[str, Message] = {
             r"Unsupported ONNX data type: (?P<type>U?INT8|U?INT16)\b",
             r"Found unsupported input type of (?P<type>\w+)",
         ),
-        "an input of the file is of a type that TensorRT takes no images in",
-        "Make the input float32 or float16, and turn images to floats before it: acmix-deploy export writes such a "
-        "file, and detect and serve feed it.",
+        "an input of the file is of a type that this TensorRT takes no images in, or that another node than a Cast "
+        "reads: uint8 is taken since 8.5, and a Cast has to read it",
+        "Make the input float32 or float16, or take the file of acmix-deploy export --input uint8, whose first node "
+        "is that Cast.",
     ),
     "computed-pads": Message(
         "TensorRT",
@@ -172,6 +173,14 @@ MESSAGES: dict[str, Message] = {
         "TensorRT found no kernel for this layer that runs",
         "Where tactics were skipped for lack of memory before it, give it more. Else the layer is of a type that this "
         "TensorRT does not compute on this device: build without --fp16, or with a newer TensorRT.",
+    ),
+    "no-runners": Message(
+        "TensorRT",
+        "Error Code 2: Internal Error (Assertion !layerImpls.empty() failed. node_of_selected_167 has no runners that "
+        "implement it In getSupportedFormats at /_src/optimizer/builder/tacticSupply.cpp:48)",
+        (r"Assertion !layerImpls\.empty\(\) failed\. (?P<node>\S+) has no runners that implement it",),
+        "this TensorRT, such as TensorRT-RTX for NonMaxSuppression, reads the operator and has nothing that runs it",
+        "Build it with TensorRT. A file without suppression of boxes is exported without --nms.",
     ),
     "tactic-memory": Message(
         "TensorRT",

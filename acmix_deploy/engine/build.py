@@ -22,10 +22,10 @@ from acmix_deploy.forms import refused, to_form
 from acmix_deploy.graph import name_nodes, read, with_weights
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
 from acmix_deploy.runtime import hints
-from acmix_deploy.runtime.inputs import Shapes
+from acmix_deploy.runtime.inputs import Shapes, channels_first, channels_last
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import out_of_memory
-from acmix_deploy.targets import Form, Precision, Target, target_of
+from acmix_deploy.targets import UNBUILT_BY_RTX, Form, Precision, Target, target_of
 
 _RTX_AS_TENSORRT = (11, 0)  # what TensorRT-RTX reads and how it types is TensorRT 11's
 _IMAGES = "images"  # the only input that Ultralytics feeds
@@ -96,6 +96,11 @@ def build(
             f"{source} is quantised with zero points other than 0 ({onnx_file.some(nodes)}), for ONNX Runtime on a "
             "CPU; TensorRT reads none",
             "Quantise the float file again, without --for onnxruntime.",
+        )
+    if machine.backend == "tensorrt_rtx" and (unbuilt := {node.op_type for node in model.graph.node} & UNBUILT_BY_RTX):
+        raise UserError(
+            f"{source} has {', '.join(sorted(unbuilt))}, which TensorRT-RTX reads and cannot build",
+            "Build it with TensorRT, --backend tensorrt, or export the file without --nms.",
         )
     if fp16 and found.strongly_typed:
         raise UserError(
@@ -235,7 +240,7 @@ def _flags(model: onnx.ModelProto, target: Target, fp16: bool) -> list[str]:
 
 
 def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """The three shapes of each input with free axes.
+    """The three shapes of each input with free axes, as the file has them.
 
     Raises:
         UserError: an axis is free and there are no shapes, or the shapes do not fit the file or each other.
@@ -244,7 +249,7 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
     fixed = []
     metadata = ModelMetadata.of(model)
     for value in onnx_file.inputs(model):
-        declared = onnx_file.shape(value)
+        declared = _images(onnx_file.shape(value), metadata)
         free = [f"{axis} ({size})" for axis, size in enumerate(declared) if not isinstance(size, int)]
         fixed += [f"{value.name} {list(declared)}"] * (not free)
         if not free:
@@ -263,12 +268,19 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
         smallest, usual, largest = map(tuple, shapes)
         if not all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True)):
             raise UserError(f"--min {smallest}, --opt {usual} and --max {largest} do not grow from one to the next")
+        if metadata.pixels:
+            smallest, usual, largest = map(channels_last, shapes)
         found[value.name] = (smallest, usual, largest)
     if shapes is not None and not found:
         raise UserError(
             f"{source} has no free axis: {', '.join(fixed)}", "Leave out --min, --opt and --max, or export --dynamic."
         )
     return found
+
+
+def _images(shape: tuple[int | str, ...], metadata: ModelMetadata) -> tuple[int | str, ...]:
+    """Sizes of an input, of images as [B, C, H, W] whatever the file takes."""
+    return channels_first(shape) if metadata.pixels and len(shape) == 4 else shape
 
 
 def _header(

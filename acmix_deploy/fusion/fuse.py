@@ -22,6 +22,7 @@ from acmix_deploy.fusion.sizes import sources
 from acmix_deploy.graph import count_nodes, rewrite, with_weights
 from acmix_deploy.onnx_file import counted, fused_nodes
 from acmix_deploy.options import ConvBranchChoice
+from acmix_deploy.processing import attach, detach
 
 AUTO_BRANCH: ConvBranch = "dense"
 """What "auto" means. In a prototype on a GPU the dense form was 1.5 to 2.8 times faster (docs/benchmarks.md); the CPU
@@ -111,6 +112,7 @@ def fuse(
     """
     check_output(target, source)
     model, inlined = load(source)
+    around = detach(model)
     graph = gs.import_onnx(model)
     before = list(graph.nodes)
     already = Counter(node.op_type for node in fused_nodes(model))
@@ -153,6 +155,7 @@ def fuse(
                 raise CheckFailed(f"the fused file cannot be used: {error.message}") from error
     progress("loading the fused file")
     report = report.model_copy(update={"unproven": refusal(fused, model, source, fusion.inputs)})
+    attach(fused, around)
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
     settings = {"conv_branch": conv_branch}

@@ -18,6 +18,7 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import Feeds, fed, name_nodes, names_read, read, tidied, with_weights
 from acmix_deploy.options import FLOAT32
+from acmix_deploy.processing import attach, detach
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, SMALLEST_HALF, largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import precision_of, why_refused
 
@@ -73,7 +74,9 @@ def to_fp16(
     check_output(target, source)
     model = read(source)
     check_float32(model, source)
+    around = detach(model)
     typed, report = halved(model, fp16_io=fp16_io, float32=float32, samples=samples)
+    attach(typed, around)
     with replacing(target) as temporary:
         onnx.save(typed, temporary)
         if (refused := why_refused(temporary)) and not why_refused(source):

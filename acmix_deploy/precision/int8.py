@@ -34,9 +34,13 @@ from acmix_deploy.precision.pairs import RANK, between, ends, insert
 from acmix_deploy.precision.ranges import bounds, calibrate
 from acmix_deploy.precision.samples import Samples, doubts
 from acmix_deploy.precision.search import Excluded, Goal, Judge, SearchReport, search
+from acmix_deploy.processing import attach, detach, network_of
+from acmix_deploy.runtime.inputs import as_images
 from acmix_deploy.runtime.metrics import Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
 from acmix_deploy.targets import Int8Scheme
+
+Model = Path | onnx.ModelProto
 
 _COMPUTE = (*RANK, "ConvTranspose")
 _CHANNEL_SCALES, _FLOAT16_SCALES = 13, 19  # opsets from which scales can be so
@@ -161,12 +165,14 @@ def quantize(
     check_output(target, source)
     if fp16 and scheme == "uint8":
         raise UserError("a file for ONNX Runtime on a CPU keeps in float32 what is not INT8", "Leave out --fp16.")
-    session = open_session(source)
+    network = network_of(source)
+    session = open_session(network)
     metadata = metadata_of(session)
     shapes = {node.name: node.shape for node in session.get_outputs()}
     if metadata.detects and (unlike := unlike_told(metadata, shapes)):
         raise no_detector(str(source), unlike)
     model = _load(source, opset=_FLOAT16_SCALES if fp16 else _CHANNEL_SCALES)
+    around = detach(model)
     chosen = choose_layers(model, exclude, quantize_head=quantize_head)
     attention = [node.name for node in custom_nodes(model)]
     if fp16:
@@ -180,7 +186,7 @@ def quantize(
         progress("measuring the float file")
         judge = goal.judge(source, shape)
     progress("looking at the calibration images")
-    notes = doubts(images, source)
+    notes = doubts(images, network)
     progress(f"calibrating on {len(images.paths)} images")
 
     def integer(layers: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
@@ -219,9 +225,11 @@ def quantize(
     excluded = frozenset(found.excluded) if found else Excluded()
     try:
         with replacing(target) as temporary:
-            onnx.save(typed(excluded), temporary)
+            quantized = typed(excluded)
+            attach(quantized, around)
+            onnx.save(quantized, temporary)
             progress("measuring the outputs")
-            outputs = _compare(source, temporary, samples, metadata)
+            outputs = _compare(str(source), network, network_of(temporary), samples, metadata)
     except UserError as error:  # a full disk
         if excluded:
             again = " ".join(f"--exclude {shlex.quote(name)}" for name in sorted(excluded))
@@ -388,7 +396,7 @@ def _shape(
     session: Any, source: Path, metadata: ModelMetadata, image_size: tuple[int, int] | None
 ) -> tuple[int, int, int, int]:
     """[B, 3, H, W] to calibrate with. Raises UserError where the file takes something else."""
-    inputs = inputs_of(session)
+    inputs = [as_images(node, metadata.pixels) for node in inputs_of(session)]
     if len(inputs) != 1 or len(inputs[0].dims) != 4:
         found = ", ".join(f"{node.name} {list(node.dims)}" for node in inputs)
         raise UserError(f"one image input [B, 3, H, W] is expected; {source} takes {found}")
@@ -430,18 +438,20 @@ def _measure(
     return [(node, float(np.sqrt(error / (power or 1)))) for node, (error, power) in zip(order, powers, strict=True)]
 
 
-def _compare(source: Path, target: Path, samples: Sequence[Feeds], metadata: ModelMetadata) -> dict[str, Deviation]:
+def _compare(
+    name: str, source: Model, target: Model, samples: Sequence[Feeds], metadata: ModelMetadata
+) -> dict[str, Deviation]:
     """The distance of every output from the float file's, and of the parts of those whose parts are known."""
 
-    def outputs(path: Path) -> Feeds:
-        session = open_session(runnable(path))
+    def outputs(model: Model) -> Feeds:
+        session = open_session(runnable(model))
         runs = zip(*(session.run(None, feed) for feed in samples), strict=True)
         names = [value.name for value in session.get_outputs()]
         return {name: np.concatenate(arrays) for name, arrays in zip(names, runs, strict=True)}
 
     expected, actual = outputs(source), outputs(target)
     if metadata.detects and (unlike := unlike_detector(metadata, expected)):
-        raise no_detector(str(source), unlike)
+        raise no_detector(name, unlike)
     head = known_head(metadata, expected)
     expected, actual = paired(head, expected, actual, NEAR["int8"])
     found = {name: deviation(array, actual[name]) for name, array in expected.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from acmix_deploy.detection.boxes import CONFIDENCE, decode, unlike_detector
@@ -53,7 +54,7 @@ class Samples(NamedTuple):
         return ({self.input: batch.images} for batch in self.batches())
 
 
-def doubts(samples: Samples, model: Path) -> list[str]:
+def doubts(samples: Samples, model: Path | onnx.ModelProto) -> list[str]:
     """A sentence for each reason why a float model should not be calibrated on these images."""
     found = []
     count = len(samples.paths)
@@ -92,7 +93,7 @@ def _without_border(image: NDArray[np.float32], placement: Placement) -> NDArray
     return image[:, top : placement.top + placement.fitted[0], left : placement.left + placement.fitted[1]]
 
 
-def _sees_nothing(samples: Samples, model: Path) -> bool:
+def _sees_nothing(samples: Samples, model: Path | onnx.ModelProto) -> bool:
     """Whether a detector finds nothing at all; False where it is none."""
     session = open_session(model)
     names = [node.name for node in session.get_outputs()]

@@ -24,7 +24,7 @@ from acmix_deploy.options import Provider
 from acmix_deploy.profile.layers import Blocks, Layer, block_of, blocks_of, nodes_in, onnx_layers
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.runtime.cuda import Event
-from acmix_deploy.runtime.inputs import Input, random_images
+from acmix_deploy.runtime.inputs import Input, as_taken, random_images
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import PROVIDERS, open_session, usable_cores
@@ -288,6 +288,7 @@ def _feed(file: Path, opened: Model, setup: Setup) -> dict[str, Array]:
         else:
             images = random_images(shape)
         feed[name] = images.astype(dtype)
+    feed = as_taken(feed, opened.metadata.pixels)
     return feed
 
 

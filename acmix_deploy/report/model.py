@@ -119,7 +119,9 @@ def next_steps(
     shapes = exported.shapes_to_build
     file, reference = artifacts[role].path.name, artifacts["fused"].path.name
     if target:
-        return target_steps(target, reference, precision, shapes, exported.inputs[0].name, detector=detector)
+        image = exported.inputs[0]
+        pixels = image.dtype == "uint8"
+        return target_steps(target, reference, precision, shapes, image.name, pixels=pixels, detector=detector)
     model = read(artifacts[role].path, weights=False)
     if unread := onnx_file.unread(model, NEWEST):
         return obstacles(file, unread)

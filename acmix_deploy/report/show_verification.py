@@ -13,7 +13,8 @@ _SHOWN = 8  # pairs of the worst image that do not match
 
 def show_verification(verification: Verification, console: Console) -> None:
     """Print the errors of outputs, the changes of detections, the ranges of float16 and the notes."""
-    console.print(errors(verification))
+    if verification.comparisons:
+        console.print(errors(verification))
     if verification.detections:
         console.print(detections(verification))
     for found in verification.detections:

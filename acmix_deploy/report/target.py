@@ -8,7 +8,7 @@ from pathlib import Path
 
 from acmix_deploy import onnx_file
 from acmix_deploy.forms import TargetReport
-from acmix_deploy.runtime.inputs import Shapes
+from acmix_deploy.runtime.inputs import Shapes, channels_last
 from acmix_deploy.targets import RUNTIMES, Precision, Target, target_named
 
 
@@ -21,7 +21,14 @@ def plugin_notes(target: TargetReport) -> list[str]:
 
 
 def target_steps(
-    made: TargetReport, reference: str, precision: Precision, shapes: Shapes | None, image: str, *, detector: bool
+    made: TargetReport,
+    reference: str,
+    precision: Precision,
+    shapes: Shapes | None,
+    image: str,
+    *,
+    pixels: bool = False,
+    detector: bool,
 ) -> tuple[str, ...]:
     """What to run on the machine that a file was made for or, in its place, what keeps it from being read there.
 
@@ -31,6 +38,7 @@ def target_steps(
         precision: what the engine is to compute in.
         shapes: to build for, where axes are free.
         image: name of the input.
+        pixels: whether that takes images [B, H, W, 3] in uint8.
         detector: whether detections can be compared.
     """
     if made.unread:
@@ -40,7 +48,8 @@ def target_steps(
     target = target_named(made.name)
     plugin = made.form != "plain"
     carried = [made.file, reference] if target.package else [made.file]
-    by_trtexec = _trtexec(made.file, target, precision, shapes, image, plugin=plugin)
+    taken = [*map(channels_last, shapes)] if shapes and pixels else shapes
+    by_trtexec = _trtexec(made.file, target, precision, taken, image, plugin=plugin)
     if target.package:
         permitted = " --fp16" * (precision != "float32" and not target.strongly_typed)
         commands = [*engine_steps(made.file, reference, shapes, options=permitted, plugin=plugin, detector=detector)]
@@ -93,7 +102,13 @@ def engine_steps(
 
 
 def _trtexec(
-    file: str, target: Target, precision: Precision, shapes: Shapes | None, image: str, *, plugin: bool
+    file: str,
+    target: Target,
+    precision: Precision,
+    shapes: Sequence[Sequence[int]] | None,
+    image: str,
+    *,
+    plugin: bool,
 ) -> str:
     words = ["trtexec", *target.trtexec(file, _engine(file), precision, shapes, image)]
     if plugin:

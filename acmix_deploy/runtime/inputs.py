@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.errors import UserError
+from acmix_deploy.runtime.metrics import Array
 
 AXES = {"batch": 0, "height": 2, "width": 3}
 """The axes of an image input [B, C, H, W] that may be free, by their names."""
@@ -19,6 +20,7 @@ Shapes = tuple[Shape, Shape, Shape]
 """Smallest, usual and largest shape of an input with free axes."""
 
 Images = NDArray[np.float32]
+T = TypeVar("T")
 
 
 class Input(NamedTuple):
@@ -31,13 +33,34 @@ class Input(NamedTuple):
     @property
     def image_dims(self) -> tuple[int | str | None, ...]:
         """The axes of an image input as [B, C, H, W], also where it is [B, H, W, C] in uint8."""
-        if self.dtype == np.uint8 and len(self.dims) == 4:
-            batch, height, width, channels = self.dims
-            return batch, channels, height, width
-        return self.dims
+        return channels_first(self.dims) if self.dtype == np.uint8 and len(self.dims) == 4 else self.dims
 
     def __str__(self) -> str:
         return f"{self.name} [{', '.join(map(str, self.dims))}] {self.dtype}"
+
+
+def channels_first(dims: Sequence[T]) -> tuple[T, ...]:
+    """Axes of images [B, H, W, C] as [B, C, H, W]."""
+    batch, height, width, channels = dims
+    return batch, channels, height, width
+
+
+def channels_last(dims: Sequence[T]) -> tuple[T, ...]:
+    """Axes of images [B, C, H, W] as [B, H, W, C]."""
+    batch, channels, height, width = dims
+    return batch, height, width, channels
+
+
+def as_images(node: Input, order: Pixels | None) -> Input:
+    """An input that takes pixels as :func:`as_taken` is given it: [B, C, H, W] in float32; any other as it is."""
+    return node._replace(dims=channels_first(node.dims), dtype=np.dtype(np.float32)) if order else node
+
+
+def as_taken(feed: Mapping[str, Array], order: Pixels | None) -> dict[str, Array]:
+    """Arrays as a file takes them: of one that takes pixels images in floats become these. Raises as_pixels' errors."""
+    return {
+        name: as_pixels(array, order) if order and array.dtype != np.uint8 else array for name, array in feed.items()
+    }
 
 
 def trial_shapes(dims: Sequence[int | str | None], example: Sequence[int], divisor: int = 1) -> list[Shape]:
@@ -110,7 +133,7 @@ def random_images(shape: Shape, seed: int = 0) -> Images:
     return np.asarray(levels / np.float32(255), np.float32)
 
 
-def as_pixels(images: Images, order: Pixels) -> NDArray[np.uint8]:
+def as_pixels(images: Array, order: Pixels) -> NDArray[np.uint8]:
     """Images [B, 3, H, W] in RGB, levels k / 255, as [B, H, W, 3] in uint8, channels in this order.
 
     Raises:

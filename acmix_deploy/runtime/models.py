@@ -15,7 +15,7 @@ from acmix_deploy.files import expect
 from acmix_deploy.manifest import Shape, read_manifest
 from acmix_deploy.options import Provider
 from acmix_deploy.runtime import tensorrt
-from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.inputs import Input, as_images, channels_first
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, onnx_runner, open_session, precision_of
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import Precision
@@ -27,11 +27,13 @@ class Model(NamedTuple):
     runner: BaseRunner
     """Takes and gives arrays by name while it is active; nothing is held before and after."""
     inputs: tuple[Input, ...]
+    """What the runner takes; of a file that takes pixels images in floats, which it turns to these."""
     precision: Precision | None
     """None of an engine of which nobody knows."""
     metadata: ModelMetadata
     profiles: Mapping[str, tuple[Shape, Shape, Shape]]
-    """Smallest, usual and largest shape of an engine's inputs with free axes; ONNX files have no such limits."""
+    """Smallest, usual and largest shape of an engine's inputs with free axes, images as [B, C, H, W]; ONNX files have
+    no such limits."""
 
     def usual_shape(self, name: str) -> Shape:
         """The shape to run an image input at where nobody says: what the engine is built for, else what the
@@ -64,11 +66,12 @@ def open_model(
     """
     if expect(path, "onnx", "engine") == "onnx":
         session = open_session(path, provider=provider, plugin=plugin, engines=engines)
+        metadata = metadata_of(session)
         return Model(
             runner=onnx_runner(path, name or path.name, provider=provider, plugin=plugin),
-            inputs=tuple(inputs_of(session)),
+            inputs=tuple(as_images(node, metadata.pixels) for node in inputs_of(session)),
             precision=precision_of(path),
-            metadata=metadata_of(session),
+            metadata=metadata,
             profiles={},
         )
     if not sidecar(path).is_file():
@@ -78,10 +81,16 @@ def open_model(
             f"Ultralytics built, on the machine that it fits: acmix-deploy adopt {path}",
         )
     manifest = read_manifest(path)
+    order, profiles = manifest.metadata.pixels, manifest.profiles
+    if order:
+        profiles = {
+            name: (channels_first(low), channels_first(usual), channels_first(high))
+            for name, (low, usual, high) in profiles.items()
+        }
     return Model(
         runner=EngineRunner(path, plugin, name),
-        inputs=tensorrt.inputs_of(manifest),
+        inputs=tuple(as_images(node, order) for node in tensorrt.inputs_of(manifest)),
         precision=manifest.precision,
         metadata=manifest.metadata,
-        profiles=manifest.profiles,
+        profiles=profiles,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import onnxruntime
 from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
 
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.options import Provider
 from acmix_deploy.runtime import hints
-from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.inputs import Input, as_images, as_taken
+from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.refusals import refused, unreadable
 from acmix_deploy.targets import Precision
@@ -173,6 +176,27 @@ def ir_version(opset: int) -> int:
     return 8 if opset <= 18 else 10
 
 
+class OnnxRunner(OnnxrtRunner):  # type: ignore[misc]
+    """Polygraphy's runner of a session, which feeds a file that takes pixels with images in floats too."""
+
+    sess: onnxruntime.InferenceSession
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Names, types and shapes of the inputs; of pixels those of images in floats."""
+        metadata, order = TensorMetadata(), metadata_of(self.sess).pixels
+        for node in (as_images(node, order) for node in inputs_of(self.sess)):
+            metadata.add(node.name, dtype=node.dtype, shape=node.dims)
+        return metadata
+
+    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name. The inference time is that of the session alone."""
+        feed = as_taken(feed_dict, metadata_of(self.sess).pixels)
+        start = time.perf_counter()
+        outputs = self.sess.run(None, feed)
+        self.inference_time = time.perf_counter() - start
+        return {node.name: array for node, array in zip(self.sess.get_outputs(), outputs, strict=True)}
+
+
 def onnx_runner(
     model: Model,
     name: str,
@@ -180,9 +204,9 @@ def onnx_runner(
     *,
     provider: Provider = "cpu",
     plugin: Path | None = None,
-) -> OnnxrtRunner:
-    """Polygraphy's runner of a model; its session lives from activation to deactivation only."""
-    return OnnxrtRunner(lambda: open_session(model, threads, provider=provider, plugin=plugin), name=name)
+) -> OnnxRunner:
+    """A runner of a model; its session lives from activation to deactivation only."""
+    return OnnxRunner(lambda: open_session(model, threads, provider=provider, plugin=plugin), name=name)
 
 
 def inputs_of(session: onnxruntime.InferenceSession) -> list[Input]:

@@ -23,7 +23,7 @@ from acmix_deploy.engine_file import read_engine
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.manifest import EngineTensor, Manifest, Shape, read_fitting
 from acmix_deploy.runtime import cuda, hints
-from acmix_deploy.runtime.inputs import Input
+from acmix_deploy.runtime.inputs import Input, as_images, as_taken, channels_first
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.reason import out_of_memory
 
@@ -142,9 +142,9 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         self._held.close()
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        """Names, types and shapes of the inputs; free axes are None."""
+        """Names, types and shapes of the inputs, of pixels those of images in floats; free axes are None."""
         metadata = TensorMetadata()
-        for node in inputs_of(self.manifest):
+        for node in (as_images(node, self.manifest.metadata.pixels) for node in inputs_of(self.manifest)):
             metadata.add(node.name, dtype=node.dtype, shape=node.dims)
         return metadata
 
@@ -173,7 +173,8 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         """Put arrays where :meth:`upload` takes them from; memory is allotted when their shapes change.
 
         Args:
-            feed: an array for each input, of the input's own type; float32 becomes float16 where that is wanted.
+            feed: an array for each input, of the input's own type; float32 becomes float16 where that is wanted, and
+                images in floats become pixels, see :func:`as_taken`.
 
         Raises:
             UserError: other inputs, types or shapes than the engine was built for, or an output whose shape depends
@@ -183,6 +184,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         wanted = {node.name: node for node in inputs_of(self.manifest)}
         if feed.keys() != wanted.keys():
             raise UserError(f"{self.name} takes {', '.join(wanted)}, and is given {', '.join(feed) or 'nothing'}")
+        feed = as_taken(feed, self.manifest.metadata.pixels)
         for name, array in feed.items():
             dtype = wanted[name].dtype
             if array.dtype != dtype and not (array.dtype == np.float32 and dtype == np.float16):
@@ -295,7 +297,8 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
                     f"input {tensor.name} of {self.name} is built for {built}, and is given {list(shape)}",
                     hints.OTHER_SHAPE,
                 )
-            self.manifest.metadata.check_size(self.name, shape)
+            images = channels_first(shape) if self.manifest.metadata.pixels else shape
+            self.manifest.metadata.check_size(self.name, images)
 
     def _made(self, what: str, made: Any) -> Any:
         if made is None:

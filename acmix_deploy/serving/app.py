@@ -25,9 +25,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from acmix_deploy import __version__
 from acmix_deploy.detection import pictures
 from acmix_deploy.detection.boxes import Detection, named
 from acmix_deploy.detection.images import decode
+from acmix_deploy.detection.metadata import Task
 from acmix_deploy.document import Document
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.runtime.onnxruntime import usable_cores
@@ -51,7 +53,9 @@ _OPEN = frozenset({"/", "/healthz", "/readyz"})  # to everyone, also where there
 _CLIENT_GONE = 499  # as nginx logs it
 _SECURITY = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; "
-    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
 }
 
 
@@ -69,6 +73,23 @@ class DetectResponse(Document):
     document: Literal["detect response"] = "detect response"
     model: str = Field(description="name of the model")
     images: list[Found] = Field(description="in the order of the request")
+
+
+class ModelResponse(Document):
+    """The answer to ``GET /v1/model``."""
+
+    document: Literal["model response"] = "model response"
+    model: str = Field(description="name of the model")
+    version: str = Field(description="of acmix-deploy, which serves it")
+    task: Task = Field(description="what it finds")
+    classes: dict[int, str] = Field(description="names by index; none where the file tells none")
+    width: int = Field(description="of the model's input in pixels, to which pictures are fitted")
+    height: int = Field(description="of the model's input in pixels")
+    max_batch: int = Field(description="pictures in a run at most")
+    confidence: float = Field(
+        description="score that detections are above; 0 of classify, whose best classes are told whatever their scores"
+    )
+    max_bytes: int = Field(description="in the body of a request")
 
 
 class Metrics:
@@ -125,6 +146,7 @@ class Api:
             Route("/healthz", self.alive),
             Route("/readyz", self.ready),
             Route("/metrics", self.tell_metrics),
+            Route("/v1/model", self.model),
             Route("/v1/detect", self.detect, methods=["POST"]),
             Route("/v1/reload", self.reload, methods=["POST"]),
             Route("/v2", self.kserve_server),
@@ -176,17 +198,39 @@ class Api:
         """For Prometheus."""
         return Response(generate_latest(self.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
+    async def model(self, request: Request) -> Response:
+        """What is served."""
+        served = self.batcher.served
+        height, width = served.input_shape[2:]
+        return _json(
+            ModelResponse(
+                model=served.name,
+                version=__version__,
+                task=served.task,
+                classes=served.names,
+                width=width,
+                height=height,
+                max_batch=served.max_batch,
+                confidence=served.confidence,
+                max_bytes=MAX_BODY,
+            )
+        )
+
     async def detect(self, request: Request) -> Response:
-        """Pictures in, boxes out."""
+        """Pictures in, boxes out, and in Server-Timing the time of each step."""
+        steps = _Steps()
         async with _body(request, self._bodies, self.batcher.limits.deadline) as body:
             files = await _files(request, body, self._most)
+            steps.end("read")
             pixels = sum(map(pictures.pixels, files))
             if pixels > MAX_DECODED:
                 raise HTTPException(413, f"at most {MAX_DECODED / 1e6:.1f} million pixels are taken in a request")
             with self.batcher.places.hold(len(files)), self._decoded.hold(pixels):
                 with anyio.fail_after(self.batcher.limits.deadline):
                     images = [await run_sync(decode, file, limiter=self._threads) for file in files]
-                found = await self.batcher.detect(images)
+                steps.end("decode")
+                found, times = await self.batcher.detect(images)
+                steps.tell({"wait": times.waited, "copy": times.copied, **times.ran})
         served = self.batcher.served
         response = DetectResponse(
             model=served.name,
@@ -195,7 +239,10 @@ class Api:
                 for image, boxes in zip(images, found, strict=True)
             ],
         )
-        return Response(response.model_dump_json(by_alias=True, exclude_none=True), media_type="application/json")
+        answer = _json(response)
+        steps.end("encode")
+        answer.headers["server-timing"] = steps.header()
+        return answer
 
     async def reload(self, request: Request) -> Response:
         """Serve the model's file as it is now."""
@@ -242,6 +289,27 @@ class Api:
             raise HTTPException(404, f"there is the model {served} in version 1 alone")
 
 
+class _Steps:
+    """The seconds of a request's steps, from its head on."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """A step is over, which began where the last one ended."""
+        self.tell({name: time.perf_counter() - self._began})
+
+    def tell(self, seconds: Mapping[str, float]) -> None:
+        """Steps are over whose time was taken elsewhere."""
+        self._seconds |= seconds
+        self._began = time.perf_counter()
+
+    def header(self) -> str:
+        """The value of Server-Timing, in milliseconds. Source: W3C, Server Timing, section 3."""
+        return ", ".join(f"{name};dur={1e3 * seconds:.2f}" for name, seconds in self._seconds.items())
+
+
 class _Observed:
     """Around everything: a request's id, whether its sender may, its line in the log, its metrics."""
 
@@ -279,6 +347,10 @@ class _Observed:
             told = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             client = (scope.get("client") or ("",))[0]
             access.info("request", extra={"told": {**told, "ms": round(1e3 * seconds, 1), "client": client}})
+
+
+def _json(document: Document) -> Response:
+    return Response(document.model_dump_json(by_alias=True, exclude_none=True), media_type="application/json")
 
 
 def _carries(headers: Headers, token: str) -> bool:

@@ -18,7 +18,7 @@ from acmix_deploy.detection.heads import Array
 from acmix_deploy.detection.images import Image
 from acmix_deploy.errors import AcmixDeployError, CheckFailed
 from acmix_deploy.serving.detector import Feed
-from acmix_deploy.serving.worker import Died, Served, Setup, Worker
+from acmix_deploy.serving.worker import Died, Seconds, Served, Setup, Worker
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -69,6 +69,17 @@ class Limits(NamedTuple):
     """Images that are waiting or running at most."""
     deadline: float = 10.0
     """Seconds for a head, a body, its pictures and the answer, each; a model that takes longer is taken for hung."""
+
+
+class Times(NamedTuple):
+    """Of a request, in seconds."""
+
+    waited: float
+    """Until its run began: for others to fill a batch, and for runs before."""
+    copied: float
+    """On the way to the model's process and back."""
+    ran: Seconds
+    """In that process, by step, with what others had in the same run."""
 
 
 class _Job(NamedTuple):
@@ -122,19 +133,21 @@ class Batcher:
         if self._worker:
             self._worker.close()
 
-    async def detect(self, images: Sequence[Image]) -> list[Detections]:
+    async def detect(self, images: Sequence[Image]) -> tuple[list[Detections], Times]:
         """What is in each of the images, which stay together in one run where they fit. The caller holds their places.
 
         Raises:
             Expired, Unavailable: there is no answer.
             AcmixDeployError: see :class:`acmix_deploy.serving.detector.Detector`.
         """
-        found: list[Detections] = await self._put(images, None)
-        return found
+        found: list[Detections]
+        found, times = await self._put(images, None)
+        return found, times
 
     async def infer(self, feed: Feed) -> dict[str, Array]:
         """The raw outputs for arrays of the model's inputs, in a run of their own; otherwise as :meth:`detect`."""
-        outputs: dict[str, Array] = await self._put((), feed)
+        outputs: dict[str, Array]
+        outputs, _ = await self._put((), feed)
         return outputs
 
     async def ready(self) -> bool:
@@ -162,14 +175,15 @@ class Batcher:
             if old:
                 await asyncio.to_thread(old.close)
 
-    async def _put(self, images: Sequence[Image], feed: Feed | None) -> Any:
+    async def _put(self, images: Sequence[Image], feed: Feed | None) -> tuple[Any, Times]:
         job = _Job(images, feed, asyncio.get_running_loop().create_future(), _now())
         self._jobs.append(job)
         self._arrived.set()
         try:
-            return await asyncio.wait_for(job.answer, self.limits.deadline)
+            answer: tuple[Any, Times] = await asyncio.wait_for(job.answer, self.limits.deadline)
         except asyncio.TimeoutError as error:
             raise Expired(f"there was no answer in {self.limits.deadline:g} s") from error
+        return answer
 
     async def _dispatch(self) -> None:
         while True:
@@ -222,17 +236,18 @@ class Batcher:
                 worker = self._worker or await self._started()
                 start = _now()
                 try:
-                    results = await _within(self.limits.deadline, worker, partial(_work, jobs))
+                    results, ran = await _within(self.limits.deadline, worker, partial(_work, jobs))
                 except Died as error:
                     log.error("%s", error)
                     self._worker = None
                     await asyncio.to_thread(worker.close)
                     continue
                 self._answered = _now()
-                self._observe(sum(len(job.images) for job in jobs), self._answered - start)
+                seconds = self._answered - start
+                self._observe(sum(len(job.images) for job in jobs), seconds)
                 for job, result in zip(jobs, results, strict=True):
                     if not job.answer.done():
-                        job.answer.set_result(result)
+                        job.answer.set_result((result, Times(start - job.arrived, seconds - sum(ran.values()), ran)))
                 return
         raise Unavailable("the model ended while it worked on this")
 
@@ -282,12 +297,14 @@ async def _within(seconds: float, worker: Worker, work: Callable[[Worker], T]) -
     return await running
 
 
-def _work(jobs: Sequence[_Job], worker: Worker) -> list[Any]:
-    """The results of jobs that go into one run."""
+def _work(jobs: Sequence[_Job], worker: Worker) -> tuple[list[Any], Seconds]:
+    """The results of jobs that go into one run, and its time in the process of the model."""
     if jobs[0].feed is not None:
-        return [worker.infer(jobs[0].feed)]
-    found = iter(worker.detect([image for job in jobs for image in job.images]))
-    return [[*islice(found, len(job.images))] for job in jobs]
+        outputs, seconds = worker.infer(jobs[0].feed)
+        return [outputs], seconds
+    answer, seconds = worker.detect([image for job in jobs for image in job.images])
+    found = iter(answer)
+    return [[*islice(found, len(job.images))] for job in jobs], seconds
 
 
 def _difference(old: Served, new: Served) -> str:

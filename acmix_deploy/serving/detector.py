@@ -226,6 +226,17 @@ class Detector:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise CheckFailed(f"{self.name} fails on {shapes}: {reason(error)}") from error
 
+    @property
+    def note(self) -> str:
+        """What is to be said of :attr:`confidence`; empty where there is nothing."""
+        suppression = self._metadata.suppression
+        if not suppression or self.confidence >= suppression.confidence:
+            return ""
+        return (
+            f"{self.name} suppresses boxes and gives none of a score up to {suppression.confidence:g}, so those from "
+            f"{self.confidence:g} on are missing"
+        )
+
     def close(self) -> None:
         """Free what the model holds. It cannot run any more."""
         self._run = _closed
@@ -286,7 +297,7 @@ def _open_engine(path: Path, plugin: Path | None) -> Opened:
     runner: EngineRunner = held.enter_context(model.runner)
     return Opened(
         run=runner.infer,
-        inputs=model.inputs,
+        inputs=tensorrt.inputs_of(runner.manifest),
         outputs=tensorrt.outputs_of(runner.manifest),
         metadata=model.metadata,
         profiles=model.profiles,

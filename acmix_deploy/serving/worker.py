@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
@@ -20,12 +21,17 @@ from acmix_deploy.artifacts import read_artifact, sidecar
 from acmix_deploy.detection.boxes import Detections
 from acmix_deploy.detection.heads import Array
 from acmix_deploy.detection.images import Image
+from acmix_deploy.detection.metadata import Task
 from acmix_deploy.errors import AcmixDeployError, CheckFailed
 from acmix_deploy.process import ending
 from acmix_deploy.runtime.inputs import Input, Shape
 
 if TYPE_CHECKING:
     from acmix_deploy.serving.detector import Detector, Feed
+
+
+Seconds = dict[str, float]
+"""By the name of a step."""
 
 
 class Setup(NamedTuple):
@@ -49,6 +55,9 @@ class Served(NamedTuple):
     input_shape: Shape
     max_batch: int
     """Images in one run."""
+    task: Task
+    confidence: float
+    """Score that detections are above; 0 for "classify", of which the best classes are told whatever their scores."""
 
 
 class Died(Exception):
@@ -91,14 +100,17 @@ class Worker:
         served: Served = self._ask(self._setup)
         return served
 
-    def detect(self, images: Sequence[Image]) -> list[Detections]:
-        """What is in each of the images; see :class:`Detector` for what this raises, and Died."""
-        found: list[Detections] = self._ask(("detect", list(images)))
+    def detect(self, images: Sequence[Image]) -> tuple[list[Detections], Seconds]:
+        """What is in each of the images, and how long that took in the process, without the way there and back.
+
+        See :class:`Detector` for what this raises, and Died.
+        """
+        found: tuple[list[Detections], Seconds] = self._ask(("detect", list(images)))
         return found
 
-    def infer(self, feed: Feed) -> dict[str, Array]:
-        """The raw outputs; see :meth:`Detector.infer` for what this raises, and Died."""
-        outputs: dict[str, Array] = self._ask(("infer", dict(feed)))
+    def infer(self, feed: Feed) -> tuple[dict[str, Array], Seconds]:
+        """The raw outputs, and the time, as of :meth:`detect`; raises what :meth:`Detector.infer` does, and Died."""
+        outputs: tuple[dict[str, Array], Seconds] = self._ask(("infer", dict(feed)))
         return outputs
 
     def kill(self) -> None:
@@ -144,7 +156,9 @@ def serve(connection: Connection) -> None:
                 else:
                     assert detector
                     kind, given = request
-                    answer = detector(given) if kind == "detect" else detector.infer(given)
+                    start = time.perf_counter()
+                    result = detector(given) if kind == "detect" else detector.infer(given)
+                    answer = result, {"model": time.perf_counter() - start}
             except AcmixDeployError as error:
                 answer = error
             except Exception as error:
@@ -161,7 +175,16 @@ def tried(detector: Detector, max_batch: int) -> Served:
     """
     detector.max_batch = most = min(max_batch, detector.max_batch or max_batch)
     detector([np.zeros((*detector.input_shape[2:], 3), np.uint8)] * most)
-    return Served(detector.name, dict(detector.names), detector.inputs, detector.outputs, detector.input_shape, most)
+    return Served(
+        name=detector.name,
+        names=dict(detector.names),
+        inputs=detector.inputs,
+        outputs=detector.outputs,
+        input_shape=detector.input_shape,
+        max_batch=most,
+        task=detector.head.task,
+        confidence=0.0 if detector.head.task == "classify" else detector.confidence,
+    )
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from acmix_deploy.verify.detections import DetectionComparison, Scenes
 from acmix_deploy.verify.layers import LayerErrors, compare_layers
-from acmix_deploy.verify.run import Candidate, compare_files, failing_first, inputs_for, verify
+from acmix_deploy.verify.run import Candidate, compare_borders, compare_files, failing_first, inputs_for, verify
 from acmix_deploy.verify.verification import Comparison, Verification, read_verification
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "LayerErrors",
     "Scenes",
     "Verification",
+    "compare_borders",
     "compare_files",
     "compare_layers",
     "failing_first",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import as_float32, fed, name_nodes
+from acmix_deploy.processing import network_of
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, SMALLEST_HALF, magnitudes
 from acmix_deploy.runtime.metrics import Array
 
@@ -80,7 +81,8 @@ def half_range(name: str, file: Path | onnx.ModelProto, feeds: Sequence[Mapping[
     Raises:
         UserError: the file cannot be put into standard operators, or does not open when it is widened.
     """
-    model = onnx.load(file) if isinstance(file, Path) else file
+    model = network_of(file)
+    model = onnx.load(model) if isinstance(model, Path) else model
     if not _tensors(model, TensorProto.FLOAT16) and not any(map(_halves, model.functions)):
         return None
     plain = to_form(model, "plain")

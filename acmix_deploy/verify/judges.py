@@ -16,9 +16,10 @@ from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.errors import UserError
 from acmix_deploy.half import runnable
+from acmix_deploy.processing import network_of
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
-from acmix_deploy.runtime.models import open_model
+from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner, open_session
 from acmix_deploy.verify.accuracy import HINT, Seen, average_precision, labelled, look, read_truth
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
@@ -44,7 +45,7 @@ class ByLabels:
     """
 
     def __init__(self, source: Path, shape: Shape, images: Path, accepted: float) -> None:
-        self._float = open_model(source)
+        self._float = _network(source)
         self._shape = shape
         metadata = self._float.metadata
         if not metadata.detects or metadata.task in ("classify", "obb"):
@@ -66,7 +67,7 @@ class ByLabels:
         self._truth = read_truth(self.images, metadata)
         if not self._truth.objects:
             raise UserError(f"the label files of the {len(self.images)} images of {images} hold no label", HINT)
-        self._right = self._look(source)
+        self._right = self._look(network_of(source))
         map50, map50_95 = average_precision(self._right)
         self.reference = {"map50": map50, "map50_95": map50_95}
         if not map50_95:
@@ -129,13 +130,13 @@ class ByDetections:
     """
 
     def __init__(self, source: Path, shape: Shape, images: Path, accepted: float) -> None:
-        model = open_model(source)
+        model = _network(source)
         (node,) = model.inputs
         self._scenes = Scenes(node.name, (), model.metadata.names)
         self._shape, self._letterbox = shape, model.metadata.letterbox
         photos = find(images, _IMAGES)
         self.images = photos.paths
-        self._expected = self._run(open_session(source))
+        self._expected = self._run(open_session(network_of(source)))
         for outputs in self._expected:
             try:
                 self._head = head_of(model.metadata, {name: array.shape for name, array in outputs.items()})
@@ -185,6 +186,12 @@ class ByDetections:
             dict(zip(names, session.run(None, {self._scenes.input: batch.images}), strict=True))
             for batch in self._batches()
         ]
+
+
+def _network(source: Path) -> Model:
+    """A file, told as the network in it."""
+    model = open_model(source)
+    return model._replace(metadata=model.metadata.with_suppression(None))
 
 
 def _too_few(images: int, objects: int, what: str, accepted: float, limit: str) -> list[str]:

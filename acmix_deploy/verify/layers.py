@@ -25,6 +25,7 @@ from acmix_deploy.half import faithful
 from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
+from acmix_deploy.processing import detach
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, open_session, precision_of
 from acmix_deploy.runtime.reason import reason
@@ -274,6 +275,7 @@ class _Graph(NamedTuple):
         """Nodes without a name are called as what computes the same, before casts, in ``known``: names by tensor."""
         model = onnx.ModelProto()
         model.CopyFrom(read(source) if isinstance(source, Path) else source)
+        detach(model)
         taken = {node.name for node in model.graph.node}
         called = dict(known or {})
         for node in reversed(model.graph.node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,17 +14,19 @@ from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
 from acmix_deploy.artifacts import read_artifact
-from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, unlike_detector
+from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, suppressed, unlike_detector
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.half import faithful
+from acmix_deploy.network import NetworkRunner
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
-from acmix_deploy.runtime.inputs import Shape, Shapes, noise, trial_shapes
+from acmix_deploy.runtime.inputs import Input, Shape, Shapes, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner, precision_of
@@ -54,6 +57,8 @@ class Candidate(NamedTuple):
     """Whether float16 of the file is rounded on a machine that computes in float32."""
     unrounded: str = ""
     """Why that cannot be done; empty where it is, or need not be."""
+    suppression: Suppression | None = None
+    """What it suppresses boxes by, where it gives the rows that are left; the reference's are then suppressed too."""
 
     @property
     def note(self) -> str:
@@ -67,6 +72,9 @@ class Candidate(NamedTuple):
         """What is made of a file or a model in memory. Raises what :func:`open_model` does."""
         if isinstance(model, Path):
             return _open(model, name)[1]
+        if ModelMetadata.of(model).suppression:
+            runner = NetworkRunner(model, name)
+            return cls(runner, precision_of(model), model, runner.rounded, runner.unrounded)
         run, why = faithful(model)
         return cls(onnx_runner(run, name), precision_of(model), model, run is not model, why)
 
@@ -74,16 +82,29 @@ class Candidate(NamedTuple):
 def _open(
     path: Path, name: str = "", *, provider: Provider = "cpu", plugin: Path | None = None
 ) -> tuple[Model, Candidate]:
-    """What :func:`open_model` opens; on a CPU a file in float16 as it says, see :mod:`acmix_deploy.half`."""
+    """What :func:`open_model` opens; on a CPU a file in float16 as it says, see :mod:`acmix_deploy.half`; of an ONNX
+    file that suppresses boxes the network."""
     model = open_model(path, name, provider=provider, plugin=plugin)
     if path.suffix != ".onnx":
-        return model, Candidate(model.runner, model.precision or UNKNOWN)
+        return model, Candidate(model.runner, model.precision or UNKNOWN, suppression=model.metadata.suppression)
     name = model.runner.name
+    if model.metadata.suppression:
+        runner = NetworkRunner(path, name, provider=provider, plugin=plugin)
+        model = model._replace(
+            runner=runner,
+            inputs=_widened(model.inputs) if runner.rounded else model.inputs,
+            metadata=model.metadata.with_suppression(None),
+        )
+        return model, Candidate(runner, model.precision or UNKNOWN, path, runner.rounded, runner.unrounded)
     run, why = faithful(path) if provider == "cpu" and model.precision != "float32" else (path, "")
     if run is not path:
-        inputs = (node._replace(dtype=_FLOAT32) if node.dtype == np.float16 else node for node in model.inputs)
-        model = model._replace(runner=onnx_runner(run, name), inputs=tuple(inputs))
+        model = model._replace(runner=onnx_runner(run, name), inputs=_widened(model.inputs))
     return model, Candidate(model.runner, model.precision or UNKNOWN, path, run is not path, why)
+
+
+def _widened(inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """Inputs as a file takes them once it is rounded."""
+    return tuple(node._replace(dtype=_FLOAT32) if node.dtype == np.float16 else node for node in inputs)
 
 
 def verify(
@@ -132,6 +153,8 @@ def verify(
     confidence = scenes.confidence if scenes else CONFIDENCE
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
         expected = _run(reference, feeds)
+        if isinstance(reference, NetworkRunner):
+            notes.append(reference.told)
         rights = _outputs(expected)
         head = known_head(metadata, rights[0])
         unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
@@ -143,22 +166,38 @@ def verify(
                 notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
             elif scenes:
                 notes.append(f"detections were not compared: {reference.name} {unlike}")
-        eager_errors: dict[str, list[dict[Part, Deviation]]] = {}
+        eager_runs: dict[str, RunResults] = {}
         for precision, runner in (eager or {}).items():
             try:
-                eager_errors[precision] = _distances(expected, _run(runner, feeds), head, NEAR[precision])
+                eager_runs[precision] = _run(runner, feeds)
             except CheckFailed as error:
                 notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
         for candidate in candidates:
             name, precision = candidate.runner.name, candidate.precision
             limits = DETECTION_LIMITS[limits_for(precision)]
             found = _run(candidate.runner, feeds)
+            if isinstance(candidate.runner, NetworkRunner):
+                notes.append(candidate.runner.told)
             others = _outputs(found)
-            for index, by_part in enumerate(_distances(expected, found, head, limits.near)):
+            wanted, own_head, least = expected, head, confidence
+            eager_run = eager_runs.get(precision)
+            if (suppression := candidate.suppression) and head:
+                wanted = _suppressed(expected, head, suppression)
+                eager_run = eager_run and _suppressed(eager_run, head, suppression)
+                own_head = replace(head, layout="rows")
+                least = max(confidence, suppression.confidence + limits.near)
+                notes.append(
+                    f"{name} suppresses boxes: its rows were compared with those that suppression outside it keeps of "
+                    f"what {reference.name} gives"
+                )
+            rights = _outputs(wanted)
+            own = _distances(wanted, eager_run, own_head, NEAR[precision]) if eager_run else None
+            in_images = scenes and suppression  # rounding decides which of two boxes is left
+            by_parts = [] if in_images else _distances(wanted, found, own_head, limits.near)
+            for index, by_part in enumerate(by_parts):
                 right, other = rights[index], others[index]
-                empty = _fit(right, other) and _nothing_in(right, head, confidence)
-                empty = empty and _nothing_in(other, head, confidence + limits.near)
-                own = eager_errors.get(precision)
+                empty = _fit(right, other) and _nothing_in(right, own_head, confidence)
+                empty = empty and _nothing_in(other, own_head, confidence + limits.near)
                 for part, distance in by_part.items():
                     eager_error = own[index].get(part) if own else None
                     comparison = Comparison(
@@ -173,13 +212,13 @@ def verify(
                     )
                     comparisons.append(comparison.judged_by(tolerances))
             outputs = [*zip(rights, others, strict=True)]
-            if scenes and head and all(_fit(right, other) for right, other in outputs):
+            if scenes and own_head and all(_fit(right, other) for right, other in outputs):
                 detections.append(
                     DetectionComparison(
                         candidate=name,
                         precision=precision,
-                        confidence=0.0 if head.layout == "classes" else scenes.confidence,
-                        images=compare_detections(scenes, head, outputs, limits.near),
+                        confidence=0.0 if own_head.layout == "classes" else least,
+                        images=compare_detections(scenes._replace(confidence=least), own_head, outputs, limits.near),
                         limits=limits,
                     )
                 )
@@ -248,7 +287,17 @@ def compare_files(
     other, compared = _open(
         candidate, labels[1] if provider == "cpu" else f"{labels[1]} on {provider}", provider=provider, plugin=plugin
     )
+    inside = right.metadata.suppression
+    if inside and inside != other.metadata.suppression:
+        raise UserError(
+            f"{labels[0]} gives boxes that are left of others, and {labels[1]} gives others",
+            "Name the ONNX file as the reference: the network in it is compared.",
+        )
+    if inside:
+        compared = compared._replace(suppression=None)
     metadata = other.metadata.updated(**right.metadata.entries)
+    if not inside:
+        metadata = metadata.with_suppression(None)
     name, shapes = _tried(right, other, metadata, input_shape)
     inputs = (
         Scenes.read(name, images, shapes, metadata, limit=_IMAGES, confidence=confidence)
@@ -279,6 +328,87 @@ def compare_files(
         along, why = _along(reference, candidate, other.runner.name, failing_first(result, feeds), provider)
         more = (*more, *why)
     return result.model_copy(update={"notes": (*notes, *more), "accuracy": found, "layers": along})
+
+
+def compare_borders(
+    reference: Path,
+    candidate: Path,
+    images: Path,
+    pad: int,
+    *,
+    input_shape: Sequence[int] | None = None,
+    confidence: float = CONFIDENCE,
+    provider: Provider = "cpu",
+    plugin: Path | None = None,
+) -> Verification:
+    """What another border around the images costs: detections of the candidate with it against those of the reference
+    with the border that the metadata tell, and both files' mean average precision where images have labels.
+
+    Nothing else is compared, since both see other pixels. The limits are those of int8, the widest.
+
+    Args:
+        reference, candidate: ONNX files or engines; they may be the same file.
+        images: folder or data set to take inputs from, at most 32, at one size.
+        pad: grey of the candidate's border, 0 to 255.
+        input_shape, confidence, provider, plugin: see :func:`compare_files`.
+
+    Raises:
+        UserError: the images of the files have no border, or that very one; else see :func:`compare_files`.
+        CheckFailed: a file fails on an input.
+        MissingComponent: what runs the candidate is not here.
+    """
+    right, expected = _open(reference, reference.name, plugin=plugin)
+    name = f"{candidate.name} on a border of {pad}"
+    other, compared = _open(candidate, name, provider=provider, plugin=plugin)
+    if right.metadata.suppression != other.metadata.suppression:
+        raise UserError(f"{reference} and {candidate} give other outputs", "Compare a file with itself.")
+    metadata = other.metadata.updated(**right.metadata.entries)
+    letterbox = metadata.letterbox
+    if letterbox.fit != "pad":
+        raise UserError(f"{reference} takes images without a border (fit: {letterbox.fit})", "Leave out --pad.")
+    if letterbox.padding_value == pad:
+        raise UserError(f"{pad} is the border of {reference} anyway", "Give --pad another grey.")
+    with_border = metadata.updated(letterbox=letterbox.model_copy(update={"padding_value": pad}))
+    node, shapes = _tried(right, other, metadata, input_shape)
+    scenes, others = (
+        Scenes.read(node, images, shapes[:1], told, limit=_IMAGES, confidence=confidence)
+        for told in (metadata, with_border)
+    )
+    with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # as in verify
+        rights = _outputs(_run(right.runner, scenes.feeds))
+        head = known_head(metadata, rights[0])
+        unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
+        if unlike or head is None:
+            raise no_detector(reference.name, unlike or "does not tell its task")
+        found = _outputs(_run(other.runner, others.feeds))
+    pairs = [*zip(rights, found, strict=True)]
+    if not all(_fit(*pair) for pair in pairs):
+        raise UserError(f"{candidate} gives other outputs than {reference}", "Compare them without --pad first.")
+    limits = DETECTION_LIMITS["int8"]
+    detections = DetectionComparison(
+        candidate=name,
+        precision=compared.precision,
+        confidence=0.0 if head.layout == "classes" else confidence,
+        images=compare_detections(scenes, head, pairs, limits.near),
+        limits=limits,
+    )
+    first, notes = _accuracy([right], shapes[0], images, metadata)
+    second, _ = _accuracy([other], shapes[0], images, with_border)
+    return Verification(
+        reference=reference.name,
+        comparisons=(),
+        detections=(detections,),
+        accuracy=(*first, *second),
+        rounded=(name,) if compared.rounded else (),
+        notes=(
+            *(f"{image} could not be read: {why}" for image, why in scenes.skipped.items()),
+            f"the candidate's images have a border of {pad} in place of {letterbox.padding_value}: detections alone "
+            "were compared, by the limits of int8",
+            *filter(None, (expected.note, compared.note)),
+            *([right.runner.told] if isinstance(right.runner, NetworkRunner) else []),
+            *notes,
+        ),
+    )
 
 
 def failing_first(found: Verification, feeds: Sequence[Feed]) -> list[Feed]:
@@ -314,6 +444,10 @@ def _accuracy(
     photos = labelled(find(images).paths)
     if not photos or not metadata.detects or metadata.task in ("classify", "obb"):
         return (), ()
+    for model in models:
+        if suppression := model.metadata.suppression:
+            why = f"{model.runner.name} tells no box of a score up to {suppression.confidence:g}"
+            return (), (f"mean average precision was not measured: {why}",)
     try:
         truth = read_truth(photos, metadata)
     except UserError as error:  # of files that may be something else
@@ -412,6 +546,16 @@ def _run(runner: BaseRunner, feeds: list[dict[str, Array]]) -> RunResults:
         raise
     except Exception as error:  # whatever the runtime raises
         raise CheckFailed(f"{runner.name} fails on the inputs: {reason(error)}") from error
+
+
+def _suppressed(results: RunResults, head: Head, suppression: Suppression) -> RunResults:
+    """What a file with the suppression inside gives in place of these outputs."""
+    ((name, iterations),) = results
+    rows = [
+        IterationResult({head.output: suppressed(head, dict(found.items()), suppression)}, runner_name=name)
+        for found in iterations
+    ]
+    return RunResults([(name, rows)])
 
 
 def _outputs(results: RunResults) -> list[Feed]:

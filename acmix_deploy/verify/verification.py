@@ -100,9 +100,10 @@ class Verification(BaseModel):
     )
     @property
     def passed(self) -> bool | None:
-        if not self.comparisons or self.failures or self.losses or self.overflows:
+        if not (self.comparisons or self.detections) or self.failures or self.losses or self.overflows:
             return False
-        return None if self.unjudged else True
+        unseen = not self.comparisons and all(found.passed is None for found in self.detections)
+        return None if self.unjudged or unseen else True
 
     @property
     def failures(self) -> list[Comparison]:

@@ -111,6 +111,14 @@ def test_plugin_engine_and_times(jetpack5: Device, capsys: pytest.CaptureFixture
         read_manifest(Path("model-deploy/model.fp16.engine"))
 
 
+def test_trtexec_is_told_sizes_as_the_file_has_them(jetpack5: Device, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*EXPORT, "--input", "uint8", "--dynamic", "batch"]) == 0, capsys.readouterr().err
+    build, load = asked(jetpack5, "trtexec")
+    sizes = [word.partition("=")[2] for word in build.split() if "Shapes=" in word]
+    assert sizes == ["images:1x32x48x3", "images:1x32x48x3", "images:2x32x48x3"]
+    assert "--shapes=images:1x32x48x3" in load.split()
+
+
 def test_what_is_missing_is_told_before_the_export(jetpack5: Device, capsys: pytest.CaptureFixture[str]) -> None:
     for options, words in (
         (["--no-engine"], "Python 3.8"),

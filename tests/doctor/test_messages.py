@@ -188,6 +188,7 @@ ALIKE = {
     "invalid-node": "Invalid Argument - Reshape_12",
     "foreign-node": "Could not find any implementation for node /model.0/conv/Conv.",
     "no-implementation": "Could not find any implementation for node {ForeignNode[a...b]}.",
+    "no-runners": "Assertion !layerImpls.empty() failed. In getSupportedFormats",
     "tactic-memory": "Skipping tactic 0 due to exception Assertion failed",
     "build-memory": "Cuda Runtime (invalid argument)",
     "no-profile": "3 optimization profiles have been defined",

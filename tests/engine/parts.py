@@ -16,7 +16,7 @@ from acmix_deploy.manifest import KIND, EngineTensor, Machine, Manifest, Plugin
 
 FAKE = Path(__file__).parent / "fake_tensorrt"
 ORIN = Machine(backend="tensorrt", version="8.6.0", gpu="Orin", sm=87)
-TYPES = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64", 9: "BOOL", 16: "BF16"}
+TYPES = {1: "FLOAT", 2: "UINT8", 10: "HALF", 6: "INT32", 7: "INT64", 9: "BOOL", 16: "BF16"}
 
 Profiles = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 

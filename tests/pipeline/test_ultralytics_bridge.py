@@ -142,6 +142,7 @@ def test_a_header_is_not_written_twice_nor_made_up(shapes_model: Path, tmp_path:
         ({"machine": Machine(backend="tensorrt", version="10.3.0", gpu="Thor", sm=110)}, "built for Thor"),
         ({"machine": Machine(backend="tensorrt_rtx", version="1.7.1")}, "is an engine of TensorRT-RTX 1.7.1, and"),
         ({"plugin": Plugin(path=Path("nowhere.so"), sha256="a" * 64)}, "there is none here"),
+        ({"metadata": {"pixels": "bgr"}}, "takes images in uint8, and Ultralytics feeds floats"),
     ],
 )
 def test_an_engine_that_does_not_fit_is_refused_before_it_is_read(

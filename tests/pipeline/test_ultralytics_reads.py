@@ -14,10 +14,12 @@ import torch
 
 from acmix_deploy import families, yolo
 from acmix_deploy.checkpoint import load
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.export import export
 from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import fuse
 from acmix_deploy.precision import quantize, to_fp16
+from acmix_deploy.processing import Processing, attach
 from acmix_deploy.runtime.onnxruntime import precision_of
 from scripts import shapes
 from scripts.train_shapes import CHECKPOINT, evaluate
@@ -55,6 +57,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     to_fp16(found["fused"], found["fp16"], float32=("decode", "softmax"))
     quantize(found["fused"], found["int8"], shapes.write(folder / "calibration", seed=11, count=4))
     onnx.save(to_form(onnx.load(found["fused"]), "plain"), found["plain-form"])
+    suppressing = onnx.load(found["fused"])
+    attach(suppressing, Processing(suppression=Suppression()))
+    found["nms"] = folder / "model.nms.onnx"
+    onnx.save(suppressing, found["nms"])
     return found
 
 

@@ -209,6 +209,27 @@ def test_rtx_registers_one_copy(rtx, emulated, tmp_path, monkeypatch):
     assert "acmix" not in stderr.lower()
 
 
+def test_rtx_finds_the_plugin_that_deepstreams_library_brings(rtx, emulated, tmp_path):
+    """As nvinfer loads it: with TensorRT in the process, before it reads an engine."""
+    from acmix_deploy.serving.deepstream.folder import package
+    from tests.serving.deepstream.parts import build as build_parser
+    from tests.serving.deepstream.parts import need_headers
+    from tests.serving.parts import tiny  # here, since a machine for GPU tests may lack what it imports
+
+    need_headers()
+    package(tiny(tmp_path / "tiny.onnx"), tmp_path / "ds", plugin=emulated(11))
+    parser = build_parser(tmp_path / "ds")
+    plugin = tmp_path / "ds/library" / emulated(11).name
+    answer, stderr = rtx("copies", parser.library, plugin)
+    both = sorted(operator.op_type for operator in OPERATORS)
+    assert answer["steps"][0] == both
+    assert "acmix:" not in stderr
+    plugin.unlink()
+    answer, stderr = rtx("copies", parser.library, emulated(11))
+    assert answer["steps"][:2] == [[], both]
+    assert "acmix: the plugin cannot be loaded" in stderr
+
+
 @pytest.fixture(scope="session")
 def enqueue(ask, emulated, tmp_path_factory):
     """Run a node of the plugin, its kernels compiled for the CPU: the result of each step, what it logged, and y."""

@@ -21,6 +21,7 @@ import acmix_deploy.profile.subjects as profile_subjects
 from acmix_deploy import cli, manifest
 from acmix_deploy.errors import UserError
 from acmix_deploy.profile import Machine, Profile, compare, profile
+from acmix_deploy.runtime.inputs import random_images
 from acmix_deploy.runtime.onnxruntime import PROVIDER, PROVIDERS
 
 MACHINE = Machine(cpu="a CPU", cores=2, system="a system", versions={})
@@ -265,7 +266,7 @@ def test_a_checkpoint_runs_in_pytorch_on_the_same_noise(tmp_path: Path) -> None:
     torch.save(Doubled(), tmp_path / "doubled.pt")
     profile_file(tmp_path / "doubled.pt", input_shape=(1, 3, 8, 8), samples=1, trust=True, threads=1)
     images, threads = Doubled.seen[-1]
-    np.testing.assert_array_equal(images.numpy(), np.random.default_rng(0).random((1, 3, 8, 8), dtype=np.float32))
+    np.testing.assert_array_equal(images.numpy(), random_images((1, 3, 8, 8)))
     assert (threads, torch.get_num_threads()) == (1, before)
     with pytest.raises(UserError, match=r"does not run on .*expected input.* to have 3 channels"):
         profile_file(tmp_path / "model.pt", input_shape=(1, 4, 8, 8))

@@ -191,8 +191,15 @@ def small(path: Path, element: int = TensorProto.FLOAT, outputs: int = 6, **meta
     return path
 
 
-def constant(path: Path, out: np.ndarray, *, batch: int | str = "batch", **metadata: str) -> Path:
-    """A file that gives the same for every image of 32x32 pixels, and NaN for one with a NaN or an infinity in it."""
+def constant(
+    path: Path,
+    out: np.ndarray,
+    *,
+    batch: int | str = "batch",
+    size: tuple[int, int] = (32, 32),
+    **metadata: str,
+) -> Path:
+    """A file that gives the same for every image, and NaN for one with a NaN or an infinity in it."""
     nodes = [
         helper.make_node("ReduceMean", ["images"], ["mean"], axes=[1, 2, 3], keepdims=1),
         helper.make_node("Squeeze", ["mean", "last"], ["flat"]),
@@ -202,16 +209,16 @@ def constant(path: Path, out: np.ndarray, *, batch: int | str = "batch", **metad
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, 32, 32])],
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, *size])],
         [helper.make_tensor_value_info("output0", TensorProto.FLOAT, [batch, *out.shape[1:]])],
         [
             numpy_helper.from_array(out, "boxes"),
-            numpy_helper.from_array(np.array([3]), "last"),
+            numpy_helper.from_array(np.arange(out.ndim, 4), "last"),
             numpy_helper.from_array(np.array(0, np.float32), "nothing"),
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    helper.set_model_props(model, {"imgsz": "[32, 32]", **metadata})
+    helper.set_model_props(model, {"imgsz": str([*size]), **metadata})
     onnx.save(model, path)
     return path
 

@@ -19,9 +19,9 @@ from acmix_deploy.detection.boxes import Detections
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.serving import batching, worker
-from acmix_deploy.serving.batching import Batcher, Budget, Expired, Limits, Overloaded, Unavailable
+from acmix_deploy.serving.batching import Batcher, Budget, Expired, Limits, Overloaded, Times, Unavailable
 from acmix_deploy.serving.detector import Detector
-from acmix_deploy.serving.worker import Died, Served, Setup
+from acmix_deploy.serving.worker import Died, Seconds, Served, Setup
 from tests.engine.parts import make_engine
 from tests.serving.parts import selected, tiny
 
@@ -46,15 +46,16 @@ class Model:
     def load(self) -> Served:
         if Model.fails:
             raise Model.fails
-        return Served("model", {}, (NODE,), (), (1, 3, 8, 8), self._most)
+        return Served("model", {}, (NODE,), (), (1, 3, 8, 8), self._most, "detect", 0.25)
 
-    def detect(self, images: Sequence[Any]) -> list[Detections]:
+    def detect(self, images: Sequence[Any]) -> tuple[list[Detections], Seconds]:
         self._run(len(images))
-        return [Detections(np.zeros((0, 4)), image.ravel()[:1].astype(np.float32), np.zeros(1)) for image in images]
+        found = [Detections(np.zeros((0, 4)), image.ravel()[:1].astype(np.float32), np.zeros(1)) for image in images]
+        return found, {"model": Model.takes / 2}
 
-    def infer(self, feed: dict[str, Any]) -> dict[str, Any]:
+    def infer(self, feed: dict[str, Any]) -> tuple[dict[str, Any], Seconds]:
         self._run(0)
-        return {"out": feed["in"] * 2}
+        return {"out": feed["in"] * 2}, {"model": Model.takes / 2}
 
     def _run(self, images: int) -> None:
         Model.runs.append(images)
@@ -91,8 +92,8 @@ def within(limits: Limits, work: Callable[[Batcher], Awaitable[Any]], max_batch:
     return asyncio.run(all_of_it())
 
 
-def values(found: list[Detections]) -> list[float]:
-    return [float(one.scores[0]) for one in found]
+def values(answer: tuple[list[Detections], Times]) -> list[float]:
+    return [float(one.scores[0]) for one in answer[0]]
 
 
 def test_requests_are_run_together_and_everyone_gets_his_own() -> None:
@@ -119,6 +120,19 @@ def test_an_image_waits_for_others_no_longer_than_it_has_to() -> None:
     assert within(limits, lambda batcher: seconds(batcher, 4)) < 0.4
     assert within(limits, lambda batcher: seconds(batcher, 1), max_batch=1) < 0.4
     assert Model.runs == [1, 4, 1]
+
+
+def test_the_time_of_a_request_is_told_in_parts() -> None:
+    async def work(batcher: Batcher) -> list[Times]:
+        answers = await asyncio.gather(*(batcher.detect([image(0)]) for _ in range(2)))
+        return [times for _, times in answers]
+
+    Model.takes = 0.4  # and the model says that it took half of it, so that the other half was the way
+    first, second = within(Limits(max_delay=0.2), work, max_batch=1)
+    alone = within(Limits(max_delay=0.2), work)[0]
+    for times, waited in ((first, 0.0), (second, 0.4), (alone, 0.2)):
+        assert (times.waited, times.copied) == pytest.approx((waited, 0.2), abs=0.1)
+        assert times.ran == {"model": 0.2}
 
 
 def test_one_who_comes_later_is_waited_for_from_the_first_on() -> None:
@@ -229,9 +243,13 @@ def test_the_process_of_a_model_by_its_messages(tmp_path: Path, gpu: Any) -> Non
         assert (served.name, served.max_batch, served.names) == ("tiny", 4, {0: "thing"})
         with Detector.load(onnx_file) as detector:
             (right,) = detector([image(9)])
-        for found in ask(("detect", [image(9)] * 6)):
+        start = time.perf_counter()
+        answers, seconds = ask(("detect", [image(9)] * 6))
+        assert [*seconds] == ["model"]
+        assert 0 < seconds["model"] < time.perf_counter() - start
+        for found in answers:
             np.testing.assert_array_equal(found.boxes, right.boxes)
-        assert ask(("infer", {"images": np.zeros((2, 3, 32, 32), np.float32)}))["output0"].shape == (2, 5, 4)
+        assert ask(("infer", {"images": np.zeros((2, 3, 32, 32), np.float32)}))[0]["output0"].shape == (2, 5, 4)
         assert isinstance(ask(("infer", {})), UserError)
         assert isinstance(ask(("detect", [None])), CheckFailed)
     finally:

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
+from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.errors import UserError
+from acmix_deploy.processing import Processing, attach
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.serving import kserve
 from acmix_deploy.serving.detector import Detector
-from acmix_deploy.serving.worker import Served
+from acmix_deploy.serving.worker import Served, tried
 from scripts import shapes
 from tests.serving.parts import Server, serving
 
@@ -29,6 +32,8 @@ SERVED = Served(
     (Input("output0", ("batch", 2), np.dtype(np.float16)),),
     (1, 2),
     8,
+    "detect",
+    0.25,
 )
 ROW = np.array([[0.5, -2]], np.float32)
 
@@ -92,6 +97,28 @@ def test_what_is_not_finite_is_no_json() -> None:
     binary = kserve.parse(request(tensor(), parameters={"binary_data_output": True}), None, SERVED)
     content, _ = kserve.answer(binary, outputs, SERVED)
     assert content.endswith(outputs["output0"].tobytes())
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_a_file_of_bytes_is_asked_with_bytes(shapes_model: Path, tmp_path: Path, order: Pixels) -> None:
+    model = onnx.load(shapes_model)
+    attach(model, Processing(order))
+    onnx.save(model, tmp_path / "bytes.onnx")
+    bgr = np.stack([scene.image for scene in shapes.images(9, 2)])
+    given = bgr if order == "bgr" else np.ascontiguousarray(bgr[..., ::-1])
+    with Detector.load(shapes_model) as floats, Detector.load(tmp_path / "bytes.onnx") as detector:
+        served = tried(detector, 2)
+        told = {"name": "images", "datatype": "UINT8", "shape": [-1, 160, 160, 3]}
+        assert kserve.model_metadata(served)["inputs"] == [told]
+        told |= {"shape": [*given.shape], "parameters": {"binary_data_size": given.nbytes}}
+        head = request(told)
+        read = kserve.parse(head + given.tobytes(), str(len(head)), served)
+        expected = floats.infer({"images": (bgr[..., ::-1].transpose(0, 3, 1, 2) / np.float32(255))})["output0"]
+        np.testing.assert_array_equal(detector.infer(read.feed)["output0"], expected)
+        with pytest.raises(
+            UserError, match=r"takes images \[batch, 160, 160, 3\] uint8, and is given \[2, 3, 160, 160\]"
+        ):
+            detector.infer({"images": np.zeros((2, 3, 160, 160), np.float32)})
 
 
 BINARY = tensor(parameters={"binary_data_size": 8})

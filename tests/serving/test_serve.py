@@ -21,14 +21,14 @@ import httpx
 import numpy as np
 import pytest
 
-from acmix_deploy import cli
+from acmix_deploy import __version__, cli
 from acmix_deploy.detection.boxes import named
 from acmix_deploy.detection.images import read
 from acmix_deploy.serving.detector import Detector
 from scripts import shapes
 from scripts.load import Picture, known, same
 from tests import ROOT
-from tests.serving.parts import PICTURE, TOKEN, Server, posed, serving, tiny, wait_until
+from tests.serving.parts import PICTURE, TOKEN, Server, constant, posed, serving, tiny, wait_until
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 for package in ("multipart", "prometheus_client", "starlette", "uvicorn"):
@@ -89,6 +89,71 @@ def test_each_format_is_read_as_opencv_reads_it(
     assert (found["width"], found["height"]) == (190, 200)
     assert right
     assert same(found["detections"], right)
+
+
+def test_what_is_served_is_told(shapes_model: Path, server: Server, tmp_path: Path) -> None:
+    schema = json.loads((ROOT / "docs/schemas/model-response.json").read_text(encoding="utf-8"))
+    answer = server.client.get("/v1/model").json()
+    assert {*answer} == {*schema["properties"]}
+    assert answer == {
+        "document": "model response",
+        "schema": 1,
+        "model": "shapes.fused",
+        "version": __version__,
+        "task": "detect",
+        "classes": {str(index): name for index, name in enumerate(shapes.NAMES)},
+        "width": shapes.SIZE,
+        "height": shapes.SIZE,
+        "max_batch": 8,
+        "confidence": 0.25,
+        "max_bytes": 64 * 2**20,
+    }
+    wide = constant(
+        tmp_path / "wide.onnx", np.full((1, 3), 1 / 3, np.float32), size=(32, 64), task="classify", names="{}"
+    )
+    (tmp_path / "token").write_text(TOKEN)
+    options = ("--confidence", "0.5", "--max-batch", "2", "--token-file", str(tmp_path / "token"))
+    with serving(wide, tmp_path, *options) as running:
+        refused(running.client.get("/v1/model"), 401, "a token is needed")
+        answer = running.client.get("/v1/model", headers={"authorization": f"Bearer {TOKEN}"}).json()
+    told = {"task": "classify", "classes": {}, "width": 64, "height": 32, "max_batch": 2, "confidence": 0}
+    assert {key: answer[key] for key in told} == told
+
+
+def steps_of(response: httpx.Response) -> dict[str, float]:
+    """Milliseconds by the name of a step, in their order."""
+    found = [re.fullmatch(r"(\w+);dur=(\d+\.\d+)", part) for part in response.headers["server-timing"].split(", ")]
+    assert all(found)
+    return {one[1]: float(one[2]) for one in found if one}
+
+
+def test_the_time_of_each_step_is_told(tmp_path: Path) -> None:
+    def slowly() -> Iterator[bytes]:
+        yield PICTURE[:9]
+        time.sleep(0.3)
+        yield PICTURE[9:]
+
+    with serving(tiny(tmp_path / "tiny.onnx"), tmp_path, "--max-delay-ms", "200") as server:
+        start = time.perf_counter()
+        steps = steps_of(server.client.post("/v1/detect", content=slowly()))
+        assert [*steps] == ["read", "decode", "wait", "copy", "model", "encode"]
+        assert 500 <= steps["read"] + steps["wait"] <= sum(steps.values()) <= 1e3 * (time.perf_counter() - start)
+        assert 280 <= steps["read"] <= 450
+        assert 190 <= steps["wait"] <= 350
+
+        large = encoded(np.random.default_rng(0).integers(0, 255, (3000, 3000, 3), np.uint8), ".png")
+        small, large_steps = steps_of(server.detect(PICTURE)), steps_of(server.detect(large))
+        assert large_steps["decode"] > 10 * small["decode"]
+        assert large_steps["copy"] > small["copy"]
+
+        server.model.suspend()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(server.detect, PICTURE)
+            wait_until(lambda: in_progress(server) == 1)
+            time.sleep(0.6)
+            server.model.resume()
+            assert steps_of(waiting.result())["copy"] > 200
+        assert "server-timing" not in server.detect(b"").headers
 
 
 def test_several_pictures_in_one_request(server: Server, pictures: list[Picture]) -> None:

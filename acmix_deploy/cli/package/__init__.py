@@ -2,8 +2,9 @@
 
 example:
   acmix-deploy package triton model.engine -o repository
+  acmix-deploy package deepstream model.engine -o deepstream
 """
 
-from acmix_deploy.cli.package import triton
+from acmix_deploy.cli.package import deepstream, triton
 
-VERBS = (triton,)
+VERBS = (triton, deepstream)

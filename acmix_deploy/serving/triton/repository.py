@@ -1,39 +1,30 @@
 """Model repositories: a detector as files that Triton serves, native or by its Python backend.
 
 Native are three models: the network on the backend of its file, the suppression of boxes that overlap as an ONNX graph,
-and an ensemble of both, which clients ask. Nothing but Triton's own container is needed there.
+and an ensemble of both, which clients ask. Of a file that suppresses boxes itself that graph takes the rows apart.
+Nothing but Triton's own container is needed there.
 
 Source: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from acmix_deploy import __version__
-from acmix_deploy.artifacts import read_artifact, sha256, sidecar, writing
-from acmix_deploy.detection.boxes import CONFIDENCE, MOST, no_detector
-from acmix_deploy.detection.heads import Head, NoHead, head_of
-from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.boxes import CONFIDENCE, MOST
+from acmix_deploy.detection.heads import Head
 from acmix_deploy.document import Document
-from acmix_deploy.engine_file import read_engine, read_engine_file
 from acmix_deploy.errors import UserError
-from acmix_deploy.files import expect
-from acmix_deploy.manifest import Manifest, check, read_manifest
 from acmix_deploy.options import Provider
-from acmix_deploy.runtime import onnxruntime, tensorrt
 from acmix_deploy.runtime.inputs import Input
-from acmix_deploy.runtime.onnxruntime import open_session
-from acmix_deploy.serving.detector import Detector
+from acmix_deploy.serving.packaging import Content, Network, read, taken_along, without_header, write
 from acmix_deploy.serving.triton import Backend
 from acmix_deploy.serving.triton.suppression import suppression
 
@@ -79,24 +70,6 @@ class PackageDocument(Document):
     start: str = Field(description=f"the command that serves the repository, which the container has as {MOUNT}")
 
 
-class _Network(NamedTuple):
-    """A detector's file, as it is described."""
-
-    path: Path
-    input: Input
-    output: Input
-    head: Head
-    metadata: ModelMetadata
-    shape: Sequence[int]
-    """The usual [B, 3, H, W]."""
-    batches: tuple[int, int | None] | None
-    """Fewest and most images in a run, None where there is no limit; None where the number is fixed."""
-    manifest: Manifest | None
-    """Of an engine."""
-    library: Path | None
-    """The plugin to take along."""
-
-
 def package(
     model: Path,
     out: Path,
@@ -128,10 +101,11 @@ def package(
             has such a model already, or cannot be written.
         MissingComponent: ONNX Runtime is not here.
     """
-    network = _read(model, plugin)
+    network = read(model, plugin, "Triton")
     delay = round(max_delay_ms * 1000)
     if backend == "native":
-        if (network.head.task, network.head.layout) != ("detect", "anchors"):
+        suppressed = network.metadata.suppression
+        if network.head.task != "detect" or not (suppressed or network.head.layout in ("anchors", "objectness")):
             raise UserError(
                 f"{model} is of the task {network.head.task} and gives {network.head.layout}, and the graph that "
                 "follows it in Triton suppresses boxes of anchors alone",
@@ -141,7 +115,7 @@ def package(
         files = _native(network, confidence, provider, max_batch, delay)
     else:
         files = _python(network, confidence, provider, max_batch, delay)
-    _write(files, out)
+    write(files, out)
     return PackageDocument(
         repository=out,
         model=model.stem,
@@ -152,58 +126,7 @@ def package(
     )
 
 
-def _read(path: Path, plugin: Path | None) -> _Network:
-    manifest, library, profile = None, None, None
-    if expect(path, "onnx", "engine") == "onnx":
-        if plugin:
-            raise UserError(f"{plugin} is for engines, and {path} is an ONNX file", "Leave out --plugin.")
-        session = open_session(path)
-        inputs, outputs = onnxruntime.inputs_of(session), onnxruntime.outputs_of(session)
-        metadata = onnxruntime.metadata_of(session)
-    else:
-        manifest = read_manifest(path)
-        if manifest.machine.backend != "tensorrt":
-            raise UserError(
-                f"{path} is an engine of {manifest.machine.tensorrt}, and Triton runs those of TensorRT",
-                "Build it with TensorRT, or package the ONNX file.",
-            )
-        if manifest.plugin:
-            library = plugin or manifest.plugin.path
-            check(manifest, manifest.machine, sha256(library) if library.is_file() else None)
-        inputs, outputs = [*tensorrt.inputs_of(manifest)], [*tensorrt.outputs_of(manifest)]
-        metadata = manifest.metadata
-        profile = manifest.profiles.get(inputs[0].name)
-    if (
-        [len(node.dims) for node in inputs] != [4]
-        or inputs[0].dims[1] != 3
-        or {node.dtype.kind for node in (*inputs, *outputs)} != {"f"}
-    ):
-        given = f"takes {', '.join(map(str, inputs))} and gives {', '.join(map(str, outputs))}"
-        raise no_detector(path.stem, given)
-    try:
-        head = head_of(metadata, {node.name: node.dims for node in outputs})
-    except NoHead as error:
-        raise no_detector(path.stem, str(error)) from error
-    if not manifest:
-        Detector.load(path).close()
-    wanted = profile[1] if profile else metadata.usual_shape
-    shape = [dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)]
-    metadata.check_size(str(path), shape)
-    batch = inputs[0].dims[0]
-    return _Network(
-        path=path,
-        input=inputs[0],
-        output=outputs[0],
-        head=head,
-        metadata=metadata,
-        shape=shape,
-        batches=None if isinstance(batch, int) else (profile[0][0], profile[2][0]) if profile else (1, None),
-        manifest=manifest,
-        library=library,
-    )
-
-
-def _max_batch(network: _Network, wanted: int) -> int:
+def _max_batch(network: Network, wanted: int) -> int:
     """``max_batch_size`` of the network in Triton: 0 where a batch has to have one size."""
     if not network.batches:
         return 0
@@ -216,11 +139,7 @@ def _max_batch(network: _Network, wanted: int) -> int:
     return min(wanted, most or wanted)
 
 
-Content = str | bytes | Path
-"""Of a file: itself, or the file to copy."""
-
-
-def _native(network: _Network, confidence: float, provider: Provider, max_batch: int, delay: int) -> dict[str, Content]:
+def _native(network: Network, confidence: float, provider: Provider, max_batch: int, delay: int) -> dict[str, Content]:
     name, path = network.path.stem, network.path
     of_network, of_boxes = f"{name}.network", f"{name}.boxes"
     on_gpu = network.manifest is not None or provider != "cpu"
@@ -229,8 +148,11 @@ def _native(network: _Network, confidence: float, provider: Provider, max_batch:
         """Without the batch, where Triton makes batches."""
         return _tensor(field, node._replace(dims=node.dims[1:] if max_batch else node.dims))
 
+    suppressed = network.metadata.suppression
+    most = suppressed.most if suppressed else MOST
+    boxes = [node._replace(dims=(most, *node.dims[1:])) if node.dims[0] == MOST else node for node in BOXES]
     outputs = [
-        _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in BOXES
+        _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in boxes
     ]
     predictions = network.output._replace(name="predictions")
     batching = f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}"
@@ -263,17 +185,18 @@ def _native(network: _Network, confidence: float, provider: Provider, max_batch:
             *_described(network, confidence),
         ],
     }
-    graph = suppression(confidence, float16=network.output.dtype == np.float16)
+    float16 = network.output.dtype == np.float16
+    graph = suppression(network.head, network.output.dims, confidence, most, float16=float16)
     return {
         **{f"{key}/config.pbtxt": _config(key, max_batch, fields) for key, fields in config.items()},
-        **_taken_along(network, f"{of_network}/1"),
-        **_without_header(network, f"{of_network}/1"),
+        **taken_along(network, f"{of_network}/1"),
+        **without_header(network, f"{of_network}/1"),
         f"{of_boxes}/1/model.onnx": graph.SerializeToString(),
         f"{name}/1/README": f"{name} is {of_network} and {of_boxes}, one after the other: see config.pbtxt\n",
     }
 
 
-def _python(network: _Network, confidence: float, provider: Provider, max_batch: int, delay: int) -> dict[str, Content]:
+def _python(network: Network, confidence: float, provider: Provider, max_batch: int, delay: int) -> dict[str, Content]:
     name = network.path.stem
     options = {"file": network.path.name, "provider": provider}
     if network.library:
@@ -289,30 +212,12 @@ def _python(network: _Network, confidence: float, provider: Provider, max_batch:
     ]
     return {
         f"{name}/config.pbtxt": _config(name, max_batch, fields),
-        **_taken_along(network, f"{name}/1"),
+        **taken_along(network, f"{name}/1"),
         f"{name}/1/model.py": _MODEL_PY,
     }
 
 
 _TENSORRT_PROVIDER = 'optimization { execution_accelerators { gpu_execution_accelerator { name: "tensorrt" } } }'
-
-
-def _taken_along(network: _Network, folder: str) -> dict[str, Content]:
-    files = (network.path, sidecar(network.path), network.library)
-    return {f"{folder}/{file.name}": file for file in files if file and file.is_file()}
-
-
-def _without_header(network: _Network, folder: str) -> dict[str, Content]:
-    """What Triton's backend for engines deserialises, and its sidecar, where more than that stands in the file."""
-    if not network.manifest or not read_engine_file(network.path).offset:
-        return {}
-    engine, name = read_engine(network.path), network.path.name
-    digest = hashlib.sha256(engine).hexdigest()
-    artifact = read_artifact(network.path).model_copy(update={"path": Path(name), "sha256": digest})
-    return {
-        f"{folder}/{name}": engine,
-        f"{folder}/{sidecar(Path(name)).name}": artifact.model_dump_json(by_alias=True, indent=2),
-    }
 
 
 def _config(name: str, max_batch: int, fields: Sequence[str]) -> str:
@@ -323,17 +228,20 @@ def _tensor(field: str, node: Input) -> str:
     return f"{field} {{ name: {_quoted(node.name)} data_type: {_type(node)} dims: {_dims(node.dims)} }}"
 
 
+_KINDS = {"f": "FP", "i": "INT", "u": "UINT"}
+
+
 def _type(node: Input) -> str:
     if node.dtype.kind == "O":
         return "TYPE_STRING"
-    return f"TYPE_{'FP' if node.dtype.kind == 'f' else 'INT'}{8 * node.dtype.itemsize}"
+    return f"TYPE_{_KINDS[node.dtype.kind]}{8 * node.dtype.itemsize}"
 
 
 def _dims(dims: Sequence[int | str | None]) -> str:
     return f"[{', '.join(str(dim) if isinstance(dim, int) else '-1' for dim in dims)}]"
 
 
-def _warm_up(network: _Network, batch: int) -> str:
+def _warm_up(network: Network, batch: int) -> str:
     dims = network.shape[1:] if network.batches else network.shape
     data = f"data_type: {_type(network.input)} dims: {_dims(dims)} random_data: true"
     value = f"inputs {{ key: {_quoted(network.input.name)} value {{ {data} }} }}"
@@ -350,11 +258,14 @@ def _step(model: str, inputs: Sequence[str], outputs: Mapping[str, str]) -> list
     ]
 
 
-def _described(network: _Network, confidence: float) -> list[str]:
+def _described(network: Network, confidence: float) -> list[str]:
     """What clients need to know beside the tensors."""
     names, letterbox = network.metadata.names, network.metadata.letterbox
+    if suppressed := network.metadata.suppression:
+        confidence = max(confidence, suppressed.confidence)
+    pixels = {"pixels": json.dumps(network.metadata.pixels)} if network.metadata.pixels else {}
     return _parameters(
-        {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence)}
+        {"names": json.dumps(names), "letterbox": letterbox.model_dump_json(), "confidence": str(confidence), **pixels}
     )
 
 
@@ -370,31 +281,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _write(files: Mapping[str, Content], out: Path) -> None:
-    """All of the models or nothing: Triton may be watching the repository."""
-    models = sorted({file.partition("/")[0] for file in files})
-    out = out.resolve()
-    for model in models:
-        if (out / model).exists():
-            raise UserError(f"{out / model} exists already", "Remove it, or name another folder.")
-    try:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-                for name, content in files.items():
-                    target = Path(folder, name)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    if isinstance(content, Path):
-                        shutil.copyfile(content, target)
-                    else:
-                        target.write_bytes(content.encode() if isinstance(content, str) else content)
-                for model in models:
-                    Path(folder, model).rename(out / model)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}", "Choose a folder that you may write to.") from error
-
-
-def _needs(network: _Network, backend: Backend) -> list[str]:
+def _needs(network: Network, backend: Backend) -> list[str]:
     needs = []
     if network.manifest:
         needs.append(f"{network.manifest.machine.tensorrt} on {network.manifest.machine.device}")
@@ -403,7 +290,7 @@ def _needs(network: _Network, backend: Backend) -> list[str]:
     return needs
 
 
-def _start(network: _Network, backend: Backend) -> str:
+def _start(network: Network, backend: Backend) -> str:
     command = f"tritonserver --model-repository={MOUNT}"
     if backend == "python" or not network.library or not network.manifest:
         return command

@@ -21,12 +21,15 @@ from google.protobuf import text_format
 
 from acmix_deploy import cli
 from acmix_deploy.artifacts import read_artifact, write_artifact
-from acmix_deploy.detection.boxes import MOST, decode
+from acmix_deploy.detection.boxes import MOST, decode, suppressed
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Letterbox, Placement, tensor
+from acmix_deploy.detection.metadata import Pixels
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.engine_file import header_bytes
 from acmix_deploy.errors import UserError
 from acmix_deploy.operators import OPERATORS
+from acmix_deploy.processing import Processing, attach
 from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.triton.repository import MOUNT, PackageDocument, package
 from acmix_deploy.serving.triton.suppression import suppression
@@ -102,15 +105,12 @@ def test_suppression_finds_what_decode_finds(classes: int, anchors: int, confide
     output[1, 0, 0] = np.inf
     output[2, 3, 0] = np.nan
     output[2, 4, -1] = np.nan
-    session = onnxruntime.InferenceSession(suppression(confidence).SerializeToString())
+    head = Head("detect", "anchors", "predictions", classes)
+    graph = suppression(head, ["batch", None, None], confidence, MOST)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
     names = [node.name for node in session.get_outputs()]
     answer = dict(zip(names, session.run(None, {"predictions": output}), strict=True))
-    right = decode(
-        Head("detect", "anchors", "predictions", output.shape[1] - 4),
-        {"predictions": output},
-        [WHOLE] * 3,
-        confidence=confidence,
-    )
+    right = decode(head, {"predictions": output}, [WHOLE] * 3, confidence=confidence)
     assert len(right[0].scores) == 0
     if anchors > 1:
         assert 0 < max(len(found.scores) for found in right) < anchors
@@ -135,11 +135,63 @@ def test_suppression_finds_what_decode_finds(classes: int, anchors: int, confide
 
 def test_suppression_of_half_precision() -> None:
     output = predictions(7, 1, 2, 50, np.float16)
-    session = onnxruntime.InferenceSession(suppression(0.25, float16=True).SerializeToString())
+    head = Head("detect", "anchors", "predictions", 2)
+    graph = suppression(head, output.shape, 0.25, MOST, float16=True)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
     answer = dict(zip((n.name for n in session.get_outputs()), session.run(None, {"predictions": output}), strict=True))
-    (right,) = decode(Head("detect", "anchors", "predictions", output.shape[1] - 4), {"predictions": output}, [WHOLE])
+    (right,) = decode(head, {"predictions": output}, [WHOLE])
     assert len(right.scores) == answer["num_detections"].item() > 5
     np.testing.assert_array_equal(answer["detection_scores"][0, : len(right.scores)], right.scores)
+
+
+def test_suppression_of_boxes_with_objectness() -> None:
+    output = predictions(9, 2, 4, 60).transpose(0, 2, 1)
+    head = Head("detect", "objectness", "predictions", 3)
+    graph = suppression(head, ["batch", None, 8], 0.25, MOST)
+    answer = onnxruntime.InferenceSession(graph.SerializeToString()).run(None, {"predictions": output})
+    for image, found in enumerate(decode(head, {"predictions": output}, [WHOLE] * 2)):
+        assert answer[0][image].item() == len(found.scores) > 1
+        np.testing.assert_array_equal(answer[2][image, : len(found.scores)], found.scores)
+
+
+@pytest.mark.parametrize("confidence", [0.25, 0.6])
+def test_rows_of_a_file_that_suppresses_boxes_are_told_apart(confidence: float) -> None:
+    output = predictions(8, 2, 3, 60)
+    output[1, 4:] = 0
+    given = {"predictions": output}
+    rows = suppressed(Head("detect", "anchors", "predictions", 3), given, Suppression(confidence=0.3, most=20))
+    graph = suppression(Head("detect", "rows", "predictions", 3), ["batch", 20, 6], confidence, 20)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    counts, boxes, scores, kinds = session.run(None, {"predictions": rows})
+    for image, left in enumerate(rows):
+        right = left[left[:, 4] > confidence]
+        count = counts[image].item()
+        assert count == len(right)
+        np.testing.assert_array_equal(np.column_stack((boxes[image], scores[image], kinds[image]))[:count], right)
+        assert not any(array[image, count:].any() for array in (boxes, scores, kinds))
+    assert counts[0] > 1
+
+
+def test_a_file_that_suppresses_boxes_becomes_an_ensemble(schema: Any, shapes_model: Path, tmp_path: Path) -> None:
+    model, path = onnx.load(shapes_model), tmp_path / "inside.onnx"
+    attach(model, Processing(suppression=Suppression(confidence=0.3, most=40)))
+    onnx.save(model, path)
+    package(path, tmp_path / "repository")
+    images = np.stack([scene.image for scene in shapes.images(3, 2)])[..., ::-1].transpose(0, 3, 1, 2) / np.float32(255)
+    answer = run_ensemble(schema, tmp_path / "repository", "inside", {"images": np.ascontiguousarray(images)})
+    with Detector.load(shapes_model, confidence=0.3) as detector:
+        right = detector([scene.image for scene in shapes.images(3, 2)])
+    assert answer["detection_boxes"].shape == (2, 40, 4)
+    for image, found in enumerate(right):
+        count = answer["num_detections"][image].item()
+        assert count == len(found.scores) > 0
+        np.testing.assert_allclose(answer["detection_scores"][image, :count], found.scores, rtol=1e-5)
+        np.testing.assert_allclose(answer["detection_boxes"][image, :count].clip(0, 160), found.boxes, atol=1e-3)
+    config = config_of(schema, tmp_path / "repository", "inside")
+    assert config.parameters["confidence"].string_value == "0.3"
+
+
+_KINDS = {"tensor(float)": "TYPE_FP32", "tensor(int32)": "TYPE_INT32", "tensor(uint8)": "TYPE_UINT8"}
 
 
 def run_ensemble(schema: Any, folder: Path, name: str, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -156,7 +208,7 @@ def run_ensemble(schema: Any, folder: Path, name: str, feed: dict[str, np.ndarra
             assert {node.name for node in nodes} == set(sizes)
             for node in nodes:
                 kind, dims = sizes[node.name]
-                assert kind == {"tensor(float)": "TYPE_FP32", "tensor(int32)": "TYPE_INT32"}[node.type]
+                assert kind == _KINDS[node.type]
                 shape = node.shape[1:] if model.max_batch_size else node.shape
                 assert len(shape) == len(dims)
                 assert all(size == dim for size, dim in zip(shape, dims, strict=True) if isinstance(size, int))
@@ -220,6 +272,38 @@ def test_a_fixed_batch_makes_no_batches(schema: Any, tmp_path: Path) -> None:
     assert tensors(schema, configs[0].output) == outputs_of((1,))
     answer = run_ensemble(schema, tmp_path / "repository", "one", {"images": np.zeros((1, 3, 32, 32), np.float32)})
     np.testing.assert_allclose(answer["detection_boxes"][0, 0], (12, 12, 20, 20))
+
+
+def of_pixels(source: Path, path: Path, order: Pixels) -> Path:
+    """The file as `export --input` writes it."""
+    model = onnx.load(source)
+    attach(model, Processing(order))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_file_of_bytes_is_asked_with_bytes(schema: Any, shapes_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    package(shapes_model, folder, max_batch=4)
+    package(of_pixels(shapes_model, tmp_path / "bytes.onnx", "bgr"), folder, max_batch=4)
+    configs = [config_of(schema, folder, f"bytes{suffix}") for suffix in ("", ".network")]
+    assert [tensors(schema, config.input) for config in configs] == [{"images": ("TYPE_UINT8", (160, 160, 3))}] * 2
+    for warm in configs[1].model_warmup:
+        value = warm.inputs["images"]
+        assert (schema.DataType.Name(value.data_type), tuple(value.dims)) == ("TYPE_UINT8", (160, 160, 3))
+    assert json.loads(configs[0].parameters["pixels"].string_value) == "bgr"
+    images = np.stack([scene.image for scene in shapes.images(4, 3)])
+    expected = run_ensemble(schema, folder, "shapes.fused", {"images": np.stack([tensor(image) for image in images])})
+    found = run_ensemble(schema, folder, "bytes", {"images": images})
+    assert found["num_detections"].sum() > 5
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+    package(of_pixels(tiny(tmp_path / "a.onnx", batch=1), tmp_path / "one.onnx", "rgb"), folder)
+    (warm,) = config_of(schema, folder, "one.network").model_warmup
+    assert tuple(warm.inputs["images"].dims) == (1, 32, 32, 3)
+    answer = run_ensemble(schema, folder, "one", {"images": np.zeros((1, 32, 32, 3), np.uint8)})
+    assert answer["detection_boxes"].shape == (1, MOST, 4)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])

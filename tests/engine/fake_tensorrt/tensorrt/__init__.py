@@ -335,7 +335,7 @@ class _Model:
         self.graph = self.proto.graph
         self.inputs = {value.name: self.dims(value) for value in self.graph.input}
         self.tensors = {value.name: value for value in (*self.graph.input, *self.graph.output)}
-        names = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64", 9: "BOOL", 16: "BF16"}
+        names = {1: "FLOAT", 2: "UINT8", 10: "HALF", 6: "INT32", 7: "INT64", 9: "BOOL", 16: "BF16"}
         self.types = {
             name: SimpleNamespace(name=names[value.type.tensor_type.elem_type]) for name, value in self.tensors.items()
         }

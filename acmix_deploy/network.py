@@ -1,0 +1,89 @@
+"""Running the network of a file that suppresses boxes, and proving that it suppresses them as it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from acmix_deploy.detection.boxes import suppressed
+from acmix_deploy.detection.heads import Head, head_of
+from acmix_deploy.detection.rows import paired
+from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.errors import CheckFailed
+from acmix_deploy.half import faithful
+from acmix_deploy.options import Provider
+from acmix_deploy.processing import with_network_output
+from acmix_deploy.runtime.metrics import Array
+from acmix_deploy.runtime.onnxruntime import OnnxRunner, metadata_of, open_session
+
+_ROUNDING = 1e-5
+"""By which overlaps of boxes in float32 are off."""
+
+
+class NetworkRunner(OnnxRunner):
+    """Gives what the network gives within a file that suppresses boxes. The file's own rows have to be those that
+    :func:`acmix_deploy.detection.boxes.suppressed` keeps of that, else CheckFailed is raised.
+
+    Args:
+        model: the file; where it holds float16 and runs on a CPU, it is rounded as it says.
+        name: how reports call it.
+        provider, plugin: see :func:`acmix_deploy.runtime.onnxruntime.open_session`.
+    """
+
+    def __init__(
+        self, model: Path | onnx.ModelProto, name: str, *, provider: Provider = "cpu", plugin: Path | None = None
+    ) -> None:
+        both, self._inner = with_network_output(model)
+        run, self.unrounded = faithful(both) if provider == "cpu" else (both, "")
+        self.rounded = run is not both
+        super().__init__(lambda: open_session(run, provider=provider, plugin=plugin), name=name)
+        self.boxes = 0
+        """How many were kept up to now."""
+
+    @property
+    def told(self) -> str:
+        """What was compared, as a sentence."""
+        return (
+            f"{self.name} suppresses boxes: the network in it was compared, and what it keeps of them is what is kept "
+            f"outside the file: boxes in all inputs {self.boxes}"
+        )
+
+    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs of the network by name, which are called as the file calls its own."""
+        outputs = super().infer_impl(feed_dict)
+        predictions = outputs.pop(self._inner)
+        ((name, rows),) = outputs.items()
+        metadata = metadata_of(self.sess)
+        suppression = metadata.suppression
+        assert suppression
+        given = {name: predictions}
+        head = head_of(metadata.with_suppression(None), {name: predictions.shape})
+        if not _same(head, given, rows, suppression):
+            shape = ", ".join(f"{key} {list(array.shape)}" for key, array in feed_dict.items())
+            raise CheckFailed(f"{self.name} keeps other boxes than suppression outside the file, on {shape}")
+        self.boxes += int(np.count_nonzero(rows[..., 4]))
+        return given
+
+
+def _same(head: Head, given: Mapping[str, Array], rows: Array, suppression: Suppression) -> bool:
+    """Whether rows are what is kept of predictions, by an overlap that rounding may have moved; which of equal scores
+    comes first is left open."""
+    name, told = head.output, Head("detect", "rows", head.output, head.classes)
+    for change in (0, -_ROUNDING, _ROUNDING):
+        moved = min(max(suppression.iou + change, 0.0), 1.0)
+        wanted = suppressed(head, given, suppression.model_copy(update={"iou": moved}))
+        if wanted.shape != rows.shape:
+            return False
+        if _near(wanted, rows):
+            return True
+        right, other = paired(told, {name: wanted}, {name: rows}, 0)
+        if _near(right[name], other[name]):
+            return True
+    return False
+
+
+def _near(expected: Array, actual: Array) -> bool:
+    return np.allclose(expected, actual, rtol=1e-5, atol=1e-3)
