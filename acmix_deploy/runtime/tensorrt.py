@@ -101,11 +101,14 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
     stream: cuda.Stream
     manifest: Manifest
+    copy_time: float
+    """Seconds that the inputs of the last :meth:`infer` took to pinned memory and from there to the device."""
     _trt: Any
     _log: Any
     _runtime: Any
     _engine: Any
     _context: Any
+    _around_upload: tuple[cuda.Event, cuda.Event]
 
     def __init__(self, engine: Path, plugin: Path | None = None, name: str = "") -> None:
         super().__init__(name=name or engine.name)
@@ -128,6 +131,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
             if self.manifest.plugin:
                 load_plugin(self.plugin or self.manifest.plugin.path)
             self._hold("stream", held.enter_context(cuda.Stream()))
+            self._hold("_around_upload", tuple(held.enter_context(cuda.Event()) for _ in range(2)))
             self._hold("_runtime", self._made("a runtime", _runtime(trt, self._log)))
             plan = read_engine(self.path)
             self._hold("_engine", self._made("an engine", self._runtime.deserialize_cuda_engine(plan)))
@@ -160,13 +164,18 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
         """See :meth:`infer`. The inference time includes both transfers."""
+        called = time.perf_counter()
         self.prepare(feed_dict)
         start = time.perf_counter()
+        before, after = self._around_upload
+        before.record(self.stream)
         self.upload()
+        after.record(self.stream)
         self.launch()
         self.download()
         self.stream.synchronize()
         self.inference_time = time.perf_counter() - start
+        self.copy_time = start - called + after.ms_since(before) / 1e3
         return {name: array.copy() for name, array in self.outputs.items()}
 
     def prepare(self, feed: Mapping[str, Array]) -> None:

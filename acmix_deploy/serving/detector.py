@@ -60,6 +60,8 @@ class Opened(NamedTuple):
     """Smallest, usual and largest shape of an engine's inputs with free axes."""
     close: Callable[[], None]
     """Frees what it holds of a device."""
+    copied: Callable[[], float] | None = None
+    """Seconds that the inputs of the last run took to the device, where that is told."""
 
 
 class Detector:
@@ -77,7 +79,7 @@ class Detector:
         self.names: Mapping[int, str] = opened.metadata.names
         """Of the classes, by their indices."""
         self.confidence, self.iou = confidence, iou
-        self._run, self._close = opened.run, opened.close
+        self._run, self._close, self._copied = opened.run, opened.close, opened.copied
         self._metadata = opened.metadata
         if len(self.inputs) != 1 or len(self.inputs[0].dims) != 4:
             raise no_detector(name, f"takes {', '.join(map(str, self.inputs))}")
@@ -193,6 +195,10 @@ class Detector:
         self._free.append(fitted.memory)
         return {name: array[: len(fitted.placements)] for name, array in outputs.items()}
 
+    def copy_seconds(self) -> float | None:
+        """What the input of the last :meth:`run` took to the device; None where nothing tells."""
+        return self._copied() if self._copied else None
+
     def boxes(self, outputs: Mapping[str, Array], placements: Sequence[Placement]) -> list[Detections]:
         """What is in each of the images of a run.
 
@@ -302,6 +308,7 @@ def _open_engine(path: Path, plugin: Path | None) -> Opened:
         metadata=model.metadata,
         profiles=model.profiles,
         close=held.close,
+        copied=lambda: runner.copy_time,
     )
 
 

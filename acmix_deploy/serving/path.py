@@ -22,7 +22,7 @@ from acmix_deploy.serving.frames import Frame, Source
 
 T = TypeVar("T")
 
-Step = Literal["decode", "fit", "run", "boxes", "draw"]
+Step = Literal["decode", "fit", "copy", "run", "boxes", "draw"]
 
 KEPT = 10_000
 """Times of a step that its median and its p99 are of: the last ones."""
@@ -33,7 +33,7 @@ class StepTimes(BaseModel):
 
     step: Step = Field(
         description="decode: a picture or frame is read and decoded, of a live source waited for; fit: letterboxed and "
-        "turned into what the model takes; run: the model, copies to a device and back included; boxes: outputs to "
+        "turned into what the model takes; copy: to the device of an engine; run: the model; boxes: outputs to "
         "detections; draw: drawn, encoded and written"
     )
     times: int = Field(description="how often; decode and draw are done for each image, the others for each batch")
@@ -91,11 +91,14 @@ class Clock:
         self._since = None
 
     @contextmanager
-    def step(self, name: Step) -> Iterator[None]:
-        """Count the time of a block, unless it raises."""
+    def step(self, name: Step, copying: Callable[[], float | None] = lambda: None) -> Iterator[None]:
+        """Count the time of a block, unless it raises; the seconds of it that were ``copying``, as step "copy"."""
         start = self._now()
         yield
-        self._add(name, self._now() - start)
+        seconds = self._now() - start
+        if (copied := copying()) is not None:
+            self._add("copy", copied)
+        self._add(name, seconds - (copied or 0.0))
 
     def over(self, name: Step, items: Iterable[T]) -> Iterator[T]:
         """The items, with the time that each takes to be there."""
@@ -205,7 +208,7 @@ def _run(
         if fitted is None:
             yield frames, {}, []
             continue
-        with clock.step("run"):
+        with clock.step("run", detector.copy_seconds):
             outputs = detector.run(fitted)
         yield frames, outputs, fitted.placements
 

@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from acmix_deploy import cli
 from acmix_deploy.detection.drawing import draw_outlines
+from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.serving import path as path_module
+from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.frames import Frame, Source
 from acmix_deploy.serving.path import Clock, PathTimes, ahead, detect
+from tests.engine.parts import make_engine
 from tests.serving.parts import Slow, tiny
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
@@ -207,6 +211,29 @@ def test_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             ticks.seconds += ms / 1e3
     (boxes,) = short.times(Source("a", iter(())), 4, 1).steps
     assert (boxes.times, boxes.median_ms, boxes.busy) == pytest.approx((4, 2, 1))
+
+
+def test_what_an_engine_copies_is_a_step_of_its_own(gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.load(tiny(tmp_path / "a.onnx", batch=1))
+    engine = make_engine(
+        tmp_path / "a.engine", model, metadata={entry.key: entry.value for entry in model.metadata_props}
+    )
+    prepare = EngineRunner.prepare
+
+    def slowly(self: EngineRunner, feed: dict[str, np.ndarray]) -> None:
+        time.sleep(0.02)
+        prepare(self, feed)
+
+    monkeypatch.setattr(EngineRunner, "prepare", slowly)
+    clock = Clock()
+    with Detector.load(engine) as detector:
+        images = Source("a", (Frame("a", np.zeros((9, 9, 3), np.uint8)) for _ in range(5)))
+        assert [len(found.scores) for _, found in detect(detector, images, clock)] == [1] * 5
+    steps = {step.step: step for step in clock.times(images, 5, 1).steps}
+    assert list(steps) == ["decode", "fit", "copy", "run", "boxes"]
+    assert steps["copy"].times == steps["run"].times == 5
+    assert 20 + 1 <= steps["copy"].median_ms < 40, "an upload takes a millisecond of the stand-in's clock"
+    assert steps["run"].median_ms < 15
 
 
 @pytest.mark.parametrize(
