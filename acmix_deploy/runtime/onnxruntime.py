@@ -57,6 +57,7 @@ def open_session(
     once: bool = False,
     reduces: bool = False,
     lean: bool = False,
+    spin: bool = True,
     provider: Provider = "cpu",
     plugin: Path | None = None,
     engines: Path | None = None,
@@ -74,6 +75,7 @@ def open_session(
         reduces: for a graph whose outputs are sums or maxima of many tensors: compute these as soon as a tensor is
             there, which ONNX Runtime by itself puts off until every activation is in memory.
         lean: give memory back as soon as it is free; by itself ONNX Runtime keeps it for the next run.
+        spin: have threads without work look for it all the time, which is faster where nothing else needs the cores.
         provider: what runs it.
         plugin: library that provider "tensorrt" loads.
         engines: folder in which provider "tensorrt" keeps what it builds, for another session of the same file.
@@ -92,6 +94,8 @@ def open_session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_reuse = not once
     options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if reduces:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     source = model if isinstance(model, (Path, bytes)) else model.SerializeToString()

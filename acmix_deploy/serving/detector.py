@@ -283,8 +283,9 @@ class Detector:
 def _open_onnx(
     path: Path, threads: int | None, provider: Provider, plugin: Path | None, engines: Path | None
 ) -> Opened:
-    """Polygraphy's runner is not taken: it imports PyTorch wherever that is installed."""
-    session = open_session(path, threads, provider=provider, plugin=plugin, engines=engines)
+    """Polygraphy's runner is not taken: it imports PyTorch wherever that is installed. Threads do not spin, since
+    others decode and fit meanwhile."""
+    session = open_session(path, threads, spin=False, provider=provider, plugin=plugin, engines=engines)
     outputs = tuple(onnxruntime.outputs_of(session))
     names = [output.name for output in outputs]
     return Opened(

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.processing import Processing, attach
 from acmix_deploy.runtime.inputs import as_pixels, random_images
 from acmix_deploy.runtime.onnxruntime import open_session
+from acmix_deploy.serving import detector as detector_module
 from acmix_deploy.serving.detector import Detector
 from scripts import shapes
 from scripts.train_shapes import CHECKPOINT
@@ -297,6 +299,21 @@ def test_pixels_that_are_not_told_or_not_taken(told: str | None, tmp_path: Path)
     onnx.save(model, tmp_path / "a.onnx")
     with pytest.raises(UserError, match=f"and its metadata tell of {told or 'no'} pixels; expected are"):
         Detector.load(tmp_path / "a.onnx")
+
+
+def test_threads_of_a_model_leave_the_cores_to_those_that_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = []
+
+    def opened(*given: Any, **options: Any) -> Any:
+        sessions.append(open_session(*given, **options))
+        return sessions[-1]
+
+    monkeypatch.setattr(detector_module, "open_session", opened)
+    Detector.load(tiny(tmp_path / "a.onnx")).close()
+    entry = "session.intra_op.allow_spinning"
+    assert sessions[0].get_session_options().get_session_config_entry(entry) == "0"
 
 
 def test_steps_are_a_call_and_their_memory_is_used_again(drawn: list[np.ndarray], tmp_path: Path) -> None:
