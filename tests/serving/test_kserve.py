@@ -34,6 +34,7 @@ SERVED = Served(
     8,
     "detect",
     0.25,
+    "",
 )
 ROW = np.array([[0.5, -2]], np.float32)
 
