@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ import aiohttp
 import numpy as np
 
 from acmix_deploy.detection.boxes import Detection, named
+from acmix_deploy.detection.heads import Array
 from acmix_deploy.detection.images import find, read
 from acmix_deploy.serving.detector import Detector
+from acmix_deploy.serving.kserve import HEADER_LENGTH
 
 SCORE, EDGE = 1e-3, 0.1
 """How far an answer may be from the model's: alone and in a batch it computes in another order. EDGE is in pixels."""
@@ -36,24 +38,33 @@ class Picture(NamedTuple):
     detections: list[Detection]
 
 
-class Load:
-    """Requests for pictures in turn, and what came of them."""
+class Question(NamedTuple):
+    """A request, and what tells whether the body of its answer is right."""
 
-    def __init__(self, client: aiohttp.ClientSession, pictures: Sequence[Picture]) -> None:
-        self._client, self._pictures = client, pictures
+    path: str
+    data: bytes
+    headers: dict[str, str]
+    is_right: Callable[[bytes], bool]
+
+
+class Load:
+    """Requests in turn, and what came of them."""
+
+    def __init__(self, client: aiohttp.ClientSession, questions: Sequence[Question]) -> None:
+        self._client, self._questions = client, questions
         self.statuses: Counter[str] = Counter()
         self.wrong = 0
         self.seconds: list[float] = []
-        """Of those that were answered with boxes."""
+        """Of those that were answered."""
         self._sent = 0
 
     async def ask(self, arrival: float) -> None:
         """One request that was to arrive at a time of :func:`time.perf_counter`."""
-        picture = self._pictures[self._sent % len(self._pictures)]
+        path, data, headers, is_right = self._questions[self._sent % len(self._questions)]
         self._sent += 1
         try:
-            async with self._client.post("/v1/detect", data=picture.data) as response:
-                answer = await response.json()
+            async with self._client.post(path, data=data, headers=headers) as response:
+                answer = await response.read()
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             self.statuses[type(error).__name__] += 1
             return
@@ -61,7 +72,7 @@ class Load:
         self.statuses[str(response.status)] += 1
         if response.status == 200:
             self.seconds.append(took)
-            self.wrong += not same(answer["images"][0]["detections"], picture.detections)
+            self.wrong += not is_right(answer)
 
     async def at_rate(self, rate: float, seconds: float) -> None:
         """Requests at a constant rate."""
@@ -114,13 +125,49 @@ def known(model: Path, photos: Path) -> list[Picture]:
     return pictures
 
 
+def about_picture(picture: Picture) -> Question:
+    """What is in it?"""
+
+    def is_right(body: bytes) -> bool:
+        return same(json.loads(body)["images"][0]["detections"], picture.detections)
+
+    return Question("/v1/detect", picture.data, {}, is_right)
+
+
+def about_tensors(model: Path, photos: Path) -> list[Question]:
+    """What the model gives for the pictures of a folder, by KServe v2: fitted here, in binary both ways."""
+    questions = []
+    with Detector.load(model, threads=1) as detector:
+        ((image, _, dtype),), kinds = detector.inputs, {"uint8": "UINT8", "float32": "FP32"}
+        for path in find(photos).paths:
+            fitted = detector.fit([read(path)])
+            ((_, output),) = detector.run(fitted).items()
+            tensor = {
+                "name": image,
+                "datatype": kinds[dtype.name],
+                "shape": fitted.batch.shape,
+                "parameters": {"binary_data_size": fitted.batch.nbytes},
+            }
+            head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+            headers = {HEADER_LENGTH: str(len(head)), "content-type": "application/octet-stream"}
+
+            def is_right(body: bytes, right: Array = output) -> bool:
+                given = np.frombuffer(body[-right.nbytes :], right.dtype).reshape(right.shape)
+                return np.allclose(given, right, rtol=SCORE, atol=EDGE)
+
+            data = head + fitted.batch.tobytes()
+            questions.append(Question(f"/v2/models/{detector.name}/infer", data, headers, is_right))
+    return questions
+
+
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     """The load that is asked for, and its outcome."""
-    pictures = known(options.model, options.photos)
+    questions = about_tensors(options.model, options.photos) if options.tensors else []
+    questions = questions or [*map(about_picture, known(options.model, options.photos))]
     timeout = aiohttp.ClientTimeout(total=_PATIENCE)
     connections = aiohttp.TCPConnector(limit=0)  # as many as it takes
     async with aiohttp.ClientSession(options.url, timeout=timeout, connector=connections) as client:
-        load = Load(client, pictures)
+        load = Load(client, questions)
         start = time.perf_counter()
         if options.rate:
             await load.at_rate(options.rate, options.seconds)
@@ -147,6 +194,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, metavar="R", help="requests in a second")
     parser.add_argument("--clients", type=int, default=16, metavar="N", help="without --rate (default: 16)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S")
+    parser.add_argument("--tensors", action="store_true", help="send what the model takes, not pictures")
     outcome = asyncio.run(run(parser.parse_args()))
     print(json.dumps(outcome))
     return int(bool(outcome["wrong"]))

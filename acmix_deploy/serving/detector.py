@@ -233,13 +233,21 @@ class Detector:
             raise CheckFailed(f"{self.name} fails on {shapes}: {reason(error)}") from error
 
     @property
+    def least(self) -> float:
+        """Score that detections are above: :attr:`confidence`, or the file's own where it suppresses boxes; 0 for
+        "classify", of which the best classes are told whatever their scores."""
+        if self.head.task == "classify":
+            return 0.0
+        suppression = self._metadata.suppression
+        return max(self.confidence, suppression.confidence) if suppression else self.confidence
+
+    @property
     def note(self) -> str:
         """What is to be said of :attr:`confidence`; empty where there is nothing."""
-        suppression = self._metadata.suppression
-        if not suppression or self.confidence >= suppression.confidence:
+        if self.least <= self.confidence:
             return ""
         return (
-            f"{self.name} suppresses boxes and gives none of a score up to {suppression.confidence:g}, so those from "
+            f"{self.name} suppresses boxes and gives none of a score up to {self.least:g}, so those from "
             f"{self.confidence:g} on are missing"
         )
 

@@ -131,8 +131,11 @@ async def _serve(
             )
             name = f"[{host}]" if ":" in host else host
             url = f"http://{name}:{listening.getsockname()[1]}"
-            log.info("serving %s at %s", api.batcher.served.name, url)
-            started(ServeDocument(url=url, model=api.batcher.served.name))
+            served = api.batcher.served
+            if served.note:
+                log.warning("%s", served.note)
+            log.info("serving %s at %s", served.name, url)
+            started(ServeDocument(url=url, model=served.name))
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn sends itself again what it was ended with
             await uvicorn.Server(config).serve(sockets=[listening])
         finally:

@@ -16,9 +16,7 @@ from acmix_deploy.detection.pictures import TooLarge, Unreadable, check_pixels
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Decoder
-from acmix_deploy.serving.frames import Checked
-from acmix_deploy.serving.frames import Frame as Frame
-from acmix_deploy.serving.frames import Source as Source
+from acmix_deploy.serving.frames import Checked, Frame, Source
 from acmix_deploy.serving.live import Live
 from acmix_deploy.serving.video import frame_count, next_image, open_capture, seconds_of
 

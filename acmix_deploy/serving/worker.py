@@ -75,7 +75,9 @@ class Served(NamedTuple):
     """Images in one run."""
     task: Task
     confidence: float
-    """Score that detections are above; 0 for "classify", of which the best classes are told whatever their scores."""
+    """See :attr:`acmix_deploy.serving.detector.Detector.least`."""
+    note: str
+    """See :attr:`acmix_deploy.serving.detector.Detector.note`."""
 
 
 class Died(Exception):
@@ -199,7 +201,8 @@ def tried(detector: Detector, max_batch: int) -> Served:
         input_shape=detector.input_shape,
         max_batch=most,
         task=detector.head.task,
-        confidence=0.0 if detector.head.task == "classify" else detector.confidence,
+        confidence=detector.least,
+        note=detector.note,
     )
 
 

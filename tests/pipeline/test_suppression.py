@@ -33,6 +33,7 @@ from scripts import shapes
 from scripts.train_shapes import CHECKPOINT
 from tests.engine.parts import make_engine
 from tests.plugin.parts import rtx_libraries
+from tests.serving.parts import serving
 
 SQUARE = (3, 3, 160, 160)
 AROUND = Processing("bgr", Suppression(confidence=0.3, iou=0.6, most=50))
@@ -216,3 +217,22 @@ def test_export(tmp_path: Path) -> None:
         assert metadata.suppression == Suppression(confidence=0.3, most=20)
         assert metadata.nms
     assert read_artifact(report.files["plain"].artifact.path).settings["suppression"]["most"] == 20
+
+
+def test_the_server_answers_with_what_the_file_without_finds(
+    attached: Path, shapes_files: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Pixels in and boxes out; what it cannot find is said."""
+    with Detector.load(shapes_files / "shapes.fused.onnx", confidence=0.3, iou=0.6) as detector:
+        expected = detector([read(path) for path in find(photos).paths])
+    with serving(attached / "fused.onnx", tmp_path, "--confidence", "0.1") as server:
+        assert server.client.get("/v1/model").json()["confidence"] == 0.3
+        for path, right in zip(find(photos).paths, expected, strict=True):
+            (found,) = server.detect(path.read_bytes()).json()["images"]
+            assert [one["score"] for one in found["detections"]] == pytest.approx(right.scores.tolist(), abs=1e-5)
+            boxes = [one["box"] for one in found["detections"]]
+            np.testing.assert_allclose(np.array(boxes).reshape(-1, 4), right.boxes, atol=0.01)
+        (image,) = server.client.get("/v2/models/fused").json()["inputs"]
+        assert (image["datatype"], image["shape"][3]) == ("UINT8", 3)
+        (note,) = [line["message"] for line in server.log if line["level"] == "warning"]
+        assert "gives none of a score up to 0.3, so those from 0.1 on are missing" in note

@@ -46,7 +46,7 @@ class Model:
     def load(self) -> Served:
         if Model.fails:
             raise Model.fails
-        return Served("model", {}, (NODE,), (), (1, 3, 8, 8), self._most, "detect", 0.25)
+        return Served("model", {}, (NODE,), (), (1, 3, 8, 8), self._most, "detect", 0.25, "")
 
     def detect(self, images: Sequence[Any]) -> tuple[list[Detections], Seconds]:
         self._run(len(images))

@@ -34,6 +34,7 @@ SERVED = Served(
     8,
     "detect",
     0.25,
+    "",
 )
 ROW = np.array([[0.5, -2]], np.float32)
 
@@ -108,6 +109,7 @@ def test_a_file_of_bytes_is_asked_with_bytes(shapes_model: Path, tmp_path: Path,
     given = bgr if order == "bgr" else np.ascontiguousarray(bgr[..., ::-1])
     with Detector.load(shapes_model) as floats, Detector.load(tmp_path / "bytes.onnx") as detector:
         served = tried(detector, 2)
+        assert served.input_shape[2:] == (160, 160)  # as GET /v1/model tells it
         told = {"name": "images", "datatype": "UINT8", "shape": [-1, 160, 160, 3]}
         assert kserve.model_metadata(served)["inputs"] == [told]
         told |= {"shape": [*given.shape], "parameters": {"binary_data_size": given.nbytes}}

@@ -21,6 +21,7 @@ TIMES = 3
 OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 
 http, grpc, model, name, out, *files = sys.argv[1:]
+KINDS = {"float32": "FP32", "uint8": "UINT8"}
 ADDRESSES = {"http": http, "grpc": grpc}
 
 
@@ -37,7 +38,7 @@ def ask(which: tuple[str, str, int]) -> dict[str, Any]:
     protocol, file, turn = which
     client = getattr(tritonclient, protocol)
     array = content(Path(file))
-    tensor = client.InferInput(name, list(array.shape), "FP32" if array.dtype == np.float32 else "BYTES")
+    tensor = client.InferInput(name, list(array.shape), KINDS.get(array.dtype.name, "BYTES"))
     tensor.set_data_from_numpy(array)
     server = client.InferenceServerClient(ADDRESSES[protocol])
     key = f"{Path(file).name}/{protocol}/{turn}"

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from acmix_deploy.detection.boxes import named
 from acmix_deploy.detection.images import Image, Letterbox, Placement, tensor
+from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.processing import Processing, attach
 from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.triton.repository import package
 from scripts import shapes
@@ -37,6 +40,11 @@ def server(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         shutil.copy(shapes_model, folder / f"{name}.onnx")
         package(folder / f"{name}.onnx", folder / "repository", backend=name, max_delay_ms=50)
     package(tiny(folder / "one.onnx", batch=1), folder / "repository")
+    model = onnx.load(shapes_model)
+    attach(model, Processing("bgr", Suppression()))
+    for name in ("bytes-native", "bytes-python"):
+        onnx.save(model, folder / f"{name}.onnx")
+        package(folder / f"{name}.onnx", folder / "repository", backend=name.partition("-")[2])
     shutil.copytree(Path(__file__).with_name("onnxruntime_backend"), folder / "backends/onnxruntime")
     with triton(folder / "repository", folder) as running:
         yield running
@@ -95,6 +103,20 @@ def test_tensors_by_the_ensemble(server: Triton, shapes_model: Path, photos: dic
     assert images == 1 + 8 + len(photos) * 6, "of the warm-up and of the requests"
     assert runs - 2 < len(photos) * 6, "requests were not put together"
     assert server.runs("native.boxes")[0] == len(photos) * 6
+
+
+def test_pixels_in_and_boxes_out(server: Triton, shapes_model: Path, photos: dict[str, Image], tmp_path: Path) -> None:
+    """A file that takes uint8 and suppresses boxes, by both backends."""
+    letterbox = Letterbox()
+    for name, image in photos.items():
+        cv2.imwrite(str(tmp_path / name), image)
+        np.save(tmp_path / f"{Path(name).stem}.npy", letterbox(image, 160, 160)[None])
+    right = right_of(shapes_model, photos)
+    placements = {name: letterbox.place(image.shape, 160, 160) for name, image in photos.items()}
+    whole = {name: Placement(image.shape[:2], image.shape[:2], 0, 0, image.shape[:2]) for name, image in photos.items()}
+    answers = server.ask("bytes-native", "images", [tmp_path / f"{Path(name).stem}.npy" for name in photos])
+    assert_answers(answers, right, ".npy", placements)
+    assert_answers(server.ask("bytes-python", "image", [tmp_path / name for name in photos]), right, ".png", whole)
 
 
 def test_clients_of_the_documentation(

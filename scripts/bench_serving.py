@@ -1,0 +1,90 @@
+"""Time `serve` with files that take uint8 beside those that take floats: answers a second and p99, in turn.
+
+Pictures are 1280x720 JPEG files, drawn as those of :mod:`scripts.bench_video`, which also makes the models: the trained
+detector at 640x640, fused, and one that does nothing. One server at a time, with one thread; clients in a process of
+their own send pictures, then what the model takes, by KServe v2 in binary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from scripts import bench_video
+
+ROOT = Path(__file__).resolve().parents[1]
+_CLIENTS = 4
+
+
+def make_pixels(source: Path, path: Path) -> None:
+    """The file, taking uint8 in BGR."""
+    import onnx
+
+    from acmix_deploy.processing import Processing, attach
+
+    model = onnx.load(source)
+    attach(model, Processing("bgr"))
+    onnx.save(model, path)
+
+
+def turn(model: Path, photos: Path, seconds: float, *, tensors: bool) -> dict[str, Any]:
+    """What clients got of a server that is started for them."""
+    command = [sys.executable, "-m", "acmix_deploy.cli", "serve", str(model), "--port", "0", "--threads", "1", "--json"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert server.stdout
+        url = json.loads(server.stdout.readline())["url"]
+        load = [url, model, photos, "--clients", _CLIENTS, "--seconds", seconds, *["--tensors"] * tensors]
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts/load.py", *map(str, load)], stdout=subprocess.PIPE, check=True
+        )
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait()
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for what is drawn and exported; what is there is used again")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of a turn")
+    options = parser.parse_args()
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    photos = folder / "hd16"
+    if not photos.exists():
+        bench_video.draw_pictures(photos, 16, iter([(1280, 720)] * 16))
+    print("| model | sent | file takes | answers a second | p99 ms | times the answers |")
+    print("|---|---|---|---|---|---|")
+    for name, make in (("shapes.fused", bench_video.make_model), ("nothing", bench_video.make_nothing)):
+        floats, pixels = folder / f"{name}.onnx", folder / f"{name}.pixels.onnx"
+        if not floats.exists():
+            make(floats)
+        make_pixels(floats, pixels)
+        for sent in ("pictures", "tensors"):
+            turns: dict[Path, list[dict[str, Any]]] = {floats: [], pixels: []}
+            for _ in range(options.rounds):
+                for file, taken in turns.items():
+                    taken.append(turn(file, photos, options.seconds, tensors=sent == "tensors"))
+            for file, taken in turns.items():
+                rates, slowest = ([one[key] for one in taken] for key in ("answers_per_second", "p99_ms"))
+                ratios = [one / other["answers_per_second"] for one, other in zip(rates, turns[floats], strict=True)]
+                cells = [_cell(rates, 1), _cell(slowest, 1), _cell(ratios, 2) if file is pixels else ""]
+                kind = "uint8" if file is pixels else "float32"
+                print(f"| {name} | {sent} | {kind} | {' | '.join(cells)} |", flush=True)
+
+
+def _cell(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} [{min(values):.{digits}f} to {max(values):.{digits}f}]"
+
+
+if __name__ == "__main__":
+    main()
