@@ -23,7 +23,9 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.options import Decoder
 
 if TYPE_CHECKING:
-    from acmix_deploy.serving.frames import Source
+    from acmix_deploy.serving.frames import Frame, Source
+    from acmix_deploy.serving.path import PathTimes
+    from acmix_deploy.serving.sources import DetectDocument
 
 _EVERY = 2.0  # seconds between two lines of progress
 
@@ -62,15 +64,13 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # broken videos are told of in our own words
     from acmix_deploy.serving.annotate import annotate, open_output
     from acmix_deploy.serving.detector import Detector
-    from acmix_deploy.serving.path import Clock, DetectStats, detect
+    from acmix_deploy.serving.path import Clock, detect
     from acmix_deploy.serving.sources import DetectDocument, open_source, reduced
 
     if options.fast_decode and options.output:
         raise UserError("--fast-decode leaves no whole pictures for --output to draw into", "Leave one of both out.")
     source = open_source(options.source, options.decoder)
     output = open_output(options.output, source, options.decoder) if options.output else nullcontext()
-    done = skipped = dropped = 0
-    start = told = time.perf_counter()
     with progress() as report_progress:
         report_progress(f"loading {options.model}")
         with (
@@ -84,50 +84,74 @@ def run(options: argparse.Namespace) -> int:
                 print(f"Note: {detector.note}", file=sys.stderr)
             if options.fast_decode:
                 source = reduced(source, detector.place)
-            start = told = time.perf_counter()
-            clock = Clock()
+            seen, clock = _Seen(source.total), Clock()
             try:
                 with closing(detect(detector, source, clock)) as frames:
                     for frame, found in frames:
-                        line = DetectDocument.of(frame, found, detector.names)
-                        if options.json:
-                            print_line(line.model_dump_json(by_alias=True, exclude_none=True))
-                        dropped += frame.dropped
-                        skipped += frame.lost
-                        if line.problem:
-                            print(line, file=sys.stderr)
-                        elif not options.json:
-                            print_line(str(line))
-                        if frame.image is not None and found is not None:
-                            done += 1
-                            if write:
-                                with clock.step("draw"):
-                                    drawn = annotate(frame.image, found, detector.names)
-                                    for _ in range(1 + frame.dropped):  # the video is as long as what it shows took
-                                        write(frame.source, drawn)
-                        if time.perf_counter() - told > _EVERY:
-                            told = time.perf_counter()
-                            total = f" of {source.total}" if source.total else ""
-                            report_progress(f"{done}{total} images, {done / (told - start):.1f} a second")
+                        _tell(DetectDocument.of(frame, found, detector.names), as_json=options.json)
+                        if write and frame.image is not None and found is not None:
+                            with clock.step("draw"):
+                                drawn = annotate(frame.image, found, detector.names)
+                                for _ in range(1 + frame.dropped):  # the video is as long as what it shows took
+                                    write(frame.source, drawn)
+                        seen.add(frame, report_progress)
             finally:
-                seconds = time.perf_counter() - start
-                left_out = f", {skipped} skipped" if skipped else ""
-                left_out += f", {dropped} dropped" if dropped else ""
-                print(f"{done} images{left_out}, {done / seconds:.1f} a second", file=sys.stderr)
+                print(seen, file=sys.stderr)
                 if options.stats:
-                    times = clock.times(source, done, detector.input_shape[0], dropped)
-                    if options.json:
-                        stats = DetectStats(source=source.name, times=times)
-                        print_line(stats.model_dump_json(by_alias=True, exclude_none=True))
-                    else:
-                        from rich.console import Console
-
-                        from acmix_deploy.report.show_path import show_times
-
-                        show_times([(options.model.name, times)], Console(stderr=True, highlight=False))
-    if not done:
+                    times = clock.times(source, seen.images, detector.input_shape[0], seen.dropped)
+                    _tell_times(options, source.name, times)
+    if not seen.images:
         raise UserError(f"nothing in {source.name} can be read")
     return 0
+
+
+class _Seen:
+    """What came of a source until now."""
+
+    def __init__(self, total: int | None) -> None:
+        self.images = self.dropped = 0
+        self._skipped = 0
+        self._total = f" of {total}" if total else ""
+        self._start = self._told = time.perf_counter()
+
+    def add(self, frame: Frame, report_progress: Callable[[str], None]) -> None:
+        self.images += frame.image is not None
+        self._skipped += frame.lost
+        self.dropped += frame.dropped
+        if time.perf_counter() - self._told > _EVERY:
+            self._told = time.perf_counter()
+            report_progress(f"{self.images}{self._total} images, {self._rate}")
+
+    @property
+    def _rate(self) -> str:
+        return f"{self.images / (time.perf_counter() - self._start):.1f} a second"
+
+    def __str__(self) -> str:
+        skipped = f", {self._skipped} skipped" if self._skipped else ""
+        dropped = f", {self.dropped} dropped" if self.dropped else ""
+        return f"{self.images} images{skipped}{dropped}, {self._rate}"
+
+
+def _tell(line: DetectDocument, *, as_json: bool) -> None:
+    if as_json:
+        print_line(line.model_dump_json(by_alias=True, exclude_none=True))
+    if line.problem:
+        print(line, file=sys.stderr)
+    elif not as_json:
+        print_line(str(line))
+
+
+def _tell_times(options: argparse.Namespace, source: str, times: PathTimes) -> None:
+    if options.json:
+        from acmix_deploy.serving.path import DetectStats
+
+        print_line(DetectStats(source=source, times=times).model_dump_json(by_alias=True, exclude_none=True))
+        return
+    from rich.console import Console
+
+    from acmix_deploy.report.show_path import show_times
+
+    show_times([(options.model.name, times)], Console(stderr=True, highlight=False))
 
 
 @contextmanager
