@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,24 @@ def test_a_file_that_keeps_other_boxes_fails(
     onnx.save(model, tmp_path / "changed.onnx")
     with pytest.raises(CheckFailed, match=r"changed\.onnx keeps other boxes than suppression outside the file"):
         compare_files(shapes_files / "plain.onnx", tmp_path / "changed.onnx", images=photos)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_nodes_that_are_not_as_they_were_are_told_without_a_traceback(
+    attached: Path, shapes_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(attached / "plain.onnx")
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, tmp_path / "changed.onnx")
+    assert main(["verify", str(shapes_files / "plain.onnx"), str(tmp_path / "changed.onnx")]) == 2
+    assert "are not as they were" in capsys.readouterr().err
+    gc.collect()
+
+
+def test_that_nothing_was_kept_is_said(attached: Path, shapes_files: Path) -> None:
+    found = compare_files(shapes_files / "plain.onnx", attached / "plain.onnx")
+    assert [note for note in found.notes if "it kept none in these inputs" in note]
 
 
 def engine(path: Path, how: Suppression | None) -> Candidate:
