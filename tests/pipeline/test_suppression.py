@@ -217,7 +217,7 @@ def test_options_are_settings_by_their_usual_names(capsys: pytest.CaptureFixture
     for wrong in ("conf=2", "max_det=0", "max_det=1.5", "conf", "iou=x", "soft", "conf=0.1,conf=0.2", "by_class=1", ""):
         with pytest.raises(SystemExit):
             settings("--nms", wrong)
-        assert "is not settings by commas" in capsys.readouterr().err
+        assert "is not settings by commas: conf from 0 to below 1" in capsys.readouterr().err
 
 
 def test_export(tmp_path: Path) -> None:
