@@ -36,19 +36,21 @@ class NetworkRunner(OnnxRunner):
     def __init__(
         self, model: Path | onnx.ModelProto, name: str, *, provider: Provider = "cpu", plugin: Path | None = None
     ) -> None:
+        super().__init__(lambda: open_session(run, provider=provider, plugin=plugin), name=name)  # before what raises
         both, self._inner = with_network_output(model)
         run, self.unrounded = faithful(both) if provider == "cpu" else (both, "")
         self.rounded = run is not both
-        super().__init__(lambda: open_session(run, provider=provider, plugin=plugin), name=name)
         self.boxes = 0
         """How many were kept up to now."""
 
     @property
     def told(self) -> str:
         """What was compared, as a sentence."""
+        compared = f"{self.name} suppresses boxes: the network in it was compared"
+        if not self.boxes:
+            return f"{compared}; it kept none in these inputs, which shows nothing of what it keeps: give images"
         return (
-            f"{self.name} suppresses boxes: the network in it was compared, and what it keeps of them is what is kept "
-            f"outside the file: boxes in all inputs {self.boxes}"
+            f"{compared}, and what it keeps of them is what is kept outside the file: boxes in all inputs {self.boxes}"
         )
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:

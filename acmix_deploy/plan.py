@@ -42,7 +42,10 @@ _Size = Annotated[int, Field(gt=0)]
 _SUPPRESSION = {"conf": "confidence", "iou": "iou", "max_det": "most"}
 
 
-@parses("settings by commas such as conf=0.4,iou=0.5,max_det=100,agnostic")
+@parses(
+    "settings by commas: conf from 0 to below 1, iou from 0 to 1, max_det from 1 to 3000, agnostic; such as "
+    "conf=0.4,iou=0.5,max_det=100,agnostic"
+)
 def suppression(text: str) -> Suppression:
     """``conf=0.4,agnostic`` as settings, by the names of Ultralytics' options."""
     parts = text.split(",")

@@ -17,7 +17,7 @@ from acmix_deploy.detection.heads import Dims, Head, NoHead, head_of
 from acmix_deploy.detection.metadata import ModelMetadata, Pixels
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import keep, read
+from acmix_deploy.graph import keep, names_read, read
 from acmix_deploy.nms import graph_of
 
 _INPUT = "acmix_input"
@@ -149,11 +149,12 @@ def _detach_pixels(model: onnx.ModelProto) -> None:
     graph = model.graph
     name, inner = graph.input[0].name, f"{_INPUT}/{graph.input[0].name}"
     ours = [node for node in graph.node if node.name.startswith(f"{_INPUT}/")]
+    wrong = UserError(
+        f"the metadata tell that {name} is pixels, and the nodes that make floats of them are not as they were",
+        "Export the file from its checkpoint: acmix-deploy export --input uint8",
+    )
     if not ours or ours[-1].output[0] != inner:
-        raise UserError(
-            f"the metadata tell that {name} is pixels, and the nodes that make floats of them are not as they were",
-            "Export the file from its checkpoint: acmix-deploy export --input uint8",
-        )
+        raise wrong
     half = len(ours) > 1 and ours[-1].op_type == "Cast"
     batch, height, width, _ = (dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim)
     dtype = TensorProto.FLOAT16 if half else TensorProto.FLOAT
@@ -162,6 +163,8 @@ def _detach_pixels(model: onnx.ModelProto) -> None:
         keep(tensors, [tensor for tensor in tensors if not tensor.name.startswith(f"{_INPUT}/")])
     keep(graph.input, [helper.make_tensor_value_info(name, dtype, [batch, 3, height, width])])
     _rename(graph, inner, name)
+    if _reads(graph, _INPUT):
+        raise wrong
 
 
 def suppressible(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> Head:
@@ -224,6 +227,15 @@ def _detach_suppression(model: onnx.ModelProto) -> None:
     keep(graph.output, [output])
     _rename(graph, inner, name)
     _rename_written(graph, inner, name)
+    if _reads(graph, _NMS):
+        raise _other_suppression(name)
+
+
+def _other_suppression(name: str) -> UserError:
+    return UserError(
+        f"the metadata tell that boxes of {name} are suppressed, and the nodes that do it are not as they were",
+        "Export the file from its checkpoint: acmix-deploy export --nms",
+    )
 
 
 def _behind_network(model: onnx.ModelProto) -> tuple[str, onnx.ValueInfoProto]:
@@ -233,11 +245,13 @@ def _behind_network(model: onnx.ModelProto) -> tuple[str, onnx.ValueInfoProto]:
     declared = [value for value in graph.value_info if value.name == inner]
     written = [tensor for node in graph.node if not node.name.startswith(f"{_NMS}/") for tensor in node.output]
     if len(graph.output) != 1 or len(declared) != 1 or inner not in written or name in written:
-        raise UserError(
-            f"the metadata tell that boxes of {name} are suppressed, and the nodes that do it are not as they were",
-            "Export the file from its checkpoint: acmix-deploy export --nms",
-        )
+        raise _other_suppression(name)
     return inner, declared[0]
+
+
+def _reads(graph: onnx.GraphProto, prefix: str) -> bool:
+    """Whether a node reads a tensor of ours, as where an optimizer has it share a constant."""
+    return any(name.startswith(f"{prefix}/") for node in graph.node for name in names_read(node))
 
 
 def _rename_written(graph: onnx.GraphProto, old: str, new: str) -> None:

@@ -140,6 +140,17 @@ def test_a_suppression_that_is_not_as_it_was_is_told() -> None:
             detach(model)
 
 
+@pytest.mark.parametrize(("mine", "prefix"), [(Processing("bgr"), "acmix_input"), (BOTH, "acmix_nms")])
+def test_a_network_that_shares_a_constant_with_what_is_around_it_is_told(mine: Processing, prefix: str) -> None:
+    """As ONNX Runtime writes an optimized file."""
+    model = detector()
+    attach(model, mine)
+    shared = next(tensor for tensor in model.graph.initializer if tensor.name.startswith(prefix))
+    model.graph.node.append(onnx.helper.make_node("Identity", [shared.name], ["other"]))
+    with pytest.raises(UserError, match="not as they were"):
+        detach(model)
+
+
 def _lose_the_shape(model: onnx.ModelProto) -> None:
     del model.graph.value_info[:]
 

@@ -353,7 +353,7 @@ def compare_borders(
         input_shape, confidence, provider, plugin: see :func:`compare_files`.
 
     Raises:
-        UserError: the images of the files have no border, or that very one; else see :func:`compare_files`.
+        UserError: the images have no border, or that very one; else see :func:`compare_files`.
         CheckFailed: a file fails on an input.
         MissingComponent: what runs the candidate is not here.
     """
@@ -374,6 +374,16 @@ def compare_borders(
         Scenes.read(node, images, shapes[:1], told, limit=_IMAGES, confidence=confidence)
         for told in (metadata, with_border)
     )
+    differ = [
+        not np.array_equal(*pair)
+        for batches in zip(scenes.batches, others.batches, strict=True)
+        for pair in zip(*(batch.images for batch in batches), strict=True)
+    ]
+    if not any(differ):
+        raise UserError(
+            f"no image of {images} has a border at {shapes[0][2]}x{shapes[0][3]}, so another grey changes nothing",
+            "Give images of another aspect ratio, such as frames of the source.",
+        )
     with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # as in verify
         rights = _outputs(_run(right.runner, scenes.feeds))
         head = known_head(metadata, rights[0])
@@ -392,6 +402,7 @@ def compare_borders(
         images=compare_detections(scenes, head, pairs, limits.near),
         limits=limits,
     )
+    suppresses = [right.runner.told] if isinstance(right.runner, NetworkRunner) else []  # of these images alone
     first, notes = _accuracy([right], shapes[0], images, metadata)
     second, _ = _accuracy([other], shapes[0], images, with_border)
     return Verification(
@@ -402,10 +413,10 @@ def compare_borders(
         rounded=(name,) if compared.rounded else (),
         notes=(
             *(f"{image} could not be read: {why}" for image, why in scenes.skipped.items()),
-            f"the candidate's images have a border of {pad} in place of {letterbox.padding_value}: detections alone "
-            "were compared, by the limits of int8",
+            f"the candidate's images have a border of {pad} in place of {letterbox.padding_value}, {sum(differ)} of "
+            f"{len(differ)} have one: detections alone were compared, by the limits of int8",
             *filter(None, (expected.note, compared.note)),
-            *([right.runner.told] if isinstance(right.runner, NetworkRunner) else []),
+            *suppresses,
             *notes,
         ),
     )
@@ -496,6 +507,8 @@ def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | 
     differ = f"the files take different inputs: {names[0]} {_text(first)}, {names[1]} {_text(second)}"
     if [(node.name, len(node.dims)) for node in first] != [(node.name, len(node.dims)) for node in second]:
         raise UserError(differ)
+    if len({node.dtype == np.uint8 for node in (*first, *second)}) > 1:
+        raise UserError(differ, "Of a file in uint8 the metadata tell the order of its pixels: acmix-deploy export.")
     if len(first) != 1 or len(first[0].dims) != 4:
         raise UserError(f"one image input [B, C, H, W] is expected; {names[0]} takes {_text(first)}")
     pairs = list(zip(first[0].dims, second[0].dims, strict=True))
@@ -535,8 +548,8 @@ def _shapes(
     return shapes
 
 
-def _text(inputs: Sequence[tuple[str, Sequence[int | str | None], object]]) -> str:
-    return ", ".join(f"{name} [{', '.join(map(str, dims))}]" for name, dims, _ in inputs)
+def _text(inputs: Sequence[Input]) -> str:
+    return ", ".join(map(str, inputs))
 
 
 def _run(runner: BaseRunner, feeds: list[dict[str, Array]]) -> RunResults:

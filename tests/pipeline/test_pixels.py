@@ -306,6 +306,18 @@ def test_bytes_that_nobody_told_of_stay_what_they_are(tmp_path: Path, dims: list
     assert found.input_shapes == {"images": shape}
 
 
+def test_bytes_that_nobody_told_of_are_not_compared_with_floats(rgb: Path, reports: Reports, tmp_path: Path) -> None:
+    model = onnx.load(rgb)
+    kept = [entry for entry in model.metadata_props if entry.key != "pixels"]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, tmp_path / "untold.onnx")
+    for pair in ((file(reports, "float32"), tmp_path / "untold.onnx"), (tmp_path / "untold.onnx", rgb)):
+        with pytest.raises(UserError, match=r"different inputs: .* uint8") as caught:
+            compare_files(*pair)
+        assert "the order of its pixels" in caught.value.hint
+
+
 def test_images_have_three_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(nn.Conv2d(1, 4, 3).eval(), tmp_path / "grey.pt")
     command = ["export", str(tmp_path / "grey.pt"), "--out", str(tmp_path / "out"), "--input-shape", "1,1,32,32"]

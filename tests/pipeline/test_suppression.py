@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,24 @@ def test_a_file_that_keeps_other_boxes_fails(
         compare_files(shapes_files / "plain.onnx", tmp_path / "changed.onnx", images=photos)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_nodes_that_are_not_as_they_were_are_told_without_a_traceback(
+    attached: Path, shapes_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(attached / "plain.onnx")
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, tmp_path / "changed.onnx")
+    assert main(["verify", str(shapes_files / "plain.onnx"), str(tmp_path / "changed.onnx")]) == 2
+    assert "are not as they were" in capsys.readouterr().err
+    gc.collect()
+
+
+def test_that_nothing_was_kept_is_said(attached: Path, shapes_files: Path) -> None:
+    found = compare_files(shapes_files / "plain.onnx", attached / "plain.onnx")
+    assert [note for note in found.notes if "it kept none in these inputs" in note]
+
+
 def engine(path: Path, how: Suppression | None) -> Candidate:
     """As an engine is run, of which the rows alone are seen."""
     return Candidate(onnx_runner(path, path.name), suppression=how)
@@ -199,7 +218,7 @@ def test_options_are_settings_by_their_usual_names(capsys: pytest.CaptureFixture
     for wrong in ("conf=2", "max_det=0", "max_det=1.5", "conf", "iou=x", "soft", "conf=0.1,conf=0.2", "by_class=1", ""):
         with pytest.raises(SystemExit):
             settings("--nms", wrong)
-        assert "is not settings by commas" in capsys.readouterr().err
+        assert "is not settings by commas: conf from 0 to below 1" in capsys.readouterr().err
 
 
 def test_export(tmp_path: Path) -> None:

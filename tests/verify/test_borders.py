@@ -13,7 +13,9 @@ import pytest
 from acmix_deploy import cli
 from acmix_deploy.detection.boxes import CONFIDENCE
 from acmix_deploy.detection.images import Letterbox, read
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import UserError
+from acmix_deploy.processing import Processing, attach
 from acmix_deploy.serving.detector import Detector
 from acmix_deploy.verify import compare_borders
 from scripts import shapes
@@ -76,6 +78,25 @@ def test_what_is_lost_fails(shapes_model: Path, photos: Path) -> None:
     assert found.judged_by(score_change=0.0).passed is False
     nothing = compare_borders(shapes_model, shapes_model, photos, 0, confidence=1.0)
     assert nothing.passed is None
+
+
+def test_images_without_a_border_are_told(shapes_model: Path, photos: Path, tmp_path: Path) -> None:
+    found = compare_borders(shapes_model, shapes_model, photos, 0)
+    assert any("5 of 6 have one" in note for note in found.notes)
+    square = min(photos.glob("*.png"))
+    (tmp_path / square.name).write_bytes(square.read_bytes())
+    with pytest.raises(UserError, match="no image of .* has a border at 160x160"):
+        compare_borders(shapes_model, shapes_model, tmp_path, 0)
+
+
+def test_boxes_are_counted_of_the_images_that_are_compared(shapes_model: Path, photos: Path, tmp_path: Path) -> None:
+    model = onnx.load(shapes_model)
+    attach(model, Processing(suppression=Suppression()))
+    onnx.save(model, tmp_path / "model.onnx")
+    found = compare_borders(tmp_path / "model.onnx", tmp_path / "model.onnx", photos, 0)
+    assert found.accuracy
+    ((detections),) = found.detections
+    assert [note for note in found.notes if f"boxes in all inputs {detections.expected}" in note]
 
 
 def test_command_line(shapes_model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

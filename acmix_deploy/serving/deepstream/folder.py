@@ -84,7 +84,7 @@ def package(
     uri = _uri(source)
     function = "NvDsInferParseAcmixMasks" if network.head.task == "segment" else "NvDsInferParseAcmix"
     cluster = _NONE if network.head.selects or network.head.task == "segment" else _NMS
-    notes = _notes(network)
+    notes = _notes(network, confidence)
     inference = _inference(network, function, cluster, confidence)
     commands = [f"make -C {_LIBRARY}", *_build(network, inference), f"deepstream-app -c {APP}"]
     files: dict[str, Content] = {
@@ -185,14 +185,13 @@ def _uri(source: str) -> str:
     scheme, colon, _ = source.partition("://")
     if not source or not source.isprintable() or source != source.strip():
         raise UserError(f"the source is {source!r:.60}", "Give an address such as rtsp://..., or the path of a video.")
-    if not colon:
-        return Path(source).absolute().as_uri()
-    if scheme not in _SCHEMES:
+    is_camera = source.isdecimal() or source.startswith("/dev/")
+    if is_camera or (colon and scheme not in _SCHEMES):
         raise UserError(
-            f"the source is {source}, and sources begin with {', '.join(_SCHEMES)}",
+            f"the source is {source}, and sources are a video or begin with {', '.join(_SCHEMES)}",
             "For a camera of the device edit deepstream_app_config.txt: types 1 and 5 of [source0].",
         )
-    return source
+    return source if colon else Path(source).absolute().as_uri()
 
 
 def _inference(network: Network, function: str, cluster: int, confidence: float) -> _Groups:
@@ -210,7 +209,7 @@ def _inference(network: Network, function: str, cluster: int, confidence: float)
     if cluster == _NMS:
         attributes["nms-iou-threshold"] = IOU
     if not masks:  # it would leak the masks of those that it leaves out
-        attributes["topk"] = MOST
+        attributes["topk"] = _most(network)
     return {
         "property": {
             "gpu-id": 0,
@@ -247,6 +246,12 @@ def _batch(network: Network) -> int:
     if not network.batches:
         return network.shape[0]
     return network.batches[1] or 1
+
+
+def _most(network: Network) -> int:
+    """Boxes of a class in a frame at most."""
+    suppressed = network.metadata.suppression
+    return suppressed.most if suppressed else MOST
 
 
 def _application(network: Network, uri: str) -> _Groups:
@@ -332,9 +337,14 @@ def _source(name: str) -> str:
     )
 
 
-def _notes(network: Network) -> list[str]:
-    letterbox = network.metadata.letterbox
+def _notes(network: Network, confidence: float) -> list[str]:
+    letterbox, suppressed = network.metadata.letterbox, network.metadata.suppression
     notes = []
+    if suppressed and confidence < suppressed.confidence:
+        notes.append(
+            f"the file suppresses boxes and gives none of a score up to {suppressed.confidence:g}, so those from "
+            f"{confidence:g} on are missing"
+        )
     if letterbox.fit == "pad" and letterbox.padding_value != _BLACK:
         notes.append(
             f"nvinfer pads with black, and the model was trained with {letterbox.padding_value}: measure what that "
@@ -372,7 +382,7 @@ def _readme(network: Network, commands: list[str], notes: list[str]) -> str:
         )
     lines = "\n".join(commands)
     most = f"- nvinfer keeps up to {MOST} boxes of each class where `detect` keeps {MOST} in all.\n"
-    if network.head.task == "segment":
+    if network.head.task == "segment" or network.head.selects:
         most = ""
     differs = "".join(f"- {note}.\n" for note in notes)
     return f"""# {network.path.stem} on DeepStream

@@ -184,6 +184,24 @@ def test_a_file_that_suppresses_boxes_is_not_clustered(tmp_path: Path) -> None:
     document = package(tmp_path / "nms.onnx", tmp_path / "ds")
     assert (document.clustering, infer(tmp_path / "ds")["cluster-mode"]) == ("none", "4")
     assert "Layout::rows;" in (tmp_path / "ds/library/model.h").read_text()
+    assert "boxes of each class" not in (tmp_path / "ds/README.md").read_text()
+    assert "boxes of each class" in _readme_of(tiny(tmp_path / "anchors.onnx"), tmp_path / "anchors")
+
+
+def _readme_of(model: Path, folder: Path) -> str:
+    package(model, folder)
+    return (folder / "README.md").read_text()
+
+
+def test_numbers_of_a_file_that_suppresses_boxes_are_its_own(tmp_path: Path) -> None:
+    model = onnx.load(tiny(tmp_path / "tiny.onnx"))
+    attach(model, Processing(suppression=Suppression(confidence=0.5, most=1000)))
+    onnx.save(model, tmp_path / "nms.onnx")
+    for confidence, told in ((0.25, 1), (0.5, 0)):
+        folder = tmp_path / str(confidence)
+        notes = package(tmp_path / "nms.onnx", folder, confidence=confidence).notes
+        assert len([note for note in notes if "none of a score up to 0.5" in note]) == told
+        assert read_config(folder / "config_infer_primary.txt")["class-attrs-all"]["topk"] == "1000"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +219,7 @@ def test_sources(source: str, expected: dict[str, str], tmp_path: Path) -> None:
     assert config["streammux"]["live-source"] == str(int(source.startswith("rtsp")))
 
 
-@pytest.mark.parametrize("source", ["", " ", "a\nuri=b", "rtsp://a\n[sink0]", "ftp://a/b", "v4l2://dev/video0"])
+@pytest.mark.parametrize("source", ["", " ", "a\nuri=b", "rtsp://a\n[sink0]", "ftp://a/b", "v4l2://dev/video0", "/dev/video0", "0"])
 def test_sources_that_are_none(source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the source is"):
         package(tiny(tmp_path / "tiny.onnx"), tmp_path / "ds", source=source)
