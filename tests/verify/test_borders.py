@@ -85,7 +85,7 @@ def test_images_without_a_border_are_told(shapes_model: Path, photos: Path, tmp_
     assert any("5 of 6 have one" in note for note in found.notes)
     square = min(photos.glob("*.png"))
     (tmp_path / square.name).write_bytes(square.read_bytes())
-    with pytest.raises(UserError, match="no image of .* has a border at 160x160"):
+    with pytest.raises(UserError, match=r"no image of .* has a border at 160x160"):
         compare_borders(shapes_model, shapes_model, tmp_path, 0)
 
 
