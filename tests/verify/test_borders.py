@@ -96,7 +96,7 @@ def test_boxes_are_counted_of_the_images_that_are_compared(shapes_model: Path, p
     found = compare_borders(tmp_path / "model.onnx", tmp_path / "model.onnx", photos, 0)
     assert found.accuracy
     ((detections),) = found.detections
-    assert [note for note in found.notes if f"boxes in all inputs {detections.expected}" in note]
+    assert [note for note in found.notes if f"its boxes, {detections.expected} in all inputs" in note]
 
 
 def test_command_line(shapes_model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
