@@ -10,6 +10,7 @@ import onnx
 
 from acmix_deploy.detection.boxes import suppressed
 from acmix_deploy.detection.heads import Head, head_of
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.rows import paired
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import CheckFailed
@@ -33,13 +34,18 @@ class NetworkRunner(OnnxRunner):
         provider, plugin: see :func:`acmix_deploy.runtime.onnxruntime.open_session`.
     """
 
+    _model: Path | onnx.ModelProto
+
     def __init__(
         self, model: Path | onnx.ModelProto, name: str, *, provider: Provider = "cpu", plugin: Path | None = None
     ) -> None:
-        super().__init__(lambda: open_session(run, provider=provider, plugin=plugin), name=name)  # before what raises
+        # First, since what raises below leaves an object that polygraphy looks at when it goes.
+        super().__init__(lambda: open_session(self._model, provider=provider, plugin=plugin), name=name)
         both, self._inner = with_network_output(model)
-        run, self.unrounded = faithful(both) if provider == "cpu" else (both, "")
-        self.rounded = run is not both
+        self._model, self.unrounded = faithful(both) if provider == "cpu" else (both, "")
+        self.rounded = self._model is not both
+        self.suppression = ModelMetadata.of(both).suppression
+        """How the file suppresses boxes."""
         self.boxes = 0
         """How many were kept up to now."""
 
@@ -49,17 +55,14 @@ class NetworkRunner(OnnxRunner):
         compared = f"{self.name} suppresses boxes: the network in it was compared"
         if not self.boxes:
             return f"{compared}; it kept none in these inputs, which shows nothing of what it keeps: give images"
-        return (
-            f"{compared}, and what it keeps of them is what is kept outside the file: boxes in all inputs {self.boxes}"
-        )
+        return f"{compared}, and its boxes, {self.boxes} in all inputs, are those that suppression outside it keeps"
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs of the network by name, which are called as the file calls its own."""
         outputs = super().infer_impl(feed_dict)
         predictions = outputs.pop(self._inner)
         ((name, rows),) = outputs.items()
-        metadata = metadata_of(self.sess)
-        suppression = metadata.suppression
+        metadata, suppression = metadata_of(self.sess), self.suppression
         assert suppression
         given = {name: predictions}
         head = head_of(metadata.with_suppression(None), {name: predictions.shape})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from pydantic import ConfigDict, PositiveInt, RootModel, TypeAdapter, ValidationError
 
 from acmix_deploy.detection.images import Letterbox
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import MOST, Suppression
 from acmix_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -171,6 +171,11 @@ class ModelMetadata(RootModel[dict[str, str]]):
             return Suppression.model_validate_json(told)
         except ValidationError as error:
             raise self._wrong("suppression", f"{', '.join(Suppression.model_fields)} as JSON") from error
+
+    @property
+    def most(self) -> int:
+        """Detections of an image at most: of a file that suppresses boxes its own number."""
+        return self.suppression.most if self.suppression else MOST
 
     def with_suppression(self, suppression: Suppression | None) -> ModelMetadata:
         """These for a file with nodes of ours that suppress boxes, or without; Ultralytics reads ``nms``."""

@@ -79,6 +79,8 @@ class Detector:
         self.names: Mapping[int, str] = opened.metadata.names
         """Of the classes, by their indices."""
         self.confidence, self.iou = confidence, iou
+        self.most = opened.metadata.most
+        """Detections of an image at most."""
         self._run, self._close, self._copied = opened.run, opened.close, opened.copied
         self._metadata = opened.metadata
         if len(self.inputs) != 1 or len(self.inputs[0].dims) != 4:
@@ -207,7 +209,7 @@ class Detector:
         """
         if problem := spoilt(self.head, outputs, self.confidence):
             raise CheckFailed(f"{self.name} gives {self.head.output} with {problem}")
-        return decode(self.head, outputs, placements, confidence=self.confidence, iou=self.iou)
+        return decode(self.head, outputs, placements, confidence=self.confidence, iou=self.iou, most=self.most)
 
     def place(self, shape: Shape) -> Placement:
         """Where an image [h, w, ...] comes to lie in what the model sees."""

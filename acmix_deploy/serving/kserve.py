@@ -179,6 +179,8 @@ def _from_json(tensor: Tensor) -> Array:
         array = np.array(tensor.data if tensor.data is not None else [], _dtype(tensor))
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"the data of {tensor.name} are not {tensor.datatype}: {error}") from error
+    if array.dtype.kind in "iu" and not np.array_equal(array, np.array(tensor.data or [], np.float64)):
+        raise UserError(f"the data of {tensor.name} are not {tensor.datatype}: they are no whole numbers")
     return _shaped(tensor, array)
 
 

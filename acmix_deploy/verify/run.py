@@ -178,6 +178,8 @@ def verify(
             found = _run(candidate.runner, feeds)
             if isinstance(candidate.runner, NetworkRunner):
                 notes.append(candidate.runner.told)
+                if isinstance(reference, NetworkRunner) and candidate.runner.suppression != reference.suppression:
+                    notes.append(f"{name} suppresses boxes by other settings than {reference.name}, and gives others")
             others = _outputs(found)
             wanted, own_head, least = expected, head, confidence
             eager_run = eager_runs.get(precision)
@@ -290,7 +292,7 @@ def compare_files(
     inside = right.metadata.suppression
     if inside and inside != other.metadata.suppression:
         raise UserError(
-            f"{labels[0]} gives boxes that are left of others, and {labels[1]} gives others",
+            f"{labels[0]} is an engine that suppresses boxes, and {labels[1]} does not, or by other settings",
             "Name the ONNX file as the reference: the network in it is compared.",
         )
     if inside:

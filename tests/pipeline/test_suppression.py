@@ -143,6 +143,15 @@ def test_that_nothing_was_kept_is_said(attached: Path, shapes_files: Path) -> No
     assert [note for note in found.notes if "it kept none in these inputs" in note]
 
 
+def test_other_settings_are_told(attached: Path, shapes_files: Path, photos: Path, tmp_path: Path) -> None:
+    model = onnx.load(shapes_files / "plain.onnx")
+    attach(model, Processing(suppression=Suppression(confidence=0.6)))
+    onnx.save(model, tmp_path / "other.onnx")
+    for candidate, told in ((tmp_path / "other.onnx", 1), (attached / "fused.onnx", 0)):
+        notes = compare_files(attached / "plain.onnx", candidate, images=photos).notes
+        assert len([note for note in notes if "by other settings than plain.onnx" in note]) == told
+
+
 def engine(path: Path, how: Suppression | None) -> Candidate:
     """As an engine is run, of which the rows alone are seen."""
     return Candidate(onnx_runner(path, path.name), suppression=how)

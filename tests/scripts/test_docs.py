@@ -46,8 +46,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(model, folder / "model.pt")
     export(model, folder / "model.onnx", opset=17)
     fuse(folder / "model.onnx", folder / "model.fused.onnx", expect=3)
-    pytest.importorskip("cv2", reason="needs opencv")
-    shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
+    cv2 = pytest.importorskip("cv2", reason="needs opencv")
+    photos = shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
+    wide = str(photos / "0001.png")  # with a border, which `verify --pad` wants
+    cv2.imwrite(wide, cv2.imread(wide)[:120])
     shutil.copytree(ROOT / "tests/data", folder / "tests/data")
     write_measurements(folder)
     return folder

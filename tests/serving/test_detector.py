@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from acmix_deploy.detection.boxes import Detections, named
 from acmix_deploy.detection.matching import overlaps
 from acmix_deploy.detection.metadata import Pixels
+from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.processing import Processing, attach
 from acmix_deploy.runtime.inputs import as_pixels, random_images
@@ -25,7 +26,7 @@ from acmix_deploy.serving.detector import Detector
 from scripts import shapes
 from scripts.train_shapes import CHECKPOINT
 from tests.engine.parts import make_engine
-from tests.serving.parts import selected, small, tiny
+from tests.serving.parts import constant, selected, small, tiny
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -181,6 +182,17 @@ def test_boxes_that_are_selected_are_taken_as_they_are(tmp_path: Path, metadata:
         ("b", (16, 16, 48, 48)),
         ("a", (4, 4, 60, 60)),
     ]
+
+
+def test_a_file_that_suppresses_boxes_gives_as_many_as_it_was_told(tmp_path: Path) -> None:
+    rows = np.zeros((1, 400, 6), np.float32)
+    rows[0, :, :4] = 8, 8, 24, 24
+    rows[0, :, 4] = np.linspace(0.9, 0.3, 400)
+    told = Suppression(most=400).model_dump_json()
+    model = constant(tmp_path / "rows.onnx", rows, task="detect", names="{0: 'a'}", suppression=told)
+    with Detector.load(model) as detector:
+        (found,) = detector([np.zeros((64, 64, 3), np.uint8)])
+    assert len(found.scores) == 400
 
 
 def test_what_is_not_finite_fails(tmp_path: Path) -> None:

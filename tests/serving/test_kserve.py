@@ -144,6 +144,7 @@ BINARY = tensor(parameters={"binary_data_size": 8})
         (request(tensor(data=[{}, None])), None, "the data of images are not FP32"),
         (request(tensor(datatype="BYTES")), None, "images is of type BYTES; known are BOOL"),
         (request(tensor(datatype="INT8", data=[300, 2])), None, "the data of images are not INT8"),
+        (request(tensor(datatype="UINT8", data=[0.5, 2])), None, "are not UINT8: they are no whole numbers"),
         (request(tensor(), tensor()), None, "input images is given twice"),
         (request(tensor(), outputs=[{"name": "x"}]), None, "a gives output0, and x is asked for"),
         (request(tensor()), "x", "is 'x', and the body has"),

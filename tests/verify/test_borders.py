@@ -85,7 +85,7 @@ def test_images_without_a_border_are_told(shapes_model: Path, photos: Path, tmp_
     assert any("5 of 6 have one" in note for note in found.notes)
     square = min(photos.glob("*.png"))
     (tmp_path / square.name).write_bytes(square.read_bytes())
-    with pytest.raises(UserError, match="no image of .* has a border at 160x160"):
+    with pytest.raises(UserError, match=r"no image of .* has a border at 160x160"):
         compare_borders(shapes_model, shapes_model, tmp_path, 0)
 
 
@@ -96,7 +96,7 @@ def test_boxes_are_counted_of_the_images_that_are_compared(shapes_model: Path, p
     found = compare_borders(tmp_path / "model.onnx", tmp_path / "model.onnx", photos, 0)
     assert found.accuracy
     ((detections),) = found.detections
-    assert [note for note in found.notes if f"boxes in all inputs {detections.expected}" in note]
+    assert [note for note in found.notes if f"its boxes, {detections.expected} in all inputs" in note]
 
 
 def test_command_line(shapes_model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,8 +244,8 @@ def test_files_are_compared_on_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dims", "name", "why"),
     [
-        ((1, 3, 32, 64), "images", r"one.onnx images \[1, 3, 32, 32\], two.onnx images \[1, 3, 32, 64\]"),
-        ((1, 3, 32, 32), "x", r"one.onnx images \[1, 3, 32, 32\], two.onnx x"),
+        ((1, 3, 32, 64), "images", r"one.onnx images \[1, 3, 32, 32\] float32, two.onnx images \[1, 3, 32, 64\]"),
+        ((1, 3, 32, 32), "x", r"one.onnx images \[1, 3, 32, 32\] float32, two.onnx x"),
         ((1, 3, 32), "images", "take different inputs"),
     ],
 )

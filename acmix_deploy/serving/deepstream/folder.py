@@ -209,7 +209,7 @@ def _inference(network: Network, function: str, cluster: int, confidence: float)
     if cluster == _NMS:
         attributes["nms-iou-threshold"] = IOU
     if not masks:  # it would leak the masks of those that it leaves out
-        attributes["topk"] = _most(network)
+        attributes["topk"] = network.metadata.most
     return {
         "property": {
             "gpu-id": 0,
@@ -246,12 +246,6 @@ def _batch(network: Network) -> int:
     if not network.batches:
         return network.shape[0]
     return network.batches[1] or 1
-
-
-def _most(network: Network) -> int:
-    """Boxes of a class in a frame at most."""
-    suppressed = network.metadata.suppression
-    return suppressed.most if suppressed else MOST
 
 
 def _application(network: Network, uri: str) -> _Groups:

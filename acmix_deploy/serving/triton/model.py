@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as triton
 
 from acmix_deploy.detection import pictures
-from acmix_deploy.detection.boxes import MOST, Detections
+from acmix_deploy.detection.boxes import Detections
 from acmix_deploy.detection.heads import Array
 from acmix_deploy.detection.images import Image, decode
 from acmix_deploy.errors import AcmixDeployError, MissingComponent
@@ -53,7 +53,9 @@ class TritonPythonModel:
             triton.Logger.log_error(str(error))
             return [_refusal("the model fails; the server's log tells more", "INTERNAL")] * len(requests)
         return [
-            _answer(list(islice(found, len(images)))) if isinstance(images, list) else _refusal(images, "INVALID_ARG")
+            _answer(list(islice(found, len(images))), self._detector.most)
+            if isinstance(images, list)
+            else _refusal(images, "INVALID_ARG")
             for images in taken
         ]
 
@@ -62,14 +64,14 @@ class TritonPythonModel:
         self._detector.close()
 
 
-def filled(found: Sequence[Detections]) -> dict[str, Array]:
-    """Detections of B images as arrays [B, ...] of one size, as a batch has to have: zeros follow what was found, and
-    of masks, which are polygons as JSON, empty lists."""
+def filled(found: Sequence[Detections], most: int) -> dict[str, Array]:
+    """Detections of B images as arrays [B, ``most``, ...], as a batch has to have one size: zeros follow what was
+    found, and of masks, which are polygons as JSON, empty lists."""
     arrays: dict[str, Array] = {
         "num_detections": np.array([[len(detections.scores)] for detections in found], np.int32).reshape(-1, 1),
-        "detection_boxes": np.zeros((len(found), MOST, 4), np.float32),
-        "detection_scores": np.zeros((len(found), MOST), np.float32),
-        "detection_classes": np.zeros((len(found), MOST), np.int32),
+        "detection_boxes": np.zeros((len(found), most, 4), np.float32),
+        "detection_scores": np.zeros((len(found), most), np.float32),
+        "detection_classes": np.zeros((len(found), most), np.int32),
     }
     for index, detections in enumerate(found):
         values: dict[str, Any] = {
@@ -81,10 +83,10 @@ def filled(found: Sequence[Detections]) -> dict[str, Array]:
         }
         for name, array in values.items():
             if array is not None:
-                shape = (len(found), MOST, *array.shape[1:])
+                shape = (len(found), most, *array.shape[1:])
                 arrays.setdefault(name, np.zeros(shape, np.float32))[index, : len(array)] = array
         if detections.masks is not None:
-            texts = arrays.setdefault("detection_masks", np.full((len(found), MOST), b"[]", np.object_))
+            texts = arrays.setdefault("detection_masks", np.full((len(found), most), b"[]", np.object_))
             for place, mask in enumerate(detections.masks):
                 texts[index, place] = json.dumps(mask.polygons()).encode()
     return arrays
@@ -115,8 +117,8 @@ def _taken(request: Any) -> list[Image] | str:
         return str(error)
 
 
-def _answer(found: Sequence[Detections]) -> Any:
-    return triton.InferenceResponse([triton.Tensor(name, array) for name, array in filled(found).items()])
+def _answer(found: Sequence[Detections], most: int) -> Any:
+    return triton.InferenceResponse([triton.Tensor(name, array) for name, array in filled(found, most).items()])
 
 
 def _refusal(message: str, code: str) -> Any:

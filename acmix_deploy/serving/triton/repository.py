@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from acmix_deploy import __version__
-from acmix_deploy.detection.boxes import CONFIDENCE, MOST
+from acmix_deploy.detection.boxes import CONFIDENCE
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
@@ -32,23 +32,22 @@ MOUNT = "/models"
 """Where the repository is in the container."""
 
 
-def outputs_of(head: Head) -> tuple[Input, ...]:
-    """What clients get of a task for an image, the highest score first, then zeros, or empty lists of polygons."""
+def outputs_of(head: Head, most: int) -> tuple[Input, ...]:
+    """What clients get of a task for an image, ``most`` detections, the highest score first, then zeros, or empty lists
+    of polygons."""
     more = {
-        "pose": [Input("detection_keypoints", (MOST, *head.keypoints), np.dtype(np.float32))],
-        "obb": [Input("detection_corners", (MOST, 4, 2), np.dtype(np.float32))],
-        "segment": [Input("detection_masks", (MOST,), np.dtype(np.object_))],
+        "pose": [Input("detection_keypoints", (most, *head.keypoints), np.dtype(np.float32))],
+        "obb": [Input("detection_corners", (most, 4, 2), np.dtype(np.float32))],
+        "segment": [Input("detection_masks", (most,), np.dtype(np.object_))],
     }
-    return (*BOXES, *more.get(head.task, []))
+    return (
+        Input("num_detections", (1,), np.dtype(np.int32)),
+        Input("detection_boxes", (most, 4), np.dtype(np.float32)),
+        Input("detection_scores", (most,), np.dtype(np.float32)),
+        Input("detection_classes", (most,), np.dtype(np.int32)),
+        *more.get(head.task, []),
+    )
 
-
-BOXES = (
-    Input("num_detections", (1,), np.dtype(np.int32)),
-    Input("detection_boxes", (MOST, 4), np.dtype(np.float32)),
-    Input("detection_scores", (MOST,), np.dtype(np.float32)),
-    Input("detection_classes", (MOST,), np.dtype(np.int32)),
-)
-"""What clients get of every task."""
 
 _MODEL_PY = '''"""The detector beside this file. The code is that of the package acmix-deploy."""
 
@@ -148,9 +147,8 @@ def _native(network: Network, confidence: float, provider: Provider, max_batch: 
         """Without the batch, where Triton makes batches."""
         return _tensor(field, node._replace(dims=node.dims[1:] if max_batch else node.dims))
 
-    suppressed = network.metadata.suppression
-    most = suppressed.most if suppressed else MOST
-    boxes = [node._replace(dims=(most, *node.dims[1:])) if node.dims[0] == MOST else node for node in BOXES]
+    most = network.metadata.most
+    boxes = outputs_of(network.head, most)
     outputs = [
         _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in boxes
     ]
@@ -180,7 +178,7 @@ def _native(network: Network, confidence: float, provider: Provider, max_batch: 
             *outputs,
             "ensemble_scheduling {",
             *_step(of_network, [network.input.name], {network.output.name: "predictions"}),
-            *_step(of_boxes, ["predictions"], {node.name: node.name for node in BOXES}),
+            *_step(of_boxes, ["predictions"], {node.name: node.name for node in boxes}),
             "}",
             *_described(network, confidence),
         ],
@@ -204,7 +202,7 @@ def _python(network: Network, confidence: float, provider: Provider, max_batch: 
     fields = [
         'backend: "python"',
         'input { name: "image" data_type: TYPE_STRING dims: [1] }',
-        *(_tensor("output", node) for node in outputs_of(network.head)),
+        *(_tensor("output", node) for node in outputs_of(network.head, network.metadata.most)),
         f"dynamic_batching {{ max_queue_delay_microseconds: {delay} }}",
         "instance_group { kind: KIND_MODEL count: 1 }",
         *_parameters(options),

@@ -219,7 +219,9 @@ def test_sources(source: str, expected: dict[str, str], tmp_path: Path) -> None:
     assert config["streammux"]["live-source"] == str(int(source.startswith("rtsp")))
 
 
-@pytest.mark.parametrize("source", ["", " ", "a\nuri=b", "rtsp://a\n[sink0]", "ftp://a/b", "v4l2://dev/video0", "/dev/video0", "0"])
+@pytest.mark.parametrize(
+    "source", ["", " ", "a\nuri=b", "rtsp://a\n[sink0]", "ftp://a/b", "v4l2://dev/video0", "/dev/video0", "0"]
+)
 def test_sources_that_are_none(source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the source is"):
         package(tiny(tmp_path / "tiny.onnx"), tmp_path / "ds", source=source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from google.protobuf import text_format
 
 from acmix_deploy import cli
 from acmix_deploy.artifacts import read_artifact, write_artifact
-from acmix_deploy.detection.boxes import MOST, decode, suppressed
+from acmix_deploy.detection.boxes import MOST, Detections, decode, suppressed
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Letterbox, Placement, tensor
 from acmix_deploy.detection.metadata import Pixels
@@ -37,7 +39,7 @@ from scripts import shapes
 from tests import ROOT
 from tests.engine.parts import ORIN, make_engine
 from tests.plugin.parts import run
-from tests.serving.parts import posed, selected, tiny
+from tests.serving.parts import constant, posed, selected, tiny
 from tests.serving.triton.parts import assert_equal, found_in
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
@@ -409,6 +411,24 @@ def test_the_python_backend_gives_what_a_task_has(schema: Any, tmp_path: Path) -
     assert tensors(schema, config.output) == outputs_of() | {"detection_keypoints": ("TYPE_FP32", (MOST, 2, 3))}
     with pytest.raises(UserError, match="is of the task pose and gives anchors"):
         package(file, tmp_path / "native")
+
+
+def test_the_python_backend_gives_as_many_as_the_file(
+    schema: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.zeros((1, 400, 6), np.float32)
+    told = Suppression(most=400).model_dump_json()
+    file = constant(tmp_path / "rows.onnx", rows, task="detect", names="{0: 'a'}", suppression=told)
+    package(file, tmp_path / "repository", backend="python")
+    output = tensors(schema, config_of(schema, tmp_path / "repository", "rows").output)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    filled = importlib.import_module("acmix_deploy.serving.triton.model").filled
+    found = Detections(np.ones((400, 4), np.float32), np.ones(400, np.float32), np.zeros(400, np.int64))
+    arrays = filled([found], 400)
+    assert {name: array.shape[1:] for name, array in arrays.items()} == {
+        name: dims for name, (_, dims) in output.items()
+    }
+    assert (arrays["num_detections"][0, 0], arrays["detection_scores"].sum()) == (400, 400)
 
 
 def test_the_python_backend_imports_neither_torch_nor_onnx() -> None:
