@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -220,7 +221,10 @@ def _contents(path: Path) -> tuple[bytes, tuple[int, int]]:
     """The bytes of a picture's file, and its width and height before it is turned."""
     opencv()
     try:
-        if (size := path.stat().st_size) > _MAX_BYTES * max(pictures.max_pixels(), pictures.MAX_PIXELS):
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):  # a pipe may keep a reader for ever
+            raise Broken("it is no regular file")
+        if (size := about.st_size) > _MAX_BYTES * max(pictures.max_pixels(), pictures.MAX_PIXELS):
             raise TooLarge(f"the file has {size} bytes, more than any picture that is taken")
         data = path.read_bytes()
         return data, pictures.size(data, FORMATS)

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from itertools import islice
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -85,7 +84,7 @@ class Clock:
         self._since: float | None = self._now()
 
     def pause(self) -> None:
-        """Let time pass that belongs to no step."""
+        """Let time pass that belongs to no step; steps that end meanwhile are not counted."""
         if self._since is not None:
             self.seconds += self._now() - self._since
         self._since = None
@@ -143,6 +142,8 @@ class Clock:
         )
 
     def _add(self, name: Step, seconds: float) -> None:
+        if self._since is None:
+            return
         taken = self._steps.setdefault(name, _Times())
         taken.last.append(seconds)
         taken.count += 1
@@ -178,9 +179,9 @@ def detect(
         batch = detector.input_shape[0]
         decoded = clock.over("decode", source.frames)
         if source.live:
-            fitted = _fit(detector, decoded, batch, clock)
+            fitted = _fit(detector, _batches(decoded, batch, live=True), clock)
         else:
-            fitted = thread(_fit(detector, thread(decoded, 2 * batch), batch, clock), 1)
+            fitted = thread(_fit(detector, _batches(thread(decoded, 2 * batch), batch), clock), 1)
         for frames, outputs, placements in thread(_run(detector, fitted, clock), 1):
             found: Iterator[Detections] = iter(())
             if placements:
@@ -190,10 +191,22 @@ def detect(
                 yield frame, None if frame.image is None else next(found)
 
 
+def _batches(frames: Iterable[Frame], count: int, live: bool = False) -> Iterator[list[Frame]]:
+    """So many frames at a time. Of a live source one without an image ends a batch, since the next may never come."""
+    batch: list[Frame] = []
+    for frame in frames:
+        batch.append(frame)
+        if len(batch) == count or (live and frame.image is None):
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
 def _fit(
-    detector: Detector, decoded: Iterator[Frame], batch: int, clock: Clock
+    detector: Detector, batches: Iterable[list[Frame]], clock: Clock
 ) -> Iterator[tuple[list[Frame], Fitted | None]]:
-    while frames := list(islice(decoded, batch)):
+    for frames in batches:
         fitted = None
         if images := [frame.image for frame in frames if frame.image is not None]:
             with clock.step("fit"):

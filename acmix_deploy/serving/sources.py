@@ -20,6 +20,7 @@ from acmix_deploy.serving.frames import Checked, Frame, Source
 from acmix_deploy.serving.live import Live
 from acmix_deploy.serving.video import frame_count, next_image, open_capture, seconds_of
 
+_LAST_CAMERA = 2**31 - 1  # OpenCV's indices are C's int
 _FPS = 25.0  # of a camera that tells none
 _PATIENCE = 1000  # frames in a row that cannot be decoded, after which the rest of a video is taken for lost
 
@@ -99,7 +100,9 @@ def open_source(text: str, decoder: Decoder = "auto") -> Source:
         return _images(str(path), files)
     if path.is_file():
         return _images(path.name, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else _video(path, decoder)
-    if text.isdecimal():
+    if path.exists():
+        raise UserError(f"{path} is neither a file nor a folder", "A camera is given by its index, such as 0.")
+    if text.isdecimal() and int(text) <= _LAST_CAMERA:
         return _live(text, int(text), decoder)
     if "://" in text:
         return _live(urlsplit(text)._replace(netloc=urlsplit(text).netloc.rpartition("@")[2]).geturl(), text, decoder)

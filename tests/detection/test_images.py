@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import tracemalloc
@@ -29,9 +30,11 @@ def test_fitted_padded_and_turned_to_rgb(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(b"not an image")
     (tmp_path / "d.jpg").touch()
     (tmp_path / "e.jpg").mkdir()
+    os.mkfifo(tmp_path / "f.jpg")
     (tmp_path / "readme.txt").write_text("left alone")
     photos = find(tmp_path)
-    assert list(photos.skipped) == ["b.jpg", "d.jpg", "e.jpg"]
+    assert list(photos.skipped) == ["b.jpg", "d.jpg", "e.jpg", "f.jpg"]
+    assert photos.skipped["f.jpg"] == "it is no regular file", "nobody may ever write to it"
     assert photos.skipped["b.jpg"] == "not a picture in one of JPEG, PNG, WEBP, BMP, TIFF"
     first, second = batches(photos.paths, [(1, 3, 16, 16), (2, 3, 32, 64)])
     assert (first.shape, second.shape) == ((1, 3, 16, 16), (2, 3, 32, 64))

@@ -260,6 +260,8 @@ def test_what_cannot_be_used_is_a_sentence(
         ([tmp_path / "empty"], "holds no image"),
         ([tmp_path / "noise.mp4"], "neither an image by its suffix nor a video"),
         (["99"], "99 cannot be opened as a camera"),
+        (["9" * 20], "9 does not exist"),
+        (["/dev/null"], "/dev/null is neither a file nor a folder"),
         (["rtsp://me:secret@127.0.0.1:9/x"], "error: rtsp://127.0.0.1:9/x cannot be opened as a video stream"),
         ([tmp_path / "broken"], "nothing in"),
         ([photos, "-o", tmp_path / "a.mp4"], "ends like a video, and"),

@@ -55,7 +55,25 @@ def test_frames_come_in_order_with_what_is_in_them(batch: int, live: bool) -> No
     assert [None if found is None else len(found.scores) for _, found in taken] == [
         None if index == 5 else index % 7 for index in range(301)
     ]
-    assert slow.given == ([1] * 300 if batch == 1 else [4, 3, *[4] * 73, 1])
+    in_fours = [4, 1, *[4] * 73, 3] if live else [4, 3, *[4] * 73, 1]
+    assert slow.given == ([1] * 300 if batch == 1 else in_fours)
+
+
+def test_what_happened_to_a_live_source_waits_for_no_other_frame() -> None:
+    goes_on = threading.Event()
+
+    def frames() -> Iterator[Frame]:
+        yield Frame("0", np.zeros((1, 1, 3), np.uint8), number=0)
+        yield Frame("0", None, "gives no more frames")
+        assert goes_on.wait(10), "what was said is seen before there is another frame"
+        yield Frame("0", np.zeros((1, 1, 3), np.uint8), number=1)
+
+    numbers = []
+    for frame, _ in detect(Slow(4), Source("0", frames(), fps=25.0, live=True)):
+        numbers.append(frame.number)
+        if frame.problem:
+            goes_on.set()
+    assert numbers == [0, None, 1]
 
 
 def test_steps_overlap() -> None:
@@ -192,7 +210,8 @@ def test_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no time"), clock.step("boxes"):
         raise ValueError("no time")
     clock.pause()
-    ticks.seconds += 1000.0
+    with clock.step("run"):
+        ticks.seconds += 1000.0
     clock.pause()
     clock.resume()
     ticks.seconds += 489.0
