@@ -28,7 +28,7 @@ from acmix_deploy.detection.rows import paired
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.graph import tidied
-from acmix_deploy.network import NetworkRunner
+from acmix_deploy.network import NetworkRunner, check_suppression
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.processing import NOTHING, Processing, attach, suppressible
 from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
@@ -178,6 +178,7 @@ def export(
             onnx.save_model(model, temporary)
             if processing.suppression:
                 progress("checking what is suppressed")
+                check_suppression(model, path.name)
                 with NetworkRunner(temporary, path.name) as runner:
                     for shape in expected:
                         runner.infer({INPUT: random_images(shape)})

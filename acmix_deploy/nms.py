@@ -48,6 +48,15 @@ suppression ({element}[{dims}] predictions) => (float[batch, {most}, 6] rows)
     size_of_sums = Abs (sums)
     finite = Less (size_of_sums, largest)
     is_counted = And (above, finite)
+    sums_of_scores = ReduceSum (scores, one)
+    size_of_scores = Abs (sums_of_scores)
+    finite_scores = Less (size_of_scores, largest)
+    below = LessOrEqual (best, confidence)
+    harmless = And (finite_scores, below)
+    sound = Or (finite, harmless)
+    spoilt = Where (sound, zero, sums)
+    nan_where_spoilt = Mul (spoilt, zero)
+    nan_or_nothing = ReduceSum (nan_where_spoilt, two)
     counted = Where (is_counted, best, zero)
     by_anchor = Squeeze (counted, one)
     enough = Pad (by_anchor, border, zero)
@@ -94,7 +103,8 @@ suppression ({element}[{dims}] predictions) => (float[batch, {most}, 6] rows)
     kind_told = Cast <to = 1> (kind)
     table = Concat <axis = 2> (corners, score, kind_told)
     taken = GatherND <batch_dims = 1> (table, place_told)
-    rows = Where (is_told, taken, zero)
+    rows_told = Where (is_told, taken, zero)
+    rows = Add (rows_told, nan_or_nothing)
 }}
 """
 
@@ -133,9 +143,10 @@ def graph_of(
     the network's input, the highest score first, then zeros.
 
     They are what :func:`acmix_deploy.detection.boxes.suppressed` gives, as long as no more than :data:`CONSIDERED`
-    boxes of an image are above the confidence, or those hold enough. A box counts whose values have a finite sum.
-    Selected are places in the ranking by score, so the lowest of them come first; places behind the last fill up what
-    is missing, for the number of selected ones depends on the image.
+    boxes of an image are above the confidence, or those hold enough. Values are finite where their sum is; the product
+    of another sum and 0 is NaN, which is added to the rows of the image. Selected are places in the ranking by score,
+    so the lowest of them come first; places behind the last fill up what is missing, for the number of selected ones
+    depends on the image.
 
     Args:
         suppression: thresholds and sizes, which become initializers.

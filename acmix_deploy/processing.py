@@ -66,9 +66,9 @@ def detach(model: onnx.ModelProto) -> Processing:
     metadata = ModelMetadata.of(model)
     found = Processing(metadata.pixels, metadata.suppression)
     if found.pixels:
-        _detach_pixels(model)
+        _detach_pixels(model, found.pixels)
     if found.suppression:
-        _detach_suppression(model)
+        _detach_suppression(model, found.suppression)
     _tell(model, NOTHING)
     return found
 
@@ -101,6 +101,21 @@ def with_network_output(model: Path | onnx.ModelProto) -> tuple[onnx.ModelProto,
     inner, declared = _behind_network(both)
     both.graph.output.append(declared)
     return both, inner
+
+
+def suppression_alone(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Of a model that suppresses boxes what is behind the network, which takes the network's output.
+
+    Raises:
+        UserError: the metadata tell of nodes that are not there.
+    """
+    _, declared = _behind_network(model)
+    nodes, constants = (
+        [item for item in items if item.name.startswith(f"{_NMS}/")]
+        for items in (model.graph.node, model.graph.initializer)
+    )
+    graph = helper.make_graph(nodes, _NMS, [declared], model.graph.output, constants)
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _tell(model: onnx.ModelProto, processing: Processing) -> None:
@@ -145,7 +160,7 @@ def _attach_pixels(model: onnx.ModelProto, order: Pixels) -> None:
     keep(graph.input, [helper.make_tensor_value_info(name, TensorProto.UINT8, [batch, height, width, channels])])
 
 
-def _detach_pixels(model: onnx.ModelProto) -> None:
+def _detach_pixels(model: onnx.ModelProto, order: Pixels) -> None:
     graph = model.graph
     name, inner = graph.input[0].name, f"{_INPUT}/{graph.input[0].name}"
     ours = [node for node in graph.node if node.name.startswith(f"{_INPUT}/")]
@@ -153,7 +168,8 @@ def _detach_pixels(model: onnx.ModelProto) -> None:
         f"the metadata tell that {name} is pixels, and the nodes that make floats of them are not as they were",
         "Export the file from its checkpoint: acmix-deploy export --input uint8",
     )
-    if not ours or ours[-1].output[0] != inner:
+    turned = any(node.op_type == "Gather" for node in ours)
+    if not ours or ours[-1].output[0] != inner or turned != (order == "bgr"):
         raise wrong
     half = len(ours) > 1 and ours[-1].op_type == "Cast"
     batch, height, width, _ = (dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim)
@@ -214,10 +230,15 @@ def _attach_suppression(model: onnx.ModelProto, suppression: Suppression) -> Non
     keep(graph.output, [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, suppression.most, 6])])
 
 
-def _detach_suppression(model: onnx.ModelProto) -> None:
+def _detach_suppression(model: onnx.ModelProto, suppression: Suppression) -> None:
     graph = model.graph
     name = graph.output[0].name
     inner, declared = _behind_network(model)
+    there = {tensor.name: tensor for tensor in graph.initializer}
+    for setting in ("confidence", "iou", "most"):
+        tensor = there.get(f"{_NMS}/{setting}")
+        if tensor is None or not np.isclose(numpy_helper.to_array(tensor), getattr(suppression, setting)).all():
+            raise _other_suppression(name)
     output = onnx.ValueInfoProto()
     output.CopyFrom(declared)
     output.name = name

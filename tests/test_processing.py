@@ -212,3 +212,13 @@ def test_noise_is_of_pixels_and_other_floats_are_refused() -> None:
         as_pixels(noise + np.float32(1e-3), "rgb")
     with pytest.raises(UserError, match="no levels"):
         as_pixels(noise * np.float32(2), "rgb")
+
+
+@pytest.mark.parametrize("changed", [Processing("rgb", Suppression()), Processing("bgr", Suppression(confidence=0.6))])
+def test_metadata_that_tell_something_else_than_the_nodes_are_told(changed: Processing) -> None:
+    model, other = detector(), detector()
+    attach(model, Processing("bgr", Suppression()))
+    attach(other, changed)
+    onnx.helper.set_model_props(model, ModelMetadata.of(other).entries)
+    with pytest.raises(UserError, match="not as they were"):
+        detach(model)

@@ -253,7 +253,8 @@ def decode(
 
 def suppressed(head: Head, outputs: Mapping[str, Array], suppression: Suppression) -> NDArray[np.float32]:
     """What a file gives that has the suppression inside: rows [B, N, 6], (x1, y1, x2, y2, score, class), corners in
-    pixels of the network's input, the highest score first, then zeros.
+    pixels of the network's input, the highest score first, then zeros. All rows of an image are NaN in which a score is
+    not finite, or a box that would count.
 
     Args:
         head: what the outputs are, of the task "detect", in the layout "anchors" or "objectness".
@@ -266,6 +267,11 @@ def suppressed(head: Head, outputs: Mapping[str, Array], suppression: Suppressio
     rows = _by_box(head, outputs[head.output].astype(np.float32))
     found = np.zeros((len(rows), suppression.most, 6), np.float32)
     for image, told in zip(rows, found, strict=True):
+        every = _scores(head, image)
+        harmless = np.isfinite(every).all(axis=1) & (every.max(axis=1) <= suppression.confidence)
+        if not np.isfinite(image[~harmless]).all():
+            told[:] = np.nan
+            continue
         counted, scores, classes, _ = _counted(head, image, suppression.confidence)
         boxes = _corners(counted[:, :4])
         apart = classes if suppression.by_class else np.zeros_like(classes)

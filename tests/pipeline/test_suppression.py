@@ -20,6 +20,7 @@ from acmix_deploy.engine.build import build
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import write_for
 from acmix_deploy.fusion import fuse
+from acmix_deploy.network import check_suppression
 from acmix_deploy.precision import quantize, to_fp16
 from acmix_deploy.processing import Processing, attach, detach
 from acmix_deploy.profile import profile
@@ -119,7 +120,10 @@ def test_a_file_that_keeps_other_boxes_fails(
     model = onnx.load(attached / "plain.onnx")
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == f"acmix_nms/{name}")
     changed = np.full_like(numpy_helper.to_array(tensor), value)
+    check_suppression(model, "as it was")
     tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+    with pytest.raises(CheckFailed, match=r"of drawn ones"):
+        check_suppression(model, "changed")
     onnx.save(model, tmp_path / "changed.onnx")
     with pytest.raises(CheckFailed, match=r"changed\.onnx keeps other boxes than suppression outside the file"):
         compare_files(shapes_files / "plain.onnx", tmp_path / "changed.onnx", images=photos)

@@ -26,7 +26,8 @@ told (float[batch, {most}, 6] rows) => (
     boxes_of_rows = Slice (rows, from_0, from_4, from_2)
     scores_of_rows = Slice (rows, from_4, from_5, from_2)
     classes_of_rows = Slice (rows, from_5, from_6, from_2)
-    is_detection = Greater (scores_of_rows, threshold)
+    is_none = LessOrEqual (scores_of_rows, threshold)
+    is_detection = Not (is_none)
     ones_and_zeros = Cast <to = 6> (is_detection)
     num_detections = ReduceSum <keepdims = 0> (ones_and_zeros, from_1)
     detection_boxes = Where (is_detection, boxes_of_rows, nothing_told)
@@ -46,7 +47,8 @@ def suppression(
 
     It takes ``predictions`` and gives what is in an image, the highest score first, then zeros: ``num_detections``
     [B, 1] int32, ``detection_boxes`` [B, N, 4] float32, corners in pixels of the network's input, ``detection_scores``
-    [B, N] float32 and ``detection_classes`` [B, N] int32.
+    [B, N] float32 and ``detection_classes`` [B, N] int32. Of an image that the network gives NaN for, N detections are
+    NaN.
 
     Args:
         head: what the network gives, of the task "detect": predictions in the layout "anchors" or "objectness"; or
