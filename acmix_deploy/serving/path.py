@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -229,15 +230,19 @@ def _run(
 def ahead(items: Iterable[T], count: int) -> Generator[T]:
     """The items, the next ``count`` of which are made in a thread while one is used. Raises what making one raises."""
     rest, end = iter(items), object()
+    making, over = threading.Lock(), False
 
     def following() -> Any:
-        return next(rest, end)
+        with making:
+            return end if over else next(rest, end)
 
     with ThreadPoolExecutor(1) as thread:
-        coming: deque[Future[Any]] = deque(thread.submit(following) for _ in range(count))
         try:
+            coming: deque[Future[Any]] = deque(thread.submit(following) for _ in range(count))
             while (item := coming.popleft().result()) is not end:
                 coming.append(thread.submit(following))
                 yield item
         finally:
             thread.shutdown(cancel_futures=True)
+            with making:  # where a signal came while the thread was started, the pool does not know it
+                over = True

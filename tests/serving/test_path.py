@@ -180,6 +180,24 @@ def test_what_decoding_raises_arrives_and_leaving_early_ends_it() -> None:
     assert threading.active_count() == before
 
 
+def test_a_signal_while_a_thread_is_started_is_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, main, before = threading.Thread.start, threading.current_thread(), threading.active_count()
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        if threading.current_thread() is main:
+            time.sleep(0.05)  # until it is at work
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    slow = Slow(run=0.02)
+    with pytest.raises(KeyboardInterrupt):
+        next(detect(slow, source(1000, seconds=0.02)))
+    given = len(slow.given)
+    assert threads_after(before) == 0
+    assert len(slow.given) == given, "nothing runs a detector that may be closed"
+
+
 class Ticks:
     """A clock that stands still until it is told."""
 
