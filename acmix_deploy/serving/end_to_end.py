@@ -123,6 +123,7 @@ def _turn(detector: Detector, text: str, clock: Clock, seconds: float) -> _Turn:
             clock.pause()
             took = time.perf_counter() - start
             source.close()
+            source.wait()
     if not images:
         raise UserError(f"nothing in {source.name} can be read")
     return _Turn(source, detector.input_shape[0], images, dropped, took)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from acmix_deploy.detection.images import Image
+from acmix_deploy.serving import video
 from acmix_deploy.serving.frames import Checked, Frame
 from acmix_deploy.serving.video import next_image
 
@@ -69,6 +70,13 @@ class Live(Iterator[Frame]):
     def close(self) -> None:
         """End it. The thread ends by itself once OpenCV has returned to it, and releases the source."""
         self._stop.set()
+
+    def wait(self) -> None:
+        """After :meth:`close` wait until the source is released, so that it can be opened again."""
+        if self._thread.ident:
+            self._thread.join(video.TIMEOUT_MS / 1e3 + _AT_ONCE)
+        else:
+            self._capture.release()
 
     def _run(self) -> None:
         try:

@@ -187,7 +187,7 @@ def _live(name: str, address: int | str, decoder: Decoder) -> Source:
         return _film(name, capture, [])
     _check_frames(name, capture)
     frames = Live(name, capture, lambda: open_capture(address, decoder))
-    return Source(name, frames, fps=_fps(capture), live=True, close=frames.close)
+    return Source(name, frames, fps=_fps(capture), live=True, close=frames.close, wait=frames.wait)
 
 
 def _check_frames(name: str, capture: Any) -> None:

@@ -214,7 +214,7 @@ def test_an_end_ends_what_runs_there(bench, here, this_wheel, sign, code):
     stand_in(bench, this_wheel, FOREVER.format(mark=mark))
     process = started(bench)
     os.kill(process.pid, sign)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=90)
     assert process.returncode == code
     assert out == ""
     assert "Traceback" not in err
@@ -232,7 +232,7 @@ def test_an_interrupt_leaves_what_is_detached(bench, here, this_wheel):
     stand_in(bench, this_wheel, FOREVER.format(mark=mark))
     process = started(bench, "--detach")
     os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     assert process.returncode == 130
     assert until(lambda: not bench.link.open)
     assert mark.read_text() == "running\n"

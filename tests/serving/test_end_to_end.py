@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +132,36 @@ def test_the_verb(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[st
         "times the first",
     ):
         assert word in out
+
+
+class Camera:
+    """Can be opened by one at a time, and takes long for a frame."""
+
+    held = False
+
+    def __init__(self, *_: object) -> None:
+        self.opened = not Camera.held
+        Camera.held = True
+
+    def isOpened(self) -> bool:
+        return self.opened
+
+    def getBackendName(self) -> str:
+        return "V4L2"
+
+    def get(self, what: int) -> float:
+        return 0.0
+
+    def read(self) -> tuple[bool, np.ndarray]:
+        time.sleep(0.5)
+        return True, np.zeros((20, 30, 3), np.uint8)
+
+    def release(self) -> None:
+        Camera.held = False
+
+
+def test_a_camera_is_released_before_the_next_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    found = end_to_end([tiny(tmp_path / "a.onnx")], "0", seconds=0.2, rounds=2, threads=1)
+    assert found.models[0].times.images >= 2
+    assert not Camera.held

@@ -323,7 +323,13 @@ def test_a_server_that_is_gone_is_told(browser: Any, server: Server, picture: Pi
         page.route("**/v1/model", lambda route: route.abort())
         page.reload()
         page.get_by_text("No answer: the server does not answer").wait_for()
+        page.locator("#file").set_input_files(
+            [{"name": f"{index}.png", "mimeType": "image/png", "buffer": picture.data} for index in range(2)]
+        )
+        page.get_by_text("Not answered yet").wait_for()
         page.unroute("**/v1/model")
+        page.get_by_role("option").nth(1).click()
+        page.get_by_text("2 pictures answered").wait_for()
         choose(page, picture.data)
         assert rows(page) == as_rows(picture)
 
