@@ -46,7 +46,7 @@ def with_border(model: Path, target: Path, grey: int) -> Path:
     return target
 
 
-@pytest.mark.parametrize("grey", [0, 255])
+@pytest.mark.parametrize("grey", [0, pytest.param(255, marks=pytest.mark.soak)])
 def test_detections_are_those_of_a_file_with_that_border(
     grey: int, shapes_model: Path, photos: Path, tmp_path: Path
 ) -> None:
