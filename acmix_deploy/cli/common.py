@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING, get_args
 
 from acmix_deploy.artifacts import writing
 from acmix_deploy.document import D
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.options import Provider, add_options, bchw, not_negative, positive, provider, share
 from acmix_deploy.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +105,8 @@ def add_batching(parser: argparse.ArgumentParser) -> None:
 
 def _console() -> Console:
     """Standard output, for text in which brackets mean nothing; wide where nobody sees its edge."""
+    from rich.console import Console
+
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
@@ -137,6 +139,9 @@ def progress() -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield print_step
         return
+    from rich.console import Console
+    from rich.markup import escape
+
     with Console(stderr=True).status("starting") as status:
         yield lambda step: status.update(escape(step))
 
