@@ -22,9 +22,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+"""The attribute ``complete`` of an argument that is a file, as ``shtab.FILE``, which is not imported for it."""
+
+_quiet = False
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether :func:`tell` and :func:`progress` are silent from now on."""
+    global _quiet
+    _quiet = quiet
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every verb."""
     parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of tables")
+    parser.add_argument(
+        "--quiet", action="store_true", help="tell neither progress nor notes on stderr; results and errors stay"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
 
@@ -128,15 +143,21 @@ def print_line(text: str) -> None:
         raise
 
 
+def tell(text: object) -> None:
+    """A note on stderr, which ``--quiet`` leaves out."""
+    if not _quiet:
+        print(text, file=sys.stderr)
+
+
 def print_step(step: str) -> None:
     """Tell on stderr what is being done, in a line that stays."""
-    print(f"{step} ...", file=sys.stderr)
+    tell(f"{step} ...")
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Show what is being done on stderr: a spinner in a terminal, a line for each step elsewhere."""
-    if not sys.stderr.isatty():
+    """Show what is being done on stderr: a spinner in a terminal, a line for each step elsewhere; see be_quiet."""
+    if _quiet or not sys.stderr.isatty():
         yield print_step
         return
     from rich.console import Console
