@@ -34,7 +34,7 @@ from acmix_deploy.cli import (
     verify,
 )
 from acmix_deploy.cli.common import FILES, add_common, be_quiet
-from acmix_deploy.cli.habits import Parser, add_aliases, keys_and_values, unrecognized
+from acmix_deploy.cli.habits import Help, Parser, add_aliases, keys_and_values, unrecognized
 from acmix_deploy.cli.on import check_on
 from acmix_deploy.errors import AcmixDeployError
 
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         prog="acmix-deploy",
         description="Takes detectors with ACmix blocks from a checkpoint to verified, fused ONNX files and engines.",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     top.add_argument("--version", action="version", version=f"acmix-deploy {__version__}")
     _add_verbs(top, VERBS)
@@ -100,7 +100,7 @@ def _add_verbs(parent: argparse.ArgumentParser, modules: Iterable[ModuleType]) -
             help=summary,
             description=summary,
             epilog=example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Help,
         )
         if hasattr(verb, "VERBS"):
             _add_verbs(command, verb.VERBS)

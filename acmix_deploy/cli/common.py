@@ -25,13 +25,12 @@ if TYPE_CHECKING:
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """The attribute ``complete`` of an argument that is a file, as ``shtab.FILE``, which is not imported for it."""
 
-_quiet = False
+_stderr = argparse.Namespace(quiet=False)
 
 
 def be_quiet(quiet: bool) -> None:
     """Whether :func:`tell` and :func:`progress` are silent from now on."""
-    global _quiet
-    _quiet = quiet
+    _stderr.quiet = quiet
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +144,7 @@ def print_line(text: str) -> None:
 
 def tell(text: object) -> None:
     """A note on stderr, which ``--quiet`` leaves out."""
-    if not _quiet:
+    if not _stderr.quiet:
         print(text, file=sys.stderr)
 
 
@@ -157,7 +156,7 @@ def print_step(step: str) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """Show what is being done on stderr: a spinner in a terminal, a line for each step elsewhere; see be_quiet."""
-    if _quiet or not sys.stderr.isatty():
+    if _stderr.quiet or not sys.stderr.isatty():
         yield print_step
         return
     from rich.console import Console
