@@ -247,6 +247,8 @@ def test_base_install(version, wheel, plain, tmp_path):
     run(program, "fuse", "model.onnx", "-o", "fused.onnx", "--expect", "1", folder=tmp_path)
     run(program, "verify", "model.onnx", "fused.onnx", "--random", "2", folder=tmp_path)
     run(program, "doctor", folder=tmp_path)
+    said = run(tmp_path / "venv/bin/pip", "install", "--dry-run", "acmix-deploy[report]", folder=tmp_path).stdout
+    assert "matplotlib" in said.partition("Would install")[2], "what hints say works though no index has the package"
     seconds = statistics.median(timed(program, "--help", folder=tmp_path) for _ in range(11))
     print(f"Python {version}: {megabytes:.0f} MB, --help in {seconds:.3f} s")
     assert megabytes < 400
