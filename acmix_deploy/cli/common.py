@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+FILES = {
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "tcsh": "f",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "powershell": "_shtab_powershell_compgen_files",
+}
 """The attribute ``complete`` of an argument that is a file, as ``shtab.FILE``, which is not imported for it."""
 
 _stderr = argparse.Namespace(quiet=False)

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from acmix_deploy.cli import commands, main, parser
+from acmix_deploy.cli.common import FILES
 from acmix_deploy.report.tables import Cell, table
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -151,6 +152,7 @@ def test_completion(tmp_path):
     shtab = pytest.importorskip("shtab", reason="shtab is not installed: pip install -e '.[dev]'")
     if not shutil.which("bash"):
         pytest.skip("bash is not installed")
+    assert shtab.FILE == FILES
     (tmp_path / "acmix-deploy").write_text(shtab.complete(parser(), "bash"))
     (tmp_path / "model.onnx").touch()
     tried = {
