@@ -13,6 +13,7 @@ import yaml
 
 from acmix_deploy import __version__
 from scripts.release import CHANGELOG, main, notes
+from tests.scripts.test_package import dist  # noqa: F401  a fixture
 
 CHECKOUT = Path(__file__).parents[2]
 WORKFLOW = yaml.safe_load((CHECKOUT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
@@ -86,6 +87,18 @@ def test_dist():
     )
     commands = [line.partition("bin/")[2] for line in said.stdout.splitlines() if "bin/" in line]
     assert commands[-2:] == ["python -m build --outdir dist .", "twine check --strict dist/*"]
+
+
+@pytest.mark.soak
+def test_install(checkout, dist):  # noqa: F811
+    """The wheel, with what pip finds for it in an index."""
+    shutil.rmtree(checkout / "acmix_deploy")  # the job has no checkout
+    (checkout / "dist").mkdir()
+    shutil.copy(next(dist.glob("*.whl")), checkout / "dist")
+    for name in ("install", "use"):
+        done = run_step(steps("install")[name], checkout)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "This machine" in done.stdout
 
 
 def test_use(checkout):
