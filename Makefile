@@ -22,6 +22,7 @@ help:
 	@echo "make bench-gpu      time the kernels on a GPU"
 	@echo "make bench-engines  time engines on a GPU"
 	@echo "make release-check  run all tests with nothing skipped, and compile the kernels for all architectures"
+	@echo "make dist           build the sdist and the wheel, and check both"
 
 setup: $(READY)
 
@@ -70,6 +71,11 @@ bench-engines:
 
 release-check: $(READY)
 	scripts/release_check.sh $(BIN)/python
+
+dist: $(READY)
+	rm -rf dist build/lib *.egg-info
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

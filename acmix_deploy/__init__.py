@@ -1,3 +1,3 @@
 """From a detector checkpoint with ACmix blocks to a verified, fused ONNX file."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

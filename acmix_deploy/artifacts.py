@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from acmix_deploy import __version__
 from acmix_deploy.errors import AcmixDeployError, UserError
 
 # The packages whose version can change what a stage writes or measures.
@@ -138,7 +139,7 @@ def sha256(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of those :data:`DISTRIBUTIONS` that are installed; imports none of them."""
-    found = {name: _version(name) for name in DISTRIBUTIONS}
+    found = {name: _version(name) for name in DISTRIBUTIONS} | {"acmix-deploy": __version__}
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -23,6 +23,9 @@ ConvBranchChoice = Literal["auto", "dense", "grouped"]
 
 HeadChoice = Literal["anchors", "end-to-end"]
 """Of a detector that has both: boxes for every anchor, or those that its end-to-end head selects."""
+
+AXES = {"batch": 0, "height": 2, "width": 3}
+"""The axes of an image input [B, C, H, W] that may be free, by their names."""
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """What ONNX Runtime runs a file on."""
@@ -106,6 +109,12 @@ def float32_list(text: str) -> tuple[str, ...]:
     if "none" in parts or "" in parts:
         raise ValueError(text)
     return parts
+
+
+def check_axes(dynamic: Collection[str]) -> None:
+    """Raises UserError where one of the axes that are to be free is none of :data:`AXES`."""
+    if unknown := set(dynamic) - AXES.keys():
+        raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
 
 
 def check_code(code: Path | None, trust: bool) -> None:

@@ -12,11 +12,13 @@ from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.detection.suppression import CONFIDENCE, Suppression
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.options import (
+    AXES,
     FLOAT32,
     ConvBranchChoice,
     HeadChoice,
     Option,
     bchw,
+    check_axes,
     check_code,
     check_python,
     count,
@@ -27,7 +29,6 @@ from acmix_deploy.options import (
     positive,
     sides,
 )
-from acmix_deploy.runtime.inputs import AXES, check_axes
 from acmix_deploy.targets import DEFAULT_OPSET, INT8_OPSET, PLAIN, Form, Target, check_opset, target_named
 
 _SUFFIXES = {"plain": ".onnx", "fused": ".fused.onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 from acmix_deploy import __version__
@@ -32,8 +33,8 @@ from acmix_deploy.cli import (
     serve,
     verify,
 )
-from acmix_deploy.cli.common import add_common
-from acmix_deploy.cli.habits import Parser, add_aliases, keys_and_values, unrecognized
+from acmix_deploy.cli.common import FILES, add_common, be_quiet
+from acmix_deploy.cli.habits import Help, Parser, add_aliases, keys_and_values, unrecognized
 from acmix_deploy.cli.on import check_on
 from acmix_deploy.errors import AcmixDeployError
 
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         prog="acmix-deploy",
         description="Takes detectors with ACmix blocks from a checkpoint to verified, fused ONNX files and engines.",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     top.add_argument("--version", action="version", version=f"acmix-deploy {__version__}")
     _add_verbs(top, VERBS)
@@ -99,7 +100,7 @@ def _add_verbs(parent: argparse.ArgumentParser, modules: Iterable[ModuleType]) -
             help=summary,
             description=summary,
             epilog=example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Help,
         )
         if hasattr(verb, "VERBS"):
             _add_verbs(command, verb.VERBS)
@@ -107,6 +108,9 @@ def _add_verbs(parent: argparse.ArgumentParser, modules: Iterable[ModuleType]) -
         verb.add_arguments(command)
         add_common(command)
         add_aliases(command)
+        for action in command._actions:
+            if action.type is Path:
+                action.complete = FILES  # type: ignore[attr-defined]
         command.set_defaults(run=verb.run, command=command)
 
 
@@ -125,6 +129,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; see EXIT_CODES."""
     options = _parsed(sys.argv[1:] if arguments is None else arguments)
+    be_quiet(options.quiet)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         if hasattr(options, "on"):

@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING, get_args
 
 from acmix_deploy.artifacts import writing
 from acmix_deploy.document import D
@@ -21,10 +18,33 @@ from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.options import Provider, add_options, bchw, not_negative, positive, provider, share
 from acmix_deploy.plan import Plan
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+FILES = {
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "tcsh": "f",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "powershell": "_shtab_powershell_compgen_files",
+}
+"""The attribute ``complete`` of an argument that is a file, as ``shtab.FILE``, which is not imported for it."""
+
+_stderr = argparse.Namespace(quiet=False)
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether :func:`tell` and :func:`progress` are silent from now on."""
+    _stderr.quiet = quiet
+
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every verb."""
     parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of tables")
+    parser.add_argument(
+        "--quiet", action="store_true", help="tell neither progress nor notes on stderr; results and errors stay"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
 
@@ -105,6 +125,8 @@ def add_batching(parser: argparse.ArgumentParser) -> None:
 
 def _console() -> Console:
     """Standard output, for text in which brackets mean nothing; wide where nobody sees its edge."""
+    from rich.console import Console
+
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
@@ -126,17 +148,26 @@ def print_line(text: str) -> None:
         raise
 
 
+def tell(text: object) -> None:
+    """A note on stderr, which ``--quiet`` leaves out."""
+    if not _stderr.quiet:
+        print(text, file=sys.stderr)
+
+
 def print_step(step: str) -> None:
     """Tell on stderr what is being done, in a line that stays."""
-    print(f"{step} ...", file=sys.stderr)
+    tell(f"{step} ...")
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Show what is being done on stderr: a spinner in a terminal, a line for each step elsewhere."""
-    if not sys.stderr.isatty():
+    """Show what is being done on stderr: a spinner in a terminal, a line for each step elsewhere; see be_quiet."""
+    if _stderr.quiet or not sys.stderr.isatty():
         yield print_step
         return
+    from rich.console import Console
+    from rich.markup import escape
+
     with Console(stderr=True).status("starting") as status:
         yield lambda step: status.update(escape(step))
 

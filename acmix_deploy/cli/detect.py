@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, get_args
 
-from acmix_deploy.cli.common import add_detector, add_max_pixels, limit_pixels, print_line, progress
+from acmix_deploy.cli.common import FILES, add_detector, add_max_pixels, limit_pixels, print_line, progress, tell
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Decoder
 
@@ -32,7 +32,8 @@ _EVERY = 2.0  # seconds between two lines of progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="ONNX file, or engine with its manifest")
-    parser.add_argument("source", help="image, folder of images, video, index of a camera, or URL of a stream")
+    source = parser.add_argument("source", help="image, folder of images, video, index of a camera, or URL of a stream")
+    source.complete = FILES  # type: ignore[attr-defined]
     parser.add_argument(
         "-o",
         "--output",
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
             _closed_by_signals(source),
         ):
             if detector.note:
-                print(f"Note: {detector.note}", file=sys.stderr)
+                tell(f"Note: {detector.note}")
             if options.fast_decode:
                 source = reduced(source, detector.place)
             seen, clock = _Seen(source.total), Clock()
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
                                     write(frame.source, drawn)
                         seen.add(frame, report_progress)
             finally:
-                print(seen, file=sys.stderr)
+                tell(seen)
                 if options.stats:
                     times = clock.times(source, seen.images, detector.input_shape[0], seen.dropped)
                     _tell_times(options, source.name, times)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acmix_deploy.cli.common import progress, show
+from acmix_deploy.cli.common import progress, show, tell
 from acmix_deploy.cli.on import add_on, connected, run_on
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import add_options
@@ -100,7 +100,7 @@ def _explain(options: argparse.Namespace) -> int:
 def _stdin(longest: int) -> tuple[str, bool]:
     """The last bytes of standard input as text, and whether there were more. Never holds much more than it gives."""
     if sys.stdin.isatty():
-        print("Paste it, then press Ctrl-D on a line of its own.", file=sys.stderr)
+        tell("Paste it, then press Ctrl-D on a line of its own.")
     kept, cut = bytearray(), False
     while block := sys.stdin.buffer.read(1 << 20):
         kept += block

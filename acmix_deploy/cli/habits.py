@@ -31,6 +31,16 @@ _ELSEWHERE = {
 _KEY_VALUE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
+class Help(argparse.HelpFormatter):
+    """Breaks sentences where the terminal ends, and keeps the lines of what is indented, such as examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip("\n").split("\n\n")
+        return "\n\n".join(
+            each if "\n " in each else super(Help, self)._fill_text(each, width, indent) for each in paragraphs
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """Names what a word that is no choice was probably meant to be."""
 

@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from acmix_deploy.artifacts import sidecar
-from acmix_deploy.cli.common import print_step, progress
+from acmix_deploy.cli.common import print_step, progress, tell
 from acmix_deploy.device.session import WAIT_S, Session
 from acmix_deploy.document import D, write_document
 from acmix_deploy.errors import MissingComponent, UserError
@@ -71,7 +70,7 @@ def connected(options: argparse.Namespace) -> Iterator[Session]:
     with session, progress() as session.progress:
         yield session
     for note in session.notes:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
 
 
 def run_on(options: argparse.Namespace, kind: type[D], session: Session | None = None, *, alone: bool = True) -> D:
@@ -113,7 +112,7 @@ def run_on(options: argparse.Namespace, kind: type[D], session: Session | None =
 
 
 _ELSEWHERE = "_"
-_NOT_THERE = ("help", "json", "debug", "on", "detach", "wait")
+_NOT_THERE = ("help", "json", "quiet", "debug", "on", "detach", "wait")
 
 
 def _as_here(content: Any, places: Mapping[str, Path]) -> Any:

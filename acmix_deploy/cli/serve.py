@@ -8,6 +8,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from acmix_deploy.cli.common import add_batching, add_detector, print_line
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.quiet:
+        logging.disable(logging.INFO)
     try:
         from acmix_deploy.detection import pictures
 

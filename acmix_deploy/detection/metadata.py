@@ -8,14 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from pydantic import ConfigDict, PositiveInt, RootModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, RootModel, TypeAdapter, ValidationError
 
-from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.detection.suppression import MOST, Suppression
 from acmix_deploy.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
+
+    from acmix_deploy.detection.images import Letterbox
 
 Task = Literal["detect", "segment", "pose", "obb", "classify"]
 """What models are for, as Ultralytics calls it."""
@@ -240,6 +241,8 @@ class ModelMetadata(RootModel[dict[str, str]]):
     @cached_property
     def letterbox(self) -> Letterbox:
         """By which images are fitted into a size; Ultralytics' own rule for the task where it is not told."""
+        from acmix_deploy.detection.images import Letterbox
+
         usual = {"fit": "crop" if self.task == "classify" else "stretch" if self.head == "RTDETRDecoder" else "pad"}
         try:
             return Letterbox.model_validate_json(self.root.get("letterbox", json.dumps(usual)))
@@ -295,4 +298,4 @@ _QUANTIZE: dict[str, Literal["float16", "int8"]] = {"16": "float16", "8": "int8"
 
 
 def _spelt(value: object) -> str:
-    return json.dumps(value.model_dump()) if isinstance(value, (Letterbox, Suppression)) else str(value)
+    return json.dumps(value.model_dump()) if isinstance(value, BaseModel) else str(value)

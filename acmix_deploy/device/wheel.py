@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 import acmix_deploy
 from acmix_deploy.artifacts import replacing
 
@@ -46,6 +44,8 @@ def write_wheel(path: Path) -> None:
 
 def _metadata(found: metadata.Distribution) -> str:
     """What pip has to know, in a form that does not depend on what installed the package here."""
+    from packaging.requirements import Requirement
+
     fields = [("Metadata-Version", "2.1"), ("Name", _DISTRIBUTION), ("Version", acmix_deploy.__version__)]
     fields += [("Requires-Python", text) for text in found.metadata.get_all("Requires-Python", [])]
     fields += [("Provides-Extra", extra) for extra in sorted(found.metadata.get_all("Provides-Extra", []))]

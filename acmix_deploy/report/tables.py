@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,7 @@ from acmix_deploy.profile import Profile
 from acmix_deploy.verify import LayerErrors, Verification
 
 _OVERFLOWS = 8  # nodes of a file
+_WIDEST = 10_000  # columns of a terminal
 
 State = Literal["", "good", "unsure", "bad"]
 _STYLES: dict[State, str] = {"": "", "good": "green", "unsure": "yellow", "bad": "bold red"}
@@ -33,6 +35,26 @@ class Cell(Text):
     def __init__(self, text: str, state: State = "") -> None:
         super().__init__(text, style=_STYLES[state])
         self.state = state
+
+
+class _Rows(Table):
+    """A table that a narrow terminal shows row by row, a line a cell, where words or numbers would be cut."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = self.__rich_measure__(console, options.update(max_width=_WIDEST)).minimum
+        if needed <= options.max_width or not self.show_header:
+            yield from super().__rich_console__(console, options)
+            return
+        for row, cells in enumerate(zip(*(column.cells for column in self.columns), strict=True)):
+            if row:
+                yield ""
+            lines = Table.grid(padding=(0, 2, 0, 0))
+            lines.add_column(style="dim")
+            lines.add_column(overflow="fold")
+            for column, cell in zip(self.columns, cells, strict=True):
+                if str(cell):
+                    lines.add_row(column.header, cell)
+            yield lines
 
 
 def module_blocks(blocks: Iterable[BlockReport]) -> Table:
@@ -355,7 +377,7 @@ def kernels(library: Library) -> Table:
 
 def table(*columns: str, numeric: tuple[int, ...] = ()) -> Table:
     """An empty table; columns listed in ``numeric`` are aligned to the right."""
-    empty = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    empty = _Rows(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, column in enumerate(columns):
         empty.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
     return empty

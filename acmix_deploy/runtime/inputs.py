@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from acmix_deploy.detection.metadata import Pixels
 from acmix_deploy.errors import UserError
+from acmix_deploy.options import AXES as AXES
+from acmix_deploy.options import check_axes
 from acmix_deploy.runtime.metrics import Array
-
-AXES = {"batch": 0, "height": 2, "width": 3}
-"""The axes of an image input [B, C, H, W] that may be free, by their names."""
 
 Shape = tuple[int, ...]
 Shapes = tuple[Shape, Shape, Shape]
@@ -113,12 +112,6 @@ def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), di
         )
     free = {AXES[name] for name in dynamic}
     return trial_shapes([None if axis in free else size for axis, size in enumerate(shape)], shape, divisor)
-
-
-def check_axes(dynamic: Collection[str]) -> None:
-    """Raises UserError where one of the axes that are to be free is none of :data:`AXES`."""
-    if unknown := set(dynamic) - AXES.keys():
-        raise UserError(f"unknown dynamic axis {', '.join(sorted(unknown))}; it must be one of {', '.join(AXES)}")
 
 
 def noise(name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0) -> list[dict[str, Images]]:

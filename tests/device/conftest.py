@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from acmix_deploy import __version__
 from acmix_deploy.artifacts import sha256
 from acmix_deploy.cli import main
 from acmix_deploy.device.wheel import write_wheel
@@ -54,4 +55,4 @@ def stand_in(bench: Device, this_wheel: Path, verb: str) -> None:
     (folder / "venv/bin/python").write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit 1\n{verb}\n')
     (folder / "venv/bin/python").chmod(0o755)
     (folder / ".acmix-deploy").touch()
-    (folder / "installed.json").write_text(json.dumps({"version": "0.1.0", "wheel": sha256(this_wheel)}))
+    (folder / "installed.json").write_text(json.dumps({"version": __version__, "wheel": sha256(this_wheel)}))

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+from acmix_deploy import __version__
 from acmix_deploy.cli import main
 from acmix_deploy.device import link
 from tests.device.conftest import stand_in
@@ -257,8 +258,8 @@ def test_another_version(bench, here, this_wheel, capsys):
     stand_in(bench, this_wheel, "exit 0")
     installed = bench.home / "acmix-deploy/installed.json"
     for version, words in (
-        ("0.0.9", "acmix-deploy 0.0.9, here is 0.1.0"),
-        ("0.1.0", "acmix-deploy 0.1.0 of another build"),
+        ("0.0.9", f"acmix-deploy 0.0.9, here is {__version__}"),
+        (__version__, f"acmix-deploy {__version__} of another build"),
     ):
         installed.write_text(json.dumps({"version": version, "wheel": "of another"}))
         code, told = said(capsys, "profile", "model.onnx", "--on", "bench")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from acmix_deploy import __version__
 from acmix_deploy.cli import main
 from acmix_deploy.device import install, remote
 from acmix_deploy.device.install import _lacking, _platform, download
@@ -188,7 +189,7 @@ def test_offline(bench: Device, tmp_path, monkeypatch, capsys):
     told = log.read_text()
     assert "pip install --disable-pip-version-check --no-index --find-links wheels wheels/acmix_deploy-" in told
     assert "needed-1.0-py3-none-any.whl" in told
-    assert json.loads((bench.home / "acmix-deploy/installed.json").read_text())["version"] == "0.1.0"
+    assert json.loads((bench.home / "acmix-deploy/installed.json").read_text())["version"] == __version__
     assert bench.left() == []
 
 

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from acmix_deploy import __version__
 from acmix_deploy.cli import main
 from acmix_deploy.cli.on import _beside
 from acmix_deploy.gate.samples import GateSamples
@@ -74,12 +75,12 @@ def test_renewal(bench, capsys):
     (package,) = (bench.home / "a folder/venv/lib").glob("python*/site-packages/acmix_deploy")
     (package / "document.py").write_text("raise SystemExit(9)\n")
     installed = bench.home / "a folder/installed.json"
-    installed.write_text(json.dumps({"version": "0.1.0", "wheel": "of another"}))
+    installed.write_text(json.dumps({"version": __version__, "wheel": "of another"}))
     try:
         _, found, _ = answer(capsys, "doctor", "model.onnx", "--on", "bench")
         (there,) = (part for part in found["environment"] if part["name"] == "acmix-deploy there")
         assert (there["state"], found["file"]) == ("missing", None)
-        assert there["found"].startswith("bench has acmix-deploy 0.1.0 of another build than is here; Python ")
+        assert there["found"].startswith(f"bench has acmix-deploy {__version__} of another build than is here; Python ")
         assert answer(capsys, "profile", "model.onnx", "--on", "bench")[0] == 3
     finally:
         assert answer(capsys, "device", "add", "bench", "--install")[0] == 0

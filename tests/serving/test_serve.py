@@ -91,6 +91,13 @@ def test_each_format_is_read_as_opencv_reads_it(
     assert same(found["detections"], right)
 
 
+def test_quiet(shapes_model: Path, tmp_path: Path) -> None:
+    """What goes wrong alone is in the log."""
+    with serving(shapes_model, tmp_path, "--quiet") as server:
+        assert server.detect(PICTURE).status_code == 200
+        assert server.log == []
+
+
 def test_what_is_served_is_told(shapes_model: Path, server: Server, tmp_path: Path) -> None:
     schema = json.loads((ROOT / "docs/schemas/model-response.json").read_text(encoding="utf-8"))
     answer = server.client.get("/v1/model").json()
