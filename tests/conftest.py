@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -106,7 +107,7 @@ def gpu(fake, monkeypatch):
 def faster_exporter(monkeypatch):
     """The one that traces, whatever the opset; with soak the one that a user gets."""
     if not os.environ.get("ACMIX_SOAK"):
-        monkeypatch.setattr("acmix_deploy.export._dynamo", Mock(side_effect=NotImplementedError))
+        monkeypatch.setattr(import_module("acmix_deploy.export"), "_dynamo", Mock(side_effect=NotImplementedError))
 
 
 @pytest.fixture
