@@ -21,6 +21,7 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.options import Provider
+from acmix_deploy.process import WHOLE_PROCESS
 from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.inputs import Input, as_images, as_taken
 from acmix_deploy.runtime.metrics import Array
@@ -140,7 +141,7 @@ def _does_not_start(provider: Provider, why: str) -> MissingComponent:
 def _preload() -> str:
     """Load CUDA's libraries from their Python packages; what ONNX Runtime prints of those that it does not find."""
     onnxruntime.set_default_logger_severity(_FATAL)
-    with redirect_stdout(StringIO()) as printed:
+    with WHOLE_PROCESS, redirect_stdout(StringIO()) as printed:
         onnxruntime.preload_dlls()
     return reason(RuntimeError(printed.getvalue())) if printed.getvalue() else ""
 
