@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import acmix_deploy
+from tests import ROOT
 
 SOURCE = Path(acmix_deploy.__file__)
 
@@ -48,6 +50,17 @@ def test_unknown_name() -> None:
         _ = acmix_deploy.fuze
 
 
+def test_functions_have_an_example() -> None:
+    """In docs/python.md, whose blocks tests/scripts/test_docs.py runs; those for engines run in tests/engine alone."""
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    run = "".join(re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S))
+    shown = "".join(re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S))
+    functions = {name for name in acmix_deploy.__all__ if name[0].islower()}
+    called = {name for name in functions if re.search(rf"\b{name}\(", run)}
+    assert functions - called == {"build", "adopt"}
+    assert all(re.search(rf"\b{name}\(", shown) for name in ("build", "adopt"))
+
+
 def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
@@ -57,11 +70,15 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert python(code) in ("['acmix_deploy']\n", "['acmix_deploy', 'importlib', 'importlib._abc', 'types']\n")
 
 
-@pytest.mark.parametrize("name", ["profile", "verify"])
 @pytest.mark.parametrize(
-    "before", ["", "import acmix_deploy.{0}", "from acmix_deploy.{0} import {0}", "import acmix_deploy.{0}.run"]
+    "imports",
+    [
+        "import acmix_deploy.export, acmix_deploy.profile.run, acmix_deploy.verify; from acmix_deploy import {}",
+        "from acmix_deploy import {}; import acmix_deploy.export, acmix_deploy.profile.run, acmix_deploy.verify",
+    ],
 )
-def test_function_is_not_its_module(name: str, before: str) -> None:
-    """Whatever was imported before or is imported after."""
-    code = f"{before.format(name)}\nfrom acmix_deploy import {name}\nimport acmix_deploy.{name}\n"
-    assert python(f"{code}print({name}.__name__, acmix_deploy.{name} is {name})") == f"{name} True\n"
+def test_functions_are_not_the_modules_of_their_names(imports: str) -> None:
+    """Whichever was imported first."""
+    names = "export, profile, verify"
+    code = f"{imports.format(names)}; print([f.__name__ for f in ({names}, acmix_deploy.profile)])"
+    assert python(code) == "['export', 'profile', 'verify', 'profile']\n"
