@@ -47,6 +47,7 @@ def ultralytics(module: str) -> ModuleType:
     try:
         if "ultralytics" not in sys.modules:
             _import_unnoticed(module)
+        import_module("ultralytics")
         return import_module(f"ultralytics.{module}")
     except ModuleNotFoundError as error:
         if error.name == "ultralytics":

@@ -37,7 +37,11 @@ with suppress(ModuleNotFoundError):  # not on a machine for GPU tests
 
         def __init__(self) -> None:
             super().__init__()
-            self.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            super().add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            if (key, value) != ("session.intra_op.allow_spinning", "0"):  # it warns of what is set twice
+                super().add_session_config_entry(key, value)
 
     onnxruntime.SessionOptions = _PassiveOptions
 
