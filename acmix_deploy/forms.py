@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime
 from onnx import helper, inliner, numpy_helper, shape_inference
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,12 +22,12 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.graph import in_order, keep, name_nodes, read, with_weights
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.axes import quantities
+from acmix_deploy.runtime.onnxruntime import unlogged
 from acmix_deploy.targets import Form, Target
 
 _OPERATORS = {(operator.domain, operator.op_type): operator for operator in OPERATORS}
 _STANDARD = ("", "ai.onnx")
 _NORMALIZATION = "LayerNormalization"
-_FATAL = 4
 _LARGEST_CONSTANT = 1 << 20  # bytes; what is larger stays computed, such as P*l of a large map
 
 
@@ -220,12 +219,12 @@ def _inline(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
     )
     ours = tuple(f"{name}/" for name in names)
     graph = gs.import_onnx(inlined)
-    onnxruntime.set_default_logger_severity(_FATAL)  # graphsurgeon folds with it; its warnings help nobody here
-    graph.fold_constants(
-        size_threshold=_LARGEST_CONSTANT,
-        should_exclude_node=lambda node: not node.name.startswith(ours),
-        recurse_functions=False,
-    )
+    with unlogged():  # graphsurgeon folds with ONNX Runtime; its warnings help nobody here
+        graph.fold_constants(
+            size_threshold=_LARGEST_CONSTANT,
+            should_exclude_node=lambda node: not node.name.startswith(ours),
+            recurse_functions=False,
+        )
     graph.cleanup().toposort()
     inlined.graph.CopyFrom(gs.export_onnx(graph, do_type_check=False).graph)  # graphsurgeon drops the metadata
     return inlined

@@ -1,4 +1,4 @@
-"""Programs in processes of their own: what crashes there ends nothing here."""
+"""Programs in processes of their own: what crashes there ends nothing here. And what all threads of this one share."""
 
 from __future__ import annotations
 
@@ -7,12 +7,37 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from acmix_deploy.errors import MissingComponent
+
+WHOLE_PROCESS = threading.RLock()
+"""Held by who changes for a while what all threads share, so that it becomes what it was: stdout, the environment,
+``sys.path``, filters of warnings, verbosity of loggers, threads of PyTorch."""
+
+
+@contextmanager
+def unprinted() -> Iterator[None]:
+    """Drop what this thread prints; others go on printing."""
+    with WHOLE_PROCESS, redirect_stdout(_OfOthers()):
+        yield
+
+
+class _OfOthers:
+    """stdout, without what the thread that made this writes."""
+
+    def __init__(self) -> None:
+        self._stdout, self._dropped = sys.stdout, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._dropped else self._stdout.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stdout, name)
 
 
 class Ended(NamedTuple):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from acmix_deploy.detection.images import Letterbox
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, MissingComponent, UserError
 from acmix_deploy.options import HeadChoice
+from acmix_deploy.process import WHOLE_PROCESS
 from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.reason import raised, reason
 
@@ -42,6 +45,8 @@ def ultralytics(module: str) -> ModuleType:
         UserError: the one that is found cannot be imported.
     """
     try:
+        if "ultralytics" not in sys.modules:
+            _import_unnoticed(module)
         import_module("ultralytics")
         return import_module(f"ultralytics.{module}")
     except ModuleNotFoundError as error:
@@ -62,6 +67,23 @@ def ultralytics(module: str) -> ModuleType:
         raise UserError(
             f"the Ultralytics that is found cannot be imported: {raised(error)}", "Mend that line or install it again."
         ) from error
+
+
+def _import_unnoticed(module: str) -> None:
+    """Import Ultralytics without what that changes for the whole process: the environment, filters of warnings, and how
+    NumPy and PyTorch print. OpenCV stays in one thread, for its data loaders fork."""
+    import numpy as np
+    from torch._tensor_str import printoptions
+
+    with WHOLE_PROCESS, warnings.catch_warnings(), np.printoptions(), printoptions():
+        environment = dict(os.environ)
+        try:
+            import_module("ultralytics")
+            import_module(f"ultralytics.{module}")
+        finally:
+            for name in {*os.environ} - {*environment}:
+                del os.environ[name]
+            os.environ.update(environment)
 
 
 def register() -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,7 +37,11 @@ with suppress(ModuleNotFoundError):  # not on a machine for GPU tests
 
         def __init__(self) -> None:
             super().__init__()
-            self.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            super().add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            if (key, value) != ("session.intra_op.allow_spinning", "0"):  # it warns of what is set twice
+                super().add_session_config_entry(key, value)
 
     onnxruntime.SessionOptions = _PassiveOptions
 
@@ -106,7 +111,7 @@ def gpu(fake, monkeypatch):
 def faster_exporter(monkeypatch):
     """The one that traces, whatever the opset; with soak the one that a user gets."""
     if not os.environ.get("ACMIX_SOAK"):
-        monkeypatch.setattr("acmix_deploy.export._dynamo", Mock(side_effect=NotImplementedError))
+        monkeypatch.setattr(import_module("acmix_deploy.export"), "_dynamo", Mock(side_effect=NotImplementedError))
 
 
 @pytest.fixture

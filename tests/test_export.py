@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import acmix_deploy.export as export_module
 from acmix_deploy.artifacts import sidecar
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
@@ -23,6 +23,8 @@ from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.targets import target_of
 
 LIMIT = LOCAL_ATTENTION.tolerances["float32"].limit()
+# The package has its function under this name.
+export_module = sys.modules["acmix_deploy.export"]
 AXES = ("batch", "height", "width")
 SHAPE = (1, 3, 64, 64)
 METADATA = ModelMetadata({"names": "{0: 'cat'}"})

@@ -30,6 +30,7 @@ from typing import IO, Any
 from acmix_deploy import yolo
 from acmix_deploy.checkpoint.refusals import not_here, unreadable, untrusted
 from acmix_deploy.errors import UserError
+from acmix_deploy.process import WHOLE_PROCESS
 from acmix_deploy.runtime.reason import reason
 
 
@@ -64,7 +65,7 @@ def _unpickle_restricted(path: Path) -> object:
     refused = [name for name in names if name not in stand_ins]
     allowed: list[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+        with WHOLE_PROCESS, warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # about other pickle protocols, which end in an error anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -129,7 +130,7 @@ def _pickled_names(path: Path) -> list[str]:
     """Names of classes and functions in the file, as far as it can be read; of those PyTorch itself does not allow."""
     import torch
 
-    with suppress(Exception):
+    with suppress(Exception), WHOLE_PROCESS:  # it leaves out what another thread has allowed
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     names: set[str] = set()
     with suppress(Exception), _open_pickle(path) as file:
@@ -290,9 +291,10 @@ def _exists(package: str) -> bool:
 @contextmanager
 def importable(code: Path | None = None) -> Iterator[None]:
     """Let modules in the folder ``code``, else those in the current directory, be imported before all others."""
-    before = list(sys.path)
-    sys.path[:0] = [str(folder.resolve()) for folder in (code, Path.cwd()) if folder]
-    try:
-        yield
-    finally:
-        sys.path[:] = before
+    with WHOLE_PROCESS:
+        before = list(sys.path)
+        sys.path[:0] = [str(folder.resolve()) for folder in (code, Path.cwd()) if folder]
+        try:
+            yield
+        finally:
+            sys.path[:] = before

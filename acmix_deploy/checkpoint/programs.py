@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acmix_deploy.checkpoint.refusals import unreadable, untrusted
+from acmix_deploy.process import WHOLE_PROCESS
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -47,15 +48,16 @@ def load_program(path: Path, *, trust: bool) -> ExportedProgram:
 def _weights_only(enforced: bool) -> Iterator[None]:
     """Make every ``torch.load`` within a restricted one: ``torch.export.load`` asks for full ones."""
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(variable)
-    if enforced:
-        os.environ[variable] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(variable, None)
-        if before is not None:
-            os.environ[variable] = before
+    with WHOLE_PROCESS:
+        before = os.environ.get(variable)
+        if enforced:
+            os.environ[variable] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(variable, None)
+            if before is not None:
+                os.environ[variable] = before
 
 
 def _code_in(path: Path) -> list[str]:

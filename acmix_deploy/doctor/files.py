@@ -23,7 +23,7 @@ def examine(
     trust: bool = False,
     code: Path | None = None,
     plugin: Path | None = None,
-    progress: Progress,
+    progress: Progress = lambda step: None,
 ) -> Examination:
     """What is in a checkpoint, an ONNX file, an engine or a plugin, and which known faults it has.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import redirect_stdout
-from io import StringIO
 
 import numpy as np
 import onnx
@@ -12,6 +10,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 
 from acmix_deploy.graph import Feeds
 from acmix_deploy.options import Method
+from acmix_deploy.process import unprinted
 from acmix_deploy.runtime.magnitudes import largest, largest_magnitudes, magnitudes
 from acmix_deploy.runtime.onnxruntime import open_session
 
@@ -40,7 +39,7 @@ def calibrate(
     fetching.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
     session = open_session(fetching)
     collector = HistogramCollector(method, True, _BINS[method], _LEVELS, _PERCENTILE, scenario="same")
-    with redirect_stdout(StringIO()):  # it prints
+    with unprinted():  # it prints
         collector.collect({name: np.array([0, -m, m], np.float32) for name, m in maxima.items()})  # fixes the bins
         for feed in samples():
             values = feed | dict(zip(computed, session.run(computed, feed) if computed else (), strict=True))

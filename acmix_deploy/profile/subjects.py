@@ -21,6 +21,7 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import read_manifest, this_machine
 from acmix_deploy.options import Provider
+from acmix_deploy.process import WHOLE_PROCESS
 from acmix_deploy.profile.layers import Blocks, Layer, block_of, blocks_of, nodes_in, onnx_layers
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.runtime.cuda import Event
@@ -225,23 +226,22 @@ class Checkpoint:
         """See :class:`OnnxFile`."""
         import torch
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
-        try:
-            with self.runner as runner:
-                try:
-                    runner.infer(self.feed)
-                except Exception as error:  # whatever the module raises
-                    (image,) = self.feed.values()
-                    raise does_not_run(str(self.file), self.module, image.shape, error) from error
+        with WHOLE_PROCESS, ExitStack() as stack:
+            before = torch.get_num_threads()
+            stack.callback(torch.set_num_threads, before)
+            torch.set_num_threads(self.threads or before)
+            runner = stack.enter_context(self.runner)
+            try:
+                runner.infer(self.feed)
+            except Exception as error:  # whatever the module raises
+                (image,) = self.feed.values()
+                raise does_not_run(str(self.file), self.module, image.shape, error) from error
 
-                def run() -> Sample:
-                    runner.infer(self.feed)
-                    return Sample(runner.last_inference_time() * 1e3)
+            def run() -> Sample:
+                runner.infer(self.feed)
+                return Sample(runner.last_inference_time() * 1e3)
 
-                yield run
-        finally:
-            torch.set_num_threads(before)
+            yield run
 
 
 Subject = OnnxFile | Engine | Checkpoint

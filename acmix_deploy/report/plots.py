@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from acmix_deploy.process import WHOLE_PROCESS
+
 PALETTE: Mapping[str, tuple[str, str]] = {
     "ink": ("#1f2430", "#e6e8ec"),
     "quiet": ("#5d6675", "#9aa3b2"),
@@ -290,7 +292,11 @@ def _draw(height: float, paint: Callable[[Axes, int], None]) -> Plot:
     drawn = []
     for width in _WIDTHS:
         total = height + _AXIS
-        with matplotlib.rc_context({**settings, "svg.hashsalt": str(next(_SALT))}), warnings.catch_warnings():
+        with (
+            WHOLE_PROCESS,
+            matplotlib.rc_context({**settings, "svg.hashsalt": str(next(_SALT))}),
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has its own fonts
             figure = Figure(figsize=(width / 72, total / 72), dpi=72)
             axes = figure.add_axes((_MARGIN / width, _AXIS / total, 1 - 2 * _MARGIN / width, height / total))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -21,6 +21,7 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.options import Provider
+from acmix_deploy.process import WHOLE_PROCESS
 from acmix_deploy.runtime import hints
 from acmix_deploy.runtime.inputs import Input, as_images, as_taken
 from acmix_deploy.runtime.metrics import Array
@@ -41,7 +42,7 @@ PROVIDERS: dict[Provider, str] = {
 PROVIDER = PROVIDERS["cpu"]
 
 _NOT_INSTALLED = "Please install"  # how ONNX Runtime begins its advice on libraries that are missing
-_FATAL = 4  # errors are raised, so ONNX Runtime need not print them too
+_WARNING, _FATAL = 2, 4  # errors are raised, so ONNX Runtime need not print them too
 
 
 def usable_cores() -> int:
@@ -100,9 +101,13 @@ def open_session(
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     source = model if isinstance(model, (Path, bytes)) else model.SerializeToString()
     providers = _providers(provider, plugin, engines)
-    missing = _preload() if provider != "cpu" else ""
+    missing = ""
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=False)
+        with ExitStack() as stack:
+            if provider != "cpu":
+                stack.enter_context(unlogged())  # the libraries of CUDA that are not found
+                missing = _preload()
+            session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime's error types share no base of their own
         if _NOT_INSTALLED in str(error):
             raise _does_not_start(provider, missing or reason(error)) from error
@@ -137,9 +142,20 @@ def _does_not_start(provider: Provider, why: str) -> MissingComponent:
     )
 
 
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Nothing is told by what opens sessions without options; afterwards ONNX Runtime has its default severity again,
+    since it does not say which it had."""
+    with WHOLE_PROCESS:
+        onnxruntime.set_default_logger_severity(_FATAL)
+        try:
+            yield
+        finally:
+            onnxruntime.set_default_logger_severity(_WARNING)
+
+
 def _preload() -> str:
     """Load CUDA's libraries from their Python packages; what ONNX Runtime prints of those that it does not find."""
-    onnxruntime.set_default_logger_severity(_FATAL)
     with redirect_stdout(StringIO()) as printed:
         onnxruntime.preload_dlls()
     return reason(RuntimeError(printed.getvalue())) if printed.getvalue() else ""

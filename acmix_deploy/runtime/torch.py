@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from acmix_deploy.faults import FaultId
+from acmix_deploy.process import unprinted
 from acmix_deploy.runtime.metrics import Array
 
 
@@ -94,11 +94,11 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporters' prints, warnings and logs from the user; stderr stays open for progress."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with unprinted(), warnings.catch_warnings():
+        before = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        warnings.simplefilter("ignore")
+        try:
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            logging.disable(before)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from acmix_deploy.detection.heads import Array, NoHead, head_of
 from acmix_deploy.detection.images import Boxes, placed_batches
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import MissingComponent, UserError
+from acmix_deploy.process import unprinted
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.models import Model
 
@@ -215,7 +214,7 @@ def average_precision(images: Sequence[Seen]) -> tuple[float, float]:
         "annotations": annotations,
         "categories": [{"id": kind} for kind in sorted({entry["category_id"] for entry in annotations})],
     }
-    with redirect_stdout(io.StringIO()):
+    with unprinted():
         truth.createIndex()
         evaluation = evaluator(truth, truth.loadRes(results), "bbox")
         evaluation.params.maxDets = [MOST]

@@ -16,6 +16,7 @@ from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.errors import UserError
 from acmix_deploy.half import runnable
+from acmix_deploy.process import WHOLE_PROCESS
 from acmix_deploy.processing import network_of
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
@@ -112,7 +113,7 @@ class ByLabels:
 
     def _look(self, model: Path | onnx.ModelProto) -> list[Seen]:
         runner = onnx_runner(runnable(model), model.name if isinstance(model, Path) else "INT8")
-        with G_LOGGER.verbosity(_SILENT):
+        with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT):
             return look(self._float._replace(runner=runner), self._shape, self._truth, self._float.metadata)
 
 

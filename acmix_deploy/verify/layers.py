@@ -25,6 +25,7 @@ from acmix_deploy.half import faithful
 from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
+from acmix_deploy.process import WHOLE_PROCESS
 from acmix_deploy.processing import detach
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, open_session, precision_of
@@ -487,7 +488,7 @@ def _stored(model: onnx.ModelProto) -> dict[str, Array]:
 
 def _marked(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     """The model with these tensors as its outputs."""
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+    with WHOLE_PROCESS, G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
         marked: onnx.ModelProto = modify_outputs(model, outputs=[*map(glob.escape, tensors)], copy=True)
     return marked
 

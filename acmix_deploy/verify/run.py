@@ -26,6 +26,7 @@ from acmix_deploy.half import faithful
 from acmix_deploy.network import NetworkRunner
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
+from acmix_deploy.process import WHOLE_PROCESS
 from acmix_deploy.runtime.inputs import Input, Shape, Shapes, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
@@ -151,7 +152,8 @@ def verify(
     detections: list[DetectionComparison] = []
     half: list[HalfRange] = []
     confidence = scenes.confidence if scenes else CONFIDENCE
-    with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # polygraphy computes statistics for its log
+    # Polygraphy computes statistics for its log.
+    with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):
         expected = _run(reference, feeds)
         if isinstance(reference, NetworkRunner):
             notes.append(reference.told)
@@ -386,7 +388,7 @@ def compare_borders(
             f"no image of {images} has a border at {shapes[0][2]}x{shapes[0][3]}, so another grey changes nothing",
             "Give images of another aspect ratio, such as frames of the source.",
         )
-    with G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # as in verify
+    with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # as in verify
         rights = _outputs(_run(right.runner, scenes.feeds))
         head = known_head(metadata, rights[0])
         unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
@@ -466,7 +468,7 @@ def _accuracy(
     except UserError as error:  # of files that may be something else
         return (), (f"mean average precision was not measured: {error.message}",)
     try:
-        with G_LOGGER.verbosity(_SILENT):
+        with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT):
             return tuple(measure(model, shape, truth, metadata) for model in models), truth.notes
     except MissingComponent as error:
         return (), (f"{error.message}: {error.hint}",)

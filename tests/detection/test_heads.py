@@ -20,6 +20,7 @@ from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Batch, Letterbox, Placement
 from acmix_deploy.detection.masks import Mask
 from acmix_deploy.detection.rows import paired
+from acmix_deploy.detection.suppression import MOST
 from acmix_deploy.serving.triton.repository import outputs_of
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.limits import DETECTION_LIMITS
@@ -170,8 +171,8 @@ def test_what_triton_is_told_fits_what_is_found(task: str, monkeypatch: pytest.M
     model = import_module("acmix_deploy.serving.triton.model")
     head = HEADS[task]
     found = decode(head, outputs_for(head), [Letterbox().place((SIZE, SIZE), SIZE, SIZE)])
-    answer = model.filled(found)
-    told = outputs_of(head)
+    answer = model.filled(found, MOST)
+    told = outputs_of(head, MOST)
     assert {name: array.shape[1:] for name, array in answer.items()} == {node.name: node.dims for node in told}
     assert {name: array.dtype for name, array in answer.items()} == {node.name: node.dtype for node in told}
     count = int(answer["num_detections"][0, 0])

@@ -34,6 +34,7 @@ from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.manifest import Machine, Manifest
+from acmix_deploy.profile import monitor
 from acmix_deploy.report.documents import DoctorDocument
 from acmix_deploy.runtime.inputs import AXES
 from acmix_deploy.runtime.onnxruntime import open_session
@@ -484,7 +485,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.setattr(machine, name, missing)
     monkeypatch.setattr(machine, "gpu_here", dict)
     monkeypatch.setattr(machine, "installed_tensorrt", dict)
-    monkeypatch.setattr("acmix_deploy.profile.monitor._nvml", lambda: (None, ""))
+    monkeypatch.setattr(monitor, "_nvml", lambda: (None, ""))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -529,7 +530,7 @@ def test_a_jetson(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (bare / name).parent.mkdir(parents=True, exist_ok=True)
         (bare / name).write_text(content)
     monkeypatch.setattr(machine, "gpu_here", lambda: {"gpu": "Orin", "sm": 87, "cuda": "12.6", "driver": None})
-    monkeypatch.setattr("acmix_deploy.profile.monitor._power_mode", lambda: "MAXN")
+    monkeypatch.setattr(monitor, "_power_mode", lambda: "MAXN")
     found = by_name(root=bare)
     assert found["Jetson"].found == "NVIDIA Jetson AGX Orin Developer Kit, Jetson Linux 36.4.3"
     assert found["nvpmodel"].found == "MAXN"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,6 @@ def test_a_wrong_front_fails_the_export(reports: Reports, tmp_path: Path, monkey
         if processing.pixels:
             helper.set_model_props(model, ModelMetadata.of(model).updated(pixels="bgr").entries)
 
-    monkeypatch.setattr("acmix_deploy.export.attach", swapped)
+    monkeypatch.setattr(sys.modules["acmix_deploy.export"], "attach", swapped)
     command = ["export", str(checkpoint), "--out", str(tmp_path), "--input", "uint8", "--input-shape", "1,3,32,32"]
     assert main([*command, "--no-profile", "--no-engine", "--opset", "17"]) == 1

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-import acmix_deploy.profile.run as profile_run
-import acmix_deploy.profile.subjects as profile_subjects
 from acmix_deploy import cli, manifest
 from acmix_deploy.errors import UserError
 from acmix_deploy.profile import Machine, Profile, compare, profile
+from acmix_deploy.profile import run as profile_run
+from acmix_deploy.profile import subjects as profile_subjects
 from acmix_deploy.runtime.inputs import random_images
 from acmix_deploy.runtime.onnxruntime import PROVIDER, PROVIDERS
 

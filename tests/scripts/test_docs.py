@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy import cli
+from acmix_deploy import cli, gate_run
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
@@ -66,7 +66,7 @@ def write_measurements(folder: Path) -> None:
     (folder / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
 
 
-LONG = "docs/cli.md", "docs/python.md", "docs/int8.md", "docs/detect.md", "docs/doctor.md", "docs/verify.md"
+LONG = "docs/cli.md", "docs/int8.md", "docs/detect.md", "docs/doctor.md", "docs/verify.md"
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -100,6 +100,8 @@ def test_commands_and_code_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.1)
+    for option, value in (("rounds", 1), ("seconds", 0.1)):
+        monkeypatch.setitem(gate_run.__kwdefaults__, option, value)
     namespace: dict[str, object] = {}
     for language, content in blocks(page, "python", "console"):
         if language == "python":

@@ -17,6 +17,7 @@ from acmix_deploy.families.search import NotABlock, Proposal, Recogniser
 from acmix_deploy.families.swin_acmix.graph import SWIN_ACMIX
 from acmix_deploy.families.swin_acmix.module import SwinACmix, relative_positions
 from acmix_deploy.faults import FaultId
+from acmix_deploy.process import WHOLE_PROCESS
 
 
 def _propose(module: nn.Module) -> Proposal:
@@ -110,7 +111,7 @@ def _calls(module: nn.Module, window_size: int, random: torch.Generator) -> list
 def _freezes_the_batch(module: nn.Module, x: Tensor, call: tuple[Any, ...]) -> bool:
     """Whether what a trace records of one image fails on two, as where ``int`` makes a number of a shape."""
     module = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
-    with torch.no_grad(), warnings.catch_warnings():
+    with WHOLE_PROCESS, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about that number
         for original in (module, ChannelsLast(module)):
             try:
