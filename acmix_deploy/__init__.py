@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
     from acmix_deploy.export import ExportResult, export
     from acmix_deploy.families.acmix.module import ACmix
-    from acmix_deploy.fusion import FusionReport, fuse
+    from acmix_deploy.fusion.fuse import FusionReport, fuse
     from acmix_deploy.gate.measure import measure as gate_run
     from acmix_deploy.gate.samples import GateSamples
     from acmix_deploy.gate.verdict import Verdict
@@ -126,8 +126,8 @@ _WHERE = {
     "ExportResult": "export:ExportResult",
     "export": "export:export",
     "ACmix": "families.acmix.module:ACmix",
-    "FusionReport": "fusion:FusionReport",
-    "fuse": "fusion:fuse",
+    "FusionReport": "fusion.fuse:FusionReport",
+    "fuse": "fusion.fuse:fuse",
     "gate_run": "gate.measure:measure",
     "GateSamples": "gate.samples:GateSamples",
     "Verdict": "gate.verdict:Verdict",
