@@ -22,7 +22,7 @@ from acmix_deploy.onnx_file import inputs
 from acmix_deploy.plugin.build import NAME, SOURCES
 from acmix_deploy.profile import Profile
 from acmix_deploy.profile.trtexec import read_times
-from acmix_deploy.runtime.inputs import Shapes, channels_last
+from acmix_deploy.runtime.inputs import Shapes, file_shape
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.targets import by_x
 
@@ -75,9 +75,10 @@ class Bare(There):
         library = [release.load(str(plugin))] if plugin else []
         precision = "float16" if fp16 and precision_of(model) == "float32" else precision_of(model)
         image = inputs(model)[0].name
-        if shapes and ModelMetadata.of(model).pixels:
+        if shapes:
+            order = ModelMetadata.of(model).pixels
             smallest, usual, largest = shapes
-            shapes = channels_last(smallest), channels_last(usual), channels_last(largest)
+            shapes = file_shape(smallest, order), file_shape(usual, order), file_shape(largest, order)
         self._running[name] = [*library, *([f"--shapes={image}:{by_x(shapes[1])}"] if shapes else [])]
         with tempfile.TemporaryDirectory() as folder:
             ready = Path(folder, source.name)

@@ -22,7 +22,7 @@ from acmix_deploy.forms import refused, to_form
 from acmix_deploy.graph import name_nodes, read, with_weights
 from acmix_deploy.manifest import KIND, Backend, Machine, Manifest, Plugin, Shape, this_machine
 from acmix_deploy.runtime import hints
-from acmix_deploy.runtime.inputs import Shapes, channels_first, channels_last
+from acmix_deploy.runtime.inputs import Shapes, file_shape, image_shape
 from acmix_deploy.runtime.onnxruntime import precision_of
 from acmix_deploy.runtime.reason import out_of_memory
 from acmix_deploy.targets import UNBUILT_BY_RTX, Form, Precision, Target, target_of
@@ -249,7 +249,7 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
     fixed = []
     metadata = ModelMetadata.of(model)
     for value in onnx_file.inputs(model):
-        declared = _images(onnx_file.shape(value), metadata)
+        declared = image_shape(onnx_file.shape(value), metadata.pixels)
         free = [f"{axis} ({size})" for axis, size in enumerate(declared) if not isinstance(size, int)]
         fixed += [f"{value.name} {list(declared)}"] * (not free)
         if not free:
@@ -268,19 +268,13 @@ def _profiles(model: onnx.ModelProto, source: Path, shapes: Shapes | None) -> di
         smallest, usual, largest = map(tuple, shapes)
         if not all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True)):
             raise UserError(f"--min {smallest}, --opt {usual} and --max {largest} do not grow from one to the next")
-        if metadata.pixels:
-            smallest, usual, largest = map(channels_last, shapes)
+        smallest, usual, largest = (file_shape(shape, metadata.pixels) for shape in shapes)
         found[value.name] = (smallest, usual, largest)
     if shapes is not None and not found:
         raise UserError(
             f"{source} has no free axis: {', '.join(fixed)}", "Leave out --min, --opt and --max, or export --dynamic."
         )
     return found
-
-
-def _images(shape: tuple[int | str, ...], metadata: ModelMetadata) -> tuple[int | str, ...]:
-    """Sizes of an input, of images as [B, C, H, W] whatever the file takes."""
-    return channels_first(shape) if metadata.pixels and len(shape) == 4 else shape
 
 
 def _header(

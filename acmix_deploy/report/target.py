@@ -8,7 +8,7 @@ from pathlib import Path
 
 from acmix_deploy import onnx_file
 from acmix_deploy.forms import TargetReport
-from acmix_deploy.runtime.inputs import Shapes, channels_last
+from acmix_deploy.runtime.inputs import Shapes, file_shape
 from acmix_deploy.targets import RUNTIMES, Precision, Target, target_named
 
 
@@ -48,7 +48,7 @@ def target_steps(
     target = target_named(made.name)
     plugin = made.form != "plain"
     carried = [made.file, reference] if target.package else [made.file]
-    taken = [*map(channels_last, shapes)] if shapes and pixels else shapes
+    taken = [file_shape(shape, "rgb" if pixels else None) for shape in shapes] if shapes else None
     by_trtexec = _trtexec(made.file, target, precision, taken, image, plugin=plugin)
     if target.package:
         permitted = " --fp16" * (precision != "float32" and not target.strongly_typed)

@@ -29,30 +29,29 @@ class Input(NamedTuple):
     dims: tuple[int | str | None, ...]
     dtype: np.dtype[np.generic]
 
-    @property
-    def image_dims(self) -> tuple[int | str | None, ...]:
-        """The axes of an image input as [B, C, H, W], also where it is [B, H, W, C] in uint8."""
-        return channels_first(self.dims) if self.dtype == np.uint8 and len(self.dims) == 4 else self.dims
-
     def __str__(self) -> str:
         return f"{self.name} [{', '.join(map(str, self.dims))}] {self.dtype}"
 
 
-def channels_first(dims: Sequence[T]) -> tuple[T, ...]:
-    """Axes of images [B, H, W, C] as [B, C, H, W]."""
-    batch, height, width, channels = dims
+def image_shape(shape: Sequence[T], order: Pixels | None) -> tuple[T, ...]:
+    """Axes of an image input as [B, C, H, W]; those of a file that takes pixels are [B, H, W, C]."""
+    if not order or len(shape) != 4:
+        return tuple(shape)
+    batch, height, width, channels = shape
     return batch, channels, height, width
 
 
-def channels_last(dims: Sequence[T]) -> tuple[T, ...]:
-    """Axes of images [B, C, H, W] as [B, H, W, C]."""
-    batch, channels, height, width = dims
+def file_shape(shape: Sequence[T], order: Pixels | None) -> tuple[T, ...]:
+    """Axes of images [B, C, H, W] as the file has them: the other way round."""
+    if not order or len(shape) != 4:
+        return tuple(shape)
+    batch, channels, height, width = shape
     return batch, height, width, channels
 
 
 def as_images(node: Input, order: Pixels | None) -> Input:
     """An input that takes pixels as :func:`as_taken` is given it: [B, C, H, W] in float32; any other as it is."""
-    return node._replace(dims=channels_first(node.dims), dtype=np.dtype(np.float32)) if order else node
+    return node._replace(dims=image_shape(node.dims, order), dtype=np.dtype(np.float32)) if order else node
 
 
 def as_taken(feed: Mapping[str, Array], order: Pixels | None) -> dict[str, Array]:

@@ -15,7 +15,7 @@ from acmix_deploy.files import expect
 from acmix_deploy.manifest import Shape, read_manifest
 from acmix_deploy.options import Provider
 from acmix_deploy.runtime import tensorrt
-from acmix_deploy.runtime.inputs import Input, as_images, channels_first
+from acmix_deploy.runtime.inputs import Input, as_images, image_shape
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, onnx_runner, open_session, precision_of
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import Precision
@@ -81,16 +81,14 @@ def open_model(
             f"Ultralytics built, on the machine that it fits: acmix-deploy adopt {path}",
         )
     manifest = read_manifest(path)
-    order, profiles = manifest.metadata.pixels, manifest.profiles
-    if order:
-        profiles = {
-            name: (channels_first(low), channels_first(usual), channels_first(high))
-            for name, (low, usual, high) in profiles.items()
-        }
+    order = manifest.metadata.pixels
     return Model(
         runner=EngineRunner(path, plugin, name),
         inputs=tuple(as_images(node, order) for node in tensorrt.inputs_of(manifest)),
         precision=manifest.precision,
         metadata=manifest.metadata,
-        profiles=profiles,
+        profiles={
+            name: (image_shape(low, order), image_shape(usual, order), image_shape(high, order))
+            for name, (low, usual, high) in manifest.profiles.items()
+        },
     )

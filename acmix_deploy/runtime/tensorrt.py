@@ -23,7 +23,7 @@ from acmix_deploy.engine_file import read_engine
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.manifest import EngineTensor, Manifest, Shape, read_fitting
 from acmix_deploy.runtime import cuda, hints
-from acmix_deploy.runtime.inputs import Input, as_images, as_taken, channels_first
+from acmix_deploy.runtime.inputs import Input, as_images, as_taken, image_shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.reason import out_of_memory
 
@@ -306,8 +306,8 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
                     f"input {tensor.name} of {self.name} is built for {built}, and is given {list(shape)}",
                     hints.OTHER_SHAPE,
                 )
-            images = channels_first(shape) if self.manifest.metadata.pixels else shape
-            self.manifest.metadata.check_size(self.name, images)
+            metadata = self.manifest.metadata
+            metadata.check_size(self.name, image_shape(shape, metadata.pixels))
 
     def _made(self, what: str, made: Any) -> Any:
         if made is None:

@@ -27,7 +27,7 @@ from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.options import Provider
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input, Shape, as_pixels, random_images
+from acmix_deploy.runtime.inputs import Input, Shape, as_pixels, file_shape, image_shape, random_images
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.runtime.reason import reason
@@ -90,9 +90,10 @@ class Detector:
         if (self._input.dtype == np.uint8) != bool(pixels):
             raise no_detector(name, f"takes {self._input}, and its metadata tell of {pixels or 'no'} pixels")
         profile = opened.profiles.get(self._input.name)
-        wanted = self._image_shape(profile[1]) if profile else opened.metadata.usual_shape
+        wanted = image_shape(profile[1], pixels) if profile else opened.metadata.usual_shape
         self.input_shape: Shape = tuple(
-            dim if isinstance(dim, int) else size for dim, size in zip(self._input.image_dims, wanted, strict=True)
+            dim if isinstance(dim, int) else size
+            for dim, size in zip(image_shape(self._input.dims, pixels), wanted, strict=True)
         )
         """[B, 3, H, W], whatever the order of the input: the size that images are letterboxed to, and the batch, the
         usual one where it is free."""
@@ -267,13 +268,7 @@ class Detector:
         self.close()
 
     def _empty(self, count: int) -> Array:
-        _, channels, height, width = self.input_shape
-        sizes = (height, width, channels) if self._metadata.pixels else (channels, height, width)
-        return np.zeros((count, *sizes), self._input.dtype)
-
-    def _image_shape(self, shape: Shape) -> Shape:
-        """[B, C, H, W] of the shape of an input."""
-        return tuple(size for size in self._input._replace(dims=shape).image_dims if isinstance(size, int))
+        return np.zeros(file_shape((count, *self.input_shape[1:]), self._metadata.pixels), self._input.dtype)
 
     def _check(self, feed: Feed) -> None:
         if feed.keys() != {node.name for node in self.inputs}:
@@ -287,7 +282,7 @@ class Detector:
             )
             if not fits or array.dtype != node.dtype:
                 raise UserError(f"{self.name} takes {node}, and is given {list(array.shape)} {array.dtype}")
-            self._metadata.check_size(self.name, self._image_shape(array.shape))
+            self._metadata.check_size(self.name, image_shape(array.shape, self._metadata.pixels))
 
 
 def _open_onnx(

@@ -18,7 +18,7 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import Manifest, check, read_manifest
 from acmix_deploy.runtime import onnxruntime, tensorrt
-from acmix_deploy.runtime.inputs import Input, as_images, channels_first, channels_last
+from acmix_deploy.runtime.inputs import Input, as_images, file_shape, image_shape
 from acmix_deploy.runtime.onnxruntime import open_session
 from acmix_deploy.serving.detector import Detector
 
@@ -103,10 +103,10 @@ def read(path: Path, plugin: Path | None, server: str, *, feeds_pixels: bool = T
         raise no_detector(path.stem, str(error)) from error
     if not manifest:
         Detector.load(path).close()
-    usual = channels_last(metadata.usual_shape) if metadata.pixels else metadata.usual_shape
+    usual = file_shape(metadata.usual_shape, metadata.pixels)
     wanted = profile[1] if profile else usual
     shape = [dim if isinstance(dim, int) else size for dim, size in zip(inputs[0].dims, wanted, strict=True)]
-    metadata.check_size(str(path), channels_first(shape) if metadata.pixels else shape)
+    metadata.check_size(str(path), image_shape(shape, metadata.pixels))
     batch = inputs[0].dims[0]
     return Network(
         path=path,
