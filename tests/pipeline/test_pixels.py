@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from acmix_deploy.artifacts import read_artifact
@@ -327,15 +327,18 @@ def test_images_have_three_channels(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "out/grey.onnx").exists()
 
 
-def test_a_wrong_front_fails_the_export(reports: Reports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_front_fails_the_export(
+    reports: Reports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Files are compared with the checkpoint as they are written, what is in front included."""
     checkpoint = file(reports, "float32").parents[1] / "model.pt"
 
-    def swapped(model: onnx.ModelProto, processing: Processing) -> None:
+    def darker(model: onnx.ModelProto, processing: Processing) -> None:
         attach(model, processing)
-        if processing.pixels:
-            helper.set_model_props(model, ModelMetadata.of(model).updated(pixels="bgr").entries)
+        (white,) = (tensor for tensor in model.graph.initializer if tensor.name == "acmix_input/Div/operand")
+        white.CopyFrom(numpy_helper.from_array(np.float32(256), white.name))
 
-    monkeypatch.setattr(sys.modules["acmix_deploy.export"], "attach", swapped)
+    monkeypatch.setattr(sys.modules["acmix_deploy.export"], "attach", darker)
     command = ["export", str(checkpoint), "--out", str(tmp_path), "--input", "uint8", "--input-shape", "1,3,32,32"]
     assert main([*command, "--no-profile", "--no-engine", "--opset", "17"]) == 1
+    assert "Failed" in (printed := capsys.readouterr().out), printed

@@ -104,8 +104,7 @@ def predictions(seed: int, images: int, classes: int, anchors: int, dtype: Any =
 def test_suppression_finds_what_decode_finds(classes: int, anchors: int, confidence: float) -> None:
     output = predictions(anchors, 3, classes, anchors)
     output[0, 4:] = 0
-    output[1, 0, 0] = np.inf
-    output[2, 3, 0] = np.nan
+    output[1, 0, 0], output[1, 4:, 0] = np.inf, confidence / 2
     output[2, 4, -1] = np.nan
     head = Head("detect", "anchors", "predictions", classes)
     graph = suppression(head, ["batch", None, None], confidence, MOST)
@@ -124,7 +123,10 @@ def test_suppression_finds_what_decode_finds(classes: int, anchors: int, confide
         "detection_scores": (np.float32, (3, MOST)),
         "detection_classes": (np.int32, (3, MOST)),
     }
-    for image, found in enumerate(right):
+    assert answer["num_detections"][2] == MOST, "what is not finite does not look like nothing"
+    assert np.isnan(answer["detection_scores"][2]).all()
+    assert np.isnan(answer["detection_boxes"][2]).all()
+    for image, found in enumerate(right[:2]):
         (count,) = answer["num_detections"][image]
         assert count == len(found.scores)
         np.testing.assert_array_equal(answer["detection_scores"][image, :count], found.scores)
