@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
             finally:
                 tell(seen)
                 if options.stats:
-                    times = clock.times(source, seen.images, detector.input_shape[0], seen.dropped)
+                    times = clock.times(source, seen.images, detector.input_shape[0], seen.dropped, seen.skipped)
                     _tell_times(options, source.name, times)
     if not seen.images:
         raise UserError(f"nothing in {source.name} can be read")
@@ -110,14 +110,13 @@ class _Seen:
     """What came of a source until now."""
 
     def __init__(self, total: int | None) -> None:
-        self.images = self.dropped = 0
-        self._skipped = 0
+        self.images = self.dropped = self.skipped = 0
         self._total = f" of {total}" if total else ""
         self._start = self._told = time.perf_counter()
 
     def add(self, frame: Frame, report_progress: Callable[[str], None]) -> None:
         self.images += frame.image is not None
-        self._skipped += frame.lost
+        self.skipped += frame.lost
         self.dropped += frame.dropped
         if time.perf_counter() - self._told > _EVERY:
             self._told = time.perf_counter()
@@ -128,7 +127,7 @@ class _Seen:
         return f"{self.images / (time.perf_counter() - self._start):.1f} a second"
 
     def __str__(self) -> str:
-        skipped = f", {self._skipped} skipped" if self._skipped else ""
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
         dropped = f", {self.dropped} dropped" if self.dropped else ""
         return f"{self.images} images{skipped}{dropped}, {self._rate}"
 

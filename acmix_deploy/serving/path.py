@@ -112,8 +112,8 @@ class Clock:
             self._add(name, self._now() - start)
             yield item
 
-    def times(self, source: Source, images: int, batch: int, dropped: int = 0) -> PathTimes:
-        """What was counted until now, for some images of a source."""
+    def times(self, source: Source, images: int, batch: int, dropped: int = 0, lost: int = 0) -> PathTimes:
+        """What was counted until now, for images of a source; others were dropped, or lost as they cannot be read."""
         self.pause()
         seconds = max(self.seconds, 1e-9)
         order = {step: taken for step in get_args(Step) if (taken := self._steps.get(step))}
@@ -129,7 +129,7 @@ class Clock:
         ]
         longest = max(steps, key=lambda step: step.busy).step if steps else None
         reached = images / seconds
-        kept_up = dropped == 0 if source.live else reached >= source.fps if source.fps else None
+        kept_up = not dropped if source.live else (images + lost) / seconds >= source.fps if source.fps else None
         return PathTimes(
             images=images,
             batch=batch,

@@ -295,6 +295,8 @@ def test_what_the_others_waited_for(
         ticks.seconds += 1 - decode
     times = clock.times(of, 10, 1, dropped)
     assert (times.bottleneck, times.kept_up, times.dropped) == (bottleneck, kept_up, dropped)
+    if of.fps and not of.live:
+        assert clock.times(of, 10, 1, lost=1).kept_up, "frames that cannot be read take no time of the model"
 
 
 def test_nothing_was_seen() -> None:
