@@ -19,3 +19,12 @@ class Suppression(BaseModel):
     iou: float = Field(default=IOU, ge=0, le=1, description="overlap, as intersection over union, up to which two stay")
     most: int = Field(default=MOST, ge=1, le=3000, description="boxes of an image at most")
     by_class: bool = Field(default=True, description="whether boxes of different classes may overlap")
+
+    def hidden(self, file: str, confidence: float) -> str:
+        """What is to be said where boxes above another score are asked of a file; empty where there is nothing."""
+        if confidence >= self.confidence:
+            return ""
+        return (
+            f"{file} suppresses boxes and gives none of a score up to {self.confidence:g}, so those from "
+            f"{confidence:g} on are missing"
+        )

@@ -247,12 +247,8 @@ class Detector:
     @property
     def note(self) -> str:
         """What is to be said of :attr:`confidence`; empty where there is nothing."""
-        if self.least <= self.confidence:
-            return ""
-        return (
-            f"{self.name} suppresses boxes and gives none of a score up to {self.least:g}, so those from "
-            f"{self.confidence:g} on are missing"
-        )
+        suppression = self._metadata.suppression
+        return suppression.hidden(self.name, self.confidence) if suppression else ""
 
     def close(self) -> None:
         """Free what the model holds. It cannot run any more."""

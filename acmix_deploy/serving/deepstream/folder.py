@@ -334,11 +334,8 @@ def _source(name: str) -> str:
 def _notes(network: Network, confidence: float) -> list[str]:
     letterbox, suppressed = network.metadata.letterbox, network.metadata.suppression
     notes = []
-    if suppressed and confidence < suppressed.confidence:
-        notes.append(
-            f"the file suppresses boxes and gives none of a score up to {suppressed.confidence:g}, so those from "
-            f"{confidence:g} on are missing"
-        )
+    if suppressed and (hidden := suppressed.hidden("the file", confidence)):
+        notes.append(hidden)
     if letterbox.fit == "pad" and letterbox.padding_value != _BLACK:
         notes.append(
             f"nvinfer pads with black, and the model was trained with {letterbox.padding_value}: measure what that "
