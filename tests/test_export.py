@@ -159,19 +159,19 @@ def test_where_torchscript_fails_dynamo_is_converted_down(
     result = export(Scale(), tmp_path / "model.onnx", input_shape=SHAPE, opset=17).found
     assert (result.exporter, result.opset, result.ir_version) == ("dynamo", 17, 8)
     assert result.notes == ("the torchscript exporter failed: broken",)
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == 17
+    assert_same(tmp_path / "model.onnx", Scale(), SHAPE)
+    assert capfd.readouterr() == ("", "")
 
 
-def test_a_full_disk_is_not_taken_for_a_fault_of_an_exporter(monkeypatch, tmp_path):
-    def full(*_):
+def test_a_full_disk_is_not_taken_for_a_fault_of_an_exporter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(onnx, "save_model", full)
     with pytest.raises(UserError, match=r"cannot write .*m\.onnx: No space left on device"):
         export(nn.Conv2d(3, 4, 1), tmp_path / "m.onnx", input_shape=(1, 3, 8, 8), opset=17)
     assert not [*tmp_path.iterdir()]
-    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == 17
-    assert_same(tmp_path / "model.onnx", Scale(), SHAPE)
-    assert capfd.readouterr() == ("", "")
 
 
 class Ramp(nn.Module):
