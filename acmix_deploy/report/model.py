@@ -42,7 +42,7 @@ class FileReport(BaseModel):
 
 
 class ExportReport(Document):
-    """Everything that one run of the pipeline found."""
+    """Result of ``acmix-deploy export``, which also writes it as ``report.json``."""
 
     model_config = ConfigDict(frozen=True)
 
