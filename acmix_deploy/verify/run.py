@@ -50,8 +50,9 @@ class Candidate(NamedTuple):
     """Something to compare with the reference."""
 
     runner: BaseRunner
+    """What gives its outputs."""
     precision: str = "float32"
-    """Element type that it computes in, or :data:`acmix_deploy.verify.limits.UNKNOWN`."""
+    """Element type that it computes in: "float32", "float16", "int8", or "unknown"."""
     file: Path | onnx.ModelProto | None = None
     """The ONNX file that it runs, to look into; None where it runs something else."""
     rounded: bool = False
@@ -131,7 +132,10 @@ def verify(
         metadata: what the exporter left in the file; says what the outputs are.
         eager: PyTorch's own model in a reduced type, by the name of the type. Its error on an input widens the limit
             of the candidates of that type on the same input. One that fails is noted and widens nothing.
-        tolerances: by precision, see :mod:`acmix_deploy.verify.limits`; the limit is ``tolerance.limit(eager error)``.
+        tolerances: by precision; the limit is ``tolerance.limit(eager error)``.
+
+    Returns:
+        All distances, and whether each is within its limit.
 
     Raises:
         CheckFailed: a runner fails on an input.
@@ -274,9 +278,12 @@ def compare_files(
         input_shape: sizes for the axes that are free in both files, by default the candidate's own; sides are multiples
             of the stride that the metadata names, and so are others that are tried.
         confidence: score above which there is a detection.
-        provider: what runs the candidate, see :func:`acmix_deploy.runtime.models.open_model`.
+        provider: what ONNX Runtime runs the candidate on.
         plugin: library with the custom layers of either.
-        layers: also compare the tensors inside, see :func:`acmix_deploy.verify.layers.compare_layers`.
+        layers: also compare the tensors inside, see :func:`compare_layers`.
+
+    Returns:
+        All distances, and whether each is within its limit.
 
     Raises:
         UserError: a file cannot be used, the two take different inputs, a size that is free is no multiple of the
@@ -475,7 +482,20 @@ def _accuracy(
 
 
 def inputs_for(file: Path, images: Path | None = None, input_shape: Sequence[int] | None = None) -> list[Feed]:
-    """Inputs of one file as :func:`compare_files` takes them, of every size that is tried. Raises the same."""
+    """Inputs of one file, of every size that :func:`compare_files` tries.
+
+    Args:
+        file: an ONNX file or an engine.
+        images: folder or data set to take them from; random ones without it.
+        input_shape: sizes for the axes that are free, by default the file's own.
+
+    Returns:
+        Arrays by the name of the input, float32.
+
+    Raises:
+        UserError: the file cannot be used, a size does not fit it, or there is no readable image.
+        MissingComponent: OpenCV, for images, is not installed.
+    """
     model = open_model(file)
     name, shapes = _tried(model, model, model.metadata, input_shape)
     if images is None:
