@@ -75,6 +75,13 @@ def test_function_says_what_it_takes_gives_and_raises(name: str) -> None:
     assert all(issubclass(getattr(acmix_deploy, error), acmix_deploy.AcmixDeployError) for error in errors)
 
 
+def test_every_function_is_held_to_leave_the_process_as_it_was() -> None:
+    """But for what changes or makes models of Ultralytics."""
+    tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_library.py", "engine/test_documented.py"))
+    called = {name for name in FUNCTIONS if re.search(rf"\bacmix\.{name}\(", tests)}
+    assert {*FUNCTIONS} - called == {"register_acmix", "yolo_model", "yolo_yaml"}
+
+
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in FUNCTIONS])
 def test_class_says_what_it_takes_and_holds(name: str) -> None:
     found = getattr(acmix_deploy, name)
