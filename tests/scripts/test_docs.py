@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy import cli, gate_run
+from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.export import export
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
@@ -134,6 +135,25 @@ def test_commands_and_code_run(
 def lines_without_figures(output: str) -> set[str]:
     """Titles, heads of tables and the like: what a command prints whatever model it is given."""
     return {" ".join(line.split()) for line in output.splitlines() if not re.search(r"\d", line)}
+
+
+def test_the_error_that_is_shown_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["inspect", "model.onnx"]) == 2
+    assert capsys.readouterr().err == blocks(PAGES["docs/errors.md"], "text")[0][1]
+
+
+def test_every_exit_code_is_explained() -> None:
+    table = PAGES["docs/errors.md"].read_text(encoding="utf-8").partition("exit-codes:begin")[2]
+    rows = dict(re.findall(r"^\| (\d+) \| .* \| (?:`(\w+)`)? ?\|$", table.partition("exit-codes:end")[0], re.M))
+    kinds = {
+        str(kind.exit_code): kind.__name__
+        for kind in AcmixDeployError.__subclasses__()
+        if kind.__module__ == AcmixDeployError.__module__
+    }
+    assert rows == {"0": "", **kinds, "130": "KeyboardInterrupt", "143": ""}
 
 
 def test_generated_parts_are_current() -> None:
