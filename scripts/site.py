@@ -38,8 +38,9 @@ _PICTURE = re.compile(
     r"""<picture>\s*<source\s+(?=[^>]*media="\(prefers-color-scheme: (dark|light)\)")[^>]*srcset="([^"]+)"[^>]*>\s*"""
     r"""(<img\s[^>]*src=")([^"]+)("[^>]*>)\s*</picture>"""
 )
+_CELL = re.compile(r"(?<=`)[^`\n]*\\\|[^`\n]*(?=`)")
 _STYLED = re.compile(r"""(?:url\(|@import )\s*["']?((?:https?:)?//[^"')]+)""")
-_FORMULA = re.compile(r"""<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>""", re.S)
+_FORMULA = re.compile(r"""<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>""", re.S)
 
 
 def main(root: Path = ROOT) -> int:
@@ -68,6 +69,7 @@ def lay_out(root: Path) -> None:
         target = root / PAGES / place(name)
         target.write_text(adapted(root, name, page.read_text(encoding="utf-8")), encoding="utf-8")
     (root / PAGES / "api.md").write_text(api(), encoding="utf-8")
+    shutil.copy(ROOT / "scripts/site.css", root / PAGES)
 
 
 def place(name: str) -> str:
@@ -94,9 +96,13 @@ def adapted(root: Path, name: str, text: str) -> str:
         other = "light" if scheme == "dark" else "dark"
         return f"{head}{ours}#only-{other}{tail}{head}{theirs}#only-{scheme}{tail}"
 
+    def cell(match: re.Match[str]) -> str:
+        return match[0].replace(r"\|", "|")  # which Python-Markdown would show
+
     parts = re.split(r"(^ *```.*?^ *```$)", text, flags=re.M | re.S)
     return "".join(
-        part if part.lstrip().startswith("```") else _PICTURE.sub(picture, _LINK.sub(link, part)) for part in parts
+        part if part.lstrip().startswith("```") else _PICTURE.sub(picture, _CELL.sub(cell, _LINK.sub(link, part)))
+        for part in parts
     )
 
 
@@ -119,7 +125,8 @@ def draw_formulas(site: Path) -> None:
     """TeX to MathML, which browsers draw without a script."""
 
     def formula(match: re.Match[str]) -> str:
-        return convert(unescape(match[3]).strip(), display="block" if match[2] == "[" else "inline")
+        drawn = convert(unescape(match[2]).strip(), display="block" if match[1] == "div" else "inline")
+        return f'<{match[1]} class="arithmatex">{drawn}</{match[1]}>'
 
     for file in site.glob("*.html"):
         text = file.read_text(encoding="utf-8")

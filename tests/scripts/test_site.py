@@ -5,9 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from html import unescape
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
@@ -159,7 +164,12 @@ def test_a_page_is_the_same_in_a_repository(built: Path, name: str) -> None:
     def tags(html: str) -> Counter[str]:
         return Counter(re.findall(r"<(li|tr|pre|h[1-6]|ol|ul|img|blockquote)\b", html))
 
+    def codes(html: str) -> Counter[str]:
+        found = re.findall(r"<code[^>]*>(.*?)</code>", html, re.S)
+        return Counter(" ".join(unescape(re.sub(r"<[^>]+>", "", code)).split()) for code in found)
+
     assert tags(article) == tags(there)
+    assert codes(article) == codes(there)
 
 
 def fields(value: type) -> set[str]:
@@ -189,3 +199,71 @@ def test_the_interface_is_described(built: Path, name: str) -> None:
     missing = {word for word in expected if not re.search(rf"\b{word}\b", text)}
     assert not missing
     assert not re.search(r":(func|meth|class|data|attr|mod):|\b(Args|Raises|Returns):\n|``", text)
+
+
+@pytest.fixture(scope="module")
+def address(built: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = partial(Quiet, directory=built)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not (executable := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("neither chromium nor google-chrome is on the PATH")
+    with api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+def test_a_search_finds_and_nothing_else_is_asked(browser: Any, address: str) -> None:
+    with browser.new_page() as page:
+        hosts = set()
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+        page.goto(f"{address}/index.html")
+        page.get_by_role("button", name="Search").click()
+        page.wait_for_function("document.activeElement?.tagName === 'DIV'")  # a closed shadow root
+        page.keyboard.type("calibration")
+        for _ in range(100):  # until results are there, of which this takes the first
+            page.keyboard.press("Enter")
+            page.wait_for_timeout(100)
+            if "index.html" not in page.url:
+                break
+        assert re.search(r"/int8\.html\?.*#calibration$", page.url)
+        for name in ("api", "cli", "mathematics", "pictures"):
+            page.goto(f"{address}/{name}.html")
+        assert hosts == {address.removeprefix("http://")}
+
+
+@pytest.mark.parametrize("system", ["light", "dark"])
+def test_colours_follow_the_system_and_the_toggle_and_pictures_do_too(browser: Any, address: str, system: str) -> None:
+    shown = """() => {
+        const image = kind => getComputedStyle(document.getElementById(kind)).display !== 'none'
+        return [getComputedStyle(document.body).colorScheme, image('light'), image('dark')]
+    }"""
+    images = "".join(f'<img id="{kind}" src="path.svg#only-{kind}">' for kind in ("light", "dark"))
+    with browser.new_page(color_scheme=system) as page:
+        page.goto(f"{address}/index.html")
+        page.evaluate("html => document.querySelector('article').insertAdjacentHTML('beforeend', html)", images)
+        assert page.evaluate(shown) == [system, system == "light", system == "dark"]
+        seen = []
+        for title in ("Switch to light", "Switch to dark", "Follow the system"):
+            page.get_by_title(title).click()
+            seen.append(page.evaluate(shown))
+        assert seen == [["light", True, False], ["dark", False, True], [system, system == "light", system == "dark"]]
+
+
+def test_nothing_hangs_over_the_edge_of_a_phone(browser: Any, address: str, built: Path) -> None:
+    with browser.new_page(viewport={"width": 390, "height": 844}) as page:
+        for file in built.glob("*.html"):
+            page.goto(f"{address}/{file.name}")
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), file.name
