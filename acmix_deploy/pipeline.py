@@ -67,6 +67,9 @@ def deploy(plan: Plan, progress: Progress = lambda step: None, there: There | No
         progress: told what is being done.
         there: the device on which engines are built and files timed; this machine by default.
 
+    Returns:
+        What every stage found.
+
     Raises:
         UserError: the checkpoint or the plan cannot be used, or the detections of a detector cannot be decoded.
         CheckFailed: a file that computes something else, or another number of blocks than ``plan.expect``.

@@ -55,10 +55,16 @@ class PastedDocument(Document):
 
 
 def explain(text: str) -> tuple[Found, ...]:
-    """The known messages in a text, in its order, each once.
+    """Which known messages of other programs stand in a text, and what they mean.
 
     A line is explained by one message, the first of the table that fits; escape sequences, times and folders do not
     count.
+
+    Args:
+        text: a message, or a whole log.
+
+    Returns:
+        The messages in the order of the text, each once; none where none is known.
     """
     cleaned = _cleaned(text)
     ends = [match.start() for match in re.finditer("\n", cleaned)]

@@ -67,6 +67,9 @@ def adopt(
         plugin: library with its custom layers. It is loaded, and recorded, where the engine cannot do without.
         progress: called with what is being done.
 
+    Returns:
+        The engine with its sidecar, and what is known of it.
+
     Raises:
         UserError: it is no engine, has a manifest that another build or file left, needs a plugin, takes or gives what
             is not run here, or is not of the file that ``metadata`` names.

@@ -76,6 +76,9 @@ def build(
         ultralytics: write the metadata before the engine, as Ultralytics does.
         progress: called with what is being done.
 
+    Returns:
+        The engine with its sidecar, and what was built.
+
     Raises:
         UserError: the file, the shapes, or the options do not fit each other or this TensorRT.
         CheckFailed: TensorRT does not build it, or does not use the plugin.

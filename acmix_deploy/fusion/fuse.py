@@ -105,6 +105,9 @@ def fuse(
         expect: the number of blocks that must fuse.
         progress: told what is being done.
 
+    Returns:
+        The file with its sidecar, and what became of each block.
+
     Raises:
         UserError: the file cannot be used.
         CheckFailed: another number of blocks than ``expect`` fused, or ONNX Runtime refuses the result; nothing is

@@ -65,7 +65,13 @@ class History(BaseModel):
 
 
 def read_history(folder: Path) -> tuple[list[History], list[str]]:
-    """The candidates of all measurements in a folder, by the name of their files; and what it leaves out, and why.
+    """The candidates of all measurements in a folder, with steps and trends of their latency.
+
+    Args:
+        folder: holds what :func:`gate_run` wrote, a file for each run.
+
+    Returns:
+        One history for each model, by the name of its file; and what was left out, and why.
 
     Raises:
         UserError: it is no folder, or no file in it holds samples.

@@ -45,7 +45,9 @@ class Tolerance:
     """
 
     floor: float
+    """Accepted however exact the eager model is."""
     factor: float = 2.0
+    """What the error of the eager model is multiplied by."""
     most: float = 0.25
     """What nothing widens a limit beyond; at 0.25 the cosine may be down to 0.97."""
     absolute: float = 0.0

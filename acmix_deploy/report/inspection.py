@@ -63,7 +63,13 @@ class Inspection(BaseModel):
 
 
 def inspect(path: Path) -> Inspection:
-    """Look into a file. The sidecar of a file stands for that file; a plugin library is loaded to be asked.
+    """Look into a file without running it; a plugin library is loaded to be asked.
+
+    Args:
+        path: an ONNX file, an engine, a checkpoint, a plugin, a document, or a sidecar, which stands for its file.
+
+    Returns:
+        What could be told.
 
     Raises:
         UserError: it cannot be read, or is nothing that this package reads or writes.

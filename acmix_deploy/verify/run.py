@@ -50,8 +50,9 @@ class Candidate(NamedTuple):
     """Something to compare with the reference."""
 
     runner: BaseRunner
+    """What gives its outputs."""
     precision: str = "float32"
-    """Element type that it computes in, or :data:`acmix_deploy.verify.limits.UNKNOWN`."""
+    """Element type that it computes in: "float32", "float16", "int8", or "unknown"."""
     file: Path | onnx.ModelProto | None = None
     """The ONNX file that it runs, to look into; None where it runs something else."""
     rounded: bool = False
@@ -132,7 +133,10 @@ def verify(
         eager: makes PyTorch's own model in a reduced type, by the name of the type; of float32 in a wider one. It is
             run once a candidate of that type is beyond a limit, and its error on an input widens that candidate's
             limits on the same input. One that fails is noted and widens nothing.
-        tolerances: by precision, see :mod:`acmix_deploy.verify.limits`.
+        tolerances: by precision.
+
+    Returns:
+        All distances, and whether each is within its limit.
 
     Raises:
         CheckFailed: a runner fails on an input.
@@ -281,9 +285,12 @@ def compare_files(
         input_shape: sizes for the axes that are free in both files, by default the candidate's own; sides are multiples
             of the stride that the metadata names, and so are others that are tried.
         confidence: score above which there is a detection.
-        provider: what runs the candidate, see :func:`acmix_deploy.runtime.models.open_model`.
+        provider: what ONNX Runtime runs the candidate on.
         plugin: library with the custom layers of either.
-        layers: also compare the tensors inside, see :func:`acmix_deploy.verify.layers.compare_layers`.
+        layers: also compare the tensors inside, see :func:`compare_layers`.
+
+    Returns:
+        All distances, and whether each is within its limit.
 
     Raises:
         UserError: a file cannot be used, the two take different inputs, a size that is free is no multiple of the
@@ -482,7 +489,20 @@ def _accuracy(
 
 
 def inputs_for(file: Path, images: Path | None = None, input_shape: Sequence[int] | None = None) -> list[Feed]:
-    """Inputs of one file as :func:`compare_files` takes them, of every size that is tried. Raises the same."""
+    """Inputs of one file, of every size that :func:`compare_files` tries.
+
+    Args:
+        file: an ONNX file or an engine.
+        images: folder or data set to take them from; random ones without it.
+        input_shape: sizes for the axes that are free, by default the file's own.
+
+    Returns:
+        Arrays by the name of the input, float32.
+
+    Raises:
+        UserError: the file cannot be used, a size does not fit it, or there is no readable image.
+        MissingComponent: OpenCV, for images, is not installed.
+    """
     model = open_model(file)
     name, shapes = _tried(model, model, model.metadata, input_shape)
     if images is None:

@@ -168,7 +168,7 @@ class Verification(BaseModel):
 
         Args:
             tolerances: of outputs, by precision.
-            detection_limits: ``lost``, ``score_change`` or ``iou`` of :class:`DetectionLimits`, whatever the precision.
+            detection_limits: ``lost``, ``score_change`` or ``iou`` (docs/verify.md), whatever the precision.
         """
         comparisons, detections, layers = self.comparisons, self.detections, self.layers
         if tolerances is not None:

@@ -16,6 +16,7 @@ from acmix_deploy.plugin.build import NAME
 from acmix_deploy.plugin.library import Library
 from tests import ROOT
 from tests.engine.parts import make_plan
+from tests.test_library import unchanged
 
 torch = pytest.importorskip("torch")
 
@@ -85,3 +86,17 @@ def test_engines_from_python(
     outputs = names["outputs"]
     assert isinstance(outputs, dict)
     np.testing.assert_allclose(outputs["output0"], wanted, atol=1e-2)
+
+
+def test_engines_leave_the_process_as_it_was(
+    gpu: object, half: Path, compiler: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_plan(tmp_path / "other.engine", onnx.load(half))
+    images = {"images": acmix.random_images((1, 3, 320, 320))}
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        with unchanged(capfd):
+            plugin = acmix.build_plugin(folder).path
+            acmix.build(half, folder / "model.engine", plugin=plugin)
+            acmix.adopt(tmp_path / "other.engine", metadata=half)
+            with acmix.EngineRunner(folder / "model.engine") as runner:
+                runner.infer(images)
