@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import acmix_deploy
 from tests import ROOT
 
 SOURCE = Path(acmix_deploy.__file__)
+PUBLIC = [name for name in acmix_deploy.__all__ if name != "__version__"]
 
 
 def test_names_are_said_alike_in_all_places() -> None:
@@ -34,7 +36,7 @@ def test_names_are_said_alike_in_all_places() -> None:
     assert {*acmix_deploy.__all__} <= {*dir(acmix_deploy)}
 
 
-@pytest.mark.parametrize("name", [name for name in acmix_deploy.__all__ if name != "__version__"])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_name_is_what_its_module_has(name: str) -> None:
     module, _, original = acmix_deploy._WHERE[name].partition(":")
     found = getattr(acmix_deploy, name)
@@ -50,15 +52,42 @@ def test_unknown_name() -> None:
         _ = acmix_deploy.fuze
 
 
-def test_functions_have_an_example() -> None:
-    """In docs/python.md, whose blocks tests/scripts/test_docs.py runs; those for engines run in tests/engine alone."""
-    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
-    run = "".join(re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S))
-    shown = "".join(re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S))
-    functions = {name for name in acmix_deploy.__all__ if name[0].islower()}
-    called = {name for name in functions if re.search(rf"\b{name}\(", run)}
-    assert functions - called == {"build", "adopt"}
-    assert all(re.search(rf"\b{name}\(", shown) for name in ("build", "adopt"))
+def code(language: str) -> str:
+    """What the pages of docs/ show in a language."""
+    pages = (path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))
+    return "\n".join(block for page in pages for block in re.findall(rf"^```{language}\n(.*?)^```$", page, re.M | re.S))
+
+
+def returned() -> set[str]:
+    """Names that callers get and need not make: types of results, and errors."""
+    objects = [getattr(acmix_deploy, name) for name in PUBLIC]
+    functions = [found for found in objects if not inspect.isclass(found)]
+    functions.append(acmix_deploy.Detector.__call__)
+    text = " ".join(str(inspect.signature(function).return_annotation) for function in functions)
+    errors = {found.__name__ for found in objects if inspect.isclass(found) and issubclass(found, Exception)}
+    aliases = {where.partition(":")[2]: name for name, where in acmix_deploy._WHERE.items()}
+    return errors | {aliases.get(word, word) for word in re.findall(r"\w+", text)}
+
+
+def test_what_is_called_has_an_example_that_runs() -> None:
+    """By tests/scripts/test_docs.py, and what needs an engine or a device by test_documented.py in tests/engine and
+    tests/device."""
+    called = {name for name in PUBLIC if re.search(rf"\b{name}\b[(.]", code("python"))}
+    elsewhere = {"DeviceSession", "EngineRunner", "There", "adopt", "build", "build_plugin"}
+    assert {*PUBLIC} - returned() - called == elsewhere
+    tests = "".join((ROOT / f"tests/{folder}/test_documented.py").read_text() for folder in ("engine", "device"))
+    assert all(f'"{name}"' in tests for name in elsewhere)
+
+
+def test_examples_import_what_is_public() -> None:
+    imported = []
+    for language in ("python", "py"):
+        for names in re.findall(r"^ *from acmix_deploy import (.+)$", code(language), re.M):
+            imported += [name.strip() for name in names.split(",")]
+        others = re.findall(r"^ *(?:import|from) acmix_deploy\.\S+", code(language), re.M)
+        assert {*others} <= {"import acmix_deploy.ultralytics"}
+    assert len({*imported}) > 50
+    assert {*imported} <= {*PUBLIC}
 
 
 def python(code: str) -> str:

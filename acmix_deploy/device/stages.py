@@ -46,7 +46,7 @@ class DeviceReport(BaseModel):
     found: tuple[str, ...] = Field(description="of that what an earlier command had left there")
     files: dict[str, str] = Field(description="files that stay there: their paths, by name")
     commands: tuple[str, ...] = Field(description="what runs the engines there, where this package does not")
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = Field(description="what to know of the device")
 
 
 class There:

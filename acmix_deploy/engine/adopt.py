@@ -42,7 +42,7 @@ class AdoptReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    manifest: AnyManifest
+    manifest: AnyManifest = Field(description="what is known of the engine")
     layers: int | None = Field(description="layers that the engine describes; None where it was not deserialised")
     plugin_layers: tuple[str, ...] = Field(description="those of them that it describes as computed by a plugin")
     notes: tuple[str, ...] = Field(description="what is not known, and why")

@@ -37,7 +37,7 @@ class BuildReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    manifest: Manifest
+    manifest: Manifest = Field(description="what the engine was built with and for")
     layers: int = Field(description="layers of the engine")
     plugin_layers: tuple[str, ...] = Field(description="nodes that the plugin computes")
     inlined: dict[str, str] = Field(description="nodes that the plugin refuses, and why; they are computed without it")

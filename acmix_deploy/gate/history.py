@@ -48,7 +48,7 @@ class Drift(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["step", "trend"]
+    kind: Literal["step", "trend"] = Field(description="step: from one run to the next; trend: a little with every run")
     since: str = Field(description="the file of the first run behind the step; of a trend, of the first of all")
     ratio: float = Field(description="of the medians behind and before the step; of the trend's end and start")
     p: float = Field(description="how often the same runs in random order show as much")

@@ -39,7 +39,7 @@ class EndToEndDocument(Document):
     provider: Provider = Field(description="what ran the ONNX files")
     threads: int = Field(description="within an operator, on a CPU")
     models: list[ModelTimes] = Field(description="one for each file, in the order given")
-    machine: Machine
+    machine: Machine = Field(description="what it was measured on")
 
 
 class _Turn(NamedTuple):

@@ -93,7 +93,7 @@ def test_commands_and_code_run(
         pytest.importorskip("ultralytics", reason="needs ultralytics")
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     if re.search(
-        r" (detect|triton|deepstream) shapes.fused.onnx|load\(Path\(\"shapes.fused.onnx",
+        r" (detect|triton|deepstream) shapes.fused.onnx|Path\(\"shapes.fused.onnx",
         page.read_text(encoding="utf-8"),
     ):
         shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
