@@ -96,10 +96,10 @@ def generated() -> dict[Path, str]:
         "docs/schemas.md": {"documents": _documents(schemas)},
         "docs/operator.md": {operator.name: _operator(operator) for operator in OPERATORS},
         "docs/doctor.md": {"faults": _faults(), "messages": _messages()},
+        "docs/pipeline.md": {"output": terminal.block()},
         "docs/targets.md": {"targets": _targets()},
         "docs/verify.md": {"limits": _verify_limits()},
     }
-    parts["docs/pipeline.md"]["output"] = terminal.block()
     for page, contents in measured.parts().items():
         parts.setdefault(page, {}).update(contents)
     files = {
