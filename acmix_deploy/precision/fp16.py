@@ -61,11 +61,14 @@ def to_fp16(
         source: ONNX file in float32.
         target: where the float16 file goes.
         fp16_io: make inputs and outputs float16 too.
-        float32: what stays in float32. Groups: "decode", see :func:`tail`; "softmax", in the graph and in function
-            bodies; "range", the nodes that read or write what float16 cannot hold, see :func:`out_of_range`. All else
+        float32: what stays in float32. Groups: "decode", what follows the last learnt layers; "softmax", in the graph
+            and in function bodies; "range", the nodes that read or write what float16 cannot hold. All else
             is a pattern (``*``, ``?``, ``[]``) of names of nodes or of the weights that they read. Layers that do not
             see the image always do.
         samples: inputs by name, float32, that the ranges of activations are seen on; without any, weights alone count.
+
+    Returns:
+        The file with its sidecar, and what stays in float32.
 
     Raises:
         UserError: the source is no file in float32, a pattern fits no node, or the target cannot be written.

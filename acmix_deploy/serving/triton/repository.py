@@ -95,6 +95,9 @@ def package(
         max_batch: images in a run at most; fewer where the engine takes fewer.
         max_delay_ms: how long a request waits for others, in milliseconds.
 
+    Returns:
+        What was written, and the command that serves it.
+
     Raises:
         UserError: the file is not a detector, or Triton cannot serve it; the plugin is not the engine's; the repository
             has such a model already, or cannot be written.
