@@ -132,17 +132,26 @@ def _console() -> Console:
 
 def show(options: argparse.Namespace, document: D, tables: Callable[[D, Console], None]) -> None:
     """Print a document on stdout: as JSON where that is asked for, else as ``tables`` shows it to a person."""
-    if options.json:
-        print(document.model_dump_json(by_alias=True, indent=2))
-    else:
-        tables(document, _console())
+    with _printing():
+        if options.json:
+            print(document.model_dump_json(by_alias=True, indent=2))
+        else:
+            tables(document, _console())
 
 
 def print_line(text: str) -> None:
     """Print a line on stdout at once. Raises UserError: the disk that it goes to is full."""
+    with _printing():
+        print(text)
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Send on what is printed within when the block ends. Raises UserError: the disk that it goes to is full."""
     try:
         with writing("the output"):
-            print(text, flush=True)
+            yield
+            sys.stdout.flush()
     except (UserError, BrokenPipeError):  # nor can what is left be written when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
@@ -185,5 +194,7 @@ def needs_torch(module: str) -> ModuleType:
         if package not in ("torch", "onnxscript"):
             raise
         raise MissingComponent(
-            f"{package} is needed here and is not installed", "Run: pip install 'acmix-deploy[export]'"
+            f"{package} is needed here and is not installed",
+            "Run: pip install 'acmix-deploy[export]', or for checkpoints of Ultralytics: "
+            "pip install 'acmix-deploy[ultralytics]'",
         ) from error

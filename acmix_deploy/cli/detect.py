@@ -97,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
                                     write(frame.source, drawn)
                         seen.add(frame, report_progress)
             finally:
-                tell(seen)
+                if seen.images or seen.skipped:
+                    tell(seen)
                 if options.stats:
                     times = clock.times(source, seen.images, detector.input_shape[0], seen.dropped, seen.skipped)
                     _tell_times(options, source.name, times)

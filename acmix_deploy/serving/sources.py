@@ -20,6 +20,7 @@ from acmix_deploy.serving.frames import Checked, Frame, Source
 from acmix_deploy.serving.live import Live
 from acmix_deploy.serving.video import frame_count, next_image, open_capture, seconds_of
 
+_KNOWN = ", ".join(sorted(IMAGE_SUFFIXES))
 _LAST_CAMERA = 2**31 - 1  # OpenCV's indices are C's int
 _FPS = 25.0  # of a camera that tells none
 _PATIENCE = 1000  # frames in a row that cannot be decoded, after which the rest of a video is taken for lost
@@ -95,8 +96,7 @@ def open_source(text: str, decoder: Decoder = "auto") -> Source:
     path = Path(text)
     if path.is_dir():
         if not (files := in_folder(path)):
-            known = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"{path} holds no image", f"Images end in one of {known}.")
+            raise UserError(f"{path} holds no image", f"Images end in one of {_KNOWN}.")
         return _images(str(path), files)
     if path.is_file():
         return _images(path.name, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else _video(path, decoder)
@@ -147,7 +147,8 @@ def _video(path: Path, decoder: Decoder) -> Source:
     if capture is None:
         raise UserError(
             f"{path} is neither an image by its suffix nor a video that OpenCV can open",
-            "Videos that were cut off at their end often cannot be opened; ffmpeg may repair them.",
+            f"Images end in one of {_KNOWN}. Videos that were cut off at their end often cannot be opened; ffmpeg may "
+            "repair them.",
         )
     return _film(path.name, capture, [path])
 
