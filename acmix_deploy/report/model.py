@@ -74,8 +74,8 @@ class ExportReport(Document):
 
     @computed_field(  # type: ignore[prop-decorator]
         description="whether every file that was compared is as exact as the operator's definition asks; false goes "
-        "with exit code 1. null, with exit code 0: nothing failed, and too little was detected to judge a file's scores "
-        "by; a script that wants proof asks for true, and for nothing in uncompared"
+        "with exit code 1. null, with exit code 0: nothing failed, and too little was detected to judge the scores of "
+        "a file; a script that wants proof asks for true, and for nothing in uncompared"
     )
     @property
     def passed(self) -> bool | None:
