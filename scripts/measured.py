@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -144,7 +145,7 @@ def table(*rows: Iterable[object]) -> str:
     """A Markdown table; the first row is its head."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines) + "\n"
+    return re.sub(r"\|  (?=\|)", "| ", "\n".join(f"| {' | '.join(line)} |" for line in lines)) + "\n"
 
 
 def _without_folder(arguments: list[str]) -> list[str]:

@@ -48,6 +48,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fuse(folder / "model.onnx", folder / "model.fused.onnx", expect=3)
     cv2 = pytest.importorskip("cv2", reason="needs opencv")
     photos = shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
+    for labels in (folder / "drawn/labels").iterdir():
+        labels.rename(photos / labels.name)
     wide = str(photos / "0001.png")  # with a border, which `verify --pad` wants
     cv2.imwrite(wide, cv2.imread(wide)[:120])
     shutil.copytree(ROOT / "tests/data", folder / "tests/data")
