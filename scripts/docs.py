@@ -6,10 +6,10 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
 from acmix_deploy.device.check import DeviceDocument
 from acmix_deploy.device.registry import DevicesDocument
@@ -17,8 +17,8 @@ from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.doctor.messages import MESSAGES, Message
 from acmix_deploy.doctor.pasted import PastedDocument, groups_in
 from acmix_deploy.document import Document, written
+from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.samples import GateSamples
-from acmix_deploy.manifest import Manifest
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.native import native_sources
 from acmix_deploy.operators.spec import Operator
@@ -91,18 +91,15 @@ def generated() -> dict[Path, str]:
     schemas = {written(document): document.model_json_schema(mode="serialization") for document in DOCUMENTS}
     parts = {
         "docs/benchmarks.md": {"instructions": _instructions(), "model": _model()},
-        "docs/cli.md": {"cli": _command_line()},
+        "docs/cli.md": {"cli": "\n".join(_verb(name, command) for name, command in commands().items())},
+        "docs/errors.md": {"exit-codes": _exit_codes()},
+        "docs/schemas.md": {"documents": _documents(schemas)},
         "docs/operator.md": {operator.name: _operator(operator) for operator in OPERATORS},
-        "docs/engines.md": {"manifest": _fields(Manifest.model_json_schema(mode="serialization"))},
-        "docs/pipeline.md": {
-            "report": _fields(schemas["export"]),
-            "sidecar": _fields(Artifact.model_json_schema(mode="serialization")),
-        },
         "docs/doctor.md": {"faults": _faults(), "messages": _messages()},
+        "docs/pipeline.md": {"output": terminal.block()},
         "docs/targets.md": {"targets": _targets()},
         "docs/verify.md": {"limits": _verify_limits()},
     }
-    parts["docs/pipeline.md"]["output"] = terminal.block()
     for page, contents in measured.parts().items():
         parts.setdefault(page, {}).update(contents)
     files = {
@@ -130,16 +127,76 @@ def _around(text: str, name: str) -> tuple[str, str, str]:
     return text[:begin], text[begin:end], text[end:]
 
 
-def _fields(schema: dict[str, Any]) -> str:
-    """The fields of an object. One without a description is an object of its own, whose summary describes it."""
+def _documents(schemas: Mapping[str, dict[str, Any]]) -> str:
+    """Every document with its fields, and behind them the objects that are in their fields."""
+    objects: dict[str, dict[str, Any]] = {}
+    pages = []
+    for name, schema in sorted(schemas.items()):
+        names: dict[str, str] = {}
+        for key, content in schema.get("$defs", {}).items():
+            word = key.rpartition("__")[2]
+            namesakes = [other for other in objects if other.partition(" ")[0] == word]
+            alike = [other for other in namesakes if _fields_of(objects[other]).keys() == _fields_of(content).keys()]
+            names[key] = next(iter(alike), f"{word} of {name}" if namesakes else word)
+            objects[names[key]] = content
+        objects |= {names[key]: _renamed(content, names) for key, content in schema.get("$defs", {}).items()}
+        head = f"## {name}\n\n{_plain(schema['description'])} [JSON Schema](schemas/{name.replace(' ', '-')}.json).\n"
+        pages += [head, _typed(_renamed(schema, names))]
+    pages.append("## Objects\n\nWhat stands in the fields above.\n")
+    for name, content in sorted(objects.items(), key=lambda item: item[0].lower()):
+        pages += [f"### Object {name}\n\n{_plain(content['description'])}\n", _typed(content)]
+    return "\n".join(pages)
 
-    def meaning(field: dict[str, Any]) -> str:
-        of_type = schema.get("$defs", {}).get(field.get("$ref", "").rpartition("/")[2], {})
-        summary = str(field.get("description") or of_type["description"].partition(".")[0])
-        return re.sub(r":func:", "", summary)
 
-    rows = [(f"`{name}`", meaning(field)) for name, field in schema["properties"].items()]
-    return _table(("field", "meaning"), *rows)
+def _renamed(schema: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A schema that calls objects by other names."""
+    text = re.sub(r'"#/\$defs/(\w+)"', lambda match: json.dumps(names[match[1]]), json.dumps(schema))
+    renamed: dict[str, Any] = json.loads(text)
+    return renamed
+
+
+def _plain(text: str) -> str:
+    """The first paragraph of a docstring, or a description, without markup, and with null as JSON has it."""
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(text.partition("\n\n")[0].split()))
+    return re.sub(r"\bNone\b", "null", text.replace("``", "`"))
+
+
+def _typed(schema: Mapping[str, Any]) -> str:
+    """The fields of an object with their types; of a document those that not every one has."""
+    fields = _fields_of(schema)
+    left_out = ("document", "schema") if "document" in fields else ()
+    rows = [
+        (f"`{name}`", _type(fields[name]), _plain(fields[name]["description"]))
+        for name in fields
+        if name not in left_out
+    ]
+    return _table(("field", "type", "meaning"), *rows) if rows else "A map to string.\n"
+
+
+def _fields_of(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """By their names; none of an object whose names are not fixed."""
+    fields: dict[str, Any] = schema.get("properties", {})
+    return fields
+
+
+def _type(field: Mapping[str, Any]) -> str:
+    """A type of JSON Schema in words."""
+    if "const" in field:
+        return f"`{json.dumps(field['const'])}`"
+    if "enum" in field:
+        return ", ".join(f"`{json.dumps(value)}`" for value in field["enum"])
+    if "$ref" in field:
+        return f"[{field['$ref']}](#object-{field['$ref'].lower().replace(' ', '-')})"
+    if "anyOf" in field:
+        return " or ".join(map(_type, field["anyOf"]))
+    if "prefixItems" in field:
+        return f"[{', '.join(map(_type, field['prefixItems']))}]"
+    if field.get("type") == "array":
+        return f"list of {_type(field['items'])}"
+    if "additionalProperties" in field:
+        values = field["additionalProperties"]
+        return "object" if isinstance(values, bool) else f"map to {_type(values)}"
+    return str(field.get("format", field.get("type", "any")))
 
 
 def _operator(operator: Operator) -> str:
@@ -237,11 +294,11 @@ def _verify_limits() -> str:
     return _table(head, *rows)
 
 
-def _command_line() -> str:
-    pages = [_verb(name, command) for name, command in commands().items()]
-    head, _, codes = EXIT_CODES.partition("\n")
-    rows = [line.split(maxsplit=1) for line in codes.strip().splitlines()]
-    return "\n".join([*pages, f"## {head.rstrip(':').capitalize()}\n", _table(("code", "meaning"), *rows)])
+def _exit_codes() -> str:
+    errors = {str(error.exit_code): f"`{error.__name__}`" for error in AcmixDeployError.__subclasses__()}
+    errors["130"] = "`KeyboardInterrupt`"
+    rows = [line.split(maxsplit=1) for line in EXIT_CODES.strip().splitlines()[1:]]
+    return _table(("code", "meaning", "in Python"), *((*row, errors.get(row[0], "")) for row in rows))
 
 
 def _verb(name: str, command: argparse.ArgumentParser) -> str:

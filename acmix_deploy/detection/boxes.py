@@ -132,7 +132,7 @@ def no_detector(name: str, found: str) -> UserError:
     )
 
 
-NO_DETECTOR_HINT = "Export it from its checkpoint: acmix-deploy export."
+NO_DETECTOR_HINT = "Export it from its checkpoint: acmix-deploy export. What is taken is in docs/detect.md."
 
 
 def spoilt(head: Head, outputs: Mapping[str, Array], confidence: float) -> str:

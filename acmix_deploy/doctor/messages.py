@@ -346,9 +346,8 @@ MESSAGES: dict[str, Message] = {
             r"Specified provider '(?P<provider>\w+)' is not in available provider names",
             r"Unknown Provider Type: (?P<provider>\w+)",
         ),
-        "this ONNX Runtime was built without it, and runs on the CPU; onnxruntime and onnxruntime-gpu in one "
-        "environment share a folder, where the one that was installed last is",
-        f"Uninstall both, then install one. {hints.NO_PROVIDER}",
+        "this ONNX Runtime was built without it, and runs on the CPU",
+        hints.NO_PROVIDER,
     ),
     "empty-onnxruntime": Message(
         "ONNX Runtime",
@@ -650,7 +649,7 @@ MESSAGES: dict[str, Message] = {
         ),
         "a layer was built for another number of channels than it gets, as blocks are to which parse_model does not "
         "give those of the layer before",
-        "Blocks named ACmix in a YAML get them after acmix_deploy.yolo.register(): docs/checkpoints.md#ultralytics.",
+        "Blocks named ACmix in a YAML get them after acmix_deploy.register_acmix(): docs/checkpoints.md#ultralytics.",
     ),
     "view": Message(
         "PyTorch",
@@ -711,7 +710,7 @@ MESSAGES: dict[str, Message] = {
             r"name '(?P<name>A[Cc][Mm]ix\w*)' is not defined",
         ),
         "a model YAML names ACmix, which Ultralytics does not know by itself",
-        "Call acmix_deploy.yolo.register() before YOLO('model.yaml'): docs/checkpoints.md#ultralytics.",
+        "Call acmix_deploy.register_acmix() before YOLO('model.yaml'): docs/checkpoints.md#ultralytics.",
     ),
     "yaml-module": Message(
         "Ultralytics",

@@ -225,7 +225,22 @@ def onnx_runner(
     provider: Provider = "cpu",
     plugin: Path | None = None,
 ) -> OnnxRunner:
-    """A runner of a model; its session lives from activation to deactivation only."""
+    """A runner of an ONNX model; its session lives from activation to deactivation only.
+
+    Args:
+        model: a file, its bytes, or a model in memory.
+        name: how reports call it.
+        threads: threads within an operator; by default one for each core that this process may use.
+        provider: what ONNX Runtime runs it on.
+        plugin: library that provider "tensorrt" loads.
+
+    Returns:
+        A runner of polygraphy: in a ``with`` statement ``infer`` takes and gives arrays by name.
+
+    Raises:
+        UserError: ONNX Runtime refuses the model, when the runner is activated.
+        MissingComponent: the provider is not here, at the same time.
+    """
     return OnnxRunner(lambda: open_session(model, threads, provider=provider, plugin=plugin), name=name)
 
 

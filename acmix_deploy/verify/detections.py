@@ -31,6 +31,7 @@ class Scenes(NamedTuple):
     input: str
     """Name of the model's input."""
     batches: Sequence[Batch]
+    """The images as the model takes them, and where each lies in it."""
     names: Mapping[int, str]
     """Of the classes, by their indices; a class without a name is called by its index."""
     confidence: float = CONFIDENCE

@@ -182,10 +182,13 @@ def compare_layers(
         name: of the candidate.
         reference: what is right.
         candidate: what is compared with it.
-        feeds: inputs by name, float32; the first :data:`INPUTS` are used.
+        feeds: inputs by name, float32; the first three are used.
         tolerances: by precision, as of outputs; what logistic functions give has the limit of scores.
         float32: what stays in float32 in the candidate by its options, for the advice.
         provider: what runs the candidate.
+
+    Returns:
+        An error for each tensor, in the order of the candidate's nodes.
 
     Raises:
         UserError: they share nothing but their outputs, or ONNX Runtime refuses one.

@@ -67,6 +67,9 @@ def package(
         plugin: library with the model's custom layers; where an engine's manifest says, by default.
         confidence: score above which there is a detection.
 
+    Returns:
+        What was written, and what to run on the device.
+
     Raises:
         UserError: the file is not a detector, or DeepStream cannot run it; the plugin is not the engine's; the folder
             exists or cannot be written.
