@@ -27,7 +27,11 @@ from tests import ROOT
 from tests.gate import parts as gate_parts
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))}
-RUNNABLE = [name for name, path in PAGES.items() if re.search(r"^```(python|console)$", path.read_text(), re.M)]
+RUNNABLE = [  # the tutorial is run by test_tutorial.py
+    name
+    for name, path in PAGES.items()
+    if re.search(r"^```(python|console)$", path.read_text(), re.M) and name != "docs/tutorial.md"
+]
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
