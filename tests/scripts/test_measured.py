@@ -24,6 +24,7 @@ def test_files_tell_how_to_measure_again(name):
     found = measured.read(name)
     assert found.text() == (measured.FOLDER / f"{name}.json").read_text(encoding="utf-8")
     assert found.date <= datetime.date.today()
+    assert " /" not in found.command, "a path of one machine"
     assert found.machine
     assert found.cells
     assert all(len(row) == len(found.columns) for row in found.rows)
