@@ -58,11 +58,6 @@ class Measured(BaseModel):
         rows = ",\n".join(f"    {json.dumps(row)}" for row in self.model_dump(mode="json")["rows"])
         return f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n'
 
-    def row(self, first: str) -> dict[str, Value]:
-        """The values of the row that begins with ``first``, by their titles."""
-        (found,) = (row for row in self.rows if row[0] == first)
-        return dict(zip(self.columns, found, strict=True))
-
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
     """The option of every benchmark that says where its file goes."""
@@ -129,17 +124,19 @@ def parts() -> dict[str, dict[str, str]]:
 
 def _gain(found: Measured) -> str:
     """What a fused detector gains on a CPU, and what it finds in INT8, as sentences."""
-    plain, fused, int8 = (dict(zip(found.columns, row, strict=True)) for row in found.rows)
-    milliseconds, times = (
-        [f"{value[0]:.{found.columns[title]}f}" for row in rows if isinstance(value := row[title], tuple)]
-        for title, rows in (("ms", (plain, fused, int8)), ("times faster", (fused, int8)))
-    )
+
+    def shown(title: str) -> list[str]:
+        first = (value[0] if isinstance(value, tuple) else value for row in rows if (value := row[title]) is not None)
+        return [_cell(value, found.columns[title]) for value in first]
+
+    rows = [dict(zip(found.columns, row, strict=True)) for row in found.rows]
+    (exported, fused, int8), times, boxes = map(shown, ("ms", "times faster", "boxes found"))
     return (
         "Above: boxes of the file as PyTorch exports it. Below: boxes of the fused file in INT8. On two threads of a "
-        f"CPU this YOLOv8n with three ACmix blocks takes {milliseconds[0]} ms at 640x640 as exported, {milliseconds[1]} ms "
-        f"fused (**{times[0]} times faster**) and {milliseconds[2]} ms in INT8 (**{times[1]} times**). Of "
-        f"{plain['boxes found']} boxes in drawn images the fused file finds {fused['boxes found']} and the INT8 file "
-        f"{int8['boxes found']}. No GPU was at hand; [measured](#measured) has the rest."
+        f"CPU this YOLOv8n with three ACmix blocks takes {exported} ms at 640x640 as exported, {fused} ms fused "
+        f"(**{times[0]} times faster**) and {int8} ms in INT8 (**{times[1]} times**). Of {boxes[0]} boxes in drawn "
+        f"images the fused file finds {boxes[1]} and the INT8 file {boxes[2]}. No GPU was at hand; "
+        "[measured](#measured) has the rest."
     )
 
 
