@@ -13,7 +13,7 @@ from typing import IO, Literal
 
 from acmix_deploy.artifacts import sha256, sidecar
 from acmix_deploy.engine_file import read_engine_file
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import UserError, did_you_mean
 
 Kind = Literal[
     "checkpoint", "program", "torchscript", "onnx", "engine", "plugin", "safetensors", "image", "video", "sidecar",
@@ -60,7 +60,7 @@ def kind_of(path: Path) -> Kind:
     if path.is_dir():
         return "folder"
     if not path.exists():
-        raise UserError(f"{path} does not exist", "Name a file that is there.")
+        raise not_there(path)
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -70,6 +70,15 @@ def kind_of(path: Path) -> Kind:
         return "empty"
     told = _by_mark(path, head) or _by_structure(path, head)
     return _by_origin(path, told) or told or _by_name(path)
+
+
+def not_there(path: Path) -> UserError:
+    """For a file that does not exist: what its name may have been meant to be."""
+    if re.match("https?:/", str(path)):
+        return UserError(f"{path} is an address, and nothing is downloaded here", "Download it, then name the file.")
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    meant = did_you_mean(path.name, beside)
+    return UserError(f"{path} does not exist", f"{meant} Name a file that is there.".lstrip())
 
 
 def expect(path: Path, *wanted: Kind) -> Kind:
@@ -295,7 +304,7 @@ def _way_out(path: Path, kind: Kind, wanted: tuple[Kind, ...]) -> str:
         "name what builds their module: acmix-deploy export weights.pt --arch package.module:factory",
         "image": "Name a model; images come after it: acmix-deploy detect MODEL IMAGE",
         "video": "Name a model; a video comes after it: acmix-deploy detect MODEL VIDEO",
-        "sidecar": f"Name the file itself: {path.with_suffix('')}",
+        "sidecar": f"Name the file itself: {path.parent / path.stem}",
         "json": "Name the model itself; acmix-deploy report shows documents.",
         "folder": "Name a file in it.",
         "empty": "Copy or download it again.",

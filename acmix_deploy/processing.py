@@ -27,6 +27,12 @@ _NMS = "acmix_nms"
 """The same between the network's output and the file's."""
 
 
+SAY_PIXELS = (
+    "Export it with an input in float32, or from its checkpoint: acmix-deploy export --input uint8, which tells them."
+)
+"""What to do about a file of which :func:`untold_pixels` has something to say."""
+
+
 class Processing(NamedTuple):
     """What is around a network."""
 
@@ -71,6 +77,16 @@ def detach(model: onnx.ModelProto) -> Processing:
         _detach_suppression(model, found.suppression)
     _tell(model, NOTHING)
     return found
+
+
+def untold_pixels(model: onnx.ModelProto) -> str:
+    """What to say of a file that takes images in uint8 of which its metadata tell nothing; empty of any other."""
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        if tensor.elem_type == TensorProto.UINT8 and len(tensor.shape.dim) == 4 and not ModelMetadata.of(model).pixels:
+            shape = ", ".join(str(dim.dim_param or dim.dim_value) for dim in tensor.shape.dim)
+            return f"takes {value.name} [{shape}] in uint8, and its metadata do not tell what their channels are"
+    return ""
 
 
 def network_of(model: Path | onnx.ModelProto) -> Path | onnx.ModelProto:

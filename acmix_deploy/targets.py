@@ -333,5 +333,7 @@ def target_named(name: str) -> Target:
             "something else, without a word",
             "docs/targets.md tells what was tried.",
         )
-    known = f"Targets: {', '.join(named)}, or tensorrt-MAJOR.MINOR for another version."
-    raise UserError(f"there is no target {name!r}", f"{did_you_mean(name, named)} {known}".lstrip())
+    hints = [did_you_mean(name, named), f"Targets: {', '.join(named)}, or tensorrt-MAJOR.MINOR for another version."]
+    if re.search("jetson|orin|xavier|nano|agx|thor", name, re.IGNORECASE):
+        hints.append("A board is named by its JetPack: apt show nvidia-jetpack, there, tells the release.")
+    raise UserError(f"there is no target {name!r}", " ".join(filter(None, hints)))

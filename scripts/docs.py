@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.serving.triton.repository import PackageDocument
 from acmix_deploy.targets import RUNTIMES, TARGETS, Target
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolerance_of
-from scripts import instructions, kernel_model
+from scripts import instructions, kernel_model, measured, terminal
+from scripts.measured import table as _table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,21 +90,24 @@ def generated() -> dict[Path, str]:
     """
     schemas = {written(document): document.model_json_schema(mode="serialization") for document in DOCUMENTS}
     parts = {
-        "README.md": {"bench": _rows(_around(_read("docs/benchmarks.md"), "bench")[1])},
         "docs/benchmarks.md": {"instructions": _instructions(), "model": _model()},
         "docs/cli.md": {"cli": "\n".join(_verb(name, command) for name, command in commands().items())},
         "docs/errors.md": {"exit-codes": _exit_codes()},
         "docs/schemas.md": {"documents": _documents(schemas)},
         "docs/operator.md": {operator.name: _operator(operator) for operator in OPERATORS},
         "docs/doctor.md": {"faults": _faults(), "messages": _messages()},
+        "docs/pipeline.md": {"output": terminal.block()},
         "docs/targets.md": {"targets": _targets()},
         "docs/verify.md": {"limits": _verify_limits()},
     }
+    for page, contents in measured.parts().items():
+        parts.setdefault(page, {}).update(contents)
     files = {
         f"docs/schemas/{name.replace(' ', '-')}.json": json.dumps(schema, indent=2) + "\n"
         for name, schema in schemas.items()
     }
     files |= {f"plugins/{name}": text for name, text in native_sources().items()}
+    files |= {f"docs/{name}": picture for name, picture in terminal.pictures().items()}
     for page, contents in parts.items():
         files[page] = _read(page)
         for name, content in contents.items():
@@ -121,18 +125,6 @@ def _around(text: str, name: str) -> tuple[str, str, str]:
     begin_marker = f"<!-- {name}:begin -->"
     begin, end = text.index(begin_marker) + len(begin_marker), text.index(f"<!-- {name}:end -->")
     return text[:begin], text[begin:end], text[end:]
-
-
-def _rows(text: str) -> str:
-    """The lines of a text that belong to a table."""
-    return "\n".join(line for line in text.splitlines() if line.startswith("|"))
-
-
-def _table(*rows: Iterable[object]) -> str:
-    """A Markdown table; the first row is its head."""
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return re.sub(r"\|  (?=\|)", "| ", "\n".join(f"| {' | '.join(line)} |" for line in lines)) + "\n"
 
 
 def _documents(schemas: Mapping[str, dict[str, Any]]) -> str:

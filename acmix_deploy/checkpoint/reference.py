@@ -36,7 +36,7 @@ class ReferenceReport(BaseModel):
 
     def __str__(self) -> str:
         loaded = f"the model as it was {'repaired' if self.repaired else 'loaded'}"
-        return f"{loaded}, but for {', '.join(self.uncompared)}" if self.uncompared else loaded
+        return f"{loaded} (except {', '.join(self.uncompared)})" if self.uncompared else loaded
 
 
 class Reference(nn.Module):

@@ -98,6 +98,12 @@ def _package_of(kind: type) -> str:
     return f"{package.__name__} {version}" if package and version else ""
 
 
+def _is_here(saved: str) -> bool:
+    """Whether a release such as ``ultralytics 8.3.100`` is the one that is installed."""
+    name, _, version = saved.partition(" ")
+    return getattr(sys.modules.get(name), "__version__", None) == version
+
+
 def _pinned(saved: str) -> str:
     return f", pip install {saved.replace(' ', '==')}" if saved else ""
 
@@ -121,12 +127,14 @@ def not_here(path: Path, unknown: Sequence[str], code: Path | None, saved: str =
     """
     by = f"; {saved} saved it" if saved else ""
     folder = _folder_of(unknown)
-    ways = [f"install the release that saved it{_pinned(saved)}"] * bool(saved)
+    ways = []
+    if saved and not _is_here(saved):
+        ways.append(f"install the release that saved it{_pinned(saved)}")
     if code:
         ways.append(f"see whether --code {code} is {folder or 'the folder of their code'}")
     elif folder:
         ways.append(f"name {folder}: --code DIR --trust, which runs code from the file")
-    if not saved:
+    if not saved or not ways:
         ways.append("name what builds a module that takes the weights: --arch package.module:factory")
     hint = "; or, ".join(ways)
     return UserError(

@@ -6,10 +6,13 @@ A verb in two words is a file in the package of its first word, whose VERBS it i
 from __future__ import annotations
 
 import argparse
+import errno
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -36,7 +39,7 @@ from acmix_deploy.cli import (
 from acmix_deploy.cli.common import FILES, add_common, be_quiet
 from acmix_deploy.cli.habits import Help, Parser, add_aliases, keys_and_values, unrecognized
 from acmix_deploy.cli.on import check_on
-from acmix_deploy.errors import AcmixDeployError
+from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 
 VERBS = (
     export,
@@ -128,6 +131,26 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _outside(error: Exception) -> AcmixDeployError | None:
+    """An exception that whoever runs the program caused, as an error; None where it is a fault of the program."""
+    if isinstance(error, ModuleNotFoundError) and (missing := _of_base_install(str(error.name))):
+        return MissingComponent(
+            f"{missing} is not installed, or not whole", f"Run: pip install --force-reinstall {missing}"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"{error.filename}: {error.strerror}", "Choose files and folders that you may read and write.")
+    if "surrogates not allowed" in str(error):
+        return UserError("the name of a file is not in UTF-8", "Rename it, or set LANG=C.UTF-8.")
+    return None
+
+
+def _of_base_install(module: str) -> str:
+    """The package of a module, where this one needs it; nothing for others."""
+    name = module.partition(".")[0].replace("_", "-")
+    needed = (re.match(r"[\w.-]+", each) for each in metadata.requires("acmix-deploy") or ())
+    return name if name in {found[0] for found in needed if found} - {"acmix-deploy"} else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; see EXIT_CODES."""
     options = _parsed(sys.argv[1:] if arguments is None else arguments)
@@ -151,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
+        if outside := _outside(error):
+            print(f"error: {outside}", file=sys.stderr)
+            return outside.exit_code
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         print("This is a fault of acmix-deploy; run again with --debug and report what it prints.", file=sys.stderr)
         return 1

@@ -123,26 +123,36 @@ def add_batching(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _console() -> Console:
-    """Standard output, for text in which brackets mean nothing; wide where nobody sees its edge."""
+def console(*, stderr: bool = False) -> Console:
+    """Standard output or error, for text in which brackets mean nothing; wide where nobody sees its edge."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+    seen = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, markup=False, highlight=False, width=None if seen else 160)
 
 
 def show(options: argparse.Namespace, document: D, tables: Callable[[D, Console], None]) -> None:
     """Print a document on stdout: as JSON where that is asked for, else as ``tables`` shows it to a person."""
-    if options.json:
-        print(document.model_dump_json(by_alias=True, indent=2))
-    else:
-        tables(document, _console())
+    with _printing():
+        if options.json:
+            print(document.model_dump_json(by_alias=True, indent=2))
+        else:
+            tables(document, console())
 
 
 def print_line(text: str) -> None:
     """Print a line on stdout at once. Raises UserError: the disk that it goes to is full."""
+    with _printing():
+        print(text)
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Send on what is printed within when the block ends. Raises UserError: the disk that it goes to is full."""
     try:
         with writing("the output"):
-            print(text, flush=True)
+            yield
+            sys.stdout.flush()
     except (UserError, BrokenPipeError):  # nor can what is left be written when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
@@ -185,5 +195,7 @@ def needs_torch(module: str) -> ModuleType:
         if package not in ("torch", "onnxscript"):
             raise
         raise MissingComponent(
-            f"{package} is needed here and is not installed", "Run: pip install 'acmix-deploy[export]'"
+            f"{package} is needed here and is not installed",
+            "Run: pip install 'acmix-deploy[export]', or for checkpoints of Ultralytics: "
+            "pip install 'acmix-deploy[ultralytics]'",
         ) from error

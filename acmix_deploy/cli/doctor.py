@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.error is not None:
         return _explain(options)
+    if options.file and " " in str(options.file) and not _is_file(str(options.file)):
+        raise UserError(
+            f"there is no file {str(options.file)!r}", "For what a message means, run: acmix-deploy doctor --error TEXT"
+        )
     from acmix_deploy.report.show_doctor import show_diagnosis
 
     document = _there(options) if options.on else _here(options)

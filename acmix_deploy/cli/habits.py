@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from acmix_deploy.errors import did_you_mean
 
@@ -25,6 +26,10 @@ _ELSEWHERE = {
     "--imgsz": ("--input-shape", "Sizes of free axes are given by --input-shape B,C,H,W."),
     "--batch": ("--input-shape", "Sizes of free axes are given by --input-shape B,C,H,W."),
     "--device": ("", "An engine runs on the GPU that is there, everything else on the CPU."),
+    "--save": ("--decoder", "Drawn pictures go to -o OUT."),
+    "--format": ("--no-engine", "ONNX files are always written, and an engine where TensorRT is."),
+    "--fp32": ("--no-engine", "The file in float32 is always written."),
+    **dict.fromkeys(("--model", "--weights", "--source"), ("", "Files are named without an option.")),
 }
 """Options that a verb lacks: the option that it has to have for the sentence to be true, and the sentence."""
 
@@ -49,7 +54,18 @@ class Parser(argparse.ArgumentParser):
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
             meant = did_you_mean(str(value), map(str, action.choices or ()))
+            if "--target" in action.option_strings and re.match("jetpack|tensorrt|onnxruntime|openvino", str(value)):
+                meant = f"Did you mean --for {value}?"
             raise argparse.ArgumentError(action, " ".join(filter(None, (error.message, meant)))) from None
+
+    def error(self, message: str) -> NoReturn:
+        """What is wrong, an example and where the rest stands, in place of all options: they would hide it."""
+        if message.endswith("required: VERB"):
+            self.print_help(sys.stderr)
+            self.exit(2)
+        examples = [line.strip() for line in (self.epilog or "").splitlines() if line.startswith("  acmix-deploy")]
+        example = f"Example: {examples[0]}\n" if examples else ""
+        self.exit(2, f"error: {message}\n{example}More: {self.prog} --help\n")
 
 
 def add_aliases(command: argparse.ArgumentParser) -> None:
@@ -70,7 +86,8 @@ def unrecognized(command: argparse.ArgumentParser, arguments: Sequence[str]) -> 
 def _meant(command: argparse.ArgumentParser, argument: str) -> str:
     name = argument.partition("=")[0]
     if not name.startswith("--"):
-        return ""
+        images = next((each for each in ("--images", "--calibration") if each in _options(command)), "")
+        return f"Did you mean {images} {argument}?" if images and Path(argument).is_dir() else ""
     needed, sentence = _ELSEWHERE.get(name, ("", ""))
     if sentence and (not needed or needed in _options(command)):
         return sentence

@@ -16,7 +16,7 @@ from acmix_deploy.cli.common import print_step, progress, tell
 from acmix_deploy.device.session import WAIT_S, Session
 from acmix_deploy.document import D, write_document
 from acmix_deploy.errors import MissingComponent, UserError
-from acmix_deploy.files import kind_of
+from acmix_deploy.files import kind_of, not_there
 from acmix_deploy.options import not_negative
 
 
@@ -198,7 +198,7 @@ def _beside(path: Path, name: Path) -> dict[str, Path]:
     found = {str(sidecar(name)): sidecar(path)} if sidecar(path).is_file() else {}
     if not path.is_file():
         if not found and not path.is_dir():
-            raise UserError(f"{path} does not exist", "Name a file that is there.")
+            raise not_there(path)
         return found
     kind = kind_of(path)
     if kind in ("checkpoint", "program"):

@@ -86,7 +86,7 @@ FAULTS: dict[FaultId, Fault] = {
     "folded-position": Fault(
         "constant folding stored the unfolded position term",
         "the file grows with the image size, by K*K numbers for each pixel and channel of a head",
-        "acmix-deploy fuse recovers $P$, two numbers for each channel of a head, and drops the tensor.",
+        "acmix-deploy fuse recovers the two numbers of each channel that it was made of, and drops the tensor.",
     ),
     "misplaced-argument": Fault(
         "YAML arguments ended up in the wrong place: `kernel_att` 512 or 1",

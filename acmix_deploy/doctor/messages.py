@@ -346,9 +346,8 @@ MESSAGES: dict[str, Message] = {
             r"Specified provider '(?P<provider>\w+)' is not in available provider names",
             r"Unknown Provider Type: (?P<provider>\w+)",
         ),
-        "this ONNX Runtime was built without it, and runs on the CPU; onnxruntime and onnxruntime-gpu in one "
-        "environment share a folder, where the one that was installed last is",
-        f"Uninstall both, then install one. {hints.NO_PROVIDER}",
+        "this ONNX Runtime was built without it, and runs on the CPU",
+        hints.NO_PROVIDER,
     ),
     "empty-onnxruntime": Message(
         "ONNX Runtime",

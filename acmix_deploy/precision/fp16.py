@@ -18,7 +18,7 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import Feeds, fed, name_nodes, names_read, read, tidied, with_weights
 from acmix_deploy.options import FLOAT32
-from acmix_deploy.processing import attach, detach
+from acmix_deploy.processing import SAY_PIXELS, attach, detach, untold_pixels
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, SMALLEST_HALF, largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import precision_of, why_refused
 
@@ -127,7 +127,9 @@ def _unfed(model: onnx.ModelProto) -> list[str]:
 
 
 def check_float32(model: onnx.ModelProto, source: Path) -> None:
-    """Raises UserError where a file is converted already."""
+    """Raises UserError where a file is converted already, or takes pixels of which nothing is told."""
+    if untold := untold_pixels(model):
+        raise UserError(f"{source} {untold}", SAY_PIXELS)
     quantized = next((node for node in model.graph.node if node.op_type in _QUANTIZED), None)
     if quantized is not None:
         raise UserError(f"{source} is quantised already: it has a {quantized.op_type}", "Give the float32 file.")

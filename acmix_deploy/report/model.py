@@ -75,8 +75,9 @@ class ExportReport(Document):
         return tuple(file.artifact.path.name for file in self.files.values() if file.artifact.path.name not in compared)
 
     @computed_field(  # type: ignore[prop-decorator]
-        description="whether every file that was compared is as exact as the operator's definition asks; null where "
-        "too little was detected to judge"
+        description="whether every file that was compared is as exact as the operator's definition asks; false goes "
+        "with exit code 1. null, with exit code 0: nothing failed, and too little was detected to judge the scores of "
+        "a file; a script that wants proof asks for true, and for nothing in uncompared"
     )
     @property
     def passed(self) -> bool | None:

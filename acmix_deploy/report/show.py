@@ -84,6 +84,9 @@ def notes(report: ExportReport) -> list[str]:
     repaired = (f"repaired, so that the model runs here: {fault}" for fault in faults)
     there = report.device.notes if report.device else ()
     found = [*report.notes, *there, *repaired, *report.export.notes, *fusion_notes(report.fusion)]
+    if not report.fusion.fused and not report.fusion.already:
+        fused = report.files["fused"].artifact.path.name
+        found.append(f"nothing was fused, so {fused} gains nothing; docs/families.md lists the blocks that can be")
     found += report.int8.notes if report.int8 else []
     if report.int8 and report.int8.skipped:
         skipped = report.int8.skipped

@@ -9,7 +9,10 @@ FREE_AXES = "Give the shapes to build for: --min, --opt and --max, each B,C,H,W.
 OTHER_SHAPE = "Give images of such a size, or build the engine for more: --min, --opt and --max."
 
 # ONNX Runtime
-NO_PROVIDER = "Run: pip install 'acmix-deploy[gpu]'"
+NO_PROVIDER = (
+    "Run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu. Both fill the same folder, "
+    "so one has to go before the other comes."
+)
 PROVIDER_NEEDS = (
     "It needs a GPU and the CUDA, cuDNN and, for tensorrt, TensorRT that this release of ONNX Runtime names: "
     "https://onnxruntime.ai/docs/execution-providers"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
 from acmix_deploy.artifacts import read_artifact
-from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, suppressed, unlike_detector
+from acmix_deploy.detection.boxes import no_detector, suppressed, unlike_detector
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import CONFIDENCE, Suppression
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.half import faithful
 from acmix_deploy.network import NetworkRunner
@@ -115,7 +115,7 @@ def verify(
     inputs: Scenes | Iterable[Feed],
     *,
     metadata: ModelMetadata | None = None,
-    eager: Mapping[str, BaseRunner] | None = None,
+    eager: Mapping[str, Callable[[], BaseRunner]] | None = None,
     tolerances: Mapping[str, Tolerance | None] = TOLERANCES,
 ) -> Verification:
     """Compare every output of every candidate with the reference's on every input, as relative L2.
@@ -130,9 +130,10 @@ def verify(
         inputs: arrays by input name, float32, converted where a runner wants another type; or images, in which
             detections are compared too.
         metadata: what the exporter left in the file; says what the outputs are.
-        eager: PyTorch's own model in a reduced type, by the name of the type. Its error on an input widens the limit
-            of the candidates of that type on the same input. One that fails is noted and widens nothing.
-        tolerances: by precision; the limit is ``tolerance.limit(eager error)``.
+        eager: makes PyTorch's own model in a reduced type, by the name of the type; of float32 in a wider one. It is
+            run once a candidate of that type is beyond a limit, and its error on an input widens that candidate's
+            limits on the same input. One that fails is noted and widens nothing.
+        tolerances: by precision.
 
     Returns:
         All distances, and whether each is within its limit.
@@ -172,12 +173,7 @@ def verify(
                 notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
             elif scenes:
                 notes.append(f"detections were not compared: {reference.name} {unlike}")
-        eager_runs: dict[str, RunResults] = {}
-        for precision, runner in (eager or {}).items():
-            try:
-                eager_runs[precision] = _run(runner, feeds)
-            except CheckFailed as error:
-                notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
+        makers, eager_runs = dict(eager or {}), dict[str, RunResults]()
         for candidate in candidates:
             name, precision = candidate.runner.name, candidate.precision
             limits = DETECTION_LIMITS[limits_for(precision)]
@@ -188,10 +184,8 @@ def verify(
                     notes.append(f"{name} suppresses boxes by other settings than {reference.name}, and gives others")
             others = _outputs(found)
             wanted, own_head, least = expected, head, confidence
-            eager_run = eager_runs.get(precision)
             if (suppression := candidate.suppression) and head:
                 wanted = _suppressed(expected, head, suppression)
-                eager_run = eager_run and _suppressed(eager_run, head, suppression)
                 own_head = replace(head, layout="rows")
                 least = max(confidence, suppression.confidence + limits.near)
                 notes.append(
@@ -199,15 +193,14 @@ def verify(
                     f"what {reference.name} gives"
                 )
             rights = _outputs(wanted)
-            own = _distances(wanted, eager_run, own_head, NEAR[precision]) if eager_run else None
             in_images = scenes and suppression  # rounding decides which of two boxes is left
             by_parts = [] if in_images else _distances(wanted, found, own_head, limits.near)
+            compared: list[dict[Part, Comparison]] = [{} for _ in by_parts]
             for index, by_part in enumerate(by_parts):
                 right, other = rights[index], others[index]
                 empty = _fit(right, other) and _nothing_in(right, own_head, confidence)
                 empty = empty and _nothing_in(other, own_head, confidence + limits.near)
                 for part, distance in by_part.items():
-                    eager_error = own[index].get(part) if own else None
                     comparison = Comparison(
                         **distance.model_dump(),
                         candidate=name,
@@ -215,10 +208,24 @@ def verify(
                         output=part.name,
                         input_shapes={key: array.shape for key, array in feeds[index].items()},
                         empty=empty,
-                        eager_error=eager_error.relative_l2 if eager_error else None,
                         limit=None,
                     )
-                    comparisons.append(comparison.judged_by(tolerances))
+                    compared[index][part] = comparison.judged_by(tolerances)
+            if any(one.passed is False for ones in compared for one in ones.values()):
+                if precision in makers:
+                    try:
+                        eager_runs[precision] = _run(makers.pop(precision)(), feeds)
+                    except CheckFailed as error:
+                        notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
+                if eager_run := eager_runs.get(precision):
+                    if suppression and head:
+                        eager_run = _suppressed(eager_run, head, suppression)
+                    own = _distances(wanted, eager_run, own_head, NEAR[precision])
+                    for ones, errors in zip(compared, own, strict=True):
+                        for part in ones.keys() & errors.keys():
+                            told = {"eager_error": errors[part].relative_l2}
+                            ones[part] = ones[part].model_copy(update=told).judged_by(tolerances)
+            comparisons += (one for ones in compared for one in ones.values())
             outputs = [*zip(rights, others, strict=True)]
             if scenes and own_head and all(_fit(right, other) for right, other in outputs):
                 detections.append(

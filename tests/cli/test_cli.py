@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import re
 import shutil
@@ -18,8 +19,9 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from acmix_deploy import __version__
 from acmix_deploy.artifacts import read_artifact
-from acmix_deploy.cli import commands, main
+from acmix_deploy.cli import commands, inspect, main
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.runtime.inputs import AXES
@@ -178,6 +180,11 @@ BAD_INPUT = {
     "missing ONNX file": (["fuse", "nowhere.onnx", "-o", "x.onnx"], "does not exist"),
     "no ONNX file at all": (["fuse", "text.pt", "-o", "x.onnx"], "is a text file"),
     "output is a folder": (["fuse", "plain.onnx", "-o", "folder"], "folder"),
+    "a folder for a checkpoint": (["export", "."], ". is a folder"),
+    "a folder for an ONNX file": (["fuse", "..", "-o", "x.onnx"], ".. is a folder"),
+    "an address": (["export", "https://example.org/a.pt"], "nothing is downloaded here"),
+    "nearly the name": (["fuse", "plane.onnx", "-o", "x.onnx"], "Did you mean plain.onnx?"),
+    "a message for a file": (["doctor", "Error Code 9: no"], "acmix-deploy doctor --error TEXT"),
     "profile of nothing": (["profile", "nowhere.onnx"], "does not exist"),
     "verify against text": (["verify", "plain.onnx", "text.pt"], "text.pt"),
     "verify against itself": (["verify", "plain.onnx", "plain.onnx"], "compared with itself"),
@@ -204,6 +211,53 @@ def test_bad_input(name, checkpoint, plain, folder, capsys):
     assert words in fails(capsys, 2, *command)
     after = sorted(path for path in folder.rglob("*.*") if path.is_file() and path.suffix != ".pyc")
     assert after == before, "nothing may be left behind"
+
+
+OUTSIDE = {
+    "denied": (PermissionError(errno.EACCES, "Permission denied", "/secret/x"), 2, "/secret/x: Permission denied"),
+    "read-only": (OSError(errno.EROFS, "Read-only file system", "out"), 2, "out: Read-only file system"),
+    "half a base install": (ModuleNotFoundError(name="onnx_ir.passes"), 3, "pip install --force-reinstall onnx-ir"),
+    "a name in Latin-1": (UnicodeEncodeError("utf-8", "\udcfc", 0, 1, "surrogates not allowed"), 2, "is not in UTF-8"),
+    "a module of ours": (ModuleNotFoundError("no", name="acmix_deploy.gone"), 1, "a fault of acmix-deploy"),
+    "part of a name": (ModuleNotFoundError("no", name="on"), 1, "a fault of acmix-deploy"),
+    "another fault": (OSError(errno.EBADF, "Bad file descriptor"), 1, "a fault of acmix-deploy"),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_faults_of_the_program_are_told_from_those_of_its_surroundings(name, monkeypatch, capsys):
+    error, code, said = OUTSIDE[name]
+
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(inspect, "run", run)
+    assert said in fails(capsys, code, "inspect", "x")
+
+
+def test_nothing_to_fuse_is_told(folder, capsys):
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "model.pt")
+    assert main(["export", "model.pt", "--image-size", "16", "--no-profile", "--opset", "17"]) == 0
+    assert "Note: nothing was fused, so model.fused.onnx gains nothing" in capsys.readouterr().out
+
+
+def test_a_full_disk_behind_the_output(plain, folder):
+    """Also where all of it fits into the buffer, which Python writes at the end, and tells of that in its own words."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "acmix_deploy", "inspect", "plain.onnx"]
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: cannot write the output: No space left on device\nFree some space or choose another disk.\n"
+    )
+
+
+def test_as_a_module():
+    """``python -m``, where the script is not on the PATH."""
+    for name in ("acmix_deploy", "acmix_deploy.cli"):
+        done = subprocess.run([sys.executable, "-m", name, "--version"], check=True, capture_output=True, text=True)
+        assert done.stdout == f"acmix-deploy {__version__}\n"
 
 
 def test_debug_shows_the_traceback(folder, capsys):

@@ -65,6 +65,11 @@ SAID = {
     "export model=x.pt imgsz=640 half=True int8=False format=onnx": "options are not written key=value: model=x.pt "
     "imgsz=640 half=True int8=False format=onnx. Write: acmix-deploy export x.pt --image-size 640 --fp16; format=onnx "
     "has no counterpart",
+    "export m.pt --for-target x --format onnx": "ONNX files are always written",
+    "export --weights m.pt": "Files are named without an option.",
+    "export m.pt --target jetpack-6.2": "Did you mean --for jetpack-6.2?",
+    "detect m.onnx a.png --save out": "Drawn pictures go to -o OUT.",
+    "verify a.onnx b.onnx .": "unrecognized arguments: .. Did you mean --images .?",
     "plugin build arch=87": "Write: acmix-deploy plugin build --arch 87",
     "detect m.onnx source=a.png --confidence 0.5": "Write: acmix-deploy detect a.png m.onnx --confidence 0.5",
 }
@@ -90,6 +95,26 @@ def test_targets_that_are_nearly_right(tmp_path, capsys) -> None:
     assert main(["export", str(tmp_path / "m.pt"), "--for", "jetpak-6.2"]) == 2
     assert "Did you mean jetpack-6.2? Targets: " in capsys.readouterr().err
     assert target_named("jetpack-6.2").name == "jetpack-6.2"
+    assert main(["export", str(tmp_path / "m.pt"), "--for", "orin"]) == 2
+    assert "A board is named by its JetPack" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "m.pt"), "--for", "openvina"]) == 2
+    assert "A board" not in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_not_hidden_by_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """An example in the place of fifteen lines of usage; where nothing was asked for, what there is."""
+    with pytest.raises(SystemExit):
+        main(["fuse", "model.onnx"])
+    assert capsys.readouterr().err == (
+        "error: the following arguments are required: -o/--output\n"
+        "Example: acmix-deploy fuse model.onnx -o model.fused.onnx --expect 3\n"
+        "More: acmix-deploy fuse --help\n"
+    )
+    for words, verb in (([], "quantize"), (["plugin"], "check")):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert f"\n    {verb} " in capsys.readouterr().err
 
 
 def test_export_without_latencies_in_a_batch(tmp_path, monkeypatch, capsys) -> None:

@@ -164,6 +164,14 @@ def test_classes_of_another_release(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ) as caught:
         checkpoint.load(path)
     assert "pip install ultralytics==8.9.1" in caught.value.hint
+    here = sys.modules["ultralytics"].__version__
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "NewestConv", newer, raising=False)
+        path = saved(tmp_path / "a.pt", model, here)
+    with pytest.raises(UserError, match=f"ultralytics {here} saved it") as caught:
+        checkpoint.load(path)
+    assert "pip install" not in caught.value.hint, "this very release is here; the class is of somebody's copy"
+    assert "holds ultralytics/ of the changed copy that it was trained with: --code DIR --trust" in caught.value.hint
 
 
 def test_a_version_that_is_none_is_not_repeated(tmp_path: Path) -> None:

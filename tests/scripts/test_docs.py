@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -11,7 +12,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import onnx
-import onnx_graphsurgeon as gs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,22 @@ from torch import Tensor, nn
 from acmix_deploy import cli, gate_run
 from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.export import export
+from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.plan import Plan
 from acmix_deploy.report.model import ExportReport
-from scripts import docs, pictures, shapes
+from acmix_deploy.targets import TARGETS
+from scripts import docs, pictures, shapes, terminal
 from tests import ROOT
 from tests.gate import parts as gate_parts
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))}
-RUNNABLE = [name for name, path in PAGES.items() if re.search(r"^```(python|console)$", path.read_text(), re.M)]
+RUNNABLE = [  # the tutorial is run by test_tutorial.py
+    name
+    for name, path in PAGES.items()
+    if re.search(r"^```(python|console)$", path.read_text(), re.M) and name != "docs/tutorial.md"
+]
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
@@ -49,6 +55,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fuse(folder / "model.onnx", folder / "model.fused.onnx", expect=3)
     cv2 = pytest.importorskip("cv2", reason="needs opencv")
     photos = shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
+    for labels in (folder / "drawn/labels").iterdir():
+        labels.rename(photos / labels.name)
     wide = str(photos / "0001.png")  # with a border, which `verify --pad` wants
     cv2.imwrite(wide, cv2.imread(wide)[:120])
     shutil.copytree(ROOT / "tests/data", folder / "tests/data")
@@ -112,6 +120,8 @@ def test_commands_and_code_run(
             continue
         for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
             command, _, shown = session.partition("\n")
+            if command == terminal.COMMAND:
+                shown = terminal.block().partition("\n$ ")[2].partition("\n")[2].partition("```")[0]
             # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
             if not command.startswith("acmix-deploy "):
                 continue
@@ -170,19 +180,33 @@ def test_pictures_are_graphs(tmp_path: Path) -> None:
             return padded.relu().flatten(2).reshape(padded.shape) + x.sigmoid()
 
     export(Block(), tmp_path / "block.onnx", input_shape=(1, 2, 4, 4), opset=17)
-    drawn = pictures.picture(gs.import_onnx(onnx.load(tmp_path / "block.onnx")))
-    edges = [line.split() for line in drawn.splitlines() if "-->" in line]
-    names = dict(re.findall(r"^  (n\d+)\W+(.*?)\"", drawn, re.M))
-    found = {(names[start], tuple(sorted(names[end] for end in ends if end != "&"))) for start, _, *ends in edges}
-    assert found == {
-        ("x", ("Pad, Slice x2", "Sigmoid")), ("Pad, Slice x2", ("Relu",)), ("Relu", ("Add",)), ("Sigmoid", ("Add",)),
-        ("Add", ("y",)),
+    file = pictures.looked_into(onnx.load(tmp_path / "block.onnx"))
+    names = {box: ", ".join(box.text) for box in file.boxes}
+    moves, last = "Pad, 2 Slice", "Add"
+    assert {(names[source], names[box]) for box in file.boxes for source in box.sources} == {
+        ("x", moves), ("x", "Sigmoid"), (moves, "Relu"), ("Relu", last), ("Sigmoid", last), (last, "y"),
     }  # fmt: skip
+    written = 36 + 24 + 16  # values by Pad and both Slices, of 32
+    assert {names[box]: box.written * 16 for box in file.boxes} == {
+        "x": 0, moves: written, "Relu": 16, "Sigmoid": 16, last: 16, "y": 0,
+    }  # fmt: skip
+    assert (file.written * 16, file.largest * 16) == (written + 3 * 16, 36)
+
+
+def test_the_block_is_what_its_page_says() -> None:
+    """Each key copied 49 times and 6.25 times; q, k and v, the attention, the convolution and two sums."""
+    plain, fused, standard = pictures.explained((1, 16, 8, 8)).values()
+    assert plain.largest == 49
+    assert (fused.written, fused.nodes) == (7, 7)
+    gathered = [box.written for box in standard.boxes if "Gather" in box.types]
+    assert sorted(gathered)[-2:] == [6.25, 6.25]
+    assert {box.written for box in fused.boxes if "AcmixLocalAttention" in box.types} == {1}
 
 
 @pytest.mark.soak
 def test_pictures_are_current() -> None:
-    assert pictures.PAGE.read_text(encoding="utf-8") == pictures.page(), "run `make docs`"
+    for path, text in pictures.generated().items():
+        assert path.read_text(encoding="utf-8") == text, f"run `make docs`: {path.name}"
 
 
 def test_every_verb_and_option_is_described() -> None:
@@ -237,8 +261,54 @@ def test_quoted_reasons_and_faults_exist() -> None:
         assert reason in sources, reason
 
 
-def test_the_picture_is_well_formed() -> None:
-    assert ElementTree.parse(ROOT / "docs/path.svg").getroot().tag.endswith("svg")
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.svg")), ids=lambda path: path.stem)
+def test_pictures_are_well_formed_and_whole(path: Path) -> None:
+    """Nothing is fetched for them, and in those of graphs no box lies on another or outside."""
+    root = ElementTree.parse(path).getroot()
+    assert root.tag.endswith("svg")
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(?:href|src)=\"(?!#)|url\((?!#)|@import", text)
+    if path.parent.name != "graphs":
+        return
+    assert "prefers-color-scheme: dark" in text
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    boxes: list[tuple[float, float, float, float]] = []
+
+    def visit(element: ElementTree.Element, x: float, y: float) -> None:
+        if moved := re.match(r"translate\((\S+) (\S+)\)", element.get("transform", "")):
+            x, y = x + float(moved[1]), y + float(moved[2])
+        if element.tag.endswith("rect"):
+            left, top = x + float(element.attrib["x"]), y + float(element.attrib["y"])
+            boxes.append((left, top, left + float(element.attrib["width"]), top + float(element.attrib["height"])))
+        for child in element:
+            visit(child, x, y)
+
+    visit(root, 0, 0)
+    assert len(boxes) > 4
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1], (one, other)
+
+
+def test_the_picture_of_detections_is_small() -> None:
+    cv2 = pytest.importorskip("cv2", reason="needs opencv")
+    found = cv2.imread(str(ROOT / "docs/found.webp"))
+    assert found.shape[1] == 1600
+    assert (ROOT / "docs/found.webp").stat().st_size < 150_000
+
+
+def test_what_the_front_page_says_is_taken() -> None:
+    """How many families there are, and from which release to which."""
+    page = PAGES["README.md"].read_text(encoding="utf-8")
+    assert f"[{ ({10: 'ten'}[len(FAMILIES)]) } families]" in page
+    for name, kind in (("TensorRT", "tensorrt"), ("JetPack", "jetpack")):
+        releases = [
+            tuple(map(int, target.partition("-")[2].split("."))) for target in TARGETS if target.startswith(f"{kind}-")
+        ]
+        first, last = (".".join(map(str, release)) for release in (min(releases), max(releases)))
+        assert f"{name} {first} to {last}" in page
 
 
 def test_the_layout_is_whole_and_in_the_order_of_imports() -> None:

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 from acmix_deploy import cli
-from acmix_deploy.detection.boxes import CONFIDENCE, Detections
+from acmix_deploy.detection.boxes import Detections
 from acmix_deploy.detection.drawing import PALETTE
 from acmix_deploy.detection.images import read
+from acmix_deploy.detection.suppression import CONFIDENCE
 from acmix_deploy.serving import annotate, sources
 from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.path import detect
@@ -252,12 +253,14 @@ def test_what_cannot_be_used_is_a_sentence(
 ) -> None:
     film(tmp_path / "clip.avi", noise(2))
     (tmp_path / "noise.mp4").write_bytes(bytes(1000))
+    (tmp_path / "a.heic").write_bytes(bytes(1000))
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     shutil.copy(photos / "0003.png", tmp_path / "broken")
     for command, said in (
         (["absent"], "absent does not exist"),
         ([tmp_path / "empty"], "holds no image"),
+        ([tmp_path / "a.heic"], "Images end in one of .bmp, "),
         ([tmp_path / "noise.mp4"], "neither an image by its suffix nor a video"),
         (["99"], "99 cannot be opened as a camera"),
         (["9" * 20], "9 does not exist"),
