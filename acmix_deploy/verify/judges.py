@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.boxes import CONFIDENCE, decode, no_detector, unlike_detector
+from acmix_deploy.detection.boxes import decode, no_detector, unlike_detector
 from acmix_deploy.detection.heads import NoHead, head_of
 from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import NEAR
+from acmix_deploy.detection.suppression import CONFIDENCE
 from acmix_deploy.errors import UserError
 from acmix_deploy.half import runnable
 from acmix_deploy.process import WHOLE_PROCESS

@@ -14,13 +14,13 @@ from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
 from acmix_deploy.artifacts import read_artifact
-from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, suppressed, unlike_detector
+from acmix_deploy.detection.boxes import no_detector, suppressed, unlike_detector
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import CONFIDENCE, Suppression
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.half import faithful
 from acmix_deploy.network import NetworkRunner

@@ -18,16 +18,22 @@ from torch import Tensor, nn
 
 from acmix_deploy import cli, gate_run
 from acmix_deploy.export import export
+from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.plan import Plan
 from acmix_deploy.report.model import ExportReport
-from scripts import docs, pictures, shapes
+from acmix_deploy.targets import TARGETS
+from scripts import docs, pictures, shapes, terminal
 from tests import ROOT
 from tests.gate import parts as gate_parts
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))}
-RUNNABLE = [name for name, path in PAGES.items() if re.search(r"^```(python|console)$", path.read_text(), re.M)]
+RUNNABLE = [  # the tutorial is run by test_tutorial.py
+    name
+    for name, path in PAGES.items()
+    if re.search(r"^```(python|console)$", path.read_text(), re.M) and name != "docs/tutorial.md"
+]
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
@@ -113,6 +119,8 @@ def test_commands_and_code_run(
             continue
         for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
             command, _, shown = session.partition("\n")
+            if command == terminal.COMMAND:
+                shown = terminal.block().partition("\n$ ")[2].partition("\n")[2].partition("```")[0]
             # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
             if not command.startswith("acmix-deploy "):
                 continue
@@ -262,6 +270,25 @@ def test_pictures_are_well_formed_and_whole(path: Path) -> None:
         assert 0 <= top < bottom <= height
     for one, other in itertools.combinations(boxes, 2):
         assert one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1], (one, other)
+
+
+def test_the_picture_of_detections_is_small() -> None:
+    cv2 = pytest.importorskip("cv2", reason="needs opencv")
+    found = cv2.imread(str(ROOT / "docs/found.webp"))
+    assert found.shape[1] == 1600
+    assert (ROOT / "docs/found.webp").stat().st_size < 150_000
+
+
+def test_what_the_front_page_says_is_taken() -> None:
+    """How many families there are, and from which release to which."""
+    page = PAGES["README.md"].read_text(encoding="utf-8")
+    assert f"[{ ({10: 'ten'}[len(FAMILIES)]) } families]" in page
+    for name, kind in (("TensorRT", "tensorrt"), ("JetPack", "jetpack")):
+        releases = [
+            tuple(map(int, target.partition("-")[2].split("."))) for target in TARGETS if target.startswith(f"{kind}-")
+        ]
+        first, last = (".".join(map(str, release)) for release in (min(releases), max(releases)))
+        assert f"{name} {first} to {last}" in page
 
 
 def test_the_layout_is_whole_and_in_the_order_of_imports() -> None:
