@@ -153,7 +153,8 @@ def draw(folder: Path, picture: Path) -> None:
     import cv2
 
     row = cv2.hconcat([cv2.imread(str(path)) for path in sorted((folder / "found").glob("*.png"))[:4]])
-    cv2.imwrite(str(picture), cv2.resize(row, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    large = cv2.resize(row, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    cv2.imwrite(str(picture), large, [cv2.IMWRITE_JPEG_QUALITY, 75])
 
 
 def main() -> None:
@@ -172,7 +173,7 @@ def main() -> None:
         before = now
         print(f"$ {step.file or step.text}\n{printed}", flush=True)
     write(options.into, folder, took)
-    draw(folder, ROOT / "docs/tutorial.png")
+    draw(folder, ROOT / "docs/tutorial.jpg")
 
 
 def cpu_seconds() -> float:

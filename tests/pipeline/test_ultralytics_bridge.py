@@ -102,7 +102,7 @@ def test_a_yaml_file_names_the_block_once_this_is_imported(tmp_path: Path, known
     script = NAMED.format(imported="import acmix_deploy.ultralytics" if known else "")
     done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False)
     if known:
-        assert done.stdout.splitlines()[-1] == "acmix_deploy.families.acmix.module 16 32", done.stderr
+        assert done.stdout.splitlines()[-1:] == ["acmix_deploy.families.acmix.module 16 32"], done.stderr
     else:
         assert "KeyError: 'ACmix'" in done.stderr, "else there is nothing to import it for"
 

@@ -83,7 +83,7 @@ def test_the_page_is_followed_with_few_images(tmp_path: Path, settings: None, qu
 @pytest.mark.soak
 def test_the_page_is_followed_as_it_stands(tmp_path: Path, settings: None) -> None:
     check(tmp_path, tutorial.shell)
-    assert tutorial.trained(tmp_path)["mAP50"] > 0.5
+    assert tutorial.trained(tmp_path)["mAP50"] > 0.35
 
 
 def check(folder: Path, run) -> None:
@@ -98,6 +98,9 @@ def check(folder: Path, run) -> None:
         ((image,), found) = one["images"], one["images"][0]["detections"]
         assert (image["width"], image["height"]) == (160, 160)
         assert {"name", "score", "box"} == set(found[0])
+    layers = yaml.safe_load((folder / "yolov8n-acmix.yaml").read_text(encoding="utf-8"))["head"]
+    assert [-1, 1, "ACmix", [256]] in layers
+    assert str(layers[-1][0]) in PAGE
     check_workflow(folder, run)
 
 
