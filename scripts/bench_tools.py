@@ -83,8 +83,7 @@ def _images(folder: Path) -> np.ndarray:
 
 def _run(*command: str | Path, may_fail: bool = False) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    words = [str(part) for part in command]
-    done = subprocess.run(words, env=environment, check=False, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), check=False, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(command, done.stderr.strip().splitlines()[-1], sep="\n", file=sys.stderr)
         if not may_fail:

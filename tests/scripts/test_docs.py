@@ -172,25 +172,24 @@ def test_generated_parts_are_current() -> None:
 
 
 def test_pictures_are_graphs(tmp_path: Path) -> None:
-    """Of two ways to one sum: what keeps all values is left out, what pads or picks is joined, branches are not."""
+    """Of three ways to a sum: what keeps all values is left out, what pads or picks is joined, branches are not."""
 
     class Block(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             padded = nn.functional.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 2:]
-            return padded.relu().flatten(2).reshape(padded.shape) + x.sigmoid()
+            return padded.relu().flatten(2).reshape(padded.shape) + x.sigmoid() + padded[:, :, :1]
 
     export(Block(), tmp_path / "block.onnx", input_shape=(1, 2, 4, 4), opset=17)
     file = pictures.looked_into(onnx.load(tmp_path / "block.onnx"))
     names = {box: ", ".join(box.text) for box in file.boxes}
-    moves, last = "Pad, 2 Slice", "Add"
+    moves, last = "Pad, 2 Slice", "2 Add"
     assert {(names[source], names[box]) for box in file.boxes for source in box.sources} == {
-        ("x", moves), ("x", "Sigmoid"), (moves, "Relu"), ("Relu", last), ("Sigmoid", last), (last, "y"),
+        ("x", moves), ("x", "Sigmoid"), (moves, "Relu"), (moves, "Slice"), ("Relu", last), ("Sigmoid", last),
+        ("Slice", last), (last, "y"),
     }  # fmt: skip
-    written = 36 + 24 + 16  # values by Pad and both Slices, of 32
-    assert {names[box]: box.written * 16 for box in file.boxes} == {
-        "x": 0, moves: written, "Relu": 16, "Sigmoid": 16, last: 16, "y": 0,
-    }  # fmt: skip
-    assert (file.written * 16, file.largest * 16) == (written + 3 * 16, 36)
+    written = {"x": 0, moves: 2 * (36 + 24 + 16), "Relu": 32, "Sigmoid": 32, "Slice": 8, last: 2 * 32, "y": 0}
+    assert {names[box]: box.written * 32 for box in file.boxes} == written
+    assert (file.written * 32, file.largest * 32) == (sum(written.values()), 2 * 36)
 
 
 def test_the_block_is_what_its_page_says() -> None:
@@ -259,6 +258,27 @@ def test_quoted_reasons_and_faults_exist() -> None:
     assert len(quoted) > 30
     for reason in quoted:
         assert reason in sources, reason
+
+
+def test_the_comparison_tells_versions_dates_and_sources() -> None:
+    """Of each tool, and of what was tried the version that is told of the tool."""
+    text = PAGES["docs/comparison.md"].read_text(encoding="utf-8")
+    assert re.search(r"^As of 20\d\d-\d\d-\d\d\.", text, re.M)
+    hosts = set(re.findall(r"https?://([^/)]+)", text))
+    known = {"docs.nvidia.com", "docs.pytorch.org", "docs.ultralytics.com", "github.com", "nvidia.github.io"}
+    assert hosts == known, "a vendor's own pages"
+    assert "http://" not in text
+    rows = re.findall(r"^\| \[([\w-]+)\]\(https://\S+\) .* \| ([\d.]+), 20\d\d-\d\d \|$", text, re.M)
+    assert len(rows) == 6
+    assert all(f"### {tool}" in text for tool, _ in rows)
+    tried = text.partition("<!-- tools:begin -->")[2].partition("<!-- tools:end -->")[0]
+    packages = {"Ultralytics": "ultralytics-opencv-headless", "Polygraphy": "polygraphy", "ModelOpt": "nvidia-modelopt"}
+    for tool, version in rows:
+        assert tool not in packages or f"{packages[tool]} {version}" in tried, tool
+    for line in tried.splitlines():
+        if "| fails |" in line:
+            assert "ModelOpt" in line
+            assert "is not a registered function/op" in text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.svg")), ids=lambda path: path.stem)
