@@ -71,14 +71,19 @@ def closable(frames: Generator[Frame]) -> tuple[Iterator[Frame], Callable[[], No
 
     def given() -> Iterator[Frame]:
         threading.Thread(target=run, daemon=True).start()
-        while not stop.is_set():
-            with suppress(queue.Empty):
-                item = coming.get(timeout=_MOMENT)
+        try:
+            while not stop.is_set():
+                try:
+                    item = coming.get(timeout=_MOMENT)
+                except queue.Empty:
+                    continue
                 if item is None:
                     return
                 if isinstance(item, BaseException):
                     raise item
                 yield item
+        finally:
+            stop.set()
 
     return given(), stop.set
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -381,6 +381,29 @@ sys.exit(main(["detect", *sys.argv[1:]]))
         _, err = process.communicate(timeout=30)
         assert time.perf_counter() - began < 5, "and not the 10 s in which the stream may answer"
     assert (process.returncode, "Traceback" in err) == (130, False), err
+
+
+def test_frames_that_are_left_are_ended() -> None:
+    released = threading.Event()
+    made: list[int] = []
+
+    def frames() -> Generator[Frame]:
+        try:
+            for index in range(1000):
+                made.append(index)
+                yield Frame("a", picture(index % 5), number=index)
+        finally:
+            released.set()
+
+    given, _ = live.closable(frames())
+    assert [next(given).number, next(given).number] == [0, 1]
+    del given
+    assert released.wait(5)
+    assert len(made) < 6, "one ahead"
+    whole, close = live.closable(frames())
+    assert [frame.number for frame in whole] == [*range(1000)]
+    close()
+    assert list(whole) == []
 
 
 def seen(frame: int) -> Callable[[Iterable[str]], bool]:
