@@ -120,6 +120,7 @@ def parts() -> dict[str, dict[str, str]]:
         "README.md": {"bench": read("acmix-blocks").table()},
         "docs/benchmarks.md": whole("acmix-blocks", "other-blocks", "pixels", "files-to-boxes"),
         "docs/pipeline.md": whole("fusing"),
+        "docs/tutorial.md": whole("tutorial"),
     }
 
 
