@@ -146,7 +146,8 @@ def write(into: Path, folder: Path, took: dict[str, tuple[float, float]]) -> Non
         if seconds[1] > 1
     ]
     columns = {"section": None, "CPU s": 0, "s": 0, "reached": None}
-    cells = "Each step run once, on a machine with much else to do: CPU s is what a free core would take, s how long it took"
+    busy = "Each step run once, on a machine with much else to do"
+    cells = f"{busy}: CPU s is what a free core would take, s how long it took"
     measured.write(into, "tutorial", cells, columns, rows, packages=("ultralytics-opencv-headless",))
 
 
