@@ -27,7 +27,7 @@ from acmix_deploy.detection.parts import known_head
 from acmix_deploy.detection.rows import paired
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import CheckFailed, UserError
-from acmix_deploy.graph import tidied
+from acmix_deploy.graph import sizes_of, tidied
 from acmix_deploy.network import NetworkRunner, check_suppression
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.processing import NOTHING, Processing, attach, suppressible
@@ -488,7 +488,7 @@ def _describe(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorInfo, ...]:
         TensorInfo(
             name=value.name,
             dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
-            shape=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+            shape=sizes_of(value),
         )
         for value in values
     )

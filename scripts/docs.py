@@ -45,7 +45,7 @@ from acmix_deploy.serving.path import DetectStats
 from acmix_deploy.serving.server import ServeDocument
 from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.serving.triton.repository import PackageDocument
-from acmix_deploy.targets import TARGETS, Target
+from acmix_deploy.targets import RUNTIMES, TARGETS, Target
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolerance_of
 from scripts import instructions, kernel_model, measured, terminal
 from scripts.measured import table as _table
@@ -217,15 +217,30 @@ def _operator(operator: Operator) -> str:
         for a in operator.attributes
     ]
     limits = [(f"`{name}`", ", ".join(map(str, values))) for name, values in operator.kernel_limits.items()]
-    tolerances = [(name, f"{t.floor:.0e}", f"{t.factor:g}") for name, t in operator.tolerances.items()]
+    limits += [(f"`{name}`", f"at most {most:,}") for name, most in operator.kernel_maxima.items()]
+    kernels = [
+        (kernel.name, ", ".join(" ".join(f) for f in kernel.formats), f"sm_{kernel.min_sm}" if kernel.min_sm else "any")
+        for kernel in operator.kernels
+    ]
+    tolerances = [
+        (name, f"{t.floor:g}", f"{t.factor:g} times", f"{max(t.floor, t.most):g}")
+        for name, t in operator.tolerances.items()
+    ]
+    named = ", ".join(f"{letter} is {name}" for letter, name in operator.axes.items())
+    smallest = " and ".join(f"{letter} >= {size}" for letter, size in operator.minima.items())
+    if operator.minima_where:
+        letter, value = operator.minima_where
+        smallest += f" where {letter} is {int(value)}"
     return "\n".join(
         [
             f"Domain `{operator.domain}`, type `{operator.op_type}`, version {operator.version}.\n",
             f"```text\n{operator.formula.replace('; ', chr(10))}\n```\n",
+            f"{named}.{f' It is defined for {smallest}.' if smallest else ''}\n",
             _table(("", "name", "axes", "meaning"), *tensors),
             _table(("attribute", "type", "default", "limits", "meaning"), *attributes),
+            _table(("native kernel", "element types and layouts", "GPU from"), *kernels),
             _table(("the native kernels take", ""), *limits),
-            _table(("element type", "floor", "factor"), *tolerances),
+            _table(("element type", "error accepted", "plus PyTorch's own", "but at most"), *tolerances),
         ]
     )
 
@@ -257,7 +272,7 @@ def _targets() -> str:
         return (f"`{target.name}`", target.version, target.cuda, sm, str(target.opset), f"`{target.form}`", types)
 
     head = ("target", "TensorRT", "CUDA", "sm", "opset at most", "form", "types from")
-    return _table(head, *map(row, TARGETS.values()))
+    return _table(head, *map(row, (TARGETS | RUNTIMES).values()))
 
 
 def _faults() -> str:

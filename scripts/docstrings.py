@@ -40,7 +40,7 @@ def tabulate(found: griffe.Class) -> None:
         fields = getattr(import_module(module), name).model_fields
     rows = []
     for name, member in found.members.items():
-        if member.is_attribute and not name.startswith("_") and name != "model_config":
+        if member.is_attribute and not name.startswith("_") and (member.docstring or member.annotation):
             text = member.docstring.value if member.docstring else (name in fields and fields[name].description) or ""
             rows.append(f"    {name}: " + text.replace("\n", "\n        "))
             member.docstring = None

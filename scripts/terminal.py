@@ -146,45 +146,17 @@ def draw(recording: Recording, theme: dict[str, str]) -> str:
     lines = [Text.from_ansi(line) for line in recording.output]
     for line in lines:
         line.rstrip()
-    last = max(0, 1 + len(lines) - ROWS)
-    pages = [0, *_pages(lines, last)]
+    pages = [0, *_pages(lines)]
     width, height = COLUMNS * _CELL + 2 * _MARGIN, _BAR + ROWS * _LINE + 2 * _MARGIN
-    begins = [1 + _TYPED + _STEPS * at / recording.seconds for at, _ in recording.steps]
-    printed = 1 + _TYPED + _STEPS
-    whole = printed + (_PAGE + _SCROLL) * len(pages)
-
-    def percent(seconds: float) -> str:
-        return f"{100 * seconds / whole:.2f}%"
-
-    moves = ["0% { transform: none }"]
-    for index, page in enumerate(pages[1:], start=1):
-        at = printed + index * (_PAGE + _SCROLL)
-        before = f"translateY({-_LINE * pages[index - 1]}px)"
-        moves += [f"{percent(at - _SCROLL)} {{ transform: {before} }}"]
-        moves += [f"{percent(at)} {{ transform: translateY({-_LINE * page}px) }}"]
-    moves += [f"100% {{ transform: translateY({-_LINE * last}px) }}"]
-    steps = [
-        f"#s{index} {{ animation-name: s{index} }} @keyframes s{index} {{ 0% {{ opacity: 0 }} "
-        f"{percent(begin)} {{ opacity: 1 }} {percent(end)}, 100% {{ opacity: 0 }} }}"
-        for index, (begin, end) in enumerate(pairwise([*begins, printed]))
-    ]
-    typed = len(recording.command)
     styles = [
         f"text {{ font: {_CELL / 0.6:.2f}px ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', "
         f"monospace; fill: {theme['text']} }}",
         ".bold { font-weight: bold }",
         *(f".{name} {{ fill: {theme[name]} }}" for name in ("dim", "red", "green", "yellow")),
-        f"#page {{ transform: translateY({-_LINE * last}px) }}",
+        f"#page {{ transform: translateY({-_LINE * pages[-1]}px) }}",
         ".step, #cover { opacity: 0 }",
         "@media (prefers-reduced-motion: no-preference) {",
-        f"#page, #output, #cover, .step {{ animation: {whole:.2f}s step-end both }}",
-        f"#page {{ animation-name: page; animation-timing-function: ease }} @keyframes page {{ {' '.join(moves)} }}",
-        f"#output {{ animation-name: output }} @keyframes output {{ 0% {{ opacity: 0 }} "
-        f"{percent(printed)}, 100% {{ opacity: 1 }} }}",
-        f"#cover {{ animation-name: cover; animation-timing-function: steps({typed}) }} @keyframes cover {{ "
-        f"0% {{ opacity: 1; transform: none }} {percent(1)} {{ opacity: 1; transform: none }} "
-        f"{percent(1 + _TYPED)}, 100% {{ opacity: 1; transform: translateX({typed * _CELL}px) }} }}",
-        *steps,
+        *_motion(recording, pages),
         "}",
     ]
     title = f"{recording.seconds:.0f} seconds on {recording.machine.partition(', Linux')[0]}; the waiting is shortened"
@@ -214,10 +186,40 @@ def draw(recording: Recording, theme: dict[str, str]) -> str:
     return "\n".join([*parts, "</g></g></g>", "</svg>"]) + "\n"
 
 
-def _pages(lines: list[Text], last: int) -> Iterator[int]:
+def _motion(recording: Recording, pages: list[int]) -> Iterator[str]:
+    """Keyframes: a cover slides off the command, steps take turns in one line, the output comes and moves up."""
+    typed, printed = 1 + _TYPED, 1 + _TYPED + _STEPS
+    whole = printed + (_PAGE + _SCROLL) * len(pages)
+
+    def percent(seconds: float) -> str:
+        return f"{100 * seconds / whole:.2f}%"
+
+    def keys(name: str, *frames: str) -> str:
+        return f"#{name} {{ animation-name: {name} }} @keyframes {name} {{ {' '.join(frames)} }}"
+
+    yield f"#page, #output, #cover, .step {{ animation: {whole:.2f}s step-end both }}"
+    letters = len(recording.command)
+    still, moved = (f"{{ opacity: 1; transform: translateX({cells * _CELL}px) }}" for cells in (0, letters))
+    yield keys("cover", f"0%, {percent(1)} {still}", f"{percent(typed)}, 100% {moved}")
+    yield f"#cover {{ animation-timing-function: steps({letters}) }}"
+    begins = [typed + _STEPS * at / recording.seconds for at, _ in recording.steps]
+    gone, there = "{ opacity: 0 }", "{ opacity: 1 }"
+    for index, (begin, end) in enumerate(pairwise([*begins, printed])):
+        yield keys(f"s{index}", f"0% {gone}", f"{percent(begin)} {there}", f"{percent(end)}, 100% {gone}")
+    yield keys("output", f"0% {gone}", f"{percent(printed)}, 100% {there}")
+    moves = []
+    for index, (before, after) in enumerate(pairwise(pages), start=1):
+        at = printed + index * (_PAGE + _SCROLL)
+        moves += [f"{percent(at - _SCROLL)} {{ transform: translateY({-_LINE * before}px) }}"]
+        moves += [f"{percent(at)} {{ transform: translateY({-_LINE * after}px) }}"]
+    yield keys("page", "0% { transform: none }", *moves, f"100% {{ transform: translateY({-_LINE * pages[-1]}px) }}")
+    yield "#page { animation-timing-function: ease }"
+
+
+def _pages(lines: list[Text]) -> Iterator[int]:
     """Where to scroll to: tables whose title is at the top, until the end is seen."""
     titles = [row for row, (before, line) in enumerate(pairwise([Text(), *lines]), start=1) if line and not before]
-    top = 0
+    top, last = 0, max(0, 1 + len(lines) - ROWS)
     while top < last:
         ahead = [row for row in titles if top < row <= top + ROWS - 3]
         top = min(max(ahead, default=top + ROWS - 3), last)
@@ -259,7 +261,7 @@ def block() -> str:
     """The command and its output, in Markdown, and where that ran."""
     found = read()
     lines = "\n".join(Text.from_ansi(line).plain.rstrip() for line in found.output)
-    where = f"{found.machine}, {found.date}: {found.seconds:.0f} seconds, beside other work"
+    where = f"{found.machine}, {found.date}: {found.seconds:.0f} seconds"
     return f"```text\n$ {found.command}\n{lines}\n```\n\n{where}."
 
 

@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 import acmix_deploy
+from acmix_deploy.families import FAMILIES
 from tests import ROOT
 
 SOURCE = Path(acmix_deploy.__file__)
@@ -57,6 +58,10 @@ def described(section: str) -> list[str]:
     """The names that a section describes, `a, b: what they are` among them."""
     lines = re.findall(r"^    (\w+(?:, \w+)*): \S", section, re.M)
     return [name for line in lines for name in line.split(", ")]
+
+
+def test_blocks_of_all_families_are_public() -> None:
+    assert {family.recogniser.block.__name__ for family in FAMILIES} <= {*PUBLIC}
 
 
 FUNCTIONS = [name for name in PUBLIC if not inspect.isclass(getattr(acmix_deploy, name))]

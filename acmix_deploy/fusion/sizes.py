@@ -140,7 +140,7 @@ def smallest_image(model: onnx.ModelProto, needs: Collection[Need], step: int) -
         UserError: ONNX Runtime refuses the file, or it runs at none of the sizes tried.
     """
     maps = list(dict.fromkeys(need.x for need in needs))
-    session = open_session(_sizes_of(model, maps), optimize=False, once=True)
+    session = open_session(_sizes_of(model, maps), optimize=False)
     inputs = inputs_of(session)
 
     def defined(height: int, width: int) -> bool:

@@ -10,8 +10,8 @@ OTHER_SHAPE = "Give images of such a size, or build the engine for more: --min, 
 
 # ONNX Runtime
 NO_PROVIDER = (
-    "onnxruntime and onnxruntime-gpu fill the same folder, so one has to go before the other comes. "
-    "Run: pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
+    "Run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu. Both fill the same folder, "
+    "so one has to go before the other comes."
 )
 PROVIDER_NEEDS = (
     "It needs a GPU and the CUDA, cuDNN and, for tensorrt, TensorRT that this release of ONNX Runtime names: "

@@ -11,22 +11,21 @@ import numpy as np
 import onnx
 from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
-from polygraphy.logger import G_LOGGER
 
 from acmix_deploy.artifacts import read_artifact
-from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, suppressed, unlike_detector
+from acmix_deploy.detection.boxes import no_detector, suppressed, unlike_detector
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import CONFIDENCE, Suppression
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.half import faithful
 from acmix_deploy.network import NetworkRunner
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
-from acmix_deploy.process import WHOLE_PROCESS
+from acmix_deploy.process import polygraphy_unlogged
 from acmix_deploy.runtime.inputs import Input, Shape, Shapes, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
@@ -41,7 +40,6 @@ from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERA
 from acmix_deploy.verify.verification import Comparison, Verification
 
 Feed = dict[str, Array]
-_SILENT = G_LOGGER.CRITICAL + 1
 _FLOAT32 = np.dtype(np.float32)
 _IMAGES = 32  # of a folder, at most: their outputs are all held until they are compared
 
@@ -158,7 +156,7 @@ def verify(
     half: list[HalfRange] = []
     confidence = scenes.confidence if scenes else CONFIDENCE
     # Polygraphy computes statistics for its log.
-    with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):
+    with polygraphy_unlogged(), np.errstate(all="ignore"):
         expected = _run(reference, feeds)
         if isinstance(reference, NetworkRunner):
             notes.append(reference.told)
@@ -402,7 +400,7 @@ def compare_borders(
             f"no image of {images} has a border at {shapes[0][2]}x{shapes[0][3]}, so another grey changes nothing",
             "Give images of another aspect ratio, such as frames of the source.",
         )
-    with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # as in verify
+    with polygraphy_unlogged(), np.errstate(all="ignore"):  # as in verify
         rights = _outputs(_run(right.runner, scenes.feeds))
         head = known_head(metadata, rights[0])
         unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
@@ -482,7 +480,7 @@ def _accuracy(
     except UserError as error:  # of files that may be something else
         return (), (f"mean average precision was not measured: {error.message}",)
     try:
-        with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT):
+        with polygraphy_unlogged():
             return tuple(measure(model, shape, truth, metadata) for model in models), truth.notes
     except MissingComponent as error:
         return (), (f"{error.message}: {error.hint}",)

@@ -243,7 +243,7 @@ def test_a_provider_that_is_not_there(provider: str, tmp_path: Path, capsys: pyt
     assert cli.main(["profile", str(absolute(tmp_path / "m.onnx", 1, 3, 8, 8)), "--provider", provider]) == 3
     said = capsys.readouterr().err
     assert f"error: this ONNX Runtime has no {PROVIDERS[provider]}, but " in said
-    assert said.endswith("pip install onnxruntime-gpu\n")
+    assert "pip install onnxruntime-gpu" in said
 
 
 class Doubled(torch.nn.Module):

@@ -155,7 +155,9 @@ def test_a_provider_that_is_not_there(provider: str) -> None:
         MissingComponent, match=r"this ONNX Runtime has no \w+ExecutionProvider, but .*CPUExecution"
     ) as e:
         open_session(model_of("Abs"), provider=provider)
-    assert e.value.hint.endswith("Run: pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu")
+    assert e.value.hint.startswith(
+        "Run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu. "
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")

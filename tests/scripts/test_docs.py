@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from acmix_deploy import cli, gate_run
+from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.export import export
+from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.plan import Plan
 from acmix_deploy.report.model import ExportReport
-from scripts import docs, pictures, shapes
+from acmix_deploy.targets import TARGETS
+from scripts import docs, pictures, shapes, terminal
 from tests import ROOT
 from tests.gate import parts as gate_parts
 
@@ -117,6 +120,8 @@ def test_commands_and_code_run(
             continue
         for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
             command, _, shown = session.partition("\n")
+            if command == terminal.COMMAND:
+                shown = terminal.block().partition("\n$ ")[2].partition("\n")[2].partition("```")[0]
             # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
             if not command.startswith("acmix-deploy "):
                 continue
@@ -140,6 +145,25 @@ def test_commands_and_code_run(
 def lines_without_figures(output: str) -> set[str]:
     """Titles, heads of tables and the like: what a command prints whatever model it is given."""
     return {" ".join(line.split()) for line in output.splitlines() if not re.search(r"\d", line)}
+
+
+def test_the_error_that_is_shown_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["inspect", "model.onnx"]) == 2
+    assert capsys.readouterr().err == blocks(PAGES["docs/errors.md"], "text")[0][1]
+
+
+def test_every_exit_code_is_explained() -> None:
+    table = PAGES["docs/errors.md"].read_text(encoding="utf-8").partition("exit-codes:begin")[2]
+    rows = dict(re.findall(r"^\| (\d+) \| .* \| (?:`(\w+)`)? ?\|$", table.partition("exit-codes:end")[0], re.M))
+    kinds = {
+        str(kind.exit_code): kind.__name__
+        for kind in AcmixDeployError.__subclasses__()
+        if kind.__module__ == AcmixDeployError.__module__
+    }
+    assert rows == {"0": "", **kinds, "130": "KeyboardInterrupt", "143": ""}
 
 
 def test_generated_parts_are_current() -> None:
@@ -266,6 +290,25 @@ def test_pictures_are_well_formed_and_whole(path: Path) -> None:
         assert 0 <= top < bottom <= height
     for one, other in itertools.combinations(boxes, 2):
         assert one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1], (one, other)
+
+
+def test_the_picture_of_detections_is_small() -> None:
+    cv2 = pytest.importorskip("cv2", reason="needs opencv")
+    found = cv2.imread(str(ROOT / "docs/found.webp"))
+    assert found.shape[1] == 1600
+    assert (ROOT / "docs/found.webp").stat().st_size < 150_000
+
+
+def test_what_the_front_page_says_is_taken() -> None:
+    """How many families there are, and from which release to which."""
+    page = PAGES["README.md"].read_text(encoding="utf-8")
+    assert f"[{ ({10: 'ten'}[len(FAMILIES)]) } families]" in page
+    for name, kind in (("TensorRT", "tensorrt"), ("JetPack", "jetpack")):
+        releases = [
+            tuple(map(int, target.partition("-")[2].split("."))) for target in TARGETS if target.startswith(f"{kind}-")
+        ]
+        first, last = (".".join(map(str, release)) for release in (min(releases), max(releases)))
+        assert f"{name} {first} to {last}" in page
 
 
 def test_the_layout_is_whole_and_in_the_order_of_imports() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -24,6 +25,7 @@ def test_files_tell_how_to_measure_again(name):
     found = measured.read(name)
     assert found.text() == (measured.FOLDER / f"{name}.json").read_text(encoding="utf-8")
     assert found.date <= datetime.date.today()
+    assert " /" not in found.command, "a path of one machine"
     assert found.machine
     assert found.cells
     assert all(len(row) == len(found.columns) for row in found.rows)
@@ -69,3 +71,19 @@ def test_spreads():
     assert measured.times_faster(slow, fast) == (4 / 2, 6 / 2, 4 / 1)
     assert measured.percentiles(slow) == (4, 4, 6)
     assert measured.spread([3, 1, 2]) == (2, 1, 3)
+
+
+def test_the_front_page_tells_what_was_measured():
+    """Every number of the sentences about the gain is one of the benchmark's, in its place."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = page.partition("<!-- gain:begin -->")[2].partition("<!-- gain:end -->")[0]
+    exported, fused, int8 = json.loads((measured.FOLDER / "detector.json").read_text())["rows"]
+    file, megabytes, ms, faster, boxes = range(5)
+    expected = [
+        exported[ms][0], 640, 640, fused[ms][0], fused[faster][0], int8[ms][0], int8[faster][0],
+        exported[boxes], fused[boxes], int8[boxes],
+    ]  # fmt: skip
+    assert [float(number) for number in re.findall(r"(?<!INT)(?<!v)[\d.]*\d", said)] == expected
+    assert "No GPU was at hand" in said
+    assert [row[file] for row in (exported, fused, int8)] == ["as PyTorch exports it", "fused", "fused, INT8 for a CPU"]
+    assert int8[megabytes] < exported[megabytes] < fused[megabytes]

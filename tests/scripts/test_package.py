@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 from acmix_deploy import __version__
 from acmix_deploy.families.acmix.module import ACmix
+from scripts.base_install import size
 from tests.families.parts import export
 from tests.fusion.test_fuse import randomised
 
@@ -265,10 +266,6 @@ def test_base_install(version, wheel, plain, tmp_path):
     print(f"Python {version}: {megabytes:.0f} MB, --help in {seconds:.3f} s")
     assert megabytes < 400
     assert seconds < 0.3
-
-
-def size(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def quickest(*command, folder):

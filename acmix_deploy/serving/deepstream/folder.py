@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from acmix_deploy.detection.boxes import CONFIDENCE, IOU, MOST
+from acmix_deploy.detection.suppression import CONFIDENCE, IOU, MOST
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect

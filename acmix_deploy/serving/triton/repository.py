@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import Field
 
 from acmix_deploy import __version__
-from acmix_deploy.detection.boxes import CONFIDENCE
 from acmix_deploy.detection.heads import Head
+from acmix_deploy.detection.suppression import CONFIDENCE
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Provider

@@ -23,11 +23,11 @@ from google.protobuf import text_format
 
 from acmix_deploy import cli
 from acmix_deploy.artifacts import read_artifact, write_artifact
-from acmix_deploy.detection.boxes import MOST, Detections, decode, suppressed
+from acmix_deploy.detection.boxes import Detections, decode, suppressed
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Letterbox, Placement, tensor
 from acmix_deploy.detection.metadata import Pixels
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import MOST, Suppression
 from acmix_deploy.engine_file import header_bytes
 from acmix_deploy.errors import UserError
 from acmix_deploy.operators import OPERATORS
