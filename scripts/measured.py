@@ -120,6 +120,7 @@ def parts() -> dict[str, dict[str, str]]:
         "docs/benchmarks.md": whole("detector", "acmix-blocks", "other-blocks", "pixels", "files-to-boxes"),
         "docs/install.md": {"install": _size(read("install"))},
         "docs/pipeline.md": whole("fusing"),
+        "docs/tutorial.md": whole("tutorial"),
     }
 
 

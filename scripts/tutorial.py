@@ -140,11 +140,14 @@ def write(into: Path, folder: Path, took: dict[str, tuple[float, float]]) -> Non
         took: CPU seconds and seconds of each section.
     """
     reached = ", ".join(f"{name} {value:.2f}" for name, value in trained(folder).items())
-    rows = [[name, *seconds, reached if name.endswith("Train") else None] for name, seconds in took.items()]
+    rows = [
+        [name, *seconds, reached if name.endswith("Train") else None]
+        for name, seconds in took.items()
+        if seconds[1] > 1
+    ]
     columns = {"section": None, "CPU s": 0, "s": 0, "reached": None}
-    cells = (
-        "One run, on a machine with much else to do: CPU seconds are what a free core would take, s is how long it took"
-    )
+    busy = "Each step run once, on a machine with much else to do"
+    cells = f"{busy}: CPU s is what a free core would take, s how long it took"
     measured.write(into, "tutorial", cells, columns, rows, packages=("ultralytics-opencv-headless",))
 
 
