@@ -1,4 +1,4 @@
-"""Give the trained detector to other tools and write what comes out into docs/comparison.md.
+"""Give the trained detector to other tools, and write down what comes out: docs/measured/tools.json.
 
 Needs `pip install onnxsim onnxslim`; `--modelopt` names the Python of an environment with `nvidia-modelopt[onnx]`.
 Files are timed in turn by the CPU time of one thread, which other programs hardly change.
@@ -7,7 +7,6 @@ Files are timed in turn by the CPU time of one thread, which other programs hard
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import shutil
 import subprocess
@@ -25,13 +24,12 @@ from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import fuse
 from acmix_deploy.graph import count_nodes
 from acmix_deploy.precision import quantize
-from acmix_deploy.profile.timing import Machine
 from acmix_deploy.verify.judges import ByLabels
-from scripts import shapes
+from scripts import measured, shapes
 from scripts.train_shapes import CHECKPOINT, HELD_BACK
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/comparison.md"
 SHAPE = (1, 3, shapes.SIZE, shapes.SIZE)
+COLUMNS = {"file": None, "nodes": 0, "CPU ms": 1, "times faster": 2, "mAP50": 3, "mAP50-95": 3}
 _TOOLS = "ultralytics-opencv-headless", "onnxsim", "onnxslim", "polygraphy", "onnxruntime", "torch"
 
 
@@ -107,27 +105,24 @@ def times(paths: list[Path], turns: int) -> dict[Path, np.ndarray]:
     return {path: np.array(values) for path, values in found.items()}
 
 
-def table(made: dict[str, Path], folder: Path, images: int, turns: int) -> str:
-    """Markdown: each file with its nodes, its speed and what it detects."""
+def figures(made: dict[str, Path], folder: Path, images: int, turns: int) -> list[list[measured.Value]]:
+    """Rows of :data:`COLUMNS`: each file with its nodes, its speed and what it detects."""
     first, *_ = written = {name: path for name, path in made.items() if path.exists()}
     floats = [path for name, path in written.items() if not any(mode in name for mode in ("INT8", "FP8"))]
-    found = times(floats, turns)
+    found = {path: float(np.median(each)) for path, each in times(floats, turns).items()}
     judge = ByLabels(written[first], SHAPE, shapes.write(folder / "held-back", HELD_BACK, images), 0.5)
-    rows = [["file", "nodes", "CPU ms", "times faster", "mAP50", "mAP50-95"], ["---", *["---:"] * 5]]
+    rows: list[list[measured.Value]] = []
     for name, path in made.items():
-        if path not in written.values():
-            rows.append([name, "fails", "", "", "", ""])
+        if name not in written:
+            rows.append([name, "fails", *[None] * 4])
             continue
         model = onnx.load(path)
         if not model.metadata_props:  # some tools lose it, and it tells what an output is
             model.metadata_props.extend(onnx.load(written[first]).metadata_props)
-        figures = judge(model)
-        speed = ["", ""]
-        if path in found:
-            slow, own = np.median(found[written[first]]), np.median(found[path])
-            speed = [f"{own:.1f}", f"{slow / own:.2f}"]
-        rows.append([name, str(count_nodes(model)), *speed, f"{figures['map50']:.3f}", f"{figures['map50_95']:.3f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        detected = judge(model)
+        speed = [found[path], found[written[first]] / found[path]] if path in found else [None, None]
+        rows.append([name, count_nodes(model), *speed, detected["map50"], detected["map50_95"]])
+    return rows
 
 
 def main() -> None:
@@ -135,23 +130,18 @@ def main() -> None:
     parser.add_argument("--modelopt", type=Path, help="a Python with nvidia-modelopt[onnx]")
     parser.add_argument("--images", type=int, default=200, help="held-back images (default: 200)")
     parser.add_argument("--turns", type=int, default=12, help="turns of four runs each (default: 12)")
+    measured.add_folder(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         os.environ |= {"YOLO_CONFIG_DIR": name, "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
-        found = table(files(Path(name), options.modelopt), Path(name), options.images, options.turns)
+        rows = figures(files(Path(name), options.modelopt), Path(name), options.images, options.turns)
     versions = {tool: metadata.version(tool) for tool in _TOOLS}
     if options.modelopt:
         code = "from importlib import metadata; print(metadata.version('nvidia-modelopt'))"
         asked = subprocess.run([options.modelopt, "-c", code], capture_output=True, text=True, check=True)
         versions["nvidia-modelopt"] = asked.stdout.strip()
-    said = ", ".join(f"{tool} {version}" for tool, version in versions.items())
-    machine = Machine.this()
-    about = f"{options.images} held-back images, {machine.cpu}; {said}. {datetime.date.today()}."
-    text = PAGE.read_text(encoding="utf-8")
-    before, begin, rest = text.partition("<!-- tools:begin -->")
-    _, end, after = rest.partition("<!-- tools:end -->")
-    PAGE.write_text(f"{before}{begin}\n\n{found}\n\n{about}\n\n{end}{after}", encoding="utf-8")
-    print(f"{found}\n\n{about}")
+    cells = f"{options.images} held-back images; CPU time of one thread, median of {4 * options.turns} runs"
+    measured.write(options.into, "tools", cells, COLUMNS, rows, installed=versions, threads=1)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def write(
         threads: of what was measured.
     """
     machine = Machine.this()
-    cores = f"{threads} threads" if threads else f"{machine.cores} cores"
+    cores = f"{threads} thread{'s' * (threads > 1)}" if threads else f"{machine.cores} cores"
     found = Measured(
         date=datetime.date.today(),
         command=shlex.join(["python", *_without_folder(sys.orig_argv[1:])]),
@@ -117,6 +117,7 @@ def parts() -> dict[str, dict[str, str]]:
     detector = read("detector")
     return {
         "README.md": {"gain": _gain(detector), "detector": detector.table()},
+        "docs/comparison.md": whole("tools"),
         "docs/benchmarks.md": whole("detector", "acmix-blocks", "other-blocks", "pixels", "files-to-boxes"),
         "docs/install.md": {"install": _size(read("install"))},
         "docs/pipeline.md": whole("fusing"),
