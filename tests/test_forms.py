@@ -368,7 +368,8 @@ def test_files_for_other_runtimes(files, tmp_path, capsys):
         assert relative_l2(outputs(tmp_path / found["file"], x), expected) < FLOAT32
         report = TargetReport.model_validate(found)
         first, *steps = target_steps(report, "model.onnx", "float32", None, "images", detector=False)
-        assert first == f"Carry {name}.{name}.onnx and model.onnx to the target ({name}) and run there:"
+        ours = ", install acmix-deploy there," * (name == "onnxruntime")
+        assert first == f"Carry {name}.{name}.onnx and model.onnx to the target ({name}){ours} and run there:"
         assert steps[-1].split() == [*target_named(name).command.split(), f"{name}.{name}.onnx"]
 
 

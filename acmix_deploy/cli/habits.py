@@ -33,6 +33,18 @@ _ELSEWHERE = {
 }
 """Options that a verb lacks: the option that it has to have for the sentence to be true, and the sentence."""
 
+_VERBS_ELSEWHERE = {
+    "predict": "detect",
+    "infer": "detect",
+    "convert": "export",
+    "val": "verify",
+    "compare": "verify",
+    "benchmark": "profile",
+    "help": "--help",
+    "version": "--version",
+}
+"""What other tools call a verb."""
+
 _KEY_VALUE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
@@ -54,6 +66,8 @@ class Parser(argparse.ArgumentParser):
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
             meant = did_you_mean(str(value), map(str, action.choices or ()))
+            if action.metavar == "VERB" and (verb := _VERBS_ELSEWHERE.get(str(value))):
+                meant = f"Did you mean {verb}?"
             if "--target" in action.option_strings and re.match("jetpack|tensorrt|onnxruntime|openvino", str(value)):
                 meant = f"Did you mean --for {value}?"
             raise argparse.ArgumentError(action, " ".join(filter(None, (error.message, meant)))) from None

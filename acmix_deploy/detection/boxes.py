@@ -129,7 +129,10 @@ def no_detector(name: str, found: str) -> UserError:
     )
 
 
-NO_DETECTOR_HINT = "Export it from its checkpoint: acmix-deploy export. What is taken is in docs/detect.md."
+NO_DETECTOR_HINT = (
+    "Export it from its checkpoint: acmix-deploy export. An ONNX file of another exporter can be told what it lacks: "
+    "docs/detect.md#a-file-that-does-not-tell."
+)
 
 
 def spoilt(head: Head, outputs: Mapping[str, Array], confidence: float) -> str:

@@ -89,8 +89,8 @@ class There:
         if self.machine is None:
             raise MissingComponent(
                 f"there is no TensorRT on {self.session.name}",
-                f"Install it there, then: acmix-deploy device add {self.session.name} --install. Without an engine: "
-                "--no-engine",
+                "Install it there, on a Jetson by apt-get install nvidia-jetpack python3-libnvinfer, then: "
+                f"acmix-deploy device add {self.session.name} --install. Without an engine: --no-engine",
             )
         return target_for(self.machine)
 

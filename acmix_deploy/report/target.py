@@ -82,7 +82,11 @@ def obstacles(file: str, unread: Mapping[str, Sequence[str]]) -> tuple[str, ...]
 def carry(files: Iterable[str], where: str, commands: Sequence[str]) -> tuple[str, ...]:
     """Which files go where, each once, and below it the commands to run there."""
     names = " and ".join(dict.fromkeys(files))
-    return (f"Carry {names} to the target ({where}) and run there:", *(f"  {line}" for line in commands))
+    ours = any(command.startswith("acmix-deploy ") for command in commands)
+    return (
+        f"Carry {names} to the target ({where}){', install acmix-deploy there,' * ours} and run there:",
+        *(f"  {line}" for line in commands),
+    )
 
 
 def engine_steps(

@@ -53,6 +53,8 @@ def test_sizes_of_a_plan(tmp_path) -> None:
 
 SAID = {
     "exprot m.pt": "Did you mean export?",
+    "predict m.onnx a.png": "Did you mean detect?",
+    "version": "Did you mean --version?",
     "plugin biuld": "Did you mean build?",
     "export m.pt --imgz 640": "unrecognized arguments: --imgz 640. Did you mean --imgsz?",
     "export m.pt --dynamik": "Did you mean --dynamic?",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -213,6 +215,24 @@ def test_fuse(program, plain, tmp_path):
     said = run(program, "verify", "model.onnx", "model.fused.onnx", "--random", "2", folder=tmp_path).stdout
     assert "model.fused.onnx" in said
     run(program, "fuse", "model.onnx", "-o", "two.onnx", "--expect", "2", code=1, folder=tmp_path)
+
+
+def test_readme_with_only_an_onnx_file(program, plain, tmp_path):
+    """Its lines as they stand, measured for a moment; quantize reads images, and says what it lacks for them."""
+    lines = re.findall(
+        r"^\$ acmix-deploy ((?:fuse|quantize|verify|profile|gate run) .*)$", (CHECKOUT / "README.md").read_text(), re.M
+    )
+    verbs = [line.split()[0] for line in lines]
+    assert verbs[0] == "fuse"
+    assert {"verify", "profile", "gate"} <= set(verbs)
+    shutil.copy(plain, tmp_path / "model.onnx")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.jpg").write_bytes(b"\xff\xd8\xff")
+    quick = {"profile": ["--samples", "3"], "gate": ["--rounds", "1", "--samples", "3"]}
+    for verb, line in zip(verbs, lines, strict=True):
+        words = [word for word in shlex.split(line) if verb == "quantize" or word != "model.int8.onnx"]
+        done = run(program, *words, *quick.get(verb, []), code=3 if verb == "quantize" else 0, folder=tmp_path)
+        assert verb != "quantize" or "pip install 'acmix-deploy[images]'" in done.stderr
 
 
 @pytest.mark.parametrize("command", EXTRAS)
