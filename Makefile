@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak bench docs lint resources instructions release-check test-gpu bench-gpu bench-engines clean
+.PHONY: help setup demo test soak bench docs site lint resources instructions release-check test-gpu bench-gpu bench-engines clean
 
 help:
 	@echo "make demo           take a trained YOLOv8n with three ACmix blocks to FP16 and INT8, draw what they find"
@@ -15,6 +15,7 @@ help:
 	@echo "make soak           run the tests that take long: large detectors, mAP on 500 images, servers under load"
 	@echo "make bench          time one block, fused against plain, on ONNX Runtime"
 	@echo "make docs           write the generated parts of the documentation"
+	@echo "make site           build the documentation as a site, out/site/index.html, and follow every link"
 	@echo "make lint           ruff, mypy --strict, the import linter and clang-format"
 	@echo "make resources      compile the kernels and write down what each one needs"
 	@echo "make instructions   count what the compiled kernels execute, and write it down"
@@ -45,6 +46,9 @@ bench: $(READY)
 docs: $(READY)
 	$(BIN)/python -m scripts.docs
 	$(BIN)/python -m scripts.pictures
+
+site: $(READY)
+	$(BIN)/python -m scripts.site
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -78,4 +82,4 @@ dist: $(READY)
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist out .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

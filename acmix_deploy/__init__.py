@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from acmix_deploy.artifacts import Artifact, Made, read_artifact
     from acmix_deploy.checkpoint.source import Source, load_source
     from acmix_deploy.detection.boxes import Detections
+    from acmix_deploy.detection.images import Letterbox
+    from acmix_deploy.device.session import Session as DeviceSession
+    from acmix_deploy.device.stages import There
     from acmix_deploy.doctor.diagnosis import Examination
     from acmix_deploy.doctor.files import examine
     from acmix_deploy.doctor.pasted import Found as Explanation
@@ -22,85 +25,154 @@ if TYPE_CHECKING:
     from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
     from acmix_deploy.export import ExportResult, export
     from acmix_deploy.families.acmix.module import ACmix
+    from acmix_deploy.families.cafm.module import CAFM
+    from acmix_deploy.families.carafe.module import Carafe
+    from acmix_deploy.families.gated_acmix.module import GatedACmix
+    from acmix_deploy.families.involution.module import Involution
+    from acmix_deploy.families.local_attention.module import LocalAttention
+    from acmix_deploy.families.outlook.module import OutlookAttention
+    from acmix_deploy.families.shift_conv.module import ShiftConv
+    from acmix_deploy.families.swin_acmix.module import SwinACmix
+    from acmix_deploy.families.windowed_acmix.module import WindowedACmix
     from acmix_deploy.fusion.fuse import FusionReport, fuse
+    from acmix_deploy.gate.history import History as GateHistory
+    from acmix_deploy.gate.history import read_history as gate_history
     from acmix_deploy.gate.measure import measure as gate_run
     from acmix_deploy.gate.samples import GateSamples
     from acmix_deploy.gate.verdict import Verdict
     from acmix_deploy.gate.verdict import judge as gate_check
+    from acmix_deploy.operators.neighborhood_attention import Border
     from acmix_deploy.operators.spec import Tolerance
     from acmix_deploy.pipeline import deploy
     from acmix_deploy.plan import Plan
+    from acmix_deploy.plugin.build import build as build_plugin
+    from acmix_deploy.plugin.library import Library as PluginLibrary
     from acmix_deploy.precision import Fp16Report, Goal, Int8Report, quantize, to_fp16
     from acmix_deploy.profile import Profile, profile
+    from acmix_deploy.profile.subjects import Setup
+    from acmix_deploy.report.documents import HtmlDocument
+    from acmix_deploy.report.html import write_html as write_report
     from acmix_deploy.report.inspection import Inspection, inspect
     from acmix_deploy.report.model import ExportReport
     from acmix_deploy.runtime.inputs import random_images
-    from acmix_deploy.runtime.onnxruntime import onnx_runner
+    from acmix_deploy.runtime.models import Model, open_model
+    from acmix_deploy.runtime.onnxruntime import OnnxRunner, onnx_runner
+    from acmix_deploy.runtime.tensorrt import EngineRunner
     from acmix_deploy.runtime.torch import TorchRunner
     from acmix_deploy.serving.deepstream.folder import DeepStreamDocument
     from acmix_deploy.serving.deepstream.folder import package as package_deepstream
     from acmix_deploy.serving.detector import Detector
+    from acmix_deploy.serving.end_to_end import EndToEndDocument
+    from acmix_deploy.serving.end_to_end import end_to_end as profile_end_to_end
     from acmix_deploy.serving.triton.repository import PackageDocument
     from acmix_deploy.serving.triton.repository import package as package_triton
-    from acmix_deploy.verify import Candidate, Verification, compare_files, verify
+    from acmix_deploy.verify import (
+        Candidate,
+        LayerErrors,
+        Scenes,
+        Verification,
+        compare_files,
+        compare_layers,
+        inputs_for,
+        verify,
+    )
+    from acmix_deploy.verify.judges import ByDetections, ByLabels
+    from acmix_deploy.yolo import build as yolo_model
+    from acmix_deploy.yolo import model_yaml as yolo_yaml
+    from acmix_deploy.yolo import register as register_acmix
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "CAFM",
     "ACmix",
     "AcmixDeployError",
     "AdoptReport",
     "Artifact",
+    "Border",
     "BuildReport",
+    "ByDetections",
+    "ByLabels",
     "Candidate",
+    "Carafe",
     "CheckFailed",
     "DeepStreamDocument",
     "Detections",
     "Detector",
+    "DeviceSession",
+    "EndToEndDocument",
+    "EngineRunner",
     "Examination",
     "Explanation",
     "ExportReport",
     "ExportResult",
     "Fp16Report",
     "FusionReport",
+    "GateHistory",
     "GateSamples",
+    "GatedACmix",
     "Goal",
+    "HtmlDocument",
     "Inconclusive",
     "Inspection",
     "Int8Report",
+    "Involution",
+    "LayerErrors",
+    "Letterbox",
+    "LocalAttention",
     "Made",
     "MissingComponent",
+    "Model",
+    "OnnxRunner",
+    "OutlookAttention",
     "PackageDocument",
     "Plan",
+    "PluginLibrary",
     "Profile",
+    "Scenes",
+    "Setup",
+    "ShiftConv",
     "Source",
+    "SwinACmix",
+    "There",
     "Tolerance",
     "TorchRunner",
     "UserError",
     "Verdict",
     "Verification",
+    "WindowedACmix",
     "__version__",
     "adopt",
     "build",
+    "build_plugin",
     "compare_files",
+    "compare_layers",
     "deploy",
     "examine",
     "explain",
     "export",
     "fuse",
     "gate_check",
+    "gate_history",
     "gate_run",
+    "inputs_for",
     "inspect",
     "load_source",
     "onnx_runner",
+    "open_model",
     "package_deepstream",
     "package_triton",
     "profile",
+    "profile_end_to_end",
     "quantize",
     "random_images",
     "read_artifact",
+    "register_acmix",
     "to_fp16",
     "verify",
+    "write_report",
+    "yolo_model",
+    "yolo_yaml",
 ]
 
 _WHERE = {
@@ -110,6 +182,9 @@ _WHERE = {
     "Source": "checkpoint.source:Source",
     "load_source": "checkpoint.source:load_source",
     "Detections": "detection.boxes:Detections",
+    "Letterbox": "detection.images:Letterbox",
+    "DeviceSession": "device.session:Session",
+    "There": "device.stages:There",
     "Examination": "doctor.diagnosis:Examination",
     "examine": "doctor.files:examine",
     "Explanation": "doctor.pasted:Found",
@@ -126,15 +201,29 @@ _WHERE = {
     "ExportResult": "export:ExportResult",
     "export": "export:export",
     "ACmix": "families.acmix.module:ACmix",
+    "CAFM": "families.cafm.module:CAFM",
+    "Carafe": "families.carafe.module:Carafe",
+    "GatedACmix": "families.gated_acmix.module:GatedACmix",
+    "Involution": "families.involution.module:Involution",
+    "LocalAttention": "families.local_attention.module:LocalAttention",
+    "OutlookAttention": "families.outlook.module:OutlookAttention",
+    "ShiftConv": "families.shift_conv.module:ShiftConv",
+    "SwinACmix": "families.swin_acmix.module:SwinACmix",
+    "WindowedACmix": "families.windowed_acmix.module:WindowedACmix",
     "FusionReport": "fusion.fuse:FusionReport",
     "fuse": "fusion.fuse:fuse",
+    "GateHistory": "gate.history:History",
+    "gate_history": "gate.history:read_history",
     "gate_run": "gate.measure:measure",
     "GateSamples": "gate.samples:GateSamples",
     "Verdict": "gate.verdict:Verdict",
     "gate_check": "gate.verdict:judge",
+    "Border": "operators.neighborhood_attention:Border",
     "Tolerance": "operators.spec:Tolerance",
     "deploy": "pipeline:deploy",
     "Plan": "plan:Plan",
+    "build_plugin": "plugin.build:build",
+    "PluginLibrary": "plugin.library:Library",
     "Fp16Report": "precision:Fp16Report",
     "Goal": "precision:Goal",
     "Int8Report": "precision:Int8Report",
@@ -142,21 +231,39 @@ _WHERE = {
     "to_fp16": "precision:to_fp16",
     "Profile": "profile:Profile",
     "profile": "profile:profile",
+    "Setup": "profile.subjects:Setup",
+    "HtmlDocument": "report.documents:HtmlDocument",
+    "write_report": "report.html:write_html",
     "Inspection": "report.inspection:Inspection",
     "inspect": "report.inspection:inspect",
     "ExportReport": "report.model:ExportReport",
     "random_images": "runtime.inputs:random_images",
+    "Model": "runtime.models:Model",
+    "open_model": "runtime.models:open_model",
+    "OnnxRunner": "runtime.onnxruntime:OnnxRunner",
     "onnx_runner": "runtime.onnxruntime:onnx_runner",
+    "EngineRunner": "runtime.tensorrt:EngineRunner",
     "TorchRunner": "runtime.torch:TorchRunner",
     "DeepStreamDocument": "serving.deepstream.folder:DeepStreamDocument",
     "package_deepstream": "serving.deepstream.folder:package",
     "Detector": "serving.detector:Detector",
+    "EndToEndDocument": "serving.end_to_end:EndToEndDocument",
+    "profile_end_to_end": "serving.end_to_end:end_to_end",
     "PackageDocument": "serving.triton.repository:PackageDocument",
     "package_triton": "serving.triton.repository:package",
     "Candidate": "verify:Candidate",
+    "LayerErrors": "verify:LayerErrors",
+    "Scenes": "verify:Scenes",
     "Verification": "verify:Verification",
     "compare_files": "verify:compare_files",
+    "compare_layers": "verify:compare_layers",
+    "inputs_for": "verify:inputs_for",
     "verify": "verify:verify",
+    "ByDetections": "verify.judges:ByDetections",
+    "ByLabels": "verify.judges:ByLabels",
+    "yolo_model": "yolo:build",
+    "yolo_yaml": "yolo:model_yaml",
+    "register_acmix": "yolo:register",
 }
 """Module and name there of what is exported; the imports above say the same to type checkers."""
 

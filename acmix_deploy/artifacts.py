@@ -66,7 +66,9 @@ class Made(Generic[Found]):
     """What every stage returns: the file that it wrote, with its sidecar, and what it found on the way."""
 
     artifact: Artifact
+    """The file, as its sidecar describes it."""
     found: Found
+    """What the stage found, such as the error of each block."""
 
 
 def check_output(target: Path, *sources: Path) -> None:
@@ -201,7 +203,13 @@ def _write_sidecar(artifact: Artifact) -> None:
 
 
 def read_artifact(path: Path) -> Artifact:
-    """The artifact that :func:`write_artifact` described, checked against the file as it is now.
+    """What the sidecar of a file says, checked against the file as it is now.
+
+    Args:
+        path: the file, not the sidecar.
+
+    Returns:
+        The file, what made it, and what from.
 
     Raises:
         UserError: there is no sidecar, it is of another form, or the file has changed since.

@@ -27,7 +27,7 @@ from acmix_deploy.detection.parts import known_head
 from acmix_deploy.detection.rows import paired
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import CheckFailed, UserError
-from acmix_deploy.graph import tidied
+from acmix_deploy.graph import sizes_of, tidied
 from acmix_deploy.network import NetworkRunner, check_suppression
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.processing import NOTHING, Processing, attach, suppressible
@@ -97,7 +97,7 @@ def export(
     Opset 18 and above come from the dynamo exporter, whose operators are written for 18; below, from the TorchScript
     exporter, since nothing converts a newer Pad down. Where one fails or its file is wrong, the other is tried. A file
     is right when ONNX Runtime runs it at the example and, for dynamic axes, at two more sizes and another batch, and
-    every output is as close to the module's as :data:`TOLERANCES` asks of float32: by its floor, or, where that is not
+    every output is as close to the module's as the operators ask of float32: by a floor, or, where that is not
     enough, by the module's own distance from itself in float64.
 
     Args:
@@ -114,6 +114,9 @@ def export(
         reference: what the file has to compute, where ``module`` was made of another; by default that is ``module``.
         processing: what is put around the network, once its file is proven.
         progress: told what is about to be done.
+
+    Returns:
+        The file with its sidecar, and what was exported.
 
     Raises:
         UserError: the request cannot be met by this model, or the file cannot be written.
@@ -487,7 +490,7 @@ def _describe(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorInfo, ...]:
         TensorInfo(
             name=value.name,
             dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
-            shape=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+            shape=sizes_of(value),
         )
         for value in values
     )

@@ -359,7 +359,7 @@ def evaluate(
     model, used = piece(graph, outputs, feeds, functions)
     try:
         # Nodes as written: pieces of graphs trip ONNX Runtime's optimizer, and each runs only once or twice.
-        return list(open_session(model, optimize=False, once=True).run(None, used))
+        return list(open_session(model, optimize=False).run(None, used))
     except UserError as error:
         raise NoMatch(f"it cannot be run on its own: {error.message}") from error
     except Exception as error:  # ONNX Runtime's error types share no base of their own
@@ -439,6 +439,11 @@ def keep(entries: Any, kept: list[Any]) -> None:
     """Leave only ``kept`` in a repeated field."""
     del entries[:]
     entries.extend(kept)
+
+
+def sizes_of(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    """Of the axes of a declared tensor, names where they are free; 0 where nothing is told."""
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
 def fed(model: onnx.ModelProto) -> set[str]:

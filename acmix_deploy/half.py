@@ -97,7 +97,7 @@ def _halves_untold(model: onnx.ModelProto) -> set[str]:
     asked = onnx.ModelProto()
     asked.CopyFrom(model)
     keep(asked.graph.output, [onnx.ValueInfoProto(name=name) for name in untold])
-    session = open_session(asked, optimize=False, once=True)
+    session = open_session(asked, optimize=False)
     return {value.name for value in session.get_outputs() if value.type == "tensor(float16)"}
 
 

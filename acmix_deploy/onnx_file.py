@@ -28,7 +28,7 @@ class OnnxTensor(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
+    name: str = Field(description="of the tensor")
     dtype: str = Field(description="element type by NumPy's name")
     shape: tuple[int | str, ...] = Field(description="sizes; a name or ? where an axis is free")
 
@@ -38,9 +38,9 @@ class CustomNode(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
-    operator: str
-    attributes: dict[str, Any]
+    name: str = Field(description="of the node")
+    operator: str = Field(description="type of the node")
+    attributes: dict[str, Any] = Field(description="its attributes, by name")
 
 
 class OnnxFile(BaseModel):
@@ -51,8 +51,8 @@ class OnnxFile(BaseModel):
     opset: int = Field(description="version of the standard operators")
     ir_version: int = Field(description="version of the file format")
     producer: str = Field(description="what wrote the file")
-    inputs: tuple[OnnxTensor, ...]
-    outputs: tuple[OnnxTensor, ...]
+    inputs: tuple[OnnxTensor, ...] = Field(description="what it takes")
+    outputs: tuple[OnnxTensor, ...] = Field(description="what it gives")
     operators: dict[str, int] = Field(description="nodes of the graph by type, most frequent first")
     functions: tuple[str, ...] = Field(description="custom operators with a definition in the file")
     fused: tuple[CustomNode, ...] = Field(description="nodes of this package's operators")

@@ -31,7 +31,6 @@ from acmix_deploy.forms import TargetReport, takes_plugin, to_form, write_for
 from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.graph import Feeds
 from acmix_deploy.manifest import KIND as ENGINE
-from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.plan import Plan
 from acmix_deploy.plugin.build import library_in
 from acmix_deploy.precision import Fp16Report, Int8Report, quantize, to_fp16
@@ -68,6 +67,9 @@ def deploy(plan: Plan, progress: Progress = lambda step: None, there: There | No
         progress: told what is being done.
         there: the device on which engines are built and files timed; this machine by default.
 
+    Returns:
+        What every stage found.
+
     Raises:
         UserError: the checkpoint or the plan cannot be used, or the detections of a detector cannot be decoded.
         CheckFailed: a file that computes something else, or another number of blocks than ``plan.expect``.
@@ -87,9 +89,7 @@ def deploy(plan: Plan, progress: Progress = lambda step: None, there: There | No
     if plan.made_for:
         target = work.file("target", f"writing for {plan.made_for.name}", lambda: _write_for(plan))
     engines = work.stage("engine", "building engines", lambda: _build(work, exported)) if plan.device else {}
-    verification = work.stage(
-        "verify", "comparing every file with the model", lambda: _verify(work, source, exported, inputs)
-    )
+    verification = work.stage("verify", "comparing every file with the model", lambda: _verify(work, source, inputs))
     latency = {} if plan.no_profile else work.stage("profile", "timing every file", lambda: _profile(work, source))
     artifacts = work.marked()
     device = there.report() if there else None
@@ -265,7 +265,7 @@ def _build(work: _Work, exported: ExportResult) -> dict[str, BuildReport]:
     return found
 
 
-def _verify(work: _Work, source: Source, exported: ExportResult, inputs: Scenes | list[Feeds]) -> Verification:
+def _verify(work: _Work, source: Source, inputs: Scenes | list[Feeds]) -> Verification:
     """Every file against the model as it was loaded; the one for a target by its twin that ONNX Runtime takes."""
     plan = work.plan
     candidates = []
@@ -282,12 +282,10 @@ def _verify(work: _Work, source: Source, exported: ExportResult, inputs: Scenes 
             assert plan.target
             model = to_form(onnx.load(plan.path(plan.role_for(plan.target))), "any")
         candidates.append(Candidate.of(model, artifact.path.name))
-    eager = {}
+    eager = {"float32": lambda: TorchRunner(copy.deepcopy(source.reference).double(), "torch float64")}
     if not plan.python and any(candidate.precision == "float16" for candidate in candidates):
         module = source.module.module() if isinstance(source.module, ExportedProgram) else source.module
-        eager["float16"] = TorchRunner(copy.deepcopy(module).half(), "torch float16")
-    if exported.relative_l2 > TOLERANCES["float32"].floor:
-        eager["float32"] = TorchRunner(copy.deepcopy(source.reference).double(), "torch float64")
+        eager["float16"] = lambda: TorchRunner(copy.deepcopy(module).half(), "torch float16")
     runner = TorchRunner(source.reference, str(source.reference.report))
     found = verify(runner, candidates, inputs, metadata=source.metadata, eager=eager)
     return found.model_copy(update={"layers": tuple(_along(work, found, inputs))})

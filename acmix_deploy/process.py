@@ -27,6 +27,15 @@ def unprinted() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def polygraphy_unlogged() -> Iterator[None]:
+    """Let Polygraphy log nothing."""
+    from polygraphy.logger import G_LOGGER
+
+    with WHOLE_PROCESS, G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+        yield
+
+
 class _OfOthers:
     """stdout, without what the thread that made this writes."""
 

@@ -17,7 +17,7 @@ from acmix_deploy.detection.heads import Dims, Head, NoHead, head_of
 from acmix_deploy.detection.metadata import ModelMetadata, Pixels
 from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import UserError
-from acmix_deploy.graph import keep, names_read, read
+from acmix_deploy.graph import keep, names_read, read, sizes_of
 from acmix_deploy.nms import graph_of
 
 _INPUT = "acmix_input"
@@ -25,6 +25,12 @@ _INPUT = "acmix_input"
 
 _NMS = "acmix_nms"
 """The same between the network's output and the file's."""
+
+
+SAY_PIXELS = (
+    "Export it with an input in float32, or from its checkpoint: acmix-deploy export --input uint8, which tells them."
+)
+"""What to do about a file of which :func:`untold_pixels` has something to say."""
 
 
 class Processing(NamedTuple):
@@ -71,6 +77,16 @@ def detach(model: onnx.ModelProto) -> Processing:
         _detach_suppression(model, found.suppression)
     _tell(model, NOTHING)
     return found
+
+
+def untold_pixels(model: onnx.ModelProto) -> str:
+    """What to say of a file that takes images in uint8 of which its metadata tell nothing; empty of any other."""
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        if tensor.elem_type == TensorProto.UINT8 and len(tensor.shape.dim) == 4 and not ModelMetadata.of(model).pixels:
+            shape = ", ".join(map(str, sizes_of(value)))
+            return f"takes {value.name} [{shape}] in uint8, and its metadata do not tell what their channels are"
+    return ""
 
 
 def network_of(model: Path | onnx.ModelProto) -> Path | onnx.ModelProto:
@@ -129,10 +145,10 @@ def _tell(model: onnx.ModelProto, processing: Processing) -> None:
 def _attach_pixels(model: onnx.ModelProto, order: Pixels) -> None:
     graph = model.graph
     image = graph.input[0].type.tensor_type
-    shape = [dim.dim_param or dim.dim_value for dim in image.shape.dim]
+    shape = sizes_of(graph.input[0])
     if len(graph.input) != 1 or len(shape) != 4 or shape[1] != 3:
         raise UserError(
-            f"images in uint8 have three channels, and the model takes {graph.input[0].name} {shape}",
+            f"images in uint8 have three channels, and the model takes {graph.input[0].name} {[*shape]}",
             "Leave out --input.",
         )
     name, inner = graph.input[0].name, f"{_INPUT}/{graph.input[0].name}"
@@ -172,7 +188,7 @@ def _detach_pixels(model: onnx.ModelProto, order: Pixels) -> None:
     if not ours or ours[-1].output[0] != inner or turned != (order == "bgr"):
         raise wrong
     half = len(ours) > 1 and ours[-1].op_type == "Cast"
-    batch, height, width, _ = (dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim)
+    batch, height, width, _ = sizes_of(graph.input[0])
     dtype = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     keep(graph.node, [node for node in graph.node if node not in ours])
     for tensors in (graph.initializer, graph.value_info):
@@ -204,10 +220,7 @@ def suppressible(metadata: ModelMetadata, outputs: Mapping[str, Dims]) -> Head:
 
 def _attach_suppression(model: onnx.ModelProto, suppression: Suppression) -> None:
     graph = model.graph
-    sizes = {
-        output.name: tuple(dim.dim_param or dim.dim_value for dim in output.type.tensor_type.shape.dim)
-        for output in graph.output
-    }
+    sizes = {output.name: sizes_of(output) for output in graph.output}
     head = suppressible(ModelMetadata.of(model), sizes)
     (output,) = graph.output
     name, inner = output.name, f"{_NMS}/{output.name}"

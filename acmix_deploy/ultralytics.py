@@ -1,7 +1,9 @@
-"""``import acmix_deploy.ultralytics``: Ultralytics' own predict and val run the files that are made here.
+"""``import acmix_deploy.ultralytics``: Ultralytics trains models whose YAML names ACmix, and its own predict and val
+run the files that are made here. ``python -m acmix_deploy.ultralytics`` is its command ``yolo`` with that.
 
-Two names of the installed package are replaced, for this process; nothing else happens on import:
+One name is added to the installed package and two are replaced, for this process; nothing else happens on import:
 
+- ``ACmix`` where model YAML files are read.
 - ``open`` where Ultralytics reads engines. For one with a manifest beside it the manifest is checked against this
   machine and the plugin is loaded, before TensorRT deserialises the engine; and the metadata of the manifest are read
   as if they stood before the engine, as they do in Ultralytics' own. All other files are opened as ever.
@@ -25,7 +27,7 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine_file import header_bytes, read_engine_file
 from acmix_deploy.errors import UserError
 from acmix_deploy.manifest import KIND, HeaderManifest, Manifest, read_any_manifest, read_fitting
-from acmix_deploy.yolo import ultralytics
+from acmix_deploy.yolo import register, ultralytics
 
 _DESERIALISE = ("nn.autobackend", "nn.backends.tensorrt")
 """Modules that read an engine for TensorRT: the first up to 8.3, the second since."""
@@ -36,6 +38,7 @@ _READ_HEADER = "nn.backends.base"
 
 
 def _install() -> None:
+    register()
     ultralytics("nn.autobackend")
     for name in filter(_exists, _DESERIALISE):
         vars(ultralytics(name))["open"] = _open_engine
@@ -142,3 +145,6 @@ def _told_task(model: Any) -> str | None:
 
 
 _install()
+
+if __name__ == "__main__":
+    ultralytics("cfg").entrypoint()

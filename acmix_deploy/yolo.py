@@ -172,7 +172,20 @@ def model_yaml(variant: Variant, scale: Scale = "n", num_classes: int = 80) -> d
 
 
 def build(variant: Variant, scale: Scale = "n", num_classes: int = 80) -> nn.Module:
-    """An untrained detector of :func:`model_yaml`, an ``ultralytics.nn.tasks.DetectionModel`` in training mode."""
+    """An untrained YOLOv8 of the installed Ultralytics, with an ACmix after some of its feature maps.
+
+    Args:
+        variant: "p3p4p5" for an ACmix after each of the maps P3, P4 and P5, or "p5" for one after P5.
+        scale: width and depth of the model.
+        num_classes: classes to detect.
+
+    Returns:
+        An ``ultralytics.nn.tasks.DetectionModel`` in training mode.
+
+    Raises:
+        UserError: an unknown variant or scale.
+        MissingComponent: Ultralytics is not installed.
+    """
     register()
     model: nn.Module = ultralytics("nn.tasks").DetectionModel(model_yaml(variant, scale, num_classes), verbose=False)
     return model

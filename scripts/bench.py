@@ -1,4 +1,4 @@
-"""Blocks on ONNX Runtime: fused against the plain export, in turn and in one run, as Markdown tables."""
+"""Time blocks on ONNX Runtime: fused against the plain export, in turn and in one run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +22,7 @@ from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.neighborhood_attention import Border
 from acmix_deploy.options import ConvBranchChoice
 from acmix_deploy.profile import Profile, profile
+from scripts import measured
 
 SHAPES = ((64, 80), (128, 40), (256, 20))
 """Channels and side of the map: what P3, P4 and P5 of a YOLOv8n see at 640 pixels."""
@@ -47,25 +47,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=120, help="runs of each file (default: 120)")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each file (default: 6)")
+    measured.add_folder(parser)
     options = parser.parse_args()
     torch.manual_seed(0)
-    print(f"| {CHANNELS} ch | plain ms | fused ms | times faster |\n|---|---|---|---|")
+    cells = (
+        f"Median [10th to 90th percentile] of {options.samples} runs in {options.rounds} turns, and the ratio of "
+        "medians [over the turns]; float32, batch 1"
+    )
+    others: list[list[measured.Value]] = []
     for name, (block, side) in relatives().items():
         print(f"measuring {name} ...", file=sys.stderr)
         plain, fused = measure(block, CHANNELS, side, options.samples, options.rounds, ("auto",))
-        print(f"| {name}, {side}x{side} | {_spread(plain)} | {_spread(fused)} | {_ratio(plain, fused)} |", flush=True)
-    print("\n| block | plain ms | dense ms | grouped ms | dense, times faster | grouped, times faster |")
-    print("|---|---|---|---|---|---|")
+        spreads = map(measured.percentiles, (plain, fused))
+        others.append([f"{name}, {side}x{side}", *spreads, measured.times_faster(plain, fused)])
+    columns = {f"{CHANNELS} ch": None, "plain ms": 2, "fused ms": 2, "times faster": 1}
+    measured.write(options.into, "other-blocks", cells, columns, others, threads=plain.threads)
+    found: list[list[measured.Value]] = []
     for channels, side in SHAPES:
         print(f"measuring {channels} channels, {side}x{side} ...", file=sys.stderr)
         block, branches = ACmix(channels, channels), ("dense", "grouped")
-        plain, dense, grouped = measure(block, channels, side, options.samples, options.rounds, branches)
-        cells = [f"{channels} ch, {side}x{side}", *(_spread(p) for p in (plain, dense, grouped))]
-        print("|", " | ".join([*cells, *(_ratio(plain, p) for p in (dense, grouped))]), "|", flush=True)
-    machine = plain.machine
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(machine.versions.items()))
-    print(f"\nMedian [10th to 90th percentile] of {options.samples} runs in {options.rounds} turns, float32, batch 1.")
-    print(f"{plain.provider}, {plain.threads} threads, {machine.cpu}, {machine.system}; {versions}")
+        plain, *forms = measure(block, channels, side, options.samples, options.rounds, branches)
+        ratios = (measured.times_faster(plain, form) for form in forms)
+        found.append([f"{channels} ch, {side}x{side}", *map(measured.percentiles, (plain, *forms)), *ratios])
+    columns = {
+        "block": None,
+        **dict.fromkeys(("plain ms", "dense ms", "grouped ms"), 2),
+        **dict.fromkeys(("dense, times faster", "grouped, times faster"), 1),
+    }
+    measured.write(options.into, "acmix-blocks", cells, columns, found, threads=plain.threads)
 
 
 def measure(
@@ -80,17 +89,6 @@ def measure(
             files.append(plain.with_name(f"{branch}.onnx"))
             fuse(plain, files[-1], conv_branch=branch, expect=1)
         return profile(files, samples=samples, rounds=rounds, seconds=120)
-
-
-def _spread(found: Profile) -> str:
-    return f"{found.median_ms:.2f} [{found.percentile(10):.2f} to {found.percentile(90):.2f}]"
-
-
-def _ratio(plain: Profile, fused: Profile) -> str:
-    """Ratio of the medians, and its range over the turns."""
-    turns = zip(*(np.array_split(np.array(p.samples_ms), p.rounds) for p in (plain, fused)), strict=True)
-    ratios = [float(np.median(slow) / np.median(fast)) for slow, fast in turns]
-    return f"{plain.median_ms / fused.median_ms:.1f} [{min(ratios):.1f} to {max(ratios):.1f}]"
 
 
 if __name__ == "__main__":

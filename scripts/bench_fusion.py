@@ -1,4 +1,4 @@
-"""What fusing costs against the number of nodes: chains of ACmix blocks, each in a process of its own, as Markdown."""
+"""What fusing costs against the number of nodes: chains of ACmix blocks, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import onnx
 from onnx import compose
 
 from acmix_deploy.fusion import fuse
+from scripts import measured
 
 Result = TypeVar("Result")
 DYNAMIC = ("batch", "height", "width")
@@ -23,9 +24,10 @@ DYNAMIC = ("batch", "height", "width")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("blocks", type=int, nargs="*", default=[1, 10, 100, 200], help="lengths of chains to fuse")
+    parser.add_argument("blocks", type=int, nargs="*", default=[1, 10, 100], help="lengths of chains to fuse")
+    measured.add_folder(parser)
     options = parser.parse_args()
-    print("| sizes | blocks | nodes | CPU s | more memory, MB |\n|---|---|---|---|---|")
+    rows: list[list[measured.Value]] = []
     with tempfile.TemporaryDirectory() as folder:
         for sizes, dynamic in {"static": (), "dynamic": DYNAMIC}.items():
             source = Path(folder, f"{sizes}.onnx")
@@ -35,7 +37,9 @@ def main() -> None:
                 path = source.with_name("chain.onnx")
                 alone(write_chain, source, blocks, path)
                 nodes, seconds, memory = alone(cost, path, blocks)
-                print(f"| {sizes} | {blocks} | {nodes} | {seconds:.1f} | {memory:.0f} |", flush=True)
+                rows.append([sizes, blocks, nodes, seconds, memory])
+    columns = {"sizes": None, "blocks": 0, "nodes": 0, "CPU s": 1, "more memory, MB": 0}
+    measured.write(options.into, "fusing", "One run each", columns, rows)
 
 
 def write_block(path: Path, dynamic: tuple[str, ...]) -> None:

@@ -13,10 +13,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from scripts import bench_video
+from scripts import bench_video, measured
 
 ROOT = Path(__file__).resolve().parents[1]
 _CLIENTS = 4
@@ -56,14 +55,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for what is drawn and exported; what is there is used again")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of a turn")
+    measured.add_folder(parser)
     options = parser.parse_args()
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     photos = folder / "hd16"
     if not photos.exists():
         bench_video.draw_pictures(photos, 16, iter([(1280, 720)] * 16))
-    print("| model | sent | file takes | answers a second | p99 ms | times the answers |")
-    print("|---|---|---|---|---|---|")
+    rows: list[list[measured.Value]] = []
     for name, make in (("shapes.fused", bench_video.make_model), ("nothing", bench_video.make_nothing)):
         floats, pixels = folder / f"{name}.onnx", folder / f"{name}.pixels.onnx"
         if not floats.exists():
@@ -77,13 +76,17 @@ def main() -> None:
             for file, taken in turns.items():
                 rates, slowest = ([one[key] for one in taken] for key in ("answers_per_second", "p99_ms"))
                 ratios = [one / other["answers_per_second"] for one, other in zip(rates, turns[floats], strict=True)]
-                cells = [_cell(rates, 1), _cell(slowest, 1), _cell(ratios, 2) if file is pixels else ""]
-                kind = "uint8" if file is pixels else "float32"
-                print(f"| {name} | {sent} | {kind} | {' | '.join(cells)} |", flush=True)
-
-
-def _cell(values: list[float], digits: int) -> str:
-    return f"{median(values):.{digits}f} [{min(values):.{digits}f} to {max(values):.{digits}f}]"
+                spreads = measured.spread(rates), measured.spread(slowest)
+                told = ("uint8", *spreads, measured.spread(ratios)) if file is pixels else ("float32", *spreads, None)
+                rows.append([name, sent, *told])
+    columns = {
+        **dict.fromkeys(("model", "sent", "file takes")),
+        "answers a second": 1,
+        "p99 ms": 1,
+        "times the answers": 2,
+    }
+    cells = f"Medians [least to most] of {options.rounds} turns of {options.seconds:g} s that the files took in turn"
+    measured.write(options.into, "pixels", cells, columns, rows, packages=("uvicorn", "opencv-python-headless"))
 
 
 if __name__ == "__main__":

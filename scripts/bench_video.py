@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts import shapes
+from scripts import measured, shapes
 
 SIZE = 640
 """Of the models' input."""
@@ -87,8 +87,8 @@ def sizes() -> Iterator[tuple[int, int]]:
         yield width, round(width * _ASPECTS[int(random.integers(len(_ASPECTS)))])
 
 
-def make_model(path: Path) -> None:
-    """The trained detector, fused."""
+def make_model(path: Path, size: int = SIZE) -> None:
+    """The trained detector, fused, for images of a size; beside it, as it was exported, `plain.onnx`."""
     from acmix_deploy import families, yolo
     from acmix_deploy.checkpoint import load
     from acmix_deploy.export import export
@@ -98,7 +98,7 @@ def make_model(path: Path) -> None:
     model, plain = load(CHECKPOINT), path.with_name("plain.onnx")
     module: Any = model.module
     module = yolo.prepare_for_export(families.canonicalise(module)[0])
-    export(module, plain, metadata=model.metadata, input_shape=(1, 3, SIZE, SIZE), opset=17, divisor=32)
+    export(module, plain, metadata=model.metadata, input_shape=(1, 3, size, size), opset=17, divisor=32)
     fuse(plain, path, expect=3)
 
 
@@ -234,21 +234,14 @@ def in_process(side: str, model: Path, source: Path) -> dict[str, Any]:
     return found
 
 
-def show(name: str, turns: dict[str, list[dict[str, Any]]]) -> None:
-    """Rows of a table: medians of the turns, in brackets the least and the most."""
+_FIGURES = {"images_per_second": 1, "model_ms": 2, "outside_ms": 2, "decode_ms": 2, "memory_mb": 0}
+_TITLES = ("images a second", "model ms", "outside ms", "decode ms", "peak memory MB")
 
-    def cell(side: str, key: str, digits: int) -> str:
-        values = [turn[key] for turn in turns[side]]
-        return f"{median(values):.{digits}f} [{min(values):.{digits}f} to {max(values):.{digits}f}]"
 
-    columns = (("images_per_second", 1), ("model_ms", 2), ("outside_ms", 2), ("decode_ms", 2), ("memory_mb", 0))
-    for side in turns:
-        first = turns[side][0]
-        told = " | ".join(cell(side, key, digits) for key, digits in columns)
-        print(f"| {name} | `{side}` | {first['images']}, {first['boxes']} | {told} |", flush=True)
-    if busy := turns["detect"][-1]["busy"]:
-        shares = ", ".join(f"{step} {share:.0%}" for step, share in busy.items())
-        print(f"{name}: {shares}; waited for {turns['detect'][-1]['bottleneck']}", file=sys.stderr)
+def row(name: str, side: str, turns: list[dict[str, Any]]) -> list[measured.Value]:
+    """What a side found, over its turns."""
+    spreads = (measured.spread([turn[key] for turn in turns]) for key in _FIGURES)
+    return [name, f"`{side}`", turns[0]["images"], turns[0]["boxes"], *spreads]
 
 
 def main() -> None:
@@ -258,7 +251,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=500, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--only", choices=("pictures", "video", "nothing"), nargs="*")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what every turn found")
+    measured.add_folder(parser)
     options = parser.parse_args()
 
     folder = options.folder
@@ -280,18 +273,22 @@ def main() -> None:
         if not path.exists() and any(path in case for case in chosen.values()):
             print(f"making {path} ...", file=sys.stderr)
             make(path)
-    print("| source | side | images, boxes | images a second | model ms | outside ms | decode ms | peak memory MB |")
-    print("|---|---|---|---|---|---|---|---|")
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    rows: list[list[measured.Value]] = []
     for name, (model, source) in chosen.items():
-        turns = found[name] = {side: [] for side in SIDES}
+        turns: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for _ in range(options.rounds):
             for side in SIDES:
                 print(f"{side}, {name} ...", file=sys.stderr)
                 turns[side].append(in_process(side, model, source))
-        show(name, turns)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        rows += (row(name, side, turns[side]) for side in SIDES)
+        last = turns["detect"][-1]
+        shares = ", ".join(f"{step} {share:.0%}" for step, share in last["busy"].items())
+        print(f"{name}: {shares}; waited for {last['bottleneck']}", file=sys.stderr)
+    columns = {"source": None, "side": None, "images": 0, "boxes": 0}
+    columns |= dict(zip(_TITLES, _FIGURES.values(), strict=True))
+    packages = ("numpy", "opencv-python-headless", "ultralytics-opencv-headless")
+    cells = f"Medians [least to most] of {options.rounds} turns"
+    measured.write(options.into, "files-to-boxes", cells, columns, rows, packages=packages, threads=THREADS)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from acmix_deploy.artifacts import Artifact
 from acmix_deploy.cli import EXIT_CODES, commands
 from acmix_deploy.device.check import DeviceDocument
 from acmix_deploy.device.registry import DevicesDocument
@@ -18,8 +17,8 @@ from acmix_deploy.doctor.faults import FAULTS
 from acmix_deploy.doctor.messages import MESSAGES, Message
 from acmix_deploy.doctor.pasted import PastedDocument, groups_in
 from acmix_deploy.document import Document, written
+from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.samples import GateSamples
-from acmix_deploy.manifest import Manifest
 from acmix_deploy.operators import OPERATORS
 from acmix_deploy.operators.native import native_sources
 from acmix_deploy.operators.spec import Operator
@@ -46,9 +45,10 @@ from acmix_deploy.serving.path import DetectStats
 from acmix_deploy.serving.server import ServeDocument
 from acmix_deploy.serving.sources import DetectDocument
 from acmix_deploy.serving.triton.repository import PackageDocument
-from acmix_deploy.targets import TARGETS, Target
+from acmix_deploy.targets import RUNTIMES, TARGETS, Target
 from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, tolerance_of
-from scripts import instructions, kernel_model
+from scripts import instructions, kernel_model, measured, terminal
+from scripts.measured import table as _table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,24 +90,24 @@ def generated() -> dict[Path, str]:
     """
     schemas = {written(document): document.model_json_schema(mode="serialization") for document in DOCUMENTS}
     parts = {
-        "README.md": {"bench": _rows(_around(_read("docs/benchmarks.md"), "bench")[1])},
         "docs/benchmarks.md": {"instructions": _instructions(), "model": _model()},
-        "docs/cli.md": {"cli": _command_line()},
+        "docs/cli.md": {"cli": "\n".join(_verb(name, command) for name, command in commands().items())},
+        "docs/errors.md": {"exit-codes": _exit_codes()},
+        "docs/schemas.md": {"documents": _documents(schemas)},
         "docs/operator.md": {operator.name: _operator(operator) for operator in OPERATORS},
-        "docs/engines.md": {"manifest": _fields(Manifest.model_json_schema(mode="serialization"))},
-        "docs/pipeline.md": {
-            "report": _fields(schemas["export"]),
-            "sidecar": _fields(Artifact.model_json_schema(mode="serialization")),
-        },
         "docs/doctor.md": {"faults": _faults(), "messages": _messages()},
+        "docs/pipeline.md": {"output": terminal.block()},
         "docs/targets.md": {"targets": _targets()},
         "docs/verify.md": {"limits": _verify_limits()},
     }
+    for page, contents in measured.parts().items():
+        parts.setdefault(page, {}).update(contents)
     files = {
         f"docs/schemas/{name.replace(' ', '-')}.json": json.dumps(schema, indent=2) + "\n"
         for name, schema in schemas.items()
     }
     files |= {f"plugins/{name}": text for name, text in native_sources().items()}
+    files |= {f"docs/{name}": picture for name, picture in terminal.pictures().items()}
     for page, contents in parts.items():
         files[page] = _read(page)
         for name, content in contents.items():
@@ -127,28 +127,76 @@ def _around(text: str, name: str) -> tuple[str, str, str]:
     return text[:begin], text[begin:end], text[end:]
 
 
-def _rows(text: str) -> str:
-    """The lines of a text that belong to a table."""
-    return "\n".join(line for line in text.splitlines() if line.startswith("|"))
+def _documents(schemas: Mapping[str, dict[str, Any]]) -> str:
+    """Every document with its fields, and behind them the objects that are in their fields."""
+    objects: dict[str, dict[str, Any]] = {}
+    pages = []
+    for name, schema in sorted(schemas.items()):
+        names: dict[str, str] = {}
+        for key, content in schema.get("$defs", {}).items():
+            word = key.rpartition("__")[2]
+            namesakes = [other for other in objects if other.partition(" ")[0] == word]
+            alike = [other for other in namesakes if _fields_of(objects[other]).keys() == _fields_of(content).keys()]
+            names[key] = next(iter(alike), f"{word} of {name}" if namesakes else word)
+            objects[names[key]] = content
+        objects |= {names[key]: _renamed(content, names) for key, content in schema.get("$defs", {}).items()}
+        head = f"## {name}\n\n{_plain(schema['description'])} [JSON Schema](schemas/{name.replace(' ', '-')}.json).\n"
+        pages += [head, _typed(_renamed(schema, names))]
+    pages.append("## Objects\n\nWhat stands in the fields above.\n")
+    for name, content in sorted(objects.items(), key=lambda item: item[0].lower()):
+        pages += [f"### Object {name}\n\n{_plain(content['description'])}\n", _typed(content)]
+    return "\n".join(pages)
 
 
-def _table(*rows: Iterable[object]) -> str:
-    """A Markdown table; the first row is its head."""
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines) + "\n"
+def _renamed(schema: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A schema that calls objects by other names."""
+    text = re.sub(r'"#/\$defs/(\w+)"', lambda match: json.dumps(names[match[1]]), json.dumps(schema))
+    renamed: dict[str, Any] = json.loads(text)
+    return renamed
 
 
-def _fields(schema: dict[str, Any]) -> str:
-    """The fields of an object. One without a description is an object of its own, whose summary describes it."""
+def _plain(text: str) -> str:
+    """The first paragraph of a docstring, or a description, without markup, and with null as JSON has it."""
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(text.partition("\n\n")[0].split()))
+    return re.sub(r"\bNone\b", "null", text.replace("``", "`"))
 
-    def meaning(field: dict[str, Any]) -> str:
-        of_type = schema.get("$defs", {}).get(field.get("$ref", "").rpartition("/")[2], {})
-        summary = str(field.get("description") or of_type["description"].partition(".")[0])
-        return re.sub(r":func:", "", summary)
 
-    rows = [(f"`{name}`", meaning(field)) for name, field in schema["properties"].items()]
-    return _table(("field", "meaning"), *rows)
+def _typed(schema: Mapping[str, Any]) -> str:
+    """The fields of an object with their types; of a document those that not every one has."""
+    fields = _fields_of(schema)
+    left_out = ("document", "schema") if "document" in fields else ()
+    rows = [
+        (f"`{name}`", _type(fields[name]), _plain(fields[name]["description"]))
+        for name in fields
+        if name not in left_out
+    ]
+    return _table(("field", "type", "meaning"), *rows) if rows else "A map to string.\n"
+
+
+def _fields_of(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """By their names; none of an object whose names are not fixed."""
+    fields: dict[str, Any] = schema.get("properties", {})
+    return fields
+
+
+def _type(field: Mapping[str, Any]) -> str:
+    """A type of JSON Schema in words."""
+    if "const" in field:
+        return f"`{json.dumps(field['const'])}`"
+    if "enum" in field:
+        return ", ".join(f"`{json.dumps(value)}`" for value in field["enum"])
+    if "$ref" in field:
+        return f"[{field['$ref']}](#object-{field['$ref'].lower().replace(' ', '-')})"
+    if "anyOf" in field:
+        return " or ".join(map(_type, field["anyOf"]))
+    if "prefixItems" in field:
+        return f"[{', '.join(map(_type, field['prefixItems']))}]"
+    if field.get("type") == "array":
+        return f"list of {_type(field['items'])}"
+    if "additionalProperties" in field:
+        values = field["additionalProperties"]
+        return "object" if isinstance(values, bool) else f"map to {_type(values)}"
+    return str(field.get("format", field.get("type", "any")))
 
 
 def _operator(operator: Operator) -> str:
@@ -169,15 +217,30 @@ def _operator(operator: Operator) -> str:
         for a in operator.attributes
     ]
     limits = [(f"`{name}`", ", ".join(map(str, values))) for name, values in operator.kernel_limits.items()]
-    tolerances = [(name, f"{t.floor:.0e}", f"{t.factor:g}") for name, t in operator.tolerances.items()]
+    limits += [(f"`{name}`", f"at most {most:,}") for name, most in operator.kernel_maxima.items()]
+    kernels = [
+        (kernel.name, ", ".join(" ".join(f) for f in kernel.formats), f"sm_{kernel.min_sm}" if kernel.min_sm else "any")
+        for kernel in operator.kernels
+    ]
+    tolerances = [
+        (name, f"{t.floor:g}", f"{t.factor:g} times", f"{max(t.floor, t.most):g}")
+        for name, t in operator.tolerances.items()
+    ]
+    named = ", ".join(f"{letter} is {name}" for letter, name in operator.axes.items())
+    smallest = " and ".join(f"{letter} >= {size}" for letter, size in operator.minima.items())
+    if operator.minima_where:
+        letter, value = operator.minima_where
+        smallest += f" where {letter} is {int(value)}"
     return "\n".join(
         [
             f"Domain `{operator.domain}`, type `{operator.op_type}`, version {operator.version}.\n",
             f"```text\n{operator.formula.replace('; ', chr(10))}\n```\n",
+            f"{named}.{f' It is defined for {smallest}.' if smallest else ''}\n",
             _table(("", "name", "axes", "meaning"), *tensors),
             _table(("attribute", "type", "default", "limits", "meaning"), *attributes),
+            _table(("native kernel", "element types and layouts", "GPU from"), *kernels),
             _table(("the native kernels take", ""), *limits),
-            _table(("element type", "floor", "factor"), *tolerances),
+            _table(("element type", "error accepted", "plus PyTorch's own", "but at most"), *tolerances),
         ]
     )
 
@@ -209,7 +272,7 @@ def _targets() -> str:
         return (f"`{target.name}`", target.version, target.cuda, sm, str(target.opset), f"`{target.form}`", types)
 
     head = ("target", "TensorRT", "CUDA", "sm", "opset at most", "form", "types from")
-    return _table(head, *map(row, TARGETS.values()))
+    return _table(head, *map(row, (TARGETS | RUNTIMES).values()))
 
 
 def _faults() -> str:
@@ -246,11 +309,11 @@ def _verify_limits() -> str:
     return _table(head, *rows)
 
 
-def _command_line() -> str:
-    pages = [_verb(name, command) for name, command in commands().items()]
-    head, _, codes = EXIT_CODES.partition("\n")
-    rows = [line.split(maxsplit=1) for line in codes.strip().splitlines()]
-    return "\n".join([*pages, f"## {head.rstrip(':').capitalize()}\n", _table(("code", "meaning"), *rows)])
+def _exit_codes() -> str:
+    errors = {str(error.exit_code): f"`{error.__name__}`" for error in AcmixDeployError.__subclasses__()}
+    errors["130"] = "`KeyboardInterrupt`"
+    rows = [line.split(maxsplit=1) for line in EXIT_CODES.strip().splitlines()[1:]]
+    return _table(("code", "meaning", "in Python"), *((*row, errors.get(row[0], "")) for row in rows))
 
 
 def _verb(name: str, command: argparse.ArgumentParser) -> str:

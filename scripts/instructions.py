@@ -7,7 +7,6 @@ take the way of those that are inside the image: no branch for the border, the w
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import math
 import re
@@ -16,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -448,9 +447,7 @@ def measure(cuda: Cuda, architectures: Iterable[int], library: kernels.Kernels) 
 
 def read_table() -> tuple[str, list[Row]]:
     """The CUDA release that the committed table was made with, and its rows."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        release = file.readline().split()[-1]
-        rows = [list(row.values()) for row in csv.DictReader(file)]
+    release, rows = resources.read_cells(TABLE)
     return release, [Row(*row[:3], *map(int, row[3:6]), *map(float, row[6:])) for row in rows]
 
 
@@ -458,11 +455,7 @@ def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()
     cuda = find_cuda()
     rows = measure(cuda, ARCHITECTURES, kernels.Kernels(kernels.library()))
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"# written by `make instructions` with CUDA {cuda.version}\n")
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(field.name for field in fields(Row))
-        table.writerows([f"{cell:g}" if isinstance(cell, float) else cell for cell in astuple(row)] for row in rows)
+    resources.write_table(TABLE, cuda.version, rows)
     print(f"{TABLE.name}: {len(rows)} kernels, CUDA {cuda.version}")
     return 0
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from acmix_deploy.errors import CheckFailed, MissingComponent
 from acmix_deploy.plugin.toolchain import Cuda, find_cmake, find_cuda
@@ -82,22 +83,25 @@ def parse(report: str) -> list[Resources]:
 
 def read_table() -> tuple[str, list[Resources]]:
     """The CUDA release that the committed table was made with, and its rows."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
+    release, rows = read_cells(TABLE)
+    return release, [Resources(*row[:2], *map(int, row[2:])) for row in rows]
+
+
+def read_cells(table: Path) -> tuple[str, list[list[str]]]:
+    """The CUDA release that a committed table was made with, and the cells of its rows."""
+    with table.open(encoding="utf-8", newline="") as file:
         release = file.readline().split()[-1]
-        rows = csv.DictReader(file)
-        return release, [
-            Resources(row["architecture"], row["kernel"], *(int(row[field.name]) for field in fields(Resources)[2:]))
-            for row in rows
-        ]
+        _, *rows = csv.reader(file)
+    return release, rows
 
 
-def write_table(release: str, rows: Sequence[Resources]) -> None:
-    """Write the table that is committed."""
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"# written by `make resources` with CUDA {release}\n")
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(field.name for field in fields(Resources))
-        table.writerows(map(astuple, rows))
+def write_table(table: Path, release: str, rows: Sequence[Any]) -> None:
+    """Write a table that is committed, of dataclasses; ``make`` makes it by its name."""
+    with table.open("w", encoding="utf-8", newline="") as file:
+        file.write(f"# written by `make {table.stem}` with CUDA {release}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(rows[0]))
+        writer.writerows([f"{cell:g}" if isinstance(cell, float) else cell for cell in astuple(row)] for row in rows)
 
 
 def readable(symbols: Sequence[str]) -> list[str]:
@@ -127,7 +131,7 @@ def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()
     cuda = find_cuda()
     rows = measure(cuda, "all")
-    write_table(cuda.version, rows)
+    write_table(TABLE, cuda.version, rows)
     architectures = dict.fromkeys(row.architecture for row in rows)
     print(f"{TABLE.name}: {len(rows)} kernels for {' '.join(architectures)}, CUDA {cuda.version}")
     return 0

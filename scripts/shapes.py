@@ -6,6 +6,8 @@ others. Colours say nothing about the class. Drawn in integers by NumPy alone, f
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +64,24 @@ def write(folder: Path, seed: int, count: int) -> Path:
         cv2.imwrite(str(folder / f"images/{index:04}.png"), scene.image)
         (folder / f"labels/{index:04}.txt").write_text(labels(scene), encoding="utf-8")
     return folder / "images"
+
+
+def write_dataset(folder: Path, training: int, validation: int) -> Path:
+    """Write a data set as Ultralytics reads it: images to train on (seed 1), others to validate on (seed 3), and the
+    file that names both.
+
+    Returns:
+        That file, ``data.yaml``.
+    """
+    splits = {
+        "train": write(folder / "train", 1, training),
+        "val": write(folder / "val", 3, validation),
+    }
+    lines = {"path": str(folder.resolve())} | {name: f"{name}/{images.name}" for name, images in splits.items()}
+    described = "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items())
+    names = "".join(f"  {index}: {name}\n" for index, name in enumerate(NAMES))
+    (folder / "data.yaml").write_text(f"{described}names:\n{names}", encoding="utf-8")
+    return folder / "data.yaml"
 
 
 def labels(scene: Scene) -> str:
@@ -156,3 +176,16 @@ def _rasterise(name: str, x: int, y: int, radius: int, turn: float) -> tuple[NDA
         start[1] + (bottom + 1) / _FINE,
     ]
     return coverage, box
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw a detection data set of shapes, as Ultralytics reads one.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=800, help="images to train on (default: 800)")
+    parser.add_argument("--val", type=int, default=100, help="images to validate on (default: 100)")
+    arguments = parser.parse_args()
+    print(f"drawn: {write_dataset(arguments.folder, arguments.train, arguments.val)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon
 import pytest
+import rich.style  # noqa: F401  draws a random number
 import sympy  # noqa: F401  adds a filter for warnings of its own, and PyTorch imports it when it exports
 import torch
 from polygraphy.logger import G_LOGGER
@@ -147,15 +148,59 @@ def gate_check(files: Path, out: Path) -> object:
     return acmix.gate_check([gate_parts.pair(0.9)])
 
 
+def gate_history(files: Path, out: Path) -> object:
+    (out / "run.json").write_text(gate_parts.text(gate_parts.alone(seed=1)))
+    return acmix.gate_history(out)
+
+
+def gate_run(files: Path, out: Path) -> object:
+    return acmix.gate_run(files / "fused.onnx", out / "run.json", rounds=1, samples=1, seconds=0.1).candidate.model
+
+
+def write_report(files: Path, out: Path) -> object:
+    (out / "gate.json").write_text(gate_parts.text(gate_parts.pair(0.9)))
+    return acmix.write_report(out, out / "report.html")
+
+
+def compare_layers(files: Path, out: Path) -> object:
+    plain, fused = files / "plain.onnx", files / "fused.onnx"
+    return acmix.compare_layers("fused", plain, fused, acmix.inputs_for(plain))
+
+
+def verify(files: Path, out: Path) -> object:
+    source = acmix.load_source(files / "model.pt", image_size=32)
+    candidates = [acmix.Candidate(acmix.onnx_runner(files / "fused.onnx", "fused"))]
+    images = acmix.random_images((1, 3, 32, 32))
+    return acmix.verify(acmix.TorchRunner(source.module), candidates, [{"images": images}])
+
+
+def open_model(files: Path, out: Path) -> object:
+    with acmix.open_model(files / "fused.onnx").runner as runner:
+        return runner.infer({"images": acmix.random_images((1, 3, 32, 32))})
+
+
+def read_artifact(files: Path, out: Path) -> object:
+    return acmix.read_artifact(files / "fused.onnx")
+
+
+def end_to_end(files: Path, out: Path) -> object:
+    photos = str(files / "photos")
+    found = acmix.profile_end_to_end([files / "blobs.onnx"], photos, seconds=0.1, rounds=1)
+    return [model.file for model in found.models]
+
+
 def deploy(files: Path, out: Path) -> object:
     plan = Plan(checkpoint=files / "model.pt", out=out, image_size=32, seconds=0.1, fp16=True, expect=1)
     report = acmix.deploy(plan)
     return report.passed, sorted(report.files)
 
 
+TAKE_NO_FILE = explain, gate_check, gate_history, write_report
+
 CALLS: list[Callable[[Path, Path], object]] = [
     fuse, to_fp16, quantize, load_source, export, compare_files, compare_images, profile, inspect, examine, explain,
-    detect, package, gate_check, deploy,
+    detect, package, gate_check, gate_history, gate_run, write_report, compare_layers, verify, open_model,
+    read_artifact, end_to_end, deploy,
 ]  # fmt: skip
 
 
@@ -176,7 +221,9 @@ def unchanged(capfd: Capture) -> Iterator[None]:
     assert (printed.out, printed.err) == ("", "")
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, marks=pytest.mark.soak) if call is gate_run else call for call in CALLS]
+)
 def test_twice_and_in_a_thread(
     call: Callable[[Path, Path], object], files: Path, tmp_path: Path, faster_exporter: None, capfd: Capture
 ) -> None:
@@ -191,7 +238,7 @@ def test_twice_and_in_a_thread(
     assert written(outs[0]) == written(outs[1])
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if call not in (explain, gate_check)])
+@pytest.mark.parametrize("call", [call for call in CALLS if call not in TAKE_NO_FILE])
 def test_after_an_error(
     call: Callable[[Path, Path], object], tmp_path: Path, faster_exporter: None, capfd: Capture
 ) -> None:

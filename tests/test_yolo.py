@@ -75,6 +75,15 @@ def test_without_its_blocks_the_model_is_the_packages_yolov8(variant: Any, scale
     assert (model["scale"], model["scales"]) == (scale, plain["scales"])
 
 
+def test_weights_of_the_plain_model_fit_the_layers_before_the_first_block() -> None:
+    ours, plain = (
+        model.state_dict() for model in (yolo.build("p3p4p5"), tasks.DetectionModel("yolov8n.yaml", verbose=False))
+    )
+    layers = {int(name.split(".")[1]) for name in plain if name in ours and ours[name].shape == plain[name].shape}
+    assert layers == {*range(10), 12, 15}
+    assert all(name in ours for name in plain if int(name.split(".")[1]) < 16)
+
+
 def test_register_may_be_repeated_and_respects_an_existing_class(monkeypatch: pytest.MonkeyPatch) -> None:
     yolo.register()
     first = tasks.ACmix

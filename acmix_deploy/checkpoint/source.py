@@ -26,8 +26,11 @@ class Source:
     module: nn.Module | ExportedProgram
     """Ready for export, with every known block replaced by its family's own."""
     reference: Reference
+    """The model as it was loaded, to compare with."""
     blocks: tuple[families.BlockReport, ...]
+    """What became of each block, and of modules that resemble one."""
     metadata: ModelMetadata
+    """What is known of the model, such as class names and stride; goes into its files."""
     shape: Shape
     """[B, C, H, W] of the example."""
     notes: tuple[str, ...]
@@ -50,12 +53,20 @@ def load_source(
     """Load a checkpoint and replace its blocks, each proven equal at all shapes that its files will run at.
 
     Args:
-        path: see :func:`acmix_deploy.checkpoint.load`; so are ``arch``, ``head``, ``trust`` and ``code``.
-        python: another interpreter, by which the checkpoint is loaded and run; blocks are then known in its file only.
+        path: a pickled module, a checkpoint of Ultralytics, a state dict, or a program of ``torch.export``.
         image_size: side of a square image, or height and width, in pixels; by default those of training, else 640.
         batch: number of images, 1 by default.
         input_shape: [B, C, H, W], instead of ``image_size`` and ``batch``.
         dynamic: axes that will be free, out of "batch", "height" and "width".
+        arch: "package.module:factory", called without arguments for the module that a state dict belongs to.
+        head: of a detector with two, such as YOLOv10; by default the one that the checkpoint sets.
+        trust: let the checkpoint run code; only for files that you trust.
+        code: with ``trust``, folder of the code that the checkpoint needs. One process takes one such folder.
+        python: with ``trust``, another interpreter, by which the checkpoint is loaded and run; blocks are then known in
+            its file only.
+
+    Returns:
+        The model ready for export, beside the model as it was loaded.
 
     Raises:
         UserError: the checkpoint cannot be used, or not at this shape.

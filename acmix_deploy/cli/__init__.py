@@ -67,6 +67,8 @@ EXIT_CODES = """exit codes:
   2  the command line or an input file cannot be used
   3  a package, library, compiler or device is missing
   4  gate: what was measured is inconclusive, or cannot be compared
+  130  interrupted, as by Ctrl-C
+  143  ended by SIGTERM
 """
 
 

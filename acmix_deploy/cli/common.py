@@ -123,11 +123,12 @@ def add_batching(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _console() -> Console:
-    """Standard output, for text in which brackets mean nothing; wide where nobody sees its edge."""
+def console(*, stderr: bool = False) -> Console:
+    """Standard output or error, for text in which brackets mean nothing; wide where nobody sees its edge."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+    seen = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, markup=False, highlight=False, width=None if seen else 160)
 
 
 def show(options: argparse.Namespace, document: D, tables: Callable[[D, Console], None]) -> None:
@@ -136,7 +137,7 @@ def show(options: argparse.Namespace, document: D, tables: Callable[[D, Console]
         if options.json:
             print(document.model_dump_json(by_alias=True, indent=2))
         else:
-            tables(document, _console())
+            tables(document, console())
 
 
 def print_line(text: str) -> None:

@@ -18,7 +18,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, get_args
 
-from acmix_deploy.cli.common import FILES, add_detector, add_max_pixels, limit_pixels, print_line, progress, tell
+from acmix_deploy.cli.common import (
+    FILES,
+    add_detector,
+    add_max_pixels,
+    console,
+    limit_pixels,
+    print_line,
+    progress,
+    tell,
+)
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Decoder
 
@@ -148,11 +157,9 @@ def _tell_times(options: argparse.Namespace, source: str, times: PathTimes) -> N
 
         print_line(DetectStats(source=source, times=times).model_dump_json(by_alias=True, exclude_none=True))
         return
-    from rich.console import Console
-
     from acmix_deploy.report.show_path import show_times
 
-    show_times([(options.model.name, times)], Console(stderr=True, highlight=False))
+    show_times([(options.model.name, times)], console(stderr=True))
 
 
 @contextmanager

@@ -14,10 +14,7 @@ from acmix_deploy.detection.heads import Array, Head, NoHead, head_of
 from acmix_deploy.detection.images import Boxes, Placement, opencv
 from acmix_deploy.detection.masks import Mask, Polygon, masks_of
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.detection.suppression import CONFIDENCE as CONFIDENCE
-from acmix_deploy.detection.suppression import IOU as IOU
-from acmix_deploy.detection.suppression import MOST as MOST
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import CONFIDENCE, IOU, MOST, Suppression
 from acmix_deploy.errors import UserError
 
 TOP = 5

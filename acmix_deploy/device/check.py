@@ -18,7 +18,7 @@ class DeviceDocument(Document):
     """Result of ``acmix-deploy device add`` and ``device check``."""
 
     document: Literal["device"] = "device"
-    device: Device
+    device: Device = Field(description="its name, host and folder, as they are kept here")
     folder: str = Field(description="absolute path of the package's folder there")
     components: tuple[Component, ...] = Field(description="what it is, has and lacks")
 

@@ -146,6 +146,7 @@ class Session:
 
     @property
     def name(self) -> str:
+        """What the device is called here."""
         return self.device.name
 
     @property

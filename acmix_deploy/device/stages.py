@@ -46,7 +46,7 @@ class DeviceReport(BaseModel):
     found: tuple[str, ...] = Field(description="of that what an earlier command had left there")
     files: dict[str, str] = Field(description="files that stay there: their paths, by name")
     commands: tuple[str, ...] = Field(description="what runs the engines there, where this package does not")
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = Field(description="what to know of the device")
 
 
 class There:
@@ -113,7 +113,7 @@ class There:
     def build(
         self, source: Path, target: Path, *, plugin: Path | None, fp16: bool, shapes: Shapes | None
     ) -> Made[BuildReport | None]:
-        """:func:`acmix_deploy.engine.build.build` there; here its manifest arrives, and the engine where it is asked
+        """``build`` there; here its manifest arrives, and the engine where it is asked
         for. An engine that an earlier command built there of the same file is taken."""
         self._check_target(target)
         options = ["--fp16"] * fp16 + [f"--plugin={plugin}"] * bool(plugin)
@@ -164,7 +164,7 @@ class There:
         return Candidate(runner, manifest.precision, suppression=manifest.metadata.suppression)
 
     def profile(self, files: Sequence[Path], *, input_shape: Sequence[int], seconds: float) -> list[Profile]:
-        """:func:`acmix_deploy.profile.profile` there."""
+        """``profile`` there."""
         reads = {file.name: file for model in files for file in (model, sidecar(model))}
         shape = ",".join(map(str, input_shape))
         names = [file.name for file in files]

@@ -20,7 +20,7 @@ class Component(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
+    name: str = Field(description="what it is, such as TensorRT")
     state: State = Field(description="missing is no fault: what it says is what cannot be done without it")
     found: str = Field(description="version, or what was found or looked for")
     advice: str = Field(default="", description="what to do about it")
@@ -48,12 +48,12 @@ class Examination(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    path: Path
-    kind: Literal["checkpoint", "onnx", "engine", "plugin"]
+    path: Path = Field(description="the file")
+    kind: Literal["checkpoint", "onnx", "engine", "plugin"] = Field(description="what it is, by its content")
     contents: dict[str, str] = Field(description="what it holds, in words")
     module_blocks: tuple[BlockReport, ...] = Field(default=(), description="blocks in the module of a checkpoint")
     graph_blocks: tuple[FusedBlock, ...] = Field(default=(), description="blocks in the graph of an ONNX file")
-    findings: tuple[Finding, ...]
+    findings: tuple[Finding, ...] = Field(description="known faults that it has")
     notes: tuple[str, ...] = Field(default=(), description="what was chosen, and what could not be looked at")
 
 
@@ -61,8 +61,8 @@ class Diagnosis(BaseModel):
     """Result of ``acmix-deploy doctor``."""
 
     machine: str = Field(default="This machine", description="which machine it is")
-    environment: tuple[Component, ...]
-    file: Examination | None = None
+    environment: tuple[Component, ...] = Field(description="what the machine has and lacks")
+    file: Examination | None = Field(default=None, description="what is in the file that was named, if one was")
 
     @computed_field(description="whether nothing is wrong; what is missing is not")  # type: ignore[prop-decorator]
     @property

@@ -30,9 +30,12 @@ def examine(
     Args:
         path: the file. Its kind follows from its content.
         trust: let a checkpoint run code.
-        code: folder of that code; see :func:`acmix_deploy.checkpoint.load`.
+        code: with ``trust``, folder of the code that the checkpoint needs.
         plugin: the library that an engine would be run with.
         progress: told what is being done.
+
+    Returns:
+        What the file holds, and its faults.
 
     Raises:
         UserError: it cannot be read, or is none of these.

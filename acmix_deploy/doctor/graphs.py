@@ -25,7 +25,7 @@ from acmix_deploy.doctor.diagnosis import Examination, Finding
 from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.fusion import FusedBlock, fuse
 from acmix_deploy.graph import check, read
-from acmix_deploy.processing import network_of
+from acmix_deploy.processing import SAY_PIXELS, network_of, untold_pixels
 from acmix_deploy.runtime.inputs import Input
 from acmix_deploy.runtime.metrics import deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, open_session
@@ -66,11 +66,13 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
         f"it has {operator}, which TensorRT-RTX reads and cannot build: TensorRT can"
         for operator in sorted({node.op_type for node in model.graph.node} & UNBUILT_BY_RTX)
     ]
+    if untold := untold_pixels(model):
+        notes.append(f"it {untold}: fuse and build take it, fp16, quantize, detect and serve do not. {SAY_PIXELS}")
     findings = [*_folded(model)]
     if told.form == "plugin":
         notes.append("its operators have no definitions, so it cannot be run here: TensorRT with the plugin runs it")
     else:
-        findings += _of_session(path, progress)
+        findings += _of_session(path, progress, sizes=not untold)
         progress("looking for blocks")
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -96,8 +98,8 @@ def examine_onnx(path: Path, progress: Callable[[str], None]) -> Examination:
     )
 
 
-def _of_session(path: Path, progress: Callable[[str], None]) -> Iterator[Finding]:
-    """What ONNX Runtime makes of the file."""
+def _of_session(path: Path, progress: Callable[[str], None], sizes: bool) -> Iterator[Finding]:
+    """What ONNX Runtime makes of the file, at other ``sizes`` too where these can be told."""
     try:
         session = open_session(network_of(path))
     except UserError as error:
@@ -109,8 +111,9 @@ def _of_session(path: Path, progress: Callable[[str], None]) -> Iterator[Finding
     metadata = metadata_of(session)
     if metadata.detects and (unlike := _unlike_detector(session, metadata)):
         yield Finding.of("other-outputs", f"it {unlike}")
-    progress("running it at other sizes")
-    yield from _frozen(session)
+    if sizes:
+        progress("running it at other sizes")
+        yield from _frozen(session)
 
 
 def _unlike_detector(session: onnxruntime.InferenceSession, metadata: ModelMetadata) -> str:

@@ -649,7 +649,7 @@ MESSAGES: dict[str, Message] = {
         ),
         "a layer was built for another number of channels than it gets, as blocks are to which parse_model does not "
         "give those of the layer before",
-        "Blocks named ACmix in a YAML get them after acmix_deploy.yolo.register(): docs/checkpoints.md#ultralytics.",
+        "Blocks named ACmix in a YAML get them after acmix_deploy.register_acmix(): docs/checkpoints.md#ultralytics.",
     ),
     "view": Message(
         "PyTorch",
@@ -710,7 +710,7 @@ MESSAGES: dict[str, Message] = {
             r"name '(?P<name>A[Cc][Mm]ix\w*)' is not defined",
         ),
         "a model YAML names ACmix, which Ultralytics does not know by itself",
-        "Call acmix_deploy.yolo.register() before YOLO('model.yaml'): docs/checkpoints.md#ultralytics.",
+        "Call acmix_deploy.register_acmix() before YOLO('model.yaml'): docs/checkpoints.md#ultralytics.",
     ),
     "yaml-module": Message(
         "Ultralytics",

@@ -36,12 +36,12 @@ class Found(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     message: str = Field(description="its name in docs/doctor.md")
-    said_by: Speaker
+    said_by: Speaker = Field(description="program that says it")
     line: int = Field(description="where it stands first, from 1, in what is searched")
     times: int = Field(description="how often it stands there")
     quoted: str = Field(description="the words by which it is known")
     named: dict[str, tuple[str, ...]] = Field(description="what it names, such as nodes, operators and versions")
-    means: str
+    means: str = Field(description="what it means")
     remedy: str = Field(description="what mends it")
     harmless: bool = Field(description="whether all goes on after it, and right")
 
@@ -55,10 +55,16 @@ class PastedDocument(Document):
 
 
 def explain(text: str) -> tuple[Found, ...]:
-    """The known messages in a text, in its order, each once.
+    """Which known messages of other programs stand in a text, and what they mean.
 
     A line is explained by one message, the first of the table that fits; escape sequences, times and folders do not
     count.
+
+    Args:
+        text: a message, or a whole log.
+
+    Returns:
+        The messages in the order of the text, each once; none where none is known.
     """
     cleaned = _cleaned(text)
     ends = [match.start() for match in re.finditer("\n", cleaned)]

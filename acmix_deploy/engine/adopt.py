@@ -42,7 +42,7 @@ class AdoptReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    manifest: AnyManifest
+    manifest: AnyManifest = Field(description="what is known of the engine")
     layers: int | None = Field(description="layers that the engine describes; None where it was not deserialised")
     plugin_layers: tuple[str, ...] = Field(description="those of them that it describes as computed by a plugin")
     notes: tuple[str, ...] = Field(description="what is not known, and why")
@@ -66,6 +66,9 @@ def adopt(
             engine, else none.
         plugin: library with its custom layers. It is loaded, and recorded, where the engine cannot do without.
         progress: called with what is being done.
+
+    Returns:
+        The engine with its sidecar, and what is known of it.
 
     Raises:
         UserError: it is no engine, has a manifest that another build or file left, needs a plugin, takes or gives what

@@ -37,7 +37,7 @@ class BuildReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    manifest: Manifest
+    manifest: Manifest = Field(description="what the engine was built with and for")
     layers: int = Field(description="layers of the engine")
     plugin_layers: tuple[str, ...] = Field(description="nodes that the plugin computes")
     inlined: dict[str, str] = Field(description="nodes that the plugin refuses, and why; they are computed without it")
@@ -75,6 +75,9 @@ def build(
         backend: which TensorRT; whichever can be imported by default.
         ultralytics: write the metadata before the engine, as Ultralytics does.
         progress: called with what is being done.
+
+    Returns:
+        The engine with its sidecar, and what was built.
 
     Raises:
         UserError: the file, the shapes, or the options do not fit each other or this TensorRT.

@@ -43,21 +43,25 @@ FAMILIES: tuple[Family[Any], ...] = (
 class BlockReport(BaseModel):
     """What became of one block, or of a module that looked like one."""
 
-    name: str
-    """Its path in the model, e.g. ``model.16``; a block used in several places has the paths joined by ``, ``."""
-    class_name: str
-    family: str
-    status: Literal["canonical", "replaced", "left alone"]
-    reason: str = ""
-    """Why it was left alone."""
-    fault: FaultId | None = None
-    """The known fault that is the reason."""
-    repaired: list[FaultId] = []
-    """Faults of the original that the replacement does not have."""
-    geometry: dict[str, int] | None = None
-    """The arguments that the family's own module is built with."""
-    reached: int = Field(default=0, exclude=True)
-    """How close a module that was left alone came, a :class:`acmix_deploy.graph.Reached`."""
+    name: str = Field(
+        description="its path in the model, such as model.16; of a block used in several places all of them"
+    )
+    class_name: str = Field(description="of the module as it was loaded")
+    family: str = Field(description="family of blocks that it belongs to, or resembles")
+    status: Literal["canonical", "replaced", "left alone"] = Field(
+        description="canonical: it is this package's own module; replaced: by that module, which gives the same"
+    )
+    reason: str = Field(default="", description="why it was left alone")
+    fault: FaultId | None = Field(default=None, description="the known fault that is the reason")
+    repaired: list[FaultId] = Field(default=[], description="faults of the original that the replacement does not have")
+    geometry: dict[str, int] | None = Field(
+        default=None, description="arguments that the family's own module is built with"
+    )
+    reached: int = Field(
+        default=0,
+        exclude=True,
+        description="how close a module that was left alone came, a :class:`acmix_deploy.graph.Reached`",
+    )
 
 
 def by_parts(module: nn.Module) -> tuple[str, nn.Module] | None:

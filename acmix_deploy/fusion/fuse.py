@@ -37,10 +37,10 @@ class FusionReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    blocks: list[FusedBlock]
-    nodes_before: int
-    nodes_after: int
-    opset: int
+    blocks: list[FusedBlock] = Field(description="blocks of the file, fused or left alone")
+    nodes_before: int = Field(description="nodes of the graph before")
+    nodes_after: int = Field(description="nodes of the graph after")
+    opset: int = Field(description="of the file that was written")
     already: dict[str, int] = Field(
         default={},
         description="operators of this package that the file had before, as one that is fused has, and how often",
@@ -104,6 +104,9 @@ def fuse(
         conv_branch: form of the convolution branch.
         expect: the number of blocks that must fuse.
         progress: told what is being done.
+
+    Returns:
+        The file with its sidecar, and what became of each block.
 
     Raises:
         UserError: the file cannot be used.

@@ -30,10 +30,10 @@ class FusedBlock(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(description="prefix of the new nodes, or the anchor node of a block left alone")
-    family: str
-    fused: bool
+    family: str = Field(description="family of blocks that it belongs to, or resembles")
+    fused: bool = Field(description="whether it was replaced")
     reason: str = Field(default="", description="why it was left alone")
-    operator: str = ""
+    operator: str = Field(default="", description="the operator in its place")
     settings: dict[str, Any] = Field(default_factory=dict, description="attributes of the operator, and more")
     relative_l2: float | None = Field(default=None, description="fused against original block on random input, float32")
 

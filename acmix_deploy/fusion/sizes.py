@@ -110,8 +110,13 @@ def sources_of(tensors: Iterable[gs.Variable], all_sources: Collection[Source]) 
 def free_sides(inputs: Iterable[Source]) -> tuple[bool, bool]:
     """Whether the height and the width of images are free."""
     images = [source.shape for source in inputs if source.shape and len(source.shape) == 4]
-    height, width = (any(not isinstance(shape[axis], int) for shape in images) for axis in (2, 3))
+    height, width = (any(not isinstance(shape[_sides(shape)[side]], int) for shape in images) for side in (0, 1))
     return height, width
+
+
+def _sides(shape: Sequence[int | str | None]) -> tuple[int, int]:
+    """The axes of an image's height and width: it is [B, C, H, W] unless only the last axis can be its channels."""
+    return (1, 2) if len(shape) == 4 and isinstance(shape[3], int) and not isinstance(shape[1], int) else (2, 3)
 
 
 class Need(NamedTuple):
@@ -135,23 +140,19 @@ def smallest_image(model: onnx.ModelProto, needs: Collection[Need], step: int) -
         UserError: ONNX Runtime refuses the file, or it runs at none of the sizes tried.
     """
     maps = list(dict.fromkeys(need.x for need in needs))
-    session = open_session(_sizes_of(model, maps), optimize=False, once=True)
+    session = open_session(_sizes_of(model, maps), optimize=False)
     inputs = inputs_of(session)
 
     def defined(height: int, width: int) -> bool:
-        free = {2: height, 3: width}
-        feeds = {
-            name: np.zeros([n if isinstance(n, int) else free.get(axis, 1) for axis, n in enumerate(dims)], dtype)
-            for name, dims, dtype in inputs
-        }
+        feeds = {name: np.zeros(_filled(dims, (1, height, width)), dtype) for name, dims, dtype in inputs}
         try:
             sizes = dict(zip(maps, session.run(None, feeds), strict=True))
         except Exception:  # ONNX Runtime's error types share no base of their own
             return False
         return all(sizes[need.x][need.height_axis :][:2].min() >= need.smallest for need in needs)
 
-    def sizes(axis: int, end: int) -> Iterable[int]:
-        fixed = [size for _, dims, _ in inputs if len(dims) == 4 and isinstance(size := dims[axis], int)]
+    def sizes(side: int, end: int) -> Iterable[int]:
+        fixed = [size for _, dims, _ in inputs if len(dims) == 4 and isinstance(size := dims[_sides(dims)[side]], int)]
         return fixed or range(step, end + 1, step)
 
     known = (*((height, width) for _, height, width in _TRIALS), *zip(_FROZEN, _FROZEN, strict=True))
@@ -159,8 +160,8 @@ def smallest_image(model: onnx.ModelProto, needs: Collection[Need], step: int) -
     start = next((size for size in tried if defined(*size)), None)
     if start is None:
         raise UserError("the fused file runs at none of the sizes tried")
-    height = next((size for size in sizes(2, start[0]) if defined(size, start[1])), start[0])
-    width = next((size for size in sizes(3, start[1]) if defined(start[0], size)), start[1])
+    height = next((size for size in sizes(0, start[0]) if defined(size, start[1])), start[0])
+    width = next((size for size in sizes(1, start[1]) if defined(start[0], size)), start[1])
     return height, width
 
 
@@ -254,12 +255,18 @@ def values_at_sizes(
 def _random(inputs: Iterable[Source], size: Size, draw: int = 0) -> Feeds:
     """Random inputs whose free axes have ``size``."""
     random = np.random.default_rng(draw)
-    free = {0: size[0], 2: size[1], 3: size[2]}
     feeds = {}
     for source in inputs:
-        shape = [n if isinstance(n, int) else free.get(axis, 1) for axis, n in enumerate(source.shape or ())]
-        feeds[source.tensor.name] = random.random(shape).astype(source.tensor.dtype or np.float32)
+        values = random.random(_filled(source.shape or (), size))
+        pixels = source.tensor.dtype == np.uint8
+        feeds[source.tensor.name] = (values * 256 if pixels else values).astype(source.tensor.dtype or np.float32)
     return feeds
+
+
+def _filled(dims: Sequence[int | str | None], size: Size) -> list[int]:
+    """The shape of an input whose free axes have ``size``, and 1 where they are neither the batch nor a side."""
+    free = dict(zip((0, *_sides(dims)), size, strict=True))
+    return [n if isinstance(n, int) else free.get(axis, 1) for axis, n in enumerate(dims)]
 
 
 def _shape_check(

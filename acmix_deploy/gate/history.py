@@ -48,7 +48,7 @@ class Drift(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["step", "trend"]
+    kind: Literal["step", "trend"] = Field(description="step: from one run to the next; trend: a little with every run")
     since: str = Field(description="the file of the first run behind the step; of a trend, of the first of all")
     ratio: float = Field(description="of the medians behind and before the step; of the trend's end and start")
     p: float = Field(description="how often the same runs in random order show as much")
@@ -65,7 +65,13 @@ class History(BaseModel):
 
 
 def read_history(folder: Path) -> tuple[list[History], list[str]]:
-    """The candidates of all measurements in a folder, by the name of their files; and what it leaves out, and why.
+    """The candidates of all measurements in a folder, with steps and trends of their latency.
+
+    Args:
+        folder: holds what :func:`gate_run` wrote, a file for each run.
+
+    Returns:
+        One history for each model, by the name of its file; and what was left out, and why.
 
     Raises:
         UserError: it is no folder, or no file in it holds samples.

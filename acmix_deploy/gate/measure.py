@@ -50,9 +50,13 @@ def measure(
         rounds: how many.
         samples: to count in each turn; by default 1000 on a GPU, 100 on a CPU; fewer when the time is over.
         seconds: time of a turn, warm-up included; opening the file not.
-        setup: how both are run; for provider tensorrt see :func:`acmix_deploy.profile.run.keeping_engines`.
-        parity: result of a verification of the candidate, see :func:`acmix_deploy.gate.parity.parity_of`.
+        setup: how both are run. With provider tensorrt give it a folder for ``engines``, or every turn builds anew.
+        parity: what ``verify -o`` wrote of the candidate; by default the ``report.json`` of ``export`` beside it, if
+            that is of this very file.
         progress: told what is being done.
+
+    Returns:
+        Every sample, as it is in ``output``.
 
     Raises:
         UserError, MissingComponent, CheckFailed: a model cannot be run at all, or ``output`` would overwrite it.

@@ -105,8 +105,11 @@ def judge(
         pairs: each candidate with its baseline.
         metrics: percentiles, such as p50, p99 and p99.9.
         tolerance: by which share a candidate may be slower.
-        allow: what may differ, see :data:`acmix_deploy.gate.compare.FIELDS`; the latency of a pair that differs in
+        allow: what may differ, such as "driver" (docs/gate.md); the latency of a pair that differs in
             anything else is not judged.
+
+    Returns:
+        The verdict on each pair; ``outcome`` is the worst of them.
 
     Raises:
         UserError: no such metric or field, a negative tolerance, or a pair without a baseline.

@@ -45,13 +45,23 @@ class Tolerance:
     """
 
     floor: float
+    """Accepted however exact the eager model is."""
     factor: float = 2.0
+    """What the error of the eager model is multiplied by."""
     most: float = 0.25
-    """What no error of the eager model widens a limit beyond; at 0.25 the cosine may be down to 0.97."""
+    """What nothing widens a limit beyond; at 0.25 the cosine may be down to 0.97."""
+    absolute: float = 0.0
+    """Root mean square of an error that is accepted however small the values are."""
 
-    def limit(self, eager_error: float = 0.0) -> float:
-        """Largest relative L2 error accepted, given the eager model's own error in the same type."""
-        return min(self.factor * eager_error + self.floor, max(self.floor, self.most))
+    def limit(self, eager_error: float = 0.0, rms: float | None = None) -> float:
+        """Largest relative L2 error accepted.
+
+        Args:
+            eager_error: the eager model's own error in the same type.
+            rms: root mean square of the values; None where it is not known, and 0 of an error that is 0.
+        """
+        wide = max(self.factor * eager_error + self.floor, self.absolute / rms if rms else 0.0)
+        return min(wide, max(self.floor, self.most))
 
 
 TOLERANCES = {"float32": Tolerance(floor=1e-5, most=1e-4), "float16": Tolerance(floor=1e-3)}

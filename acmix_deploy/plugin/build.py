@@ -39,6 +39,9 @@ def build(
             none, all that are supported.
         progress: called with what is being done.
 
+    Returns:
+        What the library says of itself; its ``path`` is that of the file.
+
     Raises:
         MissingComponent: CUDA, TensorRT's headers, CMake or a compiler is missing, or an architecture is unknown.
         CheckFailed: it does not compile, or the library that was built is not what was asked for.

@@ -27,7 +27,7 @@ def multiply_adds(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], samp
     for name in tensors:
         sized.graph.node.append(helper.make_node("Shape", [name], [SHAPE_OF.format(name)]))
         sized.graph.output.append(onnx.ValueInfoProto(name=SHAPE_OF.format(name)))
-    shapes = dict(zip(tensors, open_session(sized, once=True).run(None, sample), strict=True))
+    shapes = dict(zip(tensors, open_session(sized).run(None, sample), strict=True))
 
     def cost(node: onnx.NodeProto) -> int:
         data, weight, result = ([*map(int, shapes[name])] for name in (*node.input[:2], node.output[0]))

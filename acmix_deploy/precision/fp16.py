@@ -18,7 +18,7 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import Feeds, fed, name_nodes, names_read, read, tidied, with_weights
 from acmix_deploy.options import FLOAT32
-from acmix_deploy.processing import attach, detach
+from acmix_deploy.processing import SAY_PIXELS, attach, detach, untold_pixels
 from acmix_deploy.runtime.magnitudes import LARGEST_HALF, SMALLEST_HALF, largest, largest_magnitudes
 from acmix_deploy.runtime.onnxruntime import precision_of, why_refused
 
@@ -61,11 +61,14 @@ def to_fp16(
         source: ONNX file in float32.
         target: where the float16 file goes.
         fp16_io: make inputs and outputs float16 too.
-        float32: what stays in float32. Groups: "decode", see :func:`tail`; "softmax", in the graph and in function
-            bodies; "range", the nodes that read or write what float16 cannot hold, see :func:`out_of_range`. All else
+        float32: what stays in float32. Groups: "decode", what follows the last learnt layers; "softmax", in the graph
+            and in function bodies; "range", the nodes that read or write what float16 cannot hold. All else
             is a pattern (``*``, ``?``, ``[]``) of names of nodes or of the weights that they read. Layers that do not
             see the image always do.
         samples: inputs by name, float32, that the ranges of activations are seen on; without any, weights alone count.
+
+    Returns:
+        The file with its sidecar, and what stays in float32.
 
     Raises:
         UserError: the source is no file in float32, a pattern fits no node, or the target cannot be written.
@@ -124,7 +127,9 @@ def _unfed(model: onnx.ModelProto) -> list[str]:
 
 
 def check_float32(model: onnx.ModelProto, source: Path) -> None:
-    """Raises UserError where a file is converted already."""
+    """Raises UserError where a file is converted already, or takes pixels of which nothing is told."""
+    if untold := untold_pixels(model):
+        raise UserError(f"{source} {untold}", SAY_PIXELS)
     quantized = next((node for node in model.graph.node if node.op_type in _QUANTIZED), None)
     if quantized is not None:
         raise UserError(f"{source} is quantised already: it has a {quantized.op_type}", "Give the float32 file.")

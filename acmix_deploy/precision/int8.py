@@ -142,19 +142,21 @@ def quantize(
         source: ONNX file in float32 with one image input [B, 3, H, W].
         target: where the INT8 file goes, another path than ``source``.
         calibration: images like those that the model will see, as a folder or a data set's YAML file.
-        method: how the range of an activation is chosen, see :func:`acmix_deploy.precision.ranges.calibrate`.
+        method: how the range of an activation is chosen: "percentile", "entropy" or "minmax" (docs/int8.md).
         exclude: patterns (``*``, ``?``, ``[]``) of names of nodes or of their weights that are not quantised.
-        quantize_head: quantise the detection head too, see :func:`head`.
+        quantize_head: quantise the detection head too: the layers between a detector's feature maps and its decode.
         scheme: ``uint8`` is for ONNX Runtime on a CPU, whose integer kernels need inputs and outputs quantised and are
             fast for activations in uint8 alone; TensorRT does not read its zero points.
         fp16: convert what is not quantised by :func:`to_fp16`; scales in float16 need opset 19.
         float32: what stays in float32 then; ranges are seen on the images that errors are measured on.
         image_size: height and width where the file leaves them free; by default what its metadata tell, else 640.
         limit: how many images to read at most.
-        goal: leave more layers in floating point until the file meets it, see
-            :func:`acmix_deploy.precision.search.search`. Where none does, the best one is written to
-            :func:`best_beside` instead.
+        goal: leave more layers in floating point until the file meets it. Where none does, the best one is written
+            beside ``target``, as ``NAME.best.onnx``.
         progress: told what is being done.
+
+    Returns:
+        The file with its sidecar, and the error that each layer adds.
 
     Raises:
         UserError: the file cannot be used, is quantised already or of too low an opset, or says that it is a detector

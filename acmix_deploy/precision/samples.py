@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from acmix_deploy.detection.boxes import CONFIDENCE, decode, unlike_detector
+from acmix_deploy.detection.boxes import decode, unlike_detector
 from acmix_deploy.detection.images import Batch, Placement, find, placed_batches
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head
+from acmix_deploy.detection.suppression import CONFIDENCE
 from acmix_deploy.graph import Feeds
 from acmix_deploy.runtime.onnxruntime import open_session
 

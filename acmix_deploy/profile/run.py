@@ -49,13 +49,16 @@ def profile(
 
     Args:
         files: ONNX files, engines, checkpoints, and times that trtexec exported (.json), which are only read.
-        input_shape, threads, plugin, provider, arch, trust, code: see :class:`acmix_deploy.profile.subjects.Setup`.
+        input_shape, threads, plugin, provider, arch, trust, code: see :class:`Setup`.
         samples: latencies to count for each file, over all rounds; fewer when the time is over, at least one a round.
             By default 1000 on a GPU, 50 on a CPU.
         rounds: how often each file has its turn.
         seconds: time for each file, warm-up included; opening it, layers and power not.
         layers: also time every layer, after all rounds.
         power: also measure power, in each round after its latencies, under the same load.
+
+    Returns:
+        One for each file, in their order.
 
     Raises:
         UserError: a file does not exist, cannot be loaded, or does not run at the shape; or its layers are not timed.

@@ -59,8 +59,8 @@ class Setup(BaseModel):
 
     input_shape: tuple[int, ...] | None = Field(
         default=None,
-        description="sizes for the axes that are free; by default the file's own, see "
-        ":meth:`acmix_deploy.runtime.models.Model.usual_shape`",
+        description="[B, C, H, W] for the axes that are free; by default what an engine is built for, else what the "
+        "metadata tell, else [1, 3, 640, 640]",
     )
     images: Path | None = Field(default=None, description="folder to fill a batch from; noise of a fixed seed without")
     threads: int | None = Field(
@@ -75,9 +75,11 @@ class Setup(BaseModel):
     engines: Path | None = Field(
         default=None, description="folder in which provider tensorrt keeps what it builds, for the turns that follow"
     )
-    arch: str | None = Field(default=None, description="see :func:`acmix_deploy.checkpoint.load`")
-    trust: bool = Field(default=False, description="see :func:`acmix_deploy.checkpoint.load`")
-    code: Path | None = Field(default=None, description="see :func:`acmix_deploy.checkpoint.load`")
+    arch: str | None = Field(
+        default=None, description="of a state dict: package.module:factory, called for the module that it belongs to"
+    )
+    trust: bool = Field(default=False, description="let a checkpoint run code; only for files that you trust")
+    code: Path | None = Field(default=None, description="with trust: folder of the code that a checkpoint needs")
 
 
 class OnnxFile:

@@ -95,8 +95,11 @@ def write_html(folder: Path, target: Path) -> HtmlDocument:
     Pictures are drawn where OpenCV is installed and the images are where they were.
 
     Args:
-        folder: see :func:`acmix_deploy.report.folder.read_folder`.
+        folder: holds ``report.json`` of ``export``, or what ``verify``, ``profile``, ``gate run`` and others wrote.
         target: the HTML file.
+
+    Returns:
+        What the report was made of, and what was left out.
 
     Raises:
         UserError: the folder holds no document, or the file cannot be written.

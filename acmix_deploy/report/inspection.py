@@ -28,7 +28,7 @@ class Ancestor(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
+    name: str = Field(description="name of the file, without its folder")
     kind: str = Field(description="what its own sidecar calls it; empty where it has none here")
     made: str = Field(description="the file that was made from it")
     state: State = Field(description="whether the file of that name in the same folder is still the one it was")
@@ -39,9 +39,9 @@ class Inspection(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    path: Path
+    path: Path = Field(description="the file")
     kind: str = Field(description="onnx, engine, plugin, checkpoint, document, or what its sidecar calls it")
-    size_bytes: int
+    size_bytes: int = Field(description="size of the file")
     sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal")
     artifact: Artifact | None = Field(default=None, description="its sidecar, where there is one")
     unchanged: bool | None = Field(default=None, description="whether the bytes are those that the sidecar describes")
@@ -50,7 +50,7 @@ class Inspection(BaseModel):
     manifest: AnyManifest | None = Field(default=None, description="of an engine")
     plugin: Library | None = Field(default=None, description="of a plugin library")
     told: dict[str, str] | None = Field(default=None, description="of a document: which one, and what it is about")
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = Field(default=(), description="what could not be told, and why")
 
     def check(self) -> None:
         """Raises CheckFailed when the file is not the one that its sidecar describes."""
@@ -63,7 +63,13 @@ class Inspection(BaseModel):
 
 
 def inspect(path: Path) -> Inspection:
-    """Look into a file. The sidecar of a file stands for that file; a plugin library is loaded to be asked.
+    """Look into a file without running it; a plugin library is loaded to be asked.
+
+    Args:
+        path: an ONNX file, an engine, a checkpoint, a plugin, a document, or a sidecar, which stands for its file.
+
+    Returns:
+        What could be told.
 
     Raises:
         UserError: it cannot be read, or is nothing that this package reads or writes.

@@ -33,7 +33,7 @@ class FileReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    artifact: Artifact
+    artifact: Artifact = Field(description="the file, and what it was made from")
     size_bytes: int = Field(description="size of the file")
     nodes: int | None = Field(
         description="nodes of the graph, Constant nodes not counted; a function call is one; None of an engine"
@@ -42,7 +42,7 @@ class FileReport(BaseModel):
 
 
 class ExportReport(Document):
-    """Everything that one run of the pipeline found."""
+    """Result of ``acmix-deploy export``, which also writes it as ``report.json``."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -50,9 +50,11 @@ class ExportReport(Document):
     model: str = Field(description="the checkpoint, as it was named")
     notes: tuple[str, ...] = Field(description="what was done to the checkpoint on loading")
     blocks: tuple[BlockReport, ...] = Field(description="blocks found in the module, and modules that resemble one")
-    reference: ReferenceReport
-    export: ExportResult
-    fusion: FusionReport
+    reference: ReferenceReport = Field(
+        description="what files were compared with: the model as it was loaded, unless something is listed here"
+    )
+    export: ExportResult = Field(description="what was exported, and how")
+    fusion: FusionReport = Field(description="what became of each block")
     files: dict[str, FileReport] = Field(description="by role: plain, fused, fp16, int8, target, fp16 engine, ...")
     target: TargetReport | None = Field(default=None, description="the file to carry to the target that was asked for")
     fp16: Fp16Report | None = Field(default=None, description="what stays in float32 in the fp16 file")
@@ -61,7 +63,7 @@ class ExportReport(Document):
         default={}, description="by role, as in files, of those that this package built, here or on the device"
     )
     device: DeviceReport | None = Field(default=None, description="what ran on another machine, with --on")
-    verification: Verification
+    verification: Verification = Field(description="every file compared with the model")
     seconds: dict[str, float] = Field(description="time that each stage took")
     next_steps: tuple[str, ...] = Field(description="what to run next, line by line")
 
@@ -73,8 +75,9 @@ class ExportReport(Document):
         return tuple(file.artifact.path.name for file in self.files.values() if file.artifact.path.name not in compared)
 
     @computed_field(  # type: ignore[prop-decorator]
-        description="whether every file that was compared is as exact as the operator's definition asks; null where "
-        "too little was detected to judge"
+        description="whether every file that was compared is as exact as the operator's definition asks; false goes "
+        "with exit code 1. null, with exit code 0: nothing failed, and too little was detected to judge the scores of "
+        "a file; a script that wants proof asks for true, and for nothing in uncompared"
     )
     @property
     def passed(self) -> bool | None:

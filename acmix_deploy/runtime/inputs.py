@@ -120,7 +120,15 @@ def noise(name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0) -> 
 
 
 def random_images(shape: Shape, seed: int = 0) -> Images:
-    """Noise of pixels: levels k / 255 for k from 0 to 255, all as likely, float32, the same for the same seed."""
+    """Images of noise: levels k / 255 for k from 0 to 255, all as likely.
+
+    Args:
+        shape: [B, C, H, W].
+        seed: the same for the same images.
+
+    Returns:
+        Array of that shape, float32.
+    """
     levels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return np.asarray(levels / np.float32(255), np.float32)
 

@@ -19,6 +19,7 @@ class Deviation(BaseModel):
     max_abs: float | None = Field(default=None, description="largest absolute difference")
     relative_l2: float | None = Field(default=None, description="L2 norm of the difference over that of the reference")
     cosine: float | None = Field(default=None, description="cosine of the angle between the two, 1 is equal")
+    rms: float | None = Field(default=None, description="root mean square of what was expected")
     problem: str = Field(default="", description="why the two cannot be compared, empty where they can")
 
 
@@ -47,9 +48,10 @@ def deviation(expected: Array, actual: Array) -> Deviation:
     if norm == 0 or other == 0:
         if error:
             return Deviation(problem=f"all zeros in the {'reference' if norm == 0 else 'candidate'} alone")
-        return Deviation(max_abs=0, relative_l2=0, cosine=1)
+        return Deviation(max_abs=0, relative_l2=0, cosine=1, rms=0)
     return Deviation(
         max_abs=float(np.abs(difference).max()),
         relative_l2=error / norm,
         cosine=float(np.clip(expected @ actual / (norm * other), -1, 1)),
+        rms=norm / expected.size**0.5,
     )

@@ -31,6 +31,7 @@ class Model(NamedTuple):
     precision: Precision | None
     """None of an engine of which nobody knows."""
     metadata: ModelMetadata
+    """What the file tells of the model, such as class names and stride."""
     profiles: Mapping[str, tuple[Shape, Shape, Shape]]
     """Smallest, usual and largest shape of an engine's inputs with free axes, images as [B, C, H, W]; ONNX files have
     no such limits."""
@@ -55,10 +56,13 @@ def open_model(
     Args:
         path: an ONNX file, or an engine with its manifest beside it.
         name: how reports call it; the file's name by default.
-        provider: what runs ONNX files, see :func:`acmix_deploy.runtime.onnxruntime.open_session`.
+        provider: what ONNX Runtime runs ONNX files on.
         plugin: the plugin library, for engines that use it (where the manifest says, by default) and for ONNX files on
             provider "tensorrt".
-        engines: see the same.
+        engines: folder in which provider "tensorrt" keeps what it builds, for another run of the same file.
+
+    Returns:
+        A runner, and what the file takes.
 
     Raises:
         UserError: the file does not exist, is neither, or cannot be run here, with the reason.

@@ -55,7 +55,6 @@ def open_session(
     threads: int | None = None,
     *,
     optimize: bool = True,
-    once: bool = False,
     reduces: bool = False,
     lean: bool = False,
     spin: bool = True,
@@ -71,8 +70,6 @@ def open_session(
         model: a file, its bytes or a model in memory.
         threads: threads within an operator; :func:`usable_cores` by default.
         optimize: let ONNX Runtime rewrite the graph; without it every node runs as it is written.
-        once: for a session that is only opened, or runs once: no plan of which tensors share memory, which takes time
-            that grows with the square of the number of nodes.
         reduces: for a graph whose outputs are sums or maxima of many tensors: compute these as soon as a tensor is
             there, which ONNX Runtime by itself puts off until every activation is in memory.
         lean: give memory back as soon as it is free; by itself ONNX Runtime keeps it for the next run.
@@ -93,7 +90,6 @@ def open_session(
     options.log_severity_level = _FATAL
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_mem_reuse = not once
     options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -171,7 +167,6 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
-    options.enable_mem_reuse = False
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.strict_shape_type_inference", "1")
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +220,22 @@ def onnx_runner(
     provider: Provider = "cpu",
     plugin: Path | None = None,
 ) -> OnnxRunner:
-    """A runner of a model; its session lives from activation to deactivation only."""
+    """A runner of an ONNX model; its session lives from activation to deactivation only.
+
+    Args:
+        model: a file, its bytes, or a model in memory.
+        name: how reports call it.
+        threads: threads within an operator; by default one for each core that this process may use.
+        provider: what ONNX Runtime runs it on.
+        plugin: library that provider "tensorrt" loads.
+
+    Returns:
+        A runner of polygraphy: in a ``with`` statement ``infer`` takes and gives arrays by name.
+
+    Raises:
+        UserError: ONNX Runtime refuses the model, when the runner is activated.
+        MissingComponent: the provider is not here, at the same time.
+    """
     return OnnxRunner(lambda: open_session(model, threads, provider=provider, plugin=plugin), name=name)
 
 
@@ -253,7 +263,7 @@ def _described(nodes: Sequence[onnxruntime.NodeArg]) -> list[Input]:
 def why_refused(model: Model) -> str:
     """Why ONNX Runtime does not load a model; nothing where it does."""
     try:
-        open_session(model, once=True)
+        open_session(model)
     except UserError as error:
         return error.message
     return ""

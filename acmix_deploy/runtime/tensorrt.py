@@ -93,14 +93,17 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         plugin: the plugin library, if the engine uses it; where the manifest says, by default.
         name: how reports call it; the file's name by default.
 
-    Raises (when it is activated):
-        UserError: there is no manifest, or it does not fit this machine; then nothing has been deserialized.
+    Raises:
+        UserError: when it is activated: there is no manifest, or it does not fit this machine. Nothing has been
+            deserialized then.
         MissingComponent: no TensorRT, no device, or too little memory.
         CheckFailed: TensorRT does not take the engine.
     """
 
     stream: cuda.Stream
+    """Where all work of the device is put."""
     manifest: Manifest
+    """What the engine was built with and for."""
     copy_time: float
     """Seconds that the inputs of the last :meth:`infer` took to pinned memory and from there to the device."""
     _trt: Any
@@ -183,7 +186,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
         Args:
             feed: an array for each input, of the input's own type; float32 becomes float16 where that is wanted, and
-                images in floats become pixels, see :func:`as_taken`.
+                images in floats become pixels where the engine takes those.
 
         Raises:
             UserError: other inputs, types or shapes than the engine was built for, or an output whose shape depends

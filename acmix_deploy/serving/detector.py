@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from acmix_deploy.detection.boxes import (
-    CONFIDENCE,
-    IOU,
-    Detections,
-    decode,
-    no_detector,
-    spoilt,
-    unlike_detector,
-)
+from acmix_deploy.detection.boxes import Detections, decode, no_detector, spoilt, unlike_detector
 from acmix_deploy.detection.heads import Array, head_of
 from acmix_deploy.detection.images import Fitter, Image, Placement
 from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.suppression import CONFIDENCE, IOU
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.files import expect
 from acmix_deploy.options import Provider

@@ -39,7 +39,7 @@ class EndToEndDocument(Document):
     provider: Provider = Field(description="what ran the ONNX files")
     threads: int = Field(description="within an operator, on a CPU")
     models: list[ModelTimes] = Field(description="one for each file, in the order given")
-    machine: Machine
+    machine: Machine = Field(description="what it was measured on")
 
 
 class _Turn(NamedTuple):
@@ -64,11 +64,13 @@ def end_to_end(
 
     Args:
         files: ONNX files, and engines with their manifests.
-        source: images, a video or a camera, see :func:`acmix_deploy.serving.sources.open_source`. It begins again where
-            it ends.
+        source: an image, a folder of them, a video, or a camera by its index. It begins again where it ends.
         seconds: for each file, over all rounds; loading it not. At least one batch a round.
         rounds: how often each file has its turn.
         threads, plugin, provider: see :meth:`Detector.load`.
+
+    Returns:
+        The time of each step, and images a second, of each file.
 
     Raises:
         UserError, MissingComponent, CheckFailed: a file cannot be used or fails, or there is nothing in the source.

@@ -54,7 +54,7 @@ class Source(NamedTuple):
     live: bool = False
     """Whether frames come by themselves: what waits becomes old, so that none should be asked for ahead."""
     close: Callable[[], None] = _nothing
-    """Ends the frames of a live source within a moment, from any thread and from a handler of signals."""
+    """Ends the frames of a camera or URL within a moment, from any thread and from a handler of signals."""
     wait: Callable[[], None] = _nothing
     """After that, waits until a live source is released and can be opened again."""
 

@@ -1,12 +1,16 @@
-"""Cameras and streams: read without a pause, the newest frame first, and opened again where they stop."""
+"""Cameras and streams: read without a pause, the newest frame first, and opened again where they stop. What waits for
+OpenCV does so in threads that are left behind where a signal ends it, since OpenCV cannot be told to stop."""
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from acmix_deploy.detection.images import Image
 from acmix_deploy.serving import video
@@ -15,6 +19,8 @@ from acmix_deploy.serving.video import next_image
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before each try to open a source again that stopped."""
@@ -26,6 +32,60 @@ _PATIENCE = 10  # frames in a row that cannot be decoded, after which a source i
 _AT_ONCE = 1.0  # seconds; a source that fails after more than that has timed out
 
 _MOMENT = 0.1  # seconds until a caller that waits for a frame sees that the source was closed
+
+
+def interruptible(make: Callable[[], T]) -> T:
+    """What a call gives, or raises, that a signal does not wait for."""
+    made: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return made.result()
+
+
+def closable(frames: Generator[Frame]) -> tuple[Iterator[Frame], Callable[[], None]]:
+    """Frames that are made in a thread, one ahead, and what ends them within a moment, from any thread."""
+    coming: queue.Queue[Frame | BaseException | None] = queue.Queue(1)
+    stop = threading.Event()
+
+    def put(item: Frame | BaseException | None) -> None:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                return coming.put(item, timeout=_MOMENT)
+
+    def run() -> None:
+        with closing(frames):
+            try:
+                for frame in frames:
+                    put(frame)
+                    if stop.is_set():
+                        return
+                put(None)
+            except BaseException as error:
+                put(error)
+
+    def given() -> Iterator[Frame]:
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            while not stop.is_set():
+                try:
+                    item = coming.get(timeout=_MOMENT)
+                except queue.Empty:
+                    continue
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+
+    return given(), stop.set
 
 
 class Live(Iterator[Frame]):

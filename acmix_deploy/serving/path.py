@@ -48,7 +48,7 @@ class PathTimes(BaseModel):
     images: int = Field(description="that went through the model")
     batch: int = Field(description="images in a run")
     seconds: float = Field(description="from the first step to the last; loading the model is before")
-    images_per_second: float
+    images_per_second: float = Field(description="images that went through the model in a second")
     steps: list[StepTimes] = Field(description="those that were done, in their order")
     bottleneck: Step | Literal["source"] | None = Field(
         description="the step that was busy for the largest share; source: a camera or stream was waited for"
@@ -66,7 +66,7 @@ class DetectStats(Document):
 
     document: Literal["detect stats"] = "detect stats"
     source: str = Field(description="name of what was looked at")
-    times: PathTimes
+    times: PathTimes = Field(description="how long each step took")
 
 
 class Clock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Decoder
 from acmix_deploy.serving.frames import Checked, Frame, Source
-from acmix_deploy.serving.live import Live
+from acmix_deploy.serving.live import Live, closable, interruptible
 from acmix_deploy.serving.video import frame_count, next_image, open_capture, seconds_of
 
 _KNOWN = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -154,7 +154,7 @@ def _video(path: Path, decoder: Decoder) -> Source:
 
 
 def _film(name: str, capture: Any, files: Sequence[Path]) -> Source:
-    """A video that ends, of which no frame is left out."""
+    """A video that ends, of which no frame is left out; without files it is behind a URL, which may fall silent."""
     _check_frames(name, capture)
     total = frame_count(capture)
 
@@ -173,12 +173,16 @@ def _film(name: str, capture: Any, files: Sequence[Path]) -> Source:
         if read < total:
             yield Frame(name, None, f"{total - read} of {total} frames cannot be read", lost=total - read)
 
-    return Source(name, _released(capture, frames), files, _fps(capture), total or None)
+    film = Source(name, iter(()), files, _fps(capture), total or None)
+    if files:
+        return film._replace(frames=_released(capture, frames))
+    given, close = closable(_released(capture, frames))
+    return film._replace(frames=given, close=close)
 
 
 def _live(name: str, address: int | str, decoder: Decoder) -> Source:
     """A camera or stream. A URL of a video that tells how many frames it has is read as a file is."""
-    capture = open_capture(address, decoder)
+    capture = interruptible(lambda: open_capture(address, decoder))
     if capture is None:
         raise UserError(
             f"{name} cannot be opened as {'a camera' if isinstance(address, int) else 'a video stream'}",
@@ -187,8 +191,8 @@ def _live(name: str, address: int | str, decoder: Decoder) -> Source:
     if isinstance(address, str) and frame_count(capture):
         return _film(name, capture, [])
     _check_frames(name, capture)
-    frames = Live(name, capture, lambda: open_capture(address, decoder))
-    return Source(name, frames, fps=_fps(capture), live=True, close=frames.close, wait=frames.wait)
+    live = Live(name, capture, lambda: open_capture(address, decoder))
+    return Source(name, live, fps=_fps(capture), live=True, close=live.close, wait=live.wait)
 
 
 def _check_frames(name: str, capture: Any) -> None:
@@ -206,7 +210,7 @@ def _fps(capture: Any) -> float:
     return fps if 0 < fps < 1000 else _FPS
 
 
-def _released(capture: Any, frames: Callable[[], Iterator[Frame]]) -> Iterator[Frame]:
+def _released(capture: Any, frames: Callable[[], Iterator[Frame]]) -> Generator[Frame]:
     try:
         yield from frames()
     finally:

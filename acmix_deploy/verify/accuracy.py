@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.detection.boxes import IOU, MOST, Detections, decode, no_detector
+from acmix_deploy.detection.boxes import Detections, decode, no_detector
 from acmix_deploy.detection.heads import Array, NoHead, head_of
 from acmix_deploy.detection.images import Boxes, placed_batches
 from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.suppression import IOU, MOST
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.process import unprinted
 from acmix_deploy.runtime.inputs import Shape

@@ -10,12 +10,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from acmix_deploy.detection.boxes import CONFIDENCE, TOP, Detection, Detections, decode, named
+from acmix_deploy.detection.boxes import TOP, Detection, Detections, decode, named
 from acmix_deploy.detection.drawing import SEEN
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import Match, match
 from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.suppression import CONFIDENCE
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.verify.limits import DetectionLimits
@@ -31,6 +32,7 @@ class Scenes(NamedTuple):
     input: str
     """Name of the model's input."""
     batches: Sequence[Batch]
+    """The images as the model takes them, and where each lies in it."""
     names: Mapping[int, str]
     """Of the classes, by their indices; a class without a name is called by its index."""
     confidence: float = CONFIDENCE

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-from polygraphy.logger import G_LOGGER
 
-from acmix_deploy.detection.boxes import CONFIDENCE, decode, no_detector, unlike_detector
+from acmix_deploy.detection.boxes import decode, no_detector, unlike_detector
 from acmix_deploy.detection.heads import NoHead, head_of
 from acmix_deploy.detection.images import Batch, find, placed_batches
 from acmix_deploy.detection.matching import NEAR
+from acmix_deploy.detection.suppression import CONFIDENCE
 from acmix_deploy.errors import UserError
 from acmix_deploy.half import runnable
-from acmix_deploy.process import WHOLE_PROCESS
+from acmix_deploy.process import polygraphy_unlogged
 from acmix_deploy.processing import network_of
 from acmix_deploy.runtime.inputs import Shape
 from acmix_deploy.runtime.metrics import Array
@@ -26,7 +26,6 @@ from acmix_deploy.verify.accuracy import HINT, Seen, average_precision, labelled
 from acmix_deploy.verify.detections import DetectionComparison, Scenes, compare_detections
 from acmix_deploy.verify.limits import DETECTION_LIMITS
 
-_SILENT = G_LOGGER.CRITICAL + 1
 _FOLDS = 5  # of the images, to tell how much their choice matters
 _IMAGES = 128  # at most, where outputs of the float file are kept
 
@@ -113,7 +112,7 @@ class ByLabels:
 
     def _look(self, model: Path | onnx.ModelProto) -> list[Seen]:
         runner = onnx_runner(runnable(model), model.name if isinstance(model, Path) else "INT8")
-        with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT):
+        with polygraphy_unlogged():
             return look(self._float._replace(runner=runner), self._shape, self._truth, self._float.metadata)
 
 

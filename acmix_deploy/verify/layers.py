@@ -15,7 +15,6 @@ import onnx
 from onnx import helper, numpy_helper
 from onnxruntime import InferenceSession
 from polygraphy.backend.onnx import modify_outputs
-from polygraphy.logger import G_LOGGER
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy.errors import CheckFailed, UserError
@@ -25,7 +24,7 @@ from acmix_deploy.half import faithful
 from acmix_deploy.onnx_file import some
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
-from acmix_deploy.process import WHOLE_PROCESS
+from acmix_deploy.process import polygraphy_unlogged
 from acmix_deploy.processing import detach
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import inputs_of, open_session, precision_of
@@ -182,10 +181,13 @@ def compare_layers(
         name: of the candidate.
         reference: what is right.
         candidate: what is compared with it.
-        feeds: inputs by name, float32; the first :data:`INPUTS` are used.
+        feeds: inputs by name, float32; the first three are used.
         tolerances: by precision, as of outputs; what logistic functions give has the limit of scores.
         float32: what stays in float32 in the candidate by its options, for the advice.
         provider: what runs the candidate.
+
+    Returns:
+        An error for each tensor, in the order of the candidate's nodes.
 
     Raises:
         UserError: they share nothing but their outputs, or ONNX Runtime refuses one.
@@ -289,7 +291,7 @@ class _Graph(NamedTuple):
         in_order(model)
         computing = [node for node in model.graph.node if node.op_type != "Constant"]
         names = [tensor for node in computing for tensor in node.output if tensor]
-        session = open_session(_marked(model, names), optimize=False, once=True)
+        session = open_session(_marked(model, names), optimize=False)
         types = {value.name: value.type for value in session.get_outputs() if value.type in _FLOATS}
         readers: dict[str, list[onnx.NodeProto]] = {}
         for node in computing:
@@ -488,7 +490,7 @@ def _stored(model: onnx.ModelProto) -> dict[str, Array]:
 
 def _marked(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     """The model with these tensors as its outputs."""
-    with WHOLE_PROCESS, G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+    with polygraphy_unlogged():
         marked: onnx.ModelProto = modify_outputs(model, outputs=[*map(glob.escape, tensors)], copy=True)
     return marked
 

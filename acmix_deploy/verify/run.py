@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,22 +11,21 @@ import numpy as np
 import onnx
 from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, IterationResult, RunResults
-from polygraphy.logger import G_LOGGER
 
 from acmix_deploy.artifacts import read_artifact
-from acmix_deploy.detection.boxes import CONFIDENCE, no_detector, suppressed, unlike_detector
+from acmix_deploy.detection.boxes import no_detector, suppressed, unlike_detector
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find
 from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head, parts_of
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import CONFIDENCE, Suppression
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.half import faithful
 from acmix_deploy.network import NetworkRunner
 from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.options import FLOAT32, Provider
-from acmix_deploy.process import WHOLE_PROCESS
+from acmix_deploy.process import polygraphy_unlogged
 from acmix_deploy.runtime.inputs import Input, Shape, Shapes, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
@@ -41,7 +40,6 @@ from acmix_deploy.verify.limits import DETECTION_LIMITS, FILE_TOLERANCES, TOLERA
 from acmix_deploy.verify.verification import Comparison, Verification
 
 Feed = dict[str, Array]
-_SILENT = G_LOGGER.CRITICAL + 1
 _FLOAT32 = np.dtype(np.float32)
 _IMAGES = 32  # of a folder, at most: their outputs are all held until they are compared
 
@@ -50,8 +48,9 @@ class Candidate(NamedTuple):
     """Something to compare with the reference."""
 
     runner: BaseRunner
+    """What gives its outputs."""
     precision: str = "float32"
-    """Element type that it computes in, or :data:`acmix_deploy.verify.limits.UNKNOWN`."""
+    """Element type that it computes in: "float32", "float16", "int8", or "unknown"."""
     file: Path | onnx.ModelProto | None = None
     """The ONNX file that it runs, to look into; None where it runs something else."""
     rounded: bool = False
@@ -114,7 +113,7 @@ def verify(
     inputs: Scenes | Iterable[Feed],
     *,
     metadata: ModelMetadata | None = None,
-    eager: Mapping[str, BaseRunner] | None = None,
+    eager: Mapping[str, Callable[[], BaseRunner]] | None = None,
     tolerances: Mapping[str, Tolerance | None] = TOLERANCES,
 ) -> Verification:
     """Compare every output of every candidate with the reference's on every input, as relative L2.
@@ -129,9 +128,13 @@ def verify(
         inputs: arrays by input name, float32, converted where a runner wants another type; or images, in which
             detections are compared too.
         metadata: what the exporter left in the file; says what the outputs are.
-        eager: PyTorch's own model in a reduced type, by the name of the type. Its error on an input widens the limit
-            of the candidates of that type on the same input. One that fails is noted and widens nothing.
-        tolerances: by precision, see :mod:`acmix_deploy.verify.limits`; the limit is ``tolerance.limit(eager error)``.
+        eager: makes PyTorch's own model in a reduced type, by the name of the type; of float32 in a wider one. It is
+            run once a candidate of that type is beyond a limit, and its error on an input widens that candidate's
+            limits on the same input. One that fails is noted and widens nothing.
+        tolerances: by precision.
+
+    Returns:
+        All distances, and whether each is within its limit.
 
     Raises:
         CheckFailed: a runner fails on an input.
@@ -153,7 +156,7 @@ def verify(
     half: list[HalfRange] = []
     confidence = scenes.confidence if scenes else CONFIDENCE
     # Polygraphy computes statistics for its log.
-    with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):
+    with polygraphy_unlogged(), np.errstate(all="ignore"):
         expected = _run(reference, feeds)
         if isinstance(reference, NetworkRunner):
             notes.append(reference.told)
@@ -168,12 +171,7 @@ def verify(
                 notes.append(f"boxes and scores are not told apart: {reference.name} {unlike}")
             elif scenes:
                 notes.append(f"detections were not compared: {reference.name} {unlike}")
-        eager_runs: dict[str, RunResults] = {}
-        for precision, runner in (eager or {}).items():
-            try:
-                eager_runs[precision] = _run(runner, feeds)
-            except CheckFailed as error:
-                notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
+        makers, eager_runs = dict(eager or {}), dict[str, RunResults]()
         for candidate in candidates:
             name, precision = candidate.runner.name, candidate.precision
             limits = DETECTION_LIMITS[limits_for(precision)]
@@ -184,10 +182,8 @@ def verify(
                     notes.append(f"{name} suppresses boxes by other settings than {reference.name}, and gives others")
             others = _outputs(found)
             wanted, own_head, least = expected, head, confidence
-            eager_run = eager_runs.get(precision)
             if (suppression := candidate.suppression) and head:
                 wanted = _suppressed(expected, head, suppression)
-                eager_run = eager_run and _suppressed(eager_run, head, suppression)
                 own_head = replace(head, layout="rows")
                 least = max(confidence, suppression.confidence + limits.near)
                 notes.append(
@@ -195,15 +191,14 @@ def verify(
                     f"what {reference.name} gives"
                 )
             rights = _outputs(wanted)
-            own = _distances(wanted, eager_run, own_head, NEAR[precision]) if eager_run else None
             in_images = scenes and suppression  # rounding decides which of two boxes is left
             by_parts = [] if in_images else _distances(wanted, found, own_head, limits.near)
+            compared: list[dict[Part, Comparison]] = [{} for _ in by_parts]
             for index, by_part in enumerate(by_parts):
                 right, other = rights[index], others[index]
                 empty = _fit(right, other) and _nothing_in(right, own_head, confidence)
                 empty = empty and _nothing_in(other, own_head, confidence + limits.near)
                 for part, distance in by_part.items():
-                    eager_error = own[index].get(part) if own else None
                     comparison = Comparison(
                         **distance.model_dump(),
                         candidate=name,
@@ -211,10 +206,24 @@ def verify(
                         output=part.name,
                         input_shapes={key: array.shape for key, array in feeds[index].items()},
                         empty=empty,
-                        eager_error=eager_error.relative_l2 if eager_error else None,
                         limit=None,
                     )
-                    comparisons.append(comparison.judged_by(tolerances))
+                    compared[index][part] = comparison.judged_by(tolerances)
+            if any(one.passed is False for ones in compared for one in ones.values()):
+                if precision in makers:
+                    try:
+                        eager_runs[precision] = _run(makers.pop(precision)(), feeds)
+                    except CheckFailed as error:
+                        notes.append(f"{error.message}; without it the limit for {precision} is the smallest")
+                if eager_run := eager_runs.get(precision):
+                    if suppression and head:
+                        eager_run = _suppressed(eager_run, head, suppression)
+                    own = _distances(wanted, eager_run, own_head, NEAR[precision])
+                    for ones, errors in zip(compared, own, strict=True):
+                        for part in ones.keys() & errors.keys():
+                            told = {"eager_error": errors[part].relative_l2}
+                            ones[part] = ones[part].model_copy(update=told).judged_by(tolerances)
+            comparisons += (one for ones in compared for one in ones.values())
             outputs = [*zip(rights, others, strict=True)]
             if scenes and own_head and all(_fit(right, other) for right, other in outputs):
                 detections.append(
@@ -274,9 +283,12 @@ def compare_files(
         input_shape: sizes for the axes that are free in both files, by default the candidate's own; sides are multiples
             of the stride that the metadata names, and so are others that are tried.
         confidence: score above which there is a detection.
-        provider: what runs the candidate, see :func:`acmix_deploy.runtime.models.open_model`.
+        provider: what ONNX Runtime runs the candidate on.
         plugin: library with the custom layers of either.
-        layers: also compare the tensors inside, see :func:`acmix_deploy.verify.layers.compare_layers`.
+        layers: also compare the tensors inside, see :func:`compare_layers`.
+
+    Returns:
+        All distances, and whether each is within its limit.
 
     Raises:
         UserError: a file cannot be used, the two take different inputs, a size that is free is no multiple of the
@@ -388,7 +400,7 @@ def compare_borders(
             f"no image of {images} has a border at {shapes[0][2]}x{shapes[0][3]}, so another grey changes nothing",
             "Give images of another aspect ratio, such as frames of the source.",
         )
-    with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):  # as in verify
+    with polygraphy_unlogged(), np.errstate(all="ignore"):  # as in verify
         rights = _outputs(_run(right.runner, scenes.feeds))
         head = known_head(metadata, rights[0])
         unlike = next(filter(None, (unlike_detector(metadata, outputs) for outputs in rights)), "")
@@ -468,14 +480,27 @@ def _accuracy(
     except UserError as error:  # of files that may be something else
         return (), (f"mean average precision was not measured: {error.message}",)
     try:
-        with WHOLE_PROCESS, G_LOGGER.verbosity(_SILENT):
+        with polygraphy_unlogged():
             return tuple(measure(model, shape, truth, metadata) for model in models), truth.notes
     except MissingComponent as error:
         return (), (f"{error.message}: {error.hint}",)
 
 
 def inputs_for(file: Path, images: Path | None = None, input_shape: Sequence[int] | None = None) -> list[Feed]:
-    """Inputs of one file as :func:`compare_files` takes them, of every size that is tried. Raises the same."""
+    """Inputs of one file, of every size that :func:`compare_files` tries.
+
+    Args:
+        file: an ONNX file or an engine.
+        images: folder or data set to take them from; random ones without it.
+        input_shape: sizes for the axes that are free, by default the file's own.
+
+    Returns:
+        Arrays by the name of the input, float32.
+
+    Raises:
+        UserError: the file cannot be used, a size does not fit it, or there is no readable image.
+        MissingComponent: OpenCV, for images, is not installed.
+    """
     model = open_model(file)
     name, shapes = _tried(model, model, model.metadata, input_shape)
     if images is None:

@@ -59,7 +59,7 @@ class Comparison(Deviation):
         """The same under other limits, see :func:`acmix_deploy.verify.limits.tolerance_of`."""
         part = self.output if self.channel is None else "channel"
         tolerance = tolerance_of(tolerances, self.precision, part, self.empty)
-        return self.model_copy(update={"limit": tolerance and tolerance.limit(self.eager_error or 0.0)})
+        return self.model_copy(update={"limit": tolerance and tolerance.limit(self.eager_error or 0.0, self.rms)})
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.input_shapes.items())
@@ -168,7 +168,7 @@ class Verification(BaseModel):
 
         Args:
             tolerances: of outputs, by precision.
-            detection_limits: ``lost``, ``score_change`` or ``iou`` of :class:`DetectionLimits`, whatever the precision.
+            detection_limits: ``lost``, ``score_change`` or ``iou`` (docs/verify.md), whatever the precision.
         """
         comparisons, detections, layers = self.comparisons, self.detections, self.layers
         if tolerances is not None:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper
 
-from acmix_deploy import cli, yolo
+import acmix_deploy
+from acmix_deploy import cli
 from acmix_deploy.cli import doctor
 from acmix_deploy.doctor import pasted
 from acmix_deploy.doctor.faults import FAULTS
@@ -362,8 +363,8 @@ def test_what_the_sentences_name_is_there() -> None:
         for page, anchor in re.findall(r"(docs/\w+\.md)(?:#(\w+))?", text):
             headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), re.M)
             assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], (name, page)
-    assert callable(yolo.register)
-    assert "acmix_deploy.yolo.register()" in MESSAGES["yaml-acmix"].remedy
+    assert callable(acmix_deploy.register_acmix)
+    assert "acmix_deploy.register_acmix()" in MESSAGES["yaml-acmix"].remedy
 
 
 def test_known_faults_keep_their_words() -> None:
@@ -485,7 +486,7 @@ def test_a_message_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["doctor", "--error", "KeyError: 'ACmix'"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Ultralytics, yaml-acmix KeyError: 'ACmix' name: ACmix A model YAML names ACmix" in said
-    assert "Call acmix_deploy.yolo.register()" in said
+    assert "Call acmix_deploy.register_acmix()" in said
 
 
 def test_a_log_on_stdin_as_json(stdin: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]) -> None:

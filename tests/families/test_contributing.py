@@ -21,7 +21,7 @@ def listed(family: Family[Any]) -> set[str]:
     """The files of the section's table."""
     section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding a family")[2]
     files = re.findall(r"^\| `(\S+)` \|", section.partition("\n## ")[0], re.MULTILINE)
-    assert len(files) == 5
+    assert len(files) == 6
     return {file.replace("NAME", family.name) for file in files}
 
 

@@ -370,3 +370,33 @@ def test_an_unknown_operator_hides_no_fault(exported, tmp_path, monkeypatch):
     with pytest.raises(CheckFailed, match="cannot be used"):
         fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx")
     assert not (tmp_path / "fused.onnx").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_of_which_nothing_is_told(channels, tmp_path, capsys):
+    """Images in uint8, channels first or last, of any size: fused, and refused by what has to know the channels."""
+    path = export(randomised(Net()), torch.randn(SHAPE), tmp_path / "net.onnx", dynamic=("batch", "height", "width"))
+    model = onnx.load(path)
+    (image,) = model.graph.input
+    dims = [dim.dim_param or dim.dim_value for dim in image.type.tensor_type.shape.dim]
+    assert [type(dim) for dim in dims] == [str, int, str, str]
+    dims.insert(channels, dims.pop(1))
+    order = [0, 1, 2, 3] if channels == 1 else [0, 3, 1, 2]
+    before = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["floats"], [image.name], perm=order),
+    ]
+    nodes = [*before, *copy.deepcopy([*model.graph.node])]
+    del model.graph.node[:], model.graph.input[:]
+    model.graph.node.extend(nodes)
+    model.graph.input.append(helper.make_tensor_value_info("pixels", TensorProto.UINT8, dims))
+    plain, fused = tmp_path / "plain.onnx", tmp_path / "fused.onnx"
+    onnx.save(model, plain)
+    fuse(plain, fused, expect=1)
+    x = np.random.default_rng(0).integers(0, 256, (2, 4, 12, 20)).astype(np.uint8)
+    assert_same(plain, fused, torch.from_numpy(x.transpose(0, 2, 3, 1) if channels == 3 else x))
+    for command in (["fp16", str(fused), "-o", str(tmp_path / "h.onnx")], ["doctor", str(plain)]):
+        assert main(command) == (2 if command[0] == "fp16" else 0)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert said.count(f"takes pixels [{', '.join(map(str, dims))}] in uint8, and its metadata do not tell what") == 2
+    assert said.count("acmix-deploy export --input uint8") == 2

@@ -11,7 +11,7 @@ import torch
 
 from acmix_deploy import yolo
 from tests.pipeline.parts import deployed
-from tests.untrained import enlivened, make_checkpoint
+from tests.untrained import enlivened, make_checkpoint, settled
 
 tasks = pytest.importorskip("ultralytics.nn.tasks", reason="ultralytics is not installed")
 
@@ -93,13 +93,30 @@ def test_generations_of_ultralytics(tmp_path: Path, name: str) -> None:
     ]
     layers["backbone"].append([-1, 1, "ACmix", layers["backbone"][-1][3][:1]])
     torch.manual_seed(0)
-    model = enlivened(tasks.DetectionModel(layers, verbose=False))
+    model = settled(tasks.DetectionModel(layers, verbose=False))  # whose scores are near 1e-5
     torch.save(
         {"ema": model.half(), "model": None, "train_args": {"imgsz": 640, "task": "detect"}}, tmp_path / "model.pt"
     )
     size = (256, 320) if "P6" in name else (128, 160)  # maps of 4x5, the smallest that a window of 7 takes
     options = {"input_shape": (1, 3, *size), "opset": 17, "expect": 1, "seconds": 0.1}
     assert deployed(tmp_path / "model.pt", tmp_path, **options).passed
+
+
+@pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.soak)])
+def test_what_nobody_trained_passes_as_its_yaml_says_it(tmp_path, task):
+    """With 80 classes, its scores begin at 1e-5."""
+    layers = yolo.model_yaml("p5", "n")
+    kind = {"detect": "Detection", "segment": "Segmentation"}[task]
+    if task == "segment":
+        sources, *_ = layers["head"][-1]
+        layers["head"][-1] = [sources, 1, "Segment", ["nc", 32, 256]]
+    yolo.register()
+    torch.manual_seed(0)
+    torch.save({"model": getattr(tasks, f"{kind}Model")(layers, verbose=False)}, tmp_path / "model.pt")
+    report = deployed(tmp_path / "model.pt", tmp_path, image_size=128, opset=17, expect=1, no_profile=True)
+    assert report.passed
+    scores = next(found for found in report.verification.comparisons if found.output == "scores")
+    assert scores.rms < 1e-4
 
 
 def test_yolov5_as_ultralytics_builds_it(tmp_path):

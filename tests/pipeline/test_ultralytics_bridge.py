@@ -6,6 +6,8 @@ Engines run on stand-ins for TensorRT and CUDA (cpu_as_gpu.py); older releases w
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,28 @@ def check_same(results: list[Any], images: list[Any], model: Path) -> None:
 
 IMAGES = [scene.image for scene in shapes.images(5, 2)]
 OPTIONS: dict[str, Any] = {"imgsz": shapes.SIZE, "rect": False, "verbose": False}
+
+
+NAMED = """
+import sys
+{imported}
+from ultralytics import YOLO
+(block,) = [module for module in YOLO(sys.argv[1]).model.modules() if type(module).__name__ == "ACmix"]
+print(type(block).__module__, block.in_planes, block.out_planes)
+"""
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_yaml_file_names_the_block_once_this_is_imported(tmp_path: Path, known: bool) -> None:
+    file = tmp_path / "mine.yaml"
+    rows = ("[-1, 1, Conv, [16, 3, 2]]", "[-1, 1, ACmix, [32]]")
+    file.write_text("nc: 2\nbackbone:\n" + "".join(f"  - {row}\n" for row in rows) + "head: [[[1], 1, Detect, [nc]]]\n")
+    script = NAMED.format(imported="import acmix_deploy.ultralytics" if known else "")
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False)
+    if known:
+        assert done.stdout.splitlines()[-1:] == ["acmix_deploy.families.acmix.module 16 32"], done.stderr
+    else:
+        assert "KeyError: 'ACmix'" in done.stderr, "else there is nothing to import it for"
 
 
 def test_a_fused_file_predicts_what_detect_does(shapes_model: Path) -> None:

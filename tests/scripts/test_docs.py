@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -11,23 +12,29 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import onnx
-import onnx_graphsurgeon as gs
 import pytest
 import torch
 from torch import Tensor, nn
 
 from acmix_deploy import cli, gate_run
+from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.export import export
+from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.plan import Plan
 from acmix_deploy.report.model import ExportReport
-from scripts import docs, pictures, shapes
+from acmix_deploy.targets import TARGETS
+from scripts import docs, pictures, shapes, terminal
 from tests import ROOT
 from tests.gate import parts as gate_parts
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))}
-RUNNABLE = [name for name, path in PAGES.items() if re.search(r"^```(python|console)$", path.read_text(), re.M)]
+RUNNABLE = [  # the tutorial is run by test_tutorial.py
+    name
+    for name, path in PAGES.items()
+    if re.search(r"^```(python|console)$", path.read_text(), re.M) and name != "docs/tutorial.md"
+]
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
@@ -48,6 +55,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fuse(folder / "model.onnx", folder / "model.fused.onnx", expect=3)
     cv2 = pytest.importorskip("cv2", reason="needs opencv")
     photos = shapes.write(folder / "drawn", seed=11, count=2).rename(folder / "photos")
+    for labels in (folder / "drawn/labels").iterdir():
+        labels.rename(photos / labels.name)
     wide = str(photos / "0001.png")  # with a border, which `verify --pad` wants
     cv2.imwrite(wide, cv2.imread(wide)[:120])
     shutil.copytree(ROOT / "tests/data", folder / "tests/data")
@@ -93,7 +102,7 @@ def test_commands_and_code_run(
         pytest.importorskip("ultralytics", reason="needs ultralytics")
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     if re.search(
-        r" (detect|triton|deepstream) shapes.fused.onnx|load\(Path\(\"shapes.fused.onnx",
+        r" (detect|triton|deepstream) shapes.fused.onnx|Path\(\"shapes.fused.onnx",
         page.read_text(encoding="utf-8"),
     ):
         shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
@@ -111,6 +120,8 @@ def test_commands_and_code_run(
             continue
         for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
             command, _, shown = session.partition("\n")
+            if command == terminal.COMMAND:
+                shown = terminal.block().partition("\n$ ")[2].partition("\n")[2].partition("```")[0]
             # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
             if not command.startswith("acmix-deploy "):
                 continue
@@ -136,33 +147,65 @@ def lines_without_figures(output: str) -> set[str]:
     return {" ".join(line.split()) for line in output.splitlines() if not re.search(r"\d", line)}
 
 
+def test_the_error_that_is_shown_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["inspect", "model.onnx"]) == 2
+    assert capsys.readouterr().err == blocks(PAGES["docs/errors.md"], "text")[0][1]
+
+
+def test_every_exit_code_is_explained() -> None:
+    table = PAGES["docs/errors.md"].read_text(encoding="utf-8").partition("exit-codes:begin")[2]
+    rows = dict(re.findall(r"^\| (\d+) \| .* \| (?:`(\w+)`)? ?\|$", table.partition("exit-codes:end")[0], re.M))
+    kinds = {
+        str(kind.exit_code): kind.__name__
+        for kind in AcmixDeployError.__subclasses__()
+        if kind.__module__ == AcmixDeployError.__module__
+    }
+    assert rows == {"0": "", **kinds, "130": "KeyboardInterrupt", "143": ""}
+
+
 def test_generated_parts_are_current() -> None:
     stale = docs.differing()
     assert not stale, f"run `make docs`: {[path.name for path in stale]}"
 
 
 def test_pictures_are_graphs(tmp_path: Path) -> None:
-    """Of two ways to one sum: what keeps all values is left out, what pads or picks is joined, branches are not."""
+    """Of three ways to a sum: what keeps all values is left out, what pads or picks is joined, branches are not."""
 
     class Block(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             padded = nn.functional.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 2:]
-            return padded.relu().flatten(2).reshape(padded.shape) + x.sigmoid()
+            return padded.relu().flatten(2).reshape(padded.shape) + x.sigmoid() + padded[:, :, :1]
 
     export(Block(), tmp_path / "block.onnx", input_shape=(1, 2, 4, 4), opset=17)
-    drawn = pictures.picture(gs.import_onnx(onnx.load(tmp_path / "block.onnx")))
-    edges = [line.split() for line in drawn.splitlines() if "-->" in line]
-    names = dict(re.findall(r"^  (n\d+)\W+(.*?)\"", drawn, re.M))
-    found = {(names[start], tuple(sorted(names[end] for end in ends if end != "&"))) for start, _, *ends in edges}
-    assert found == {
-        ("x", ("Pad, Slice x2", "Sigmoid")), ("Pad, Slice x2", ("Relu",)), ("Relu", ("Add",)), ("Sigmoid", ("Add",)),
-        ("Add", ("y",)),
+    file = pictures.looked_into(onnx.load(tmp_path / "block.onnx"))
+    names = {box: ", ".join(box.text) for box in file.boxes}
+    moves, last = "Pad, 2 Slice", "2 Add"
+    assert {(names[source], names[box]) for box in file.boxes for source in box.sources} == {
+        ("x", moves), ("x", "Sigmoid"), (moves, "Relu"), (moves, "Slice"), ("Relu", last), ("Sigmoid", last),
+        ("Slice", last), (last, "y"),
     }  # fmt: skip
+    written = {"x": 0, moves: 2 * (36 + 24 + 16), "Relu": 32, "Sigmoid": 32, "Slice": 8, last: 2 * 32, "y": 0}
+    assert {names[box]: box.written * 32 for box in file.boxes} == written
+    assert (file.written * 32, file.largest * 32) == (sum(written.values()), 2 * 36)
+
+
+def test_the_block_is_what_its_page_says() -> None:
+    """Each key copied 49 times and 6.25 times; q, k and v, the attention, the convolution and two sums."""
+    plain, fused, standard = pictures.explained((1, 16, 8, 8)).values()
+    assert plain.largest == 49
+    assert (fused.written, fused.nodes) == (7, 7)
+    gathered = [box.written for box in standard.boxes if "Gather" in box.types]
+    assert sorted(gathered)[-2:] == [6.25, 6.25]
+    assert {box.written for box in fused.boxes if "AcmixLocalAttention" in box.types} == {1}
 
 
 @pytest.mark.soak
 def test_pictures_are_current() -> None:
-    assert pictures.PAGE.read_text(encoding="utf-8") == pictures.page(), "run `make docs`"
+    for path, text in pictures.generated().items():
+        assert path.read_text(encoding="utf-8") == text, f"run `make docs`: {path.name}"
 
 
 def test_every_verb_and_option_is_described() -> None:
@@ -217,8 +260,75 @@ def test_quoted_reasons_and_faults_exist() -> None:
         assert reason in sources, reason
 
 
-def test_the_picture_is_well_formed() -> None:
-    assert ElementTree.parse(ROOT / "docs/path.svg").getroot().tag.endswith("svg")
+def test_the_comparison_tells_versions_dates_and_sources() -> None:
+    """Of each tool, and of what was tried the version that is told of the tool."""
+    text = PAGES["docs/comparison.md"].read_text(encoding="utf-8")
+    assert re.search(r"^As of 20\d\d-\d\d-\d\d\.", text, re.M)
+    hosts = set(re.findall(r"https?://([^/)]+)", text))
+    known = {"docs.nvidia.com", "docs.pytorch.org", "docs.ultralytics.com", "github.com", "nvidia.github.io"}
+    assert hosts == known, "a vendor's own pages"
+    assert "http://" not in text
+    rows = re.findall(r"^\| \[([\w-]+)\]\(https://\S+\) .* \| ([\d.]+), 20\d\d-\d\d \|$", text, re.M)
+    assert len(rows) == 6
+    assert all(f"### {tool}" in text for tool, _ in rows)
+    tried = text.partition("<!-- tools:begin -->")[2].partition("<!-- tools:end -->")[0]
+    packages = {"Ultralytics": "ultralytics-opencv-headless", "Polygraphy": "polygraphy", "ModelOpt": "nvidia-modelopt"}
+    for tool, version in rows:
+        assert tool not in packages or f"{packages[tool]} {version}" in tried, tool
+    for line in tried.splitlines():
+        if "| fails |" in line:
+            assert "ModelOpt" in line
+            assert "is not a registered function/op" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.svg")), ids=lambda path: path.stem)
+def test_pictures_are_well_formed_and_whole(path: Path) -> None:
+    """Nothing is fetched for them, and in those of graphs no box lies on another or outside."""
+    root = ElementTree.parse(path).getroot()
+    assert root.tag.endswith("svg")
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(?:href|src)=\"(?!#)|url\((?!#)|@import", text)
+    if path.parent.name != "graphs":
+        return
+    assert "prefers-color-scheme: dark" in text
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    boxes: list[tuple[float, float, float, float]] = []
+
+    def visit(element: ElementTree.Element, x: float, y: float) -> None:
+        if moved := re.match(r"translate\((\S+) (\S+)\)", element.get("transform", "")):
+            x, y = x + float(moved[1]), y + float(moved[2])
+        if element.tag.endswith("rect"):
+            left, top = x + float(element.attrib["x"]), y + float(element.attrib["y"])
+            boxes.append((left, top, left + float(element.attrib["width"]), top + float(element.attrib["height"])))
+        for child in element:
+            visit(child, x, y)
+
+    visit(root, 0, 0)
+    assert len(boxes) > 4
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1], (one, other)
+
+
+def test_the_picture_of_detections_is_small() -> None:
+    cv2 = pytest.importorskip("cv2", reason="needs opencv")
+    found = cv2.imread(str(ROOT / "docs/found.webp"))
+    assert found.shape[1] == 1600
+    assert (ROOT / "docs/found.webp").stat().st_size < 150_000
+
+
+def test_what_the_front_page_says_is_taken() -> None:
+    """How many families there are, and from which release to which."""
+    page = PAGES["README.md"].read_text(encoding="utf-8")
+    assert f"[{ ({10: 'ten'}[len(FAMILIES)]) } families]" in page
+    for name, kind in (("TensorRT", "tensorrt"), ("JetPack", "jetpack")):
+        releases = [
+            tuple(map(int, target.partition("-")[2].split("."))) for target in TARGETS if target.startswith(f"{kind}-")
+        ]
+        first, last = (".".join(map(str, release)) for release in (min(releases), max(releases)))
+        assert f"{name} {first} to {last}" in page
 
 
 def test_the_layout_is_whole_and_in_the_order_of_imports() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,3 +85,20 @@ def test_written_labels_are_the_boxes(tmp_path):
         corners = np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], 1) * shapes.SIZE
         np.testing.assert_array_equal(kinds, scene.classes)
         np.testing.assert_allclose(corners, scene.boxes, atol=1e-3)
+
+
+def test_a_data_set_is_described_to_ultralytics(tmp_path, monkeypatch, capsys):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["shapes.py", "drawn", "--train", "3", "--val", "2"])
+    shapes.main()
+    assert capsys.readouterr().out == "drawn: drawn/data.yaml\n"
+    told = yaml.safe_load((tmp_path / "drawn/data.yaml").read_text())
+    assert told["names"] == dict(enumerate(shapes.NAMES))
+    for split, count in (("train", 3), ("val", 2)):
+        images = Path(told["path"]) / told[split]
+        assert len(list(images.glob("*.png"))) == count
+        assert len(list((images.parent / "labels").glob("*.txt"))) == count
+    first, other = (tmp_path / f"drawn/{split}/images/0000.png" for split in ("train", "val"))
+    assert first.read_bytes() != other.read_bytes()

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 from acmix_deploy import cli
-from acmix_deploy.detection.boxes import CONFIDENCE, Detections
+from acmix_deploy.detection.boxes import Detections
 from acmix_deploy.detection.drawing import PALETTE
 from acmix_deploy.detection.images import read
+from acmix_deploy.detection.suppression import CONFIDENCE
 from acmix_deploy.serving import annotate, sources
 from acmix_deploy.serving.detector import Detector
 from acmix_deploy.serving.path import detect

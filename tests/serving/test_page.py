@@ -50,6 +50,14 @@ WATCH = """
 """Requests that are under way, the most of them at a time, and those that were when a frame was taken."""
 
 REFUSE_CAMERA = "MediaDevices.prototype.getUserMedia = async () => { throw new DOMException('', 'NotReadableError'); }"
+SILENT_CAMERA = """
+    MediaDevices.prototype.getUserMedia = async () => {
+        const canvas = Object.assign(document.createElement("canvas"), {width: 64, height: 48});
+        const stream = canvas.captureStream(0);
+        window.look = () => { canvas.getContext("2d").fillRect(0, 0, 64, 48); stream.getTracks()[0].requestFrame(); };
+        return stream;
+    };
+"""
 LATE_CAMERA = """
     const open = MediaDevices.prototype.getUserMedia;
     MediaDevices.prototype.getUserMedia = async function (...given) {
@@ -629,6 +637,19 @@ def test_a_camera_that_is_stopped_before_it_is_there(browser: Any, server: Serve
         page.wait_for_function("() => window.late && late.getTracks().every(track => track.readyState === 'ended')")
         assert page.get_by_role("button", name="Start the camera").is_visible()
         assert asked == []
+
+
+def test_a_camera_that_is_on_and_gives_no_images_is_told(browser: Any, server: Server) -> None:
+    with opened(browser, server.url, script=SILENT_CAMERA) as page:
+        page.get_by_role("button", name="Start the camera").click()
+        page.get_by_text("The camera is on and gives no images").wait_for()
+        page.evaluate("window.gives = setInterval(look, 50)")
+        playwright.expect(page.locator("#caption")).to_contain_text("images per second")
+        playwright.expect(page.locator("#status")).to_be_empty()
+        page.evaluate("clearInterval(gives)")
+        page.get_by_text("The camera is on and gives no images").wait_for()
+        page.get_by_role("button", name="Stop the camera").click()
+        playwright.expect(page.locator("#status")).to_be_empty()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -363,31 +363,99 @@ def test_a_stream_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.perf_counter() - began < 2
 
 
-def test_control_c_while_a_stream_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def parts(part: Part, _: int) -> None:
-        for index in range(20):
-            part(jpeg(picture(index)))
-        time.sleep(60)
-
+def interrupt(arguments: list[str], ready: Callable[[Iterable[str]], object]) -> None:
+    """End `detect` by Ctrl-C soon after ``ready``, which is given the lines of its output, has returned true."""
     script = """
 import signal, sys
 from acmix_deploy.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(["detect", *sys.argv[1:]]))
 """
-    with served(parts, monkeypatch) as url:
-        command = [sys.executable, "-c", script, str(tiny(tmp_path / "a.onnx")), url, "--json"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout
-            for line in process.stdout:
-                if '"frame":19' in line:
-                    break
-            time.sleep(0.3)
-            began = time.perf_counter()
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=30)
-            assert time.perf_counter() - began < 5, "and not the 10 s in which the stream may answer"
+    command = [sys.executable, "-c", script, *arguments, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert ready(process.stdout)
+        time.sleep(0.3)
+        began = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert time.perf_counter() - began < 5, "and not the 10 s in which the stream may answer"
     assert (process.returncode, "Traceback" in err) == (130, False), err
+
+
+def test_frames_that_are_left_are_ended() -> None:
+    released = threading.Event()
+    made: list[int] = []
+
+    def frames() -> Generator[Frame]:
+        try:
+            for index in range(1000):
+                made.append(index)
+                yield Frame("a", picture(index % 5), number=index)
+        finally:
+            released.set()
+
+    given, _ = live.closable(frames())
+    assert [next(given).number, next(given).number] == [0, 1]
+    del given
+    assert released.wait(5)
+    assert len(made) < 6, "one ahead"
+    whole, close = live.closable(frames())
+    assert [frame.number for frame in whole] == [*range(1000)]
+    close()
+    assert list(whole) == []
+
+
+def seen(frame: int) -> Callable[[Iterable[str]], bool]:
+    return lambda lines: any(f'"frame":{frame},' in line for line in lines)
+
+
+def test_control_c_while_a_stream_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts(part: Part, _: int) -> None:
+        for index in range(20):
+            part(jpeg(picture(index)))
+        time.sleep(60)
+
+    with served(parts, monkeypatch) as url:
+        interrupt([str(tiny(tmp_path / "a.onnx")), url], seen(19))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_control_c_while_a_video_behind_a_url_is_silent(share: float, tmp_path: Path) -> None:
+    """From the start, while it is opened, or in its middle; the frames before that are in the file."""
+    film, out = tmp_path / "film.avi", tmp_path / "out.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (160, 120))
+    for index in range(400):
+        writer.write(cv2.resize(detailed(160, 120) + np.uint8(index % 5), (160, 120)))
+    writer.release()
+    data = film.read_bytes()
+    asked, done = threading.Event(), threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.set()
+            if share:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                with suppress(OSError):
+                    self.wfile.write(data[: int(share * len(data))])
+            done.wait(60)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/film.avi"
+            ready = seen(50) if share else lambda _: asked.wait(30)
+            interrupt([str(tiny(tmp_path / "a.onnx")), url, "-o", str(out)], ready)
+        finally:
+            done.set()
+            server.shutdown()
+    assert not share or cv2.VideoCapture(str(out)).get(cv2.CAP_PROP_FRAME_COUNT) > 50
 
 
 def test_what_was_dropped_is_told(

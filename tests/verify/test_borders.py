@@ -11,9 +11,8 @@ import onnx
 import pytest
 
 from acmix_deploy import cli
-from acmix_deploy.detection.boxes import CONFIDENCE
 from acmix_deploy.detection.images import Letterbox, read
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import CONFIDENCE, Suppression
 from acmix_deploy.errors import UserError
 from acmix_deploy.processing import Processing, attach
 from acmix_deploy.serving.detector import Detector

@@ -240,7 +240,7 @@ def test_no_error_of_a_model_in_half_precision_excuses_everything() -> None:
 
     right, eager = (TorchRunner(Times(factor), str(factor)) for factor in (1.0, 0.45))
     candidates = [Candidate(TorchRunner(Times(factor), f"{factor}!"), "float16") for factor in (0.7, 0.8)]
-    found = verify(right, candidates, [{"images": IMAGE}], eager={"float16": eager})
+    found = verify(right, candidates, [{"images": IMAGE}], eager={"float16": lambda: eager})
     assert [comparison.passed for comparison in found.comparisons] == [False, True]
     assert {comparison.limit for comparison in found.comparisons} == {0.25}
     assert found.judged_by(relative_at_most(0.4)).passed

@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.operators.spec import Tolerance
@@ -126,7 +127,7 @@ def test_float16_may_be_twice_as_far_as_the_eager_model() -> None:
     def eager(doubled: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
         return doubled * (1 + off_by[doubled.shape[2]]), summed
 
-    result = verify(runner("torch"), candidates, feeds(large, small), eager={"float16": runner("half", eager)})
+    result = verify(runner("torch"), candidates, feeds(large, small), eager={"float16": lambda: runner("half", eager)})
     for found in (comparison for comparison in result.comparisons if comparison.channel is None):
         if found.candidate == "plain":
             assert found.eager_error is None
@@ -138,9 +139,69 @@ def test_float16_may_be_twice_as_far_as_the_eager_model() -> None:
 
 
 def test_a_real_half_precision_module_is_measured() -> None:
-    half = TorchRunner(Two().half(), "half")
-    result = verify(runner("torch"), [Candidate(runner("typed"), "float16")], feeds(), eager={"float16": half})
+    def half() -> TorchRunner:
+        return TorchRunner(Two().half(), "half")
+
+    off = Candidate(runner("off", lambda doubled, summed: (doubled * 1.1, summed)), "float16")
+    result = verify(runner("torch"), [off], feeds(), eager={"float16": half})
     assert 1e-5 < result.comparisons[0].eager_error < 1e-3
+
+
+def test_the_eager_model_is_not_asked_where_all_is_within_the_limits() -> None:
+    def never() -> TorchRunner:
+        raise AssertionError("not needed")
+
+    candidates = [Candidate(runner("typed"), "float16"), Candidate(runner("plain"))]
+    assert verify(runner("torch"), candidates, feeds(), eager={"float16": never, "float32": never}).passed
+
+
+@pytest.mark.parametrize(("off", "passed"), [(0.0, True), (2e-4, False)])
+def test_a_small_output_that_float32_hardly_holds_may_be_off_by_as_much(off: float, passed: bool) -> None:
+    """Whatever the other outputs are: none of them is far off."""
+
+    def cancelled(doubled: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
+        return doubled, (summed + 3e4) - 3e4
+
+    def wide() -> TorchRunner:
+        return TorchRunner(Two(cancelled).double(), "float64")
+
+    candidate = Candidate(runner("exact", lambda doubled, summed: (doubled, summed * (1 + off))))
+    assert not verify(runner("torch", cancelled), [candidate], feeds()).passed
+    found = verify(runner("torch", cancelled), [candidate], feeds(), eager={"float32": wide})
+    assert found.passed is passed
+    assert [*{failure.output for failure in found.failures}] == ["output1"] * (not passed)
+    assert all(one.limit <= FLOAT32.most for one in found.comparisons if one.channel is None)
+
+
+@pytest.mark.parametrize(
+    ("middle", "off", "passed"),
+    [(0, 0, True), (-12, 0, True), (-12, 0.02, False), (-3, 0.001, False), (0, 1e-3, False)],
+)
+def test_small_scores_are_as_exact_as_onnx_runtime_computes_them(middle: float, off: float, passed: bool) -> None:
+    """Its Sigmoid is exact to 5e-8 at most anywhere, which is 1% of a score of 6e-6."""
+    logits = helper.make_node("Add", ["images", "shift"], ["logits"])
+    nodes = [
+        logits,
+        helper.make_node("Sigmoid", ["logits"], ["maps"]),
+        helper.make_node("Flatten", ["maps"], ["output0"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "scores",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
+        [helper.make_tensor_value_info("output0", TensorProto.FLOAT, ["batch", "classes"])],
+        [helper.make_tensor("shift", TensorProto.FLOAT, [], [middle + off])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    class Scores(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(x + middle).flatten(1)
+
+    metadata = ModelMetadata({"task": "classify"})
+    found = verify(TorchRunner(Scores(), "torch"), [Candidate.of(model, "file")], feeds(), metadata=metadata)
+    assert {one.output for one in found.comparisons} == {"scores"}
+    assert found.passed is passed
 
 
 def test_findings_are_kept_and_judged_again() -> None:

@@ -15,8 +15,8 @@ class GatedACmix(nn.Module):
     With ``f = relu(bn(conv(x)))`` and ``g = sigmoid(W_2 relu(W_1 mean(x) + b_1) + b_2)`` [B, 2], the mean over the
     pixels of each channel:
 
-        in parallel:  ``y = g_1 * f + g_2 * attention(x)``
-        in series:    ``y = g_1 * f + g_2 * attention(f)``
+        in parallel:  y = g_1 * f + g_2 * attention(x)
+        in series:    y = g_1 * f + g_2 * attention(f)
 
     from [B, channels, H, W] to [B, out_channels, H, W], in any floating-point type. The attention has a projection of
     its result. It takes the H*W pixels of an image for its tokens and needs heads * (H*W)**2 logits, or the pixels of

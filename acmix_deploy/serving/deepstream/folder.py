@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from acmix_deploy.detection.boxes import CONFIDENCE, IOU, MOST
+from acmix_deploy.detection.suppression import CONFIDENCE, IOU, MOST
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
@@ -66,6 +66,9 @@ def package(
         source: what to look at: an address that begins with rtsp, http, https or file, or the path of a video.
         plugin: library with the model's custom layers; where an engine's manifest says, by default.
         confidence: score above which there is a detection.
+
+    Returns:
+        What was written, and what to run on the device.
 
     Raises:
         UserError: the file is not a detector, or DeepStream cannot run it; the plugin is not the engine's; the folder

@@ -1,7 +1,7 @@
 """Model repositories: a detector as files that Triton serves, native or by its Python backend.
 
 Native are three models: the network on the backend of its file, the suppression of boxes that overlap as an ONNX graph,
-and an ensemble of both, which clients ask. Of a file that suppresses boxes itself that graph takes the rows apart.
+and an ensemble of both, which clients ask. Of a file that selects boxes itself that graph takes the rows apart.
 Nothing but Triton's own container is needed there.
 
 Source: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md
@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import Field
 
 from acmix_deploy import __version__
-from acmix_deploy.detection.boxes import CONFIDENCE
 from acmix_deploy.detection.heads import Head
+from acmix_deploy.detection.suppression import CONFIDENCE
 from acmix_deploy.document import Document
 from acmix_deploy.errors import UserError
 from acmix_deploy.options import Provider
@@ -95,6 +95,9 @@ def package(
         max_batch: images in a run at most; fewer where the engine takes fewer.
         max_delay_ms: how long a request waits for others, in milliseconds.
 
+    Returns:
+        What was written, and the command that serves it.
+
     Raises:
         UserError: the file is not a detector, or Triton cannot serve it; the plugin is not the engine's; the repository
             has such a model already, or cannot be written.
@@ -103,11 +106,12 @@ def package(
     network = read(model, plugin, "Triton")
     delay = round(max_delay_ms * 1000)
     if backend == "native":
-        suppressed = network.metadata.suppression
-        if network.head.task != "detect" or not (suppressed or network.head.layout in ("anchors", "objectness")):
+        rows = network.head.layout == "rows" and isinstance(network.output.dims[1], int)
+        if network.head.task != "detect" or not (rows or network.head.layout in ("anchors", "objectness")):
             raise UserError(
-                f"{model} is of the task {network.head.task} and gives {network.head.layout}, and the graph that "
-                "follows it in Triton suppresses boxes of anchors alone",
+                f"{model} is of the task {network.head.task} and gives {network.output}, which are "
+                f"{network.head.layout}, and the graph that follows it in Triton takes anchors, or a fixed number of "
+                "rows, of the task detect alone",
                 "Use --backend python.",
             )
         max_batch = _max_batch(network, max_batch)
@@ -147,7 +151,8 @@ def _native(network: Network, confidence: float, provider: Provider, max_batch: 
         """Without the batch, where Triton makes batches."""
         return _tensor(field, node._replace(dims=node.dims[1:] if max_batch else node.dims))
 
-    most = network.metadata.most
+    rows = network.output.dims[1] if network.head.layout == "rows" else None
+    most = min(network.metadata.most, rows) if isinstance(rows, int) else network.metadata.most
     boxes = outputs_of(network.head, most)
     outputs = [
         _tensor("output", node if max_batch else node._replace(dims=(network.shape[0], *node.dims))) for node in boxes

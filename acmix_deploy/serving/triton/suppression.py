@@ -39,6 +39,18 @@ told (float[batch, {most}, 6] rows) => (
 }}
 """
 
+_RANKED = """
+<ir_version: 8, opset_import: ["": {opset}]>
+ranked ({kind}[batch, {count}, 6] predictions) => (float[batch, {most}, 6] rows)
+<int64[1] score = {{4}}, int64[1] behind_score = {{5}}, int64[1] values = {{2}}, int64[1] most = {{{most}}}>
+{{
+    floats = Cast <to = 1> (predictions)
+    scores_as_given = Slice (floats, score, behind_score, values)
+    best, order = TopK <axis = 1> (scores_as_given, most)
+    rows = GatherND <batch_dims = 1> (floats, order)
+}}
+"""
+
 
 def suppression(
     head: Head, dims: Sequence[int | str | None], confidence: float, most: int, *, float16: bool = False
@@ -52,20 +64,18 @@ def suppression(
 
     Args:
         head: what the network gives, of the task "detect": predictions in the layout "anchors" or "objectness"; or
-            "rows" of a file that suppresses boxes, the highest score first.
-        dims: their axes; not whole numbers where they are free.
+            "rows" of a file that suppresses boxes.
+        dims: their axes; not whole numbers where they are free. Of rows the second is fixed.
         confidence: scores have to be above it.
-        most: N; the rows of the file, where it gives rows.
+        most: N; no more than the rows of the file, where it gives rows.
         float16: ``predictions`` are in half precision, else float32.
     """
     told = parser.parse_model(_TOLD.format(opset=OPSET, most=most, confidence=confidence))
     if head.layout == "rows":
-        for node in told.graph.node:
-            node.input[:] = ["predictions" if name == "rows" else name for name in node.input]
-        told.graph.input[0].name = "predictions"
-        model = told
+        kind = "float16" if float16 else "float"
+        behind = parser.parse_model(_RANKED.format(opset=OPSET, most=most, count=dims[1], kind=kind))
     else:
         behind = graph_of(Suppression(confidence=confidence, most=most), head, dims, float16=float16)
-        model = compose.merge_models(behind, told, io_map=[("rows", "rows")])
+    model = compose.merge_models(behind, told, io_map=[("rows", "rows")])
     onnx.checker.check_model(model, full_check=True)
     return model

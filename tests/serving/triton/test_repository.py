@@ -23,11 +23,11 @@ from google.protobuf import text_format
 
 from acmix_deploy import cli
 from acmix_deploy.artifacts import read_artifact, write_artifact
-from acmix_deploy.detection.boxes import MOST, Detections, decode, suppressed
+from acmix_deploy.detection.boxes import Detections, decode, suppressed
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import Letterbox, Placement, tensor
 from acmix_deploy.detection.metadata import Pixels
-from acmix_deploy.detection.suppression import Suppression
+from acmix_deploy.detection.suppression import MOST, Suppression
 from acmix_deploy.engine_file import header_bytes
 from acmix_deploy.errors import UserError
 from acmix_deploy.operators import OPERATORS
@@ -174,6 +174,33 @@ def test_rows_of_a_file_that_suppresses_boxes_are_told_apart(confidence: float) 
         np.testing.assert_array_equal(np.column_stack((boxes[image], scores[image], kinds[image]))[:count], right)
         assert not any(array[image, count:].any() for array in (boxes, scores, kinds))
     assert counts[0] > 1
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(20, np.float32), (400, np.float32), (20, np.float16)])
+def test_rows_of_others_in_any_order(count: int, dtype: type) -> None:
+    rows = np.zeros((2, count, 6), dtype)
+    rows[..., :4] = np.random.default_rng(0).integers(0, 600, (2, count, 4))
+    rows[0, :, 4] = np.random.default_rng(1).permutation(count) / count
+    rows[0, :, 5] = np.arange(count) % 3
+    head, most = Head("detect", "rows", "predictions", 3), min(count, MOST)
+    graph = suppression(head, ["batch", count, 6], 0.1, most, float16=dtype == np.float16)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    counts, boxes, scores, kinds = session.run(None, {"predictions": rows})
+    right, nothing = decode(head, {"predictions": rows}, [WHOLE] * 2, confidence=0.1)
+    assert counts.ravel().tolist() == [len(right.scores), len(nothing.scores)] == [min(most, count * 9 // 10 - 1), 0]
+    for got, wanted in ((boxes, right.boxes), (scores, right.scores), (kinds, right.classes)):
+        np.testing.assert_array_equal(got[0, : len(wanted)], wanted)
+        assert not got[0, len(wanted) :].any()
+        assert not got[1].any()
+
+
+def test_a_file_of_ultralytics_that_suppresses_boxes_becomes_an_ensemble(schema: Any, tmp_path: Path) -> None:
+    package(selected(tmp_path / "told.onnx", args="{'nms': True}"), tmp_path / "repository", confidence=0.5)
+    feed = {"images": np.zeros((2, 3, 32, 32), np.float32)}
+    answer = run_ensemble(schema, tmp_path / "repository", "told", feed)
+    assert answer["num_detections"].ravel().tolist() == [1, 1]
+    assert answer["detection_boxes"][:, 0].tolist() == [[8, 8, 24, 24]] * 2
+    assert answer["detection_classes"][:, 0].tolist() == [1, 1]
 
 
 def test_a_file_that_suppresses_boxes_becomes_an_ensemble(schema: Any, shapes_model: Path, tmp_path: Path) -> None:
@@ -411,7 +438,7 @@ def test_the_python_backend_gives_what_a_task_has(schema: Any, tmp_path: Path) -
     package(file, tmp_path / "repository", backend="python")
     config = config_of(schema, tmp_path / "repository", "pose")
     assert tensors(schema, config.output) == outputs_of() | {"detection_keypoints": ("TYPE_FP32", (MOST, 2, 3))}
-    with pytest.raises(UserError, match="is of the task pose and gives anchors"):
+    with pytest.raises(UserError, match=r"is of the task pose and gives output0 .*, which are anchors"):
         package(file, tmp_path / "native")
 
 
@@ -461,13 +488,13 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     graph = onnx.load(model)
     del graph.metadata_props[:]
     onnx.save(graph, bare)
-    told = selected(tmp_path / "told.onnx", args="{'nms': True}")
+    queries = selected(tmp_path / "queries.onnx", layout="ranked queries")
     untold = selected(tmp_path / "untold.onnx")
     alone = tmp_path / "alone.engine"
     alone.write_bytes(b"ftrt")
     for path, options, message in (
-        (told, {}, "told.onnx is of the task detect and gives rows, and the graph that follows"),
-        (engine(tmp_path / "told.engine", told), {}, "told.engine is of the task detect and gives rows"),
+        (queries, {}, "queries.onnx is of the task detect and gives output0 .* are ranked queries, and the graph"),
+        (engine(tmp_path / "told.engine", queries), {}, "told.engine is of the task detect and gives output0"),
         (untold, {}, "untold is not a detector: it gives output0 .* whose rows are a box, a score and a class"),
         (engine(tmp_path / "rtx.engine", model, machine=rtx), {}, "an engine of TensorRT-RTX 1.7.0, and Triton runs"),
         (engine(tmp_path / "two.engine", model, (2, 3, 4)), {}, "built for 2 images or more"),

@@ -1,0 +1,197 @@
+"""What benchmarks measured: they write docs/measured/NAME.json, and `make docs` makes tables and sentences of it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from acmix_deploy.artifacts import versions
+from acmix_deploy.profile import Profile
+from acmix_deploy.profile.timing import Machine
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs/measured"
+
+Spread = tuple[float, float, float]
+"""A median, and from where to where the values go."""
+
+Value = Spread | int | float | str | None
+
+
+class Measured(BaseModel):
+    """A table of figures, and what has to be known to measure them again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    date: datetime.date
+    command: str
+    machine: str
+    versions: dict[str, str]
+    cells: str
+    """What the figures are."""
+    columns: dict[str, int | None]
+    """Decimals of the numbers in each column, by its title."""
+    rows: list[list[Value]]
+
+    def table(self) -> str:
+        """As Markdown."""
+        digits = self.columns.values()
+        return table(self.columns, *(map(_cell, row, digits) for row in self.rows))
+
+    def about(self) -> str:
+        """What the figures are, where they are from and when, in a sentence each."""
+        packages = "".join(f", {name} {version}" for name, version in sorted(self.versions.items()))
+        return f"{self.cells}. {self.machine}{packages}. {self.date}, `{self.command}`."
+
+    def text(self) -> str:
+        """As JSON, a row a line."""
+        head = json.dumps(self.model_dump(mode="json", exclude={"rows"}), indent=2).removesuffix("\n}")
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.model_dump(mode="json")["rows"])
+        return f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n'
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """The option of every benchmark that says where its file goes."""
+    parser.add_argument(
+        "--into", type=Path, default=FOLDER, metavar="DIR", help="for the JSON (default: docs/measured)"
+    )
+
+
+def write(
+    folder: Path,
+    name: str,
+    cells: str,
+    columns: dict[str, int | None],
+    rows: Sequence[Sequence[Value]],
+    *,
+    packages: Sequence[str] = (),
+    installed: dict[str, str] | None = None,
+    threads: int | None = None,
+) -> None:
+    """Write what this program has measured, and print it.
+
+    Args:
+        folder, name: of the file, without its suffix.
+        cells, columns, rows: see :class:`Measured`.
+        packages: whose versions count beside those of :func:`acmix_deploy.artifacts.versions`.
+        installed: versions that count instead of these, where something else than this environment was measured.
+        threads: of what was measured.
+    """
+    machine = Machine.this()
+    cores = f"{threads} thread{'s' * (threads > 1)}" if threads else f"{machine.cores} cores"
+    found = Measured(
+        date=datetime.date.today(),
+        command=shlex.join(["python", *_without_folder(sys.orig_argv[1:])]),
+        machine=f"{machine.cpu}, {cores}, {machine.system}",
+        versions=installed or versions() | {package: metadata.version(package) for package in packages},
+        cells=cells,
+        columns=columns,
+        rows=[[_rounded(value, digits) for value, digits in zip(row, columns.values(), strict=True)] for row in rows],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(found.text(), encoding="utf-8")
+    print(f"{found.table()}\n{found.about()}\n", flush=True)
+
+
+def read(name: str) -> Measured:
+    """What a benchmark has written."""
+    return Measured.model_validate_json((FOLDER / f"{name}.json").read_bytes())
+
+
+def parts() -> dict[str, dict[str, str]]:
+    """What pages hold of what was measured: by page and name of the part."""
+
+    def whole(*names: str) -> dict[str, str]:
+        return {name: f"{(found := read(name)).table()}\n{found.about()}" for name in names}
+
+    detector = read("detector")
+    return {
+        "README.md": {"gain": _gain(detector), "detector": detector.table()},
+        "docs/comparison.md": whole("tools"),
+        "docs/benchmarks.md": whole("detector", "acmix-blocks", "other-blocks", "pixels", "files-to-boxes"),
+        "docs/install.md": {"install": _size(read("install"))},
+        "docs/pipeline.md": whole("fusing"),
+        "docs/tutorial.md": whole("tutorial"),
+    }
+
+
+def _gain(found: Measured) -> str:
+    """What a fused detector gains on a CPU, and what it finds in INT8, as sentences."""
+
+    def shown(title: str) -> list[str]:
+        first = (value[0] if isinstance(value, tuple) else value for row in rows if (value := row[title]) is not None)
+        return [_cell(value, found.columns[title]) for value in first]
+
+    rows = [dict(zip(found.columns, row, strict=True)) for row in found.rows]
+    (exported, fused, int8), times, boxes = map(shown, ("ms", "times faster", "boxes found"))
+    return (
+        "Above: boxes of the file as PyTorch exports it. Below: boxes of the fused file in INT8. On two threads of a "
+        f"CPU this YOLOv8n with three ACmix blocks takes {exported} ms at 640x640 as exported, {fused} ms fused "
+        f"(**{times[0]} times faster**) and {int8} ms in INT8 (**{times[1]} times**). Of {boxes[0]} boxes in drawn "
+        f"images the fused file finds {boxes[1]} and the INT8 file {boxes[2]}. No GPU was at hand; "
+        "[measured](#measured) has the rest."
+    )
+
+
+def _size(found: Measured) -> str:
+    ((packages, megabytes),) = found.rows
+    where = f"Python {found.versions['python']}, {found.machine}, {found.date}"
+    return f"{packages} packages are installed, {megabytes:.0f} MB ({where})."
+
+
+def percentiles(found: Profile) -> Spread:
+    """Median, 10th and 90th percentile of the latencies in ms."""
+    return found.median_ms, found.percentile(10), found.percentile(90)
+
+
+def times_faster(slow: Profile, fast: Profile) -> Spread:
+    """Ratio of the medians, with the least and the largest of any turn."""
+    turns = zip(*(np.array_split(np.array(each.samples_ms), each.rounds) for each in (slow, fast)), strict=True)
+    ratios = [float(np.median(one) / np.median(other)) for one, other in turns]
+    return slow.median_ms / fast.median_ms, min(ratios), max(ratios)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, least and most."""
+    return median(values), min(values), max(values)
+
+
+def table(*rows: Iterable[object]) -> str:
+    """A Markdown table; the first row is its head."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return re.sub(r"\|  (?=\|)", "| ", "\n".join(f"| {' | '.join(line)} |" for line in lines)) + "\n"
+
+
+def _without_folder(arguments: list[str]) -> list[str]:
+    """A command without ``--into`` and what follows it, since a figure does not depend on where it is kept."""
+    if "--into" not in arguments:
+        return arguments
+    at = arguments.index("--into")
+    return arguments[:at] + arguments[at + 2 :]
+
+
+def _rounded(value: Value, digits: int | None) -> Value:
+    if isinstance(value, tuple):
+        first, low, high = (round(number, digits or None) for number in value)
+        return first, low, high
+    return round(value, digits or None) if isinstance(value, float) else value
+
+
+def _cell(value: Value, digits: int | None) -> str:
+    if isinstance(value, tuple):
+        first, low, high = (f"{number:.{digits}f}" for number in value)
+        return f"{first} [{low} to {high}]"
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.{digits or 0}f}"
