@@ -75,7 +75,8 @@ def kind_of(path: Path) -> Kind:
 def not_there(path: Path) -> UserError:
     """For a file that does not exist: what its name may have been meant to be."""
     if re.match("https?:/", str(path)):
-        return UserError(f"{path} is an address, and nothing is downloaded here", "Download it, then name the file.")
+        address = re.sub("^(https?:/)/*", r"\1/", str(path))  # Path makes one of two slashes
+        return UserError(f"{address} is an address, and nothing is downloaded here", "Download it, then name the file.")
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     meant = did_you_mean(path.name, beside)
     return UserError(f"{path} does not exist", f"{meant} Name a file that is there.".lstrip())

@@ -133,22 +133,26 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _outside(error: Exception) -> AcmixDeployError | None:
     """An exception that whoever runs the program caused, as an error; None where it is a fault of the program."""
-    if isinstance(error, ModuleNotFoundError) and (missing := _of_base_install(str(error.name))):
-        return MissingComponent(
-            f"{missing} is not installed, or not whole", f"Run: pip install --force-reinstall {missing}"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if isinstance(error, ModuleNotFoundError) and (way := _way_to(str(error.name))):
+        return MissingComponent(f"{error.name} is not installed, or not whole", way)
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{error.filename}: {error.strerror}", "Choose files and folders that you may read and write.")
     if "surrogates not allowed" in str(error):
         return UserError("the name of a file is not in UTF-8", "Rename it, or set LANG=C.UTF-8.")
     return None
 
 
-def _of_base_install(module: str) -> str:
-    """The package of a module, where this one needs it; nothing for others."""
+def _way_to(module: str) -> str:
+    """How a module is installed that this package or one of its extras for users needs; nothing for others."""
     name = module.partition(".")[0].replace("_", "-")
-    needed = (re.match(r"[\w.-]+", each) for each in metadata.requires("acmix-deploy") or ())
-    return name if name in {found[0] for found in needed if found} - {"acmix-deploy"} else ""
+    for needed in metadata.requires("acmix-deploy") or ():
+        if name != "acmix-deploy" and re.match(rf"{re.escape(name)}\b(?![-.])", needed):
+            extra = re.search(r"extra == ['\"]([\w-]+)", needed)
+            if not extra:
+                return f"Run: pip install --force-reinstall {name}"
+            if extra[1] not in ("test", "site", "dev"):
+                return f"Run: pip install 'acmix-deploy[{extra[1]}]'"
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from acmix_deploy.errors import did_you_mean
+from acmix_deploy.targets import RUNTIMES, TARGETS
 
 ALIASES = {
     "--imgsz": ("--image-size",),
@@ -69,7 +70,8 @@ class Parser(argparse.ArgumentParser):
             if action.metavar == "VERB" and (verb := _VERBS_ELSEWHERE.get(str(value))):
                 meant = f"Did you mean {verb}?"
             if "--target" in action.option_strings and re.match("jetpack|tensorrt|onnxruntime|openvino", str(value)):
-                meant = f"Did you mean --for {value}?"
+                newest = [target for target in TARGETS | RUNTIMES if target.startswith(str(value))][-1:] or [value]
+                meant = f"Did you mean --for {newest[0]}?"
             raise argparse.ArgumentError(action, " ".join(filter(None, (error.message, meant)))) from None
 
     def error(self, message: str) -> NoReturn:
@@ -101,7 +103,7 @@ def _meant(command: argparse.ArgumentParser, argument: str) -> str:
     name = argument.partition("=")[0]
     if not name.startswith("--"):
         images = next((each for each in ("--images", "--calibration") if each in _options(command)), "")
-        return f"Did you mean {images} {argument}?" if images and Path(argument).is_dir() else ""
+        return f"Did you mean {images} {argument}?" if images and os.path.isdir(argument) else ""  # noqa: PTH112
     needed, sentence = _ELSEWHERE.get(name, ("", ""))
     if sentence and (not needed or needed in _options(command)):
         return sentence
@@ -123,7 +125,8 @@ def keys_and_values(name: str, command: argparse.ArgumentParser, arguments: Sequ
     value_follows = False
     for argument in arguments:
         option = _options(command).get(argument)
-        pair = None if value_follows or Path(argument).exists() else _KEY_VALUE.fullmatch(argument)
+        there = os.path.exists(argument)  # noqa: PTH110, Path raises where a name is too long for one
+        pair = None if value_follows or there else _KEY_VALUE.fullmatch(argument)
         value_follows = option is not None and option.nargs != 0
         if not pair:
             rest.append(argument)
