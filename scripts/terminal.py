@@ -2,7 +2,8 @@
 
 With ``--record`` the command runs in a terminal of its own first, and what that showed goes to
 docs/measured/terminal.json. The pictures are drawn from this file alone: the command is typed, steps take a fraction of
-their time, the output is scrolled through, and its end stays. Where no motion is wanted the end is all there is.
+their time, the output is scrolled through, and the tables from :data:`LAST` on stay. Where no motion is wanted these are
+all there is.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ from rich.text import Text
 
 from acmix_deploy.artifacts import versions
 from acmix_deploy.profile.timing import Machine
-from scripts import measured, shapes
+from scripts import measured
 from scripts.train_shapes import CHECKPOINT
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDING = measured.FOLDER / "terminal.json"
-COMMAND = "acmix-deploy export tests/data/shapes.pt --fp16 --int8 --calibration photos --expect 3"
+COMMAND = "acmix-deploy export tests/data/shapes.pt --fp16"
 
 COLUMNS, ROWS = 100, 27
-"""Of what is drawn. The terminal is wider, so that tables stay whole; what is longer is cut and ends in an ellipsis."""
-_WIDE = 132
+"""Of the terminal, and of what is drawn: a table that is wider is printed row by row."""
+LAST = "Files"
+"""The title that is at the top when all is over, above the times and, some tables below, the verdict."""
 _CELL, _LINE, _MARGIN, _BAR = 8, 18, 16, 34  # pixels; the last is the height of the title
 
 THEMES = {
@@ -109,9 +111,9 @@ def record(command: str, folder: Path) -> Recording:
     child, terminal = pty.fork()
     if not child:
         os.chdir(folder)
-        os.environ |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "COLUMNS": str(_WIDE)}
+        os.environ |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "COLUMNS": str(COLUMNS)}
         os.execv(sys.executable, [sys.executable, "-m", "acmix_deploy.cli", *shlex.split(command)[1:]])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, _WIDE, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     screen, steps = Screen(), list[tuple[float, str]]()
     decode, rest = codecs.getincrementaldecoder("utf-8")().decode, ""
     try:
@@ -181,7 +183,7 @@ def draw(recording: Recording, theme: dict[str, str]) -> str:
         mark = Text.assemble(("⠹", "green"), f" {said}")
         parts += [f'<g id="s{index}" class="step">', *_line(mark, top + _LINE), "</g>"]
     parts.append('<g id="output">')
-    for row, line in enumerate(lines, start=1):
+    for row, line in enumerate(lines[: pages[-1] + ROWS - 1], start=1):
         parts += _line(line, top + row * _LINE)
     return "\n".join([*parts, "</g></g></g>", "</svg>"]) + "\n"
 
@@ -217,9 +219,9 @@ def _motion(recording: Recording, pages: list[int]) -> Iterator[str]:
 
 
 def _pages(lines: list[Text]) -> Iterator[int]:
-    """Where to scroll to: tables whose title is at the top, until the end is seen."""
+    """Where to scroll to: tables whose title is at the top, the last one of them :data:`LAST`."""
     titles = [row for row, (before, line) in enumerate(pairwise([Text(), *lines]), start=1) if line and not before]
-    top, last = 0, max(0, 1 + len(lines) - ROWS)
+    top, last = 0, next(row for row in titles if lines[row - 1].plain == LAST)
     while top < last:
         ahead = [row for row in titles if top < row <= top + ROWS - 3]
         top = min(max(ahead, default=top + ROWS - 3), last)
@@ -228,8 +230,6 @@ def _pages(lines: list[Text]) -> Iterator[int]:
 
 def _line(line: Text, y: int) -> Iterator[str]:
     """A line in runs of one style without wide gaps, each as wide as its cells whatever the font."""
-    if len(line) > COLUMNS:
-        line = line[: COLUMNS - 1] + Text("…")
     borders = sorted({0, len(line), *(edge for span in line.spans for edge in (span.start, span.end))})
     for begin, end in pairwise(borders):
         styles = (span.style for span in line.spans if span.start <= begin < span.end)
@@ -270,7 +270,6 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="run the command first")
     if parser.parse_args().record:
         with tempfile.TemporaryDirectory() as name:
-            shapes.write(Path(name, "drawn"), seed=11, count=64).rename(Path(name, "photos"))
             Path(name, "tests/data").mkdir(parents=True)
             shutil.copy(CHECKPOINT, Path(name, "tests/data"))
             RECORDING.write_text(record(COMMAND, Path(name)).model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ def draw_box(image: Image, corners: Sequence[float], text: str, colour: str) -> 
 
     Args:
         corners: x1, y1, x2, y2 in pixels.
-        text: stands in the box's colour above it, or in it where there is no room.
+        text: stands in the box's colour above it, or in it where there is no room; see :func:`label`.
         colour: ``#rrggbb``.
 
     Raises:
@@ -32,11 +32,18 @@ def draw_box(image: Image, corners: Sequence[float], text: str, colour: str) -> 
 def draw_text(image: Image, place: tuple[int, int], text: str, colour: str) -> None:
     """The same for a text alone, above the place (x, y)."""
     cv2, bgr, scale = opencv(), _bgr(colour), _width(image) / 4
-    left, top = place
-    (wide, high), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
-    base = max(top, high + below)
-    cv2.rectangle(image, (left, base - high - below), (left + wide, base), bgr, cv2.FILLED)
+    left, top, right, base, below = label(image, place, text)
+    cv2.rectangle(image, (left, top), (right, base), bgr, cv2.FILLED)
     cv2.putText(image, text, (left, base - below), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
+
+
+def label(image: Image, place: tuple[int, int], text: str) -> tuple[int, int, int, int, int]:
+    """Where a text for the place (x, y) stands: left, top, right and bottom in pixels, and how far above the bottom its
+    letters stand. It is moved into the image, whose left edge counts where it is wider than that."""
+    (wide, high), below = opencv().getTextSize(text, opencv().FONT_HERSHEY_SIMPLEX, _width(image) / 4, 1)
+    left = max(0, min(place[0], int(image.shape[1]) - wide))
+    base = max(place[1], high + below)
+    return left, base - high - below, left + wide, base, below
 
 
 def draw_outlines(image: Image, outlines: Sequence[Sequence[Sequence[float]]], colour: str, *, filled: bool) -> None:
