@@ -51,6 +51,7 @@ from scripts import instructions, kernel_model, measured, terminal
 from scripts.measured import table as _table
 
 ROOT = Path(__file__).resolve().parents[1]
+_PAGE = re.compile(r"\bdocs/([a-z-]+\.md(?:#[\w-]+)?)")
 
 DOCUMENTS: tuple[type[Document], ...] = (
     AdoptDocument,
@@ -318,14 +319,15 @@ def _exit_codes() -> str:
 
 def _verb(name: str, command: argparse.ArgumentParser) -> str:
     shown = [action for action in command._actions if action.dest != "help"]
-    rows = [(f"`{_spelling(action)}`", action.help) for action in shown]
-    examples = [line.strip() for line in (command.epilog or "").splitlines()[1:]]
+    rows = [(f"`{_spelling(action)}`", _PAGE.sub(r"[\g<0>](\1)", action.help or "")) for action in shown]
+    prose, _, examples = (command.epilog or "").rpartition("example:\n")
     return "\n".join(
         [
             f"## {name}\n",
             f"{command.description}\n",
+            *([f"{prose.strip()}\n"] if prose else []),
             "```console",
-            *(f"$ {example}" for example in examples if example),
+            *(f"$ {example.strip()}" for example in examples.splitlines()),
             "```\n",
             _table(("argument", "meaning"), *rows),
         ]

@@ -117,6 +117,7 @@ def parts() -> dict[str, dict[str, str]]:
     detector = read("detector")
     return {
         "README.md": {"gain": _gain(detector), "detector": detector.table()},
+        "docs/README.md": {"gain": _gain(detector).replace("(#", "(../README.md#")},
         "docs/comparison.md": whole("tools"),
         "docs/benchmarks.md": whole("detector", "acmix-blocks", "other-blocks", "pixels", "files-to-boxes"),
         "docs/install.md": {"install": _size(read("install"))},
