@@ -51,7 +51,6 @@ from scripts import instructions, kernel_model, measured, terminal
 from scripts.measured import table as _table
 
 ROOT = Path(__file__).resolve().parents[1]
-_PAGE = re.compile(r"\bdocs/([a-z-]+\.md(?:#[\w-]+)?)")
 
 DOCUMENTS: tuple[type[Document], ...] = (
     AdoptDocument,
@@ -319,19 +318,25 @@ def _exit_codes() -> str:
 
 def _verb(name: str, command: argparse.ArgumentParser) -> str:
     shown = [action for action in command._actions if action.dest != "help"]
-    rows = [(f"`{_spelling(action)}`", _PAGE.sub(r"[\g<0>](\1)", action.help or "")) for action in shown]
+    rows = [(f"`{_spelling(action)}`", _marked(action.help or "")) for action in shown]
     prose, _, examples = (command.epilog or "").rpartition("example:\n")
     return "\n".join(
         [
             f"## {name}\n",
             f"{command.description}\n",
-            *([f"{prose.strip()}\n"] if prose else []),
+            *([f"{_marked(prose.strip())}\n"] if prose else []),
             "```console",
             *(f"$ {example.strip()}" for example in examples.splitlines()),
             "```\n",
             _table(("argument", "meaning"), *rows),
         ]
     )
+
+
+def _marked(text: str) -> str:
+    """A text for a terminal as Markdown: its pages are links, its options code."""
+    text = re.sub(r"\bdocs/([a-z-]+\.md(?:#[\w-]+)?)", r"[\g<0>](\1)", text)
+    return re.sub(r"`[^`]*`|(?<!\S)--[a-zA-Z][\w-]*", lambda match: f"`{match[0].strip('`')}`", text)
 
 
 def _spelling(action: argparse.Action) -> str:
