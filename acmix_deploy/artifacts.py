@@ -117,9 +117,14 @@ def writing(target: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise no_space(target, str(error.strerror)) from error
         raise
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk or a quota is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def no_space(target: object, found: str) -> UserError:

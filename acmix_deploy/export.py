@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from acmix_deploy.artifacts import Made, replacing, write_artifact
+from acmix_deploy.artifacts import Made, is_full, replacing, write_artifact
 from acmix_deploy.checkpoint.interpreter import ModelElsewhere
 from acmix_deploy.checkpoint.reference import run
 from acmix_deploy.detection.matching import NEAR
@@ -161,6 +161,8 @@ def export(
                     model = _finish(exporters[exporter](), opset, metadata)
                     onnx.save_model(model, temporary)
             except Exception as error:  # whatever an exporter stumbles over
+                if is_full(error):
+                    raise
                 notes.append(f"the {exporter} exporter failed: {reason(error)}")
                 continue
             progress("checking the file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
@@ -161,6 +162,16 @@ def test_where_torchscript_fails_dynamo_is_converted_down(
     assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == 17
     assert_same(tmp_path / "model.onnx", Scale(), SHAPE)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_not_taken_for_a_fault_of_an_exporter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save_model", full)
+    with pytest.raises(UserError, match=r"cannot write .*m\.onnx: No space left on device"):
+        export(nn.Conv2d(3, 4, 1), tmp_path / "m.onnx", input_shape=(1, 3, 8, 8), opset=17)
+    assert not [*tmp_path.iterdir()]
 
 
 class Ramp(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -241,11 +242,13 @@ def test_nothing_to_fuse_is_told(folder, capsys):
     assert "Note: nothing was fused, so model.fused.onnx gains nothing" in capsys.readouterr().out
 
 
-def test_a_full_disk_behind_the_output(plain, folder):
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["tables", "JSON"])
+def test_a_full_disk_behind_the_output(options, plain, folder):
     """Also where all of it fits into the buffer, which Python writes at the end, and tells of that in its own words."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "acmix_deploy", "inspect", "plain.onnx"]
-        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "acmix_deploy", "inspect", "plain.onnx", *options]
+        done = subprocess.run(command, check=False, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert (
         done.stderr

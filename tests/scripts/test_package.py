@@ -208,15 +208,6 @@ def test_doctor(program, tmp_path):
     assert states["PyTorch"] == "missing"
 
 
-def test_fuse(program, plain, tmp_path):
-    """The verbs for ONNX files work with the base install alone."""
-    shutil.copy(plain, tmp_path / "model.onnx")
-    run(program, "fuse", "model.onnx", "-o", "model.fused.onnx", "--expect", "1", folder=tmp_path)
-    said = run(program, "verify", "model.onnx", "model.fused.onnx", "--random", "2", folder=tmp_path).stdout
-    assert "model.fused.onnx" in said
-    run(program, "fuse", "model.onnx", "-o", "two.onnx", "--expect", "2", code=1, folder=tmp_path)
-
-
 def test_readme_with_only_an_onnx_file(program, plain, tmp_path):
     """Its lines as they stand, measured for a moment; quantize reads images, and says what it lacks for them."""
     lines = re.findall(
@@ -233,6 +224,7 @@ def test_readme_with_only_an_onnx_file(program, plain, tmp_path):
         words = [word for word in shlex.split(line) if verb == "quantize" or word != "model.int8.onnx"]
         done = run(program, *words, *quick.get(verb, []), code=3 if verb == "quantize" else 0, folder=tmp_path)
         assert verb != "quantize" or "pip install 'acmix-deploy[images]'" in done.stderr
+    run(program, "fuse", "model.onnx", "-o", "two.onnx", "--expect", "2", code=1, folder=tmp_path)
 
 
 @pytest.mark.parametrize("command", EXTRAS)

@@ -108,7 +108,7 @@ def check_workflow(folder: Path, run) -> None:
     """Its commands, in a repository as the page wants it."""
     repository = folder / "repository"
     (repository / "base").mkdir(parents=True)
-    shutil.copytree(folder / "shapes/val", repository / "photos")
+    shutil.copytree(folder / "shapes/val/images", repository / "photos")
     shutil.copy(folder / "today.onnx", repository / "base/model.onnx")
     shutil.copy(folder / "new.onnx", repository / "model.onnx")
     ((name, content),) = ((step.file, step.text) for step in tutorial.steps(PAGE) if step.language == "yaml")
