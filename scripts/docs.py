@@ -318,18 +318,25 @@ def _exit_codes() -> str:
 
 def _verb(name: str, command: argparse.ArgumentParser) -> str:
     shown = [action for action in command._actions if action.dest != "help"]
-    rows = [(f"`{_spelling(action)}`", action.help) for action in shown]
-    examples = [line.strip() for line in (command.epilog or "").splitlines()[1:]]
+    rows = [(f"`{_spelling(action)}`", _marked(action.help or "")) for action in shown]
+    prose, _, examples = (command.epilog or "").rpartition("example:\n")
     return "\n".join(
         [
             f"## {name}\n",
             f"{command.description}\n",
+            *([f"{_marked(prose.strip())}\n"] if prose else []),
             "```console",
-            *(f"$ {example}" for example in examples if example),
+            *(f"$ {example.strip()}" for example in examples.splitlines()),
             "```\n",
             _table(("argument", "meaning"), *rows),
         ]
     )
+
+
+def _marked(text: str) -> str:
+    """A text for a terminal as Markdown: its pages are links, its options code."""
+    text = re.sub(r"\bdocs/([a-z-]+\.md(?:#[\w-]+)?)", r"[\g<0>](\1)", text)
+    return re.sub(r"`[^`]*`|(?<!\S)--[a-zA-Z][\w-]*", lambda match: f"`{match[0].strip('`')}`", text)
 
 
 def _spelling(action: argparse.Action) -> str:

@@ -117,6 +117,7 @@ def parts() -> dict[str, dict[str, str]]:
     detector = read("detector")
     return {
         "README.md": {"gain": _gain(detector), "detector": detector.table()},
+        "docs/README.md": {"gain": _gain(detector).replace("(#", "(../README.md#")},
         "docs/comparison.md": whole("tools"),
         "docs/benchmarks.md": whole("detector", "acmix-blocks", "other-blocks", "pixels", "files-to-boxes"),
         "docs/install.md": {"install": _size(read("install"))},
@@ -168,9 +169,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def table(*rows: Iterable[object]) -> str:
-    """A Markdown table; the first row is its head."""
+    """A Markdown table; the first row is its head. Columns of numbers are aligned to the right."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    number = re.compile(r"[-+]?[\d.,]*\d(e[-+]\d+)?%?( \[.*\])?")
+    columns = [[cell for cell in rest if cell] for _, *rest in zip(*cells, strict=True)]
+    rules = ["---:" if column and all(map(number.fullmatch, column)) else "---" for column in columns]
+    lines = [cells[0], rules, *cells[1:]]
     return re.sub(r"\|  (?=\|)", "| ", "\n".join(f"| {' | '.join(line)} |" for line in lines)) + "\n"
 
 

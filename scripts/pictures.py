@@ -8,16 +8,18 @@ values are one box, and so are nodes of one type side by side.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import igraph
 import numpy as np
@@ -31,6 +33,7 @@ from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.families.attention import MOVING
 from acmix_deploy.families.examples import Examples
+from acmix_deploy.families.local_attention.module import Border
 from acmix_deploy.forms import to_form
 from acmix_deploy.fusion import fuse
 from acmix_deploy.graph import RESHAPING, count_nodes, evaluate, read
@@ -40,7 +43,8 @@ _HEAD = """\
 # Blocks before and after fusing
 
 Each [family](families.md)'s block, as PyTorch's exporter writes it and as `fuse` rewrites it. How to read them is told
-[where the first is explained](how-it-works.md#the-graph-before-and-after). Written by `make docs`.
+[where the first is explained](how-it-works.md#the-graph-before-and-after), by a larger block: the figures depend on the
+settings, which stand above each picture. Written by `make docs`.
 """
 CHANNELS, HEIGHT, WIDTH = 32, 16, 24
 EXPLAINED = DOCS / "how-it-works.md"
@@ -257,6 +261,17 @@ def files(block: nn.Module, shape: Sequence[int]) -> tuple[onnx.ModelProto, onnx
         return read(plain), read(fused)
 
 
+def made(block: Callable[[int], nn.Module]) -> str:
+    """The call that makes a block of CHANNELS."""
+    kind = type(block(CHANNELS))
+    with patch.object(kind, "__init__", autospec=True, side_effect=kind.__init__) as init:
+        block(CHANNELS)
+    told = inspect.signature(kind.__init__).bind(*init.call_args.args, **init.call_args.kwargs).arguments
+    del told["self"]
+    shown = {name: f"Border.{value.name}" if isinstance(value, Border) else value for name, value in told.items()}
+    return f"{kind.__name__}({', '.join(f'{name}={value}' for name, value in shown.items() if value is not None)})"
+
+
 def explained(shape: Sequence[int] = SHAPE) -> dict[str, File]:
     """The block of the page that explains one, as it is exported and in the forms of the fused file."""
     torch.manual_seed(0)
@@ -291,7 +306,10 @@ def generated() -> dict[Path, str]:
             shape = (1, HEIGHT, WIDTH, CHANNELS) if examples.channels_last else (1, CHANNELS, HEIGHT, WIDTH)
             both = map(looked_into, files(examples.block(CHANNELS), shape))
             written[DOCS / file] = picture(name, dict(zip(("As exported", "Fused"), both, strict=True)))
-            page.append(f"## {name}\n\n![{name} as exported and fused]({file})\n")
+            page.append(
+                f"## {name}\n\n`{made(examples.block)}`, on a map of {HEIGHT}x{WIDTH} pixels.\n\n"
+                f"![{name} as exported and fused]({file})\n"
+            )
     written[DOCS / "pictures.md"] = "\n".join(page)
     looked = explained()
     written[DOCS / "graphs/how-it-works.svg"] = picture("An ACmix block as exported and as fused", looked)

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from html import unescape
+from html import escape, unescape
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +41,10 @@ _PICTURE = re.compile(
 _CELL = re.compile(r"(?<=`)[^`\n]*\\\|[^`\n]*(?=`)")
 _STYLED = re.compile(r"""(?:url\(|@import )\s*["']?((?:https?:)?//[^"')]+)""")
 _FORMULA = re.compile(r"""<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>""", re.S)
+_CONSOLE = re.compile(r"""<div class="language-(?:console|text) highlight">(?=(.*?)</code>)""", re.S)
+_INLINE = re.compile(r"(?<!<span></span>)<code>[^<]*</code>")
+_WORD = re.compile(r"(?<=[\s>])(?=[^\s<]*-)[^\s<]{1,32}(?=[\s<])")
+_DRAWING = re.compile(r"""<p>((?:<img [^>]*src="([^"#]+\.svg)[^>]*>)+)</p>""")
 
 
 def main(root: Path = ROOT) -> int:
@@ -50,7 +54,8 @@ def main(root: Path = ROOT) -> int:
     if built.returncode:
         print(re.sub(r"\x1b\[[\d;]*m", "", built.stdout), file=sys.stderr)
         return 1
-    draw_formulas(root / SITE)
+    for file in (root / SITE).glob("*.html"):
+        file.write_text(finish(file.read_text(encoding="utf-8")), encoding="utf-8")
     found = [line for line in built.stdout.splitlines() if line.startswith("griffe: ")] + problems(root / SITE)
     for problem in found:
         print(problem, file=sys.stderr)
@@ -121,17 +126,26 @@ def api() -> str:
     return "\n".join([*lines, ""])
 
 
-def draw_formulas(site: Path) -> None:
-    """TeX to MathML, which browsers draw without a script."""
+def finish(html: str) -> str:
+    """A built page with what Markdown has no words for."""
 
-    def formula(match: re.Match[str]) -> str:
+    def formula(match: re.Match[str]) -> str:  # TeX to MathML, which browsers draw without a script
         drawn = convert(unescape(match[2]).strip(), display="block" if match[1] == "div" else "inline")
         return f'<{match[1]} class="arithmatex">{drawn}</{match[1]}>'
 
-    for file in site.glob("*.html"):
-        text = file.read_text(encoding="utf-8")
-        if "arithmatex" in text:
-            file.write_text(_FORMULA.sub(formula, text), encoding="utf-8")
+    def console(match: re.Match[str]) -> str:  # what the button copies: commands, without prompts and output
+        shown = unescape(re.sub(r"<[^>]+>", "", match[1]))
+        commands = re.findall(r"^\$ (.*)", shown, re.M)
+        return match[0].replace(">", f' data-copy="{escape(chr(10).join(commands))}">') if commands else match[0]
+
+    def code(match: re.Match[str]) -> str:  # a browser breaks lines behind the hyphens of an option
+        return _WORD.sub(r'<span class="word">\g<0></span>', match[0])
+
+    def drawing(match: re.Match[str]) -> str:  # a phone shows a part, and by itself the whole
+        return f'<p class="drawing"><a href="{match[2]}">{match[1]}</a></p>'
+
+    html = _CONSOLE.sub(console, _INLINE.sub(code, _DRAWING.sub(drawing, html)))
+    return _FORMULA.sub(formula, html)
 
 
 class Page(HTMLParser):

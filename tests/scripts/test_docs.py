@@ -223,6 +223,14 @@ def test_every_verb_and_option_is_described() -> None:
                 assert option in ("-h", "--help") or re.search(rf"`[^`]*{option}\b", section), f"{verb} {option}"
 
 
+def test_examples_of_verbs_are_commands() -> None:
+    page = PAGES["docs/cli.md"]
+    shown = {line for _, content in blocks(page, "console") for line in content.splitlines()}
+    assert len(shown) > len(cli.commands())
+    assert {line for line in shown if not line.startswith(("$ acmix-deploy ", "$ trtexec "))} == set()
+    assert "\nWith `--end-to-end`: " in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_resolve(name: str) -> None:
     page = PAGES[name]

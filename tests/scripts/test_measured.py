@@ -85,3 +85,9 @@ def test_the_front_page_tells_what_was_measured():
     assert "No GPU was at hand" in said
     assert [row[file] for row in (exported, fused, int8)] == ["as PyTorch exports it", "fused", "fused, INT8 for a CPU"]
     assert int8[megabytes] < exported[megabytes] < fused[megabytes]
+
+
+def test_columns_of_numbers_are_aligned_to_the_right() -> None:
+    rows = ("1", "3.5 [1.0 to 6.0]", "-1e-05", "", "1", ""), ("1,200", "", "0.5%", "", "2x", "")
+    assert measured.table("abcdef", *rows).splitlines()[1] == "| ---: | ---: | ---: | --- | --- | --- |"
+    assert measured.table("ab").splitlines()[1] == "| --- | --- |"

@@ -178,6 +178,28 @@ def test_a_page_is_the_same_in_a_repository(built: Path, name: str) -> None:
     assert anchors(ROOT / name) == set(re.findall(r'<h[1-6] id="([^"]*)"', article))
 
 
+@pytest.mark.parametrize(
+    ("built", "finished"),
+    [
+        (
+            '<div class="language-console highlight"><pre><span></span><code><span class="gp">$ </span>a<span> </span>'
+            "&quot;b&quot; &gt;<span>c</span>\n<span class='go'>so $ it is</span>\n$ d\n</code></pre></div>",
+            '<div class="language-console highlight" data-copy="a &quot;b&quot; &gt;c\nd"><pre>',
+        ),
+        (
+            '<div class="language-text highlight"><pre><span></span><code>a --b\n</code></pre></div>',
+            '<div class="language-text highlight"><pre><span></span><code>a --b\n</code></pre></div>',
+        ),
+        ("<code>--a b a-c</code>", '<code><span class="word">--a</span> b <span class="word">a-c</span></code>'),
+        (f"<code>{'a-' * 20}</code>", f"<code>{'a-' * 20}</code>"),
+        ('<p><img alt="" src="a.svg" /></p>', '<p class="drawing"><a href="a.svg"><img alt="" src="a.svg" /></a></p>'),
+        ('<p><img alt="" src="a.webp" /></p>', '<p><img alt="" src="a.webp" /></p>'),
+    ],
+)
+def test_a_page_is_finished(built: str, finished: str) -> None:
+    assert site.finish(built).startswith(finished)
+
+
 def fields(value: type) -> set[str]:
     """Of a Pydantic model, a dataclass or a named tuple, without those of its base."""
     return {name for name in vars(value).get("__annotations__", ()) if name[0] != "_"}
@@ -235,19 +257,46 @@ def test_a_search_finds_and_nothing_else_is_asked(browser: Any, address: str) ->
     with browser.new_page() as page:
         hosts = set()
         page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
-        page.goto(f"{address}/index.html")
-        page.get_by_role("button", name="Search").click()
-        page.wait_for_function("document.activeElement?.tagName === 'DIV'")  # a closed shadow root
-        page.keyboard.type("calibration")
-        for _ in range(100):  # until results are there, of which this takes the first
+        for seconds in (0.5, 2, 8):  # until results are there, and in order, of which this takes the first
+            page.goto(f"{address}/index.html")
+            page.get_by_role("button", name="Search").click()
+            page.wait_for_function("document.activeElement?.tagName === 'DIV'")  # a closed shadow root
+            page.keyboard.type("calibration")
+            page.wait_for_timeout(1000 * seconds)
             page.keyboard.press("Enter")
-            page.wait_for_timeout(100)
-            if "index.html" not in page.url:
+            page.wait_for_timeout(500 * seconds)
+            if "int8.html" in page.url:
                 break
         assert re.search(r"/int8\.html\?.*#calibration$", page.url)
         for name in ("api", "cli", "mathematics", "pictures"):
             page.goto(f"{address}/{name}.html")
         assert hosts == {address.removeprefix("http://")}
+
+
+def test_what_is_copied_runs(browser: Any, address: str) -> None:
+    page = browser.new_page()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto(f"{address}/cli.html#fuse")
+    block = page.locator("#fuse ~ .language-console").first
+    shown = block.locator("code").inner_text().splitlines()
+    assert {line[:15] for line in shown} == {"$ acmix-deploy "}
+    block.get_by_role("button").click()
+    page.get_by_text("Copied to clipboard").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").splitlines() == [line[2:] for line in shown]
+    page.context.close()
+
+
+def test_a_phone_shows_no_empty_titles_and_no_torn_option(browser: Any, address: str) -> None:
+    with browser.new_page(viewport={"width": 390, "height": 844}) as page:
+        page.goto(f"{address}/overview.html")
+        shown = [head.is_visible() for head in page.locator("thead").all() if not head.inner_text().strip()]
+        assert shown
+        assert not any(shown)
+        page.goto(f"{address}/cli.html")
+        assert page.locator("thead").first.is_visible()
+        torn = "words => words.filter(word => word.getClientRects().length > 1).map(word => word.innerText)"
+        assert page.locator(".word").count() > 100
+        assert page.locator(".word").evaluate_all(torn) == []
 
 
 @pytest.mark.parametrize("system", ["light", "dark"])
