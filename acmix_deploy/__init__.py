@@ -10,16 +10,15 @@ from types import ModuleType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from acmix_deploy.artifacts import Artifact, Made, read_artifact
+    from acmix_deploy.artifacts import Artifact, StageResult, read_artifact
     from acmix_deploy.checkpoint.source import Source, load_source
     from acmix_deploy.detection.boxes import Detections
     from acmix_deploy.detection.images import Letterbox
-    from acmix_deploy.device.session import Session as DeviceSession
-    from acmix_deploy.device.stages import There
+    from acmix_deploy.device.session import DeviceSession
+    from acmix_deploy.device.stages import RemoteStages
     from acmix_deploy.doctor.diagnosis import Examination
     from acmix_deploy.doctor.files import examine
-    from acmix_deploy.doctor.pasted import Found as Explanation
-    from acmix_deploy.doctor.pasted import explain
+    from acmix_deploy.doctor.pasted import Explanation, explain
     from acmix_deploy.engine.adopt import AdoptReport, adopt
     from acmix_deploy.engine.build import BuildReport, build
     from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from acmix_deploy.families.swin_acmix.module import SwinACmix
     from acmix_deploy.families.windowed_acmix.module import WindowedACmix
     from acmix_deploy.fusion.fuse import FusionReport, fuse
-    from acmix_deploy.gate.history import History as GateHistory
+    from acmix_deploy.gate.history import GateHistory
     from acmix_deploy.gate.history import read_history as gate_history
     from acmix_deploy.gate.measure import measure as gate_run
     from acmix_deploy.gate.samples import GateSamples
@@ -46,10 +45,10 @@ if TYPE_CHECKING:
     from acmix_deploy.pipeline import deploy
     from acmix_deploy.plan import Plan
     from acmix_deploy.plugin.build import build as build_plugin
-    from acmix_deploy.plugin.library import Library as PluginLibrary
+    from acmix_deploy.plugin.library import PluginLibrary
     from acmix_deploy.precision import Fp16Report, Goal, Int8Report, quantize, to_fp16
     from acmix_deploy.profile import Profile, profile
-    from acmix_deploy.profile.subjects import Setup
+    from acmix_deploy.profile.subjects import RunSettings
     from acmix_deploy.report.documents import HtmlDocument
     from acmix_deploy.report.html import write_html as write_report
     from acmix_deploy.report.inspection import Inspection, inspect
@@ -120,7 +119,6 @@ __all__ = [
     "LayerErrors",
     "Letterbox",
     "LocalAttention",
-    "Made",
     "MissingComponent",
     "Model",
     "OnnxRunner",
@@ -129,12 +127,13 @@ __all__ = [
     "Plan",
     "PluginLibrary",
     "Profile",
+    "RemoteStages",
+    "RunSettings",
     "Scenes",
-    "Setup",
     "ShiftConv",
     "Source",
+    "StageResult",
     "SwinACmix",
-    "There",
     "Tolerance",
     "TorchRunner",
     "UserError",
@@ -177,17 +176,17 @@ __all__ = [
 
 _WHERE = {
     "Artifact": "artifacts:Artifact",
-    "Made": "artifacts:Made",
+    "StageResult": "artifacts:StageResult",
     "read_artifact": "artifacts:read_artifact",
     "Source": "checkpoint.source:Source",
     "load_source": "checkpoint.source:load_source",
     "Detections": "detection.boxes:Detections",
     "Letterbox": "detection.images:Letterbox",
-    "DeviceSession": "device.session:Session",
-    "There": "device.stages:There",
+    "DeviceSession": "device.session:DeviceSession",
+    "RemoteStages": "device.stages:RemoteStages",
     "Examination": "doctor.diagnosis:Examination",
     "examine": "doctor.files:examine",
-    "Explanation": "doctor.pasted:Found",
+    "Explanation": "doctor.pasted:Explanation",
     "explain": "doctor.pasted:explain",
     "AdoptReport": "engine.adopt:AdoptReport",
     "adopt": "engine.adopt:adopt",
@@ -212,7 +211,7 @@ _WHERE = {
     "WindowedACmix": "families.windowed_acmix.module:WindowedACmix",
     "FusionReport": "fusion.fuse:FusionReport",
     "fuse": "fusion.fuse:fuse",
-    "GateHistory": "gate.history:History",
+    "GateHistory": "gate.history:GateHistory",
     "gate_history": "gate.history:read_history",
     "gate_run": "gate.measure:measure",
     "GateSamples": "gate.samples:GateSamples",
@@ -223,7 +222,7 @@ _WHERE = {
     "deploy": "pipeline:deploy",
     "Plan": "plan:Plan",
     "build_plugin": "plugin.build:build",
-    "PluginLibrary": "plugin.library:Library",
+    "PluginLibrary": "plugin.library:PluginLibrary",
     "Fp16Report": "precision:Fp16Report",
     "Goal": "precision:Goal",
     "Int8Report": "precision:Int8Report",
@@ -231,7 +230,7 @@ _WHERE = {
     "to_fp16": "precision:to_fp16",
     "Profile": "profile:Profile",
     "profile": "profile:profile",
-    "Setup": "profile.subjects:Setup",
+    "RunSettings": "profile.subjects:RunSettings",
     "HtmlDocument": "report.documents:HtmlDocument",
     "write_report": "report.html:write_html",
     "Inspection": "report.inspection:Inspection",

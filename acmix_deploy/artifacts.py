@@ -62,7 +62,7 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Made(Generic[Found]):
+class StageResult(Generic[Found]):
     """What every stage returns: the file that it wrote, with its sidecar, and what it found on the way."""
 
     artifact: Artifact

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from acmix_deploy.artifacts import Made, is_full, replacing, write_artifact
+from acmix_deploy.artifacts import StageResult, is_full, replacing, write_artifact
 from acmix_deploy.checkpoint.interpreter import ModelElsewhere
 from acmix_deploy.checkpoint.reference import run
 from acmix_deploy.detection.matching import NEAR
@@ -91,7 +91,7 @@ def export(
     reference: nn.Module | None = None,
     processing: Processing = NOTHING,
     progress: Callable[[str], None] = lambda step: None,
-) -> Made[ExportResult]:
+) -> StageResult[ExportResult]:
     """Export a float32 module of one image input to an ONNX file that computes the same.
 
     Opset 18 and above come from the dynamo exporter, whose operators are written for 18; below, from the TorchScript
@@ -212,7 +212,9 @@ def export(
         "pixels": processing.pixels,
         "suppression": processing.suppression and processing.suppression.model_dump(),
     }
-    return Made(write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found)
+    return StageResult(
+        write_artifact(path, "plain", parents=[checkpoint] if checkpoint else [], settings=settings), found
+    )
 
 
 def _newer_operators(notes: str) -> dict[str, int]:

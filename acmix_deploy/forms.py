@@ -17,7 +17,7 @@ from onnx import helper, inliner, numpy_helper, shape_inference
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy import onnx_file
-from acmix_deploy.artifacts import Made, replacing, write_artifact
+from acmix_deploy.artifacts import StageResult, replacing, write_artifact
 from acmix_deploy.errors import UserError
 from acmix_deploy.graph import in_order, keep, name_nodes, read, with_weights
 from acmix_deploy.operators import OPERATORS
@@ -51,7 +51,7 @@ class TargetReport(BaseModel):
     )
 
 
-def write_for(target: Target, source: Path, form: Form | None = None) -> Made[TargetReport]:
+def write_for(target: Target, source: Path, form: Form | None = None) -> StageResult[TargetReport]:
     """Write the file for a target beside the file that it is made from: ``NAME.TARGET.onnx``, with a sidecar.
 
     Args:
@@ -86,7 +86,7 @@ def write_for(target: Target, source: Path, form: Form | None = None) -> Made[Ta
         unread=onnx_file.unread(formed, target) if target.tensorrt else {},
     )
     settings = {"target": target.name, "tensorrt": target.version, "form": made}
-    return Made(write_artifact(path, "target", parents=with_weights(source), settings=settings), report)
+    return StageResult(write_artifact(path, "target", parents=with_weights(source), settings=settings), report)
 
 
 def to_form(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:

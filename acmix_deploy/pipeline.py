@@ -1,7 +1,7 @@
 """The whole way, top to bottom: model.pt -> module -> plain ONNX -> fused -> typed -> engine -> verify -> profile.
 
 A stage reads a file, writes a file with a sidecar that says where it came from, and returns what it found together with
-that artifact: :class:`acmix_deploy.artifacts.Made`.
+that artifact: :class:`acmix_deploy.artifacts.StageResult`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import TypeVar
 import onnx
 from torch.export import ExportedProgram
 
-from acmix_deploy.artifacts import Artifact, Made, mark_exported, outdated, remove_exported
+from acmix_deploy.artifacts import Artifact, StageResult, mark_exported, outdated, remove_exported
 from acmix_deploy.checkpoint.source import Source, load_source
 from acmix_deploy.detection.boxes import no_detector
 from acmix_deploy.detection.heads import unlike_told
 from acmix_deploy.device.link import Unavailable
-from acmix_deploy.device.stages import There
+from acmix_deploy.device.stages import RemoteStages
 from acmix_deploy.document import write_document
 from acmix_deploy.engine.build import BuildReport, build
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
@@ -57,7 +57,7 @@ Result = TypeVar("Result")
 _PHOTOS = 16  # that files are verified on
 
 
-def deploy(plan: Plan, progress: Progress = lambda step: None, there: There | None = None) -> ExportReport:
+def deploy(plan: Plan, progress: Progress = lambda step: None, there: RemoteStages | None = None) -> ExportReport:
     """Take a checkpoint to verified ONNX files and, on a machine with TensorRT and a GPU, to verified engines.
 
     The report is also in ``report.json``; whether the files are exact enough is in its ``passed``.
@@ -124,7 +124,7 @@ class _Work:
 
     plan: Plan
     progress: Progress
-    there: There | None
+    there: RemoteStages | None
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     """By role: the kind of a file; of an engine with the role of the file that it was built from."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -143,7 +143,7 @@ class _Work:
         self.seconds[name] = round(time.perf_counter() - start, 2)
         return result
 
-    def file(self, name: str, message: str, run: Callable[[], Made[Result]]) -> Result:
+    def file(self, name: str, message: str, run: Callable[[], StageResult[Result]]) -> Result:
         """A stage that writes a file: keep that, and return what was found."""
         made = self.stage(name, message, run)
         self.artifacts[made.artifact.kind] = made.artifact
@@ -170,7 +170,7 @@ def _load(plan: Plan) -> Source:
     )
 
 
-def _export(work: _Work, source: Source) -> Made[ExportResult]:
+def _export(work: _Work, source: Source) -> StageResult[ExportResult]:
     """Files of a former run are deleted only once there is one to take their place."""
     plan = work.plan
     made = export(
@@ -196,7 +196,7 @@ def _export(work: _Work, source: Source) -> Made[ExportResult]:
     return made
 
 
-def _fuse(work: _Work) -> Made[FusionReport]:
+def _fuse(work: _Work) -> StageResult[FusionReport]:
     plan, files = work.plan, (work.plan.path("plain"), work.plan.path("fused"))
     return fuse(*files, conv_branch=plan.chosen_branch, expect=plan.expect, progress=work.progress)
 
@@ -212,12 +212,12 @@ def _feeds(inputs: Scenes | list[Feeds]) -> Sequence[Feeds]:
     return inputs.feeds if isinstance(inputs, Scenes) else inputs
 
 
-def _to_fp16(work: _Work, inputs: Scenes | list[Feeds]) -> Made[Fp16Report]:
+def _to_fp16(work: _Work, inputs: Scenes | list[Feeds]) -> StageResult[Fp16Report]:
     plan, files = work.plan, (work.plan.path("fused"), work.plan.path("fp16"))
     return to_fp16(*files, fp16_io=plan.fp16_io, float32=plan.float32, samples=_feeds(inputs))
 
 
-def _quantize(work: _Work, source: Source) -> Made[Int8Report]:
+def _quantize(work: _Work, source: Source) -> StageResult[Int8Report]:
     plan = work.plan
     assert plan.calibration
     scheme = plan.target.int8 if plan.target else "symmetric"
@@ -233,7 +233,7 @@ def _quantize(work: _Work, source: Source) -> Made[Int8Report]:
     )
 
 
-def _write_for(plan: Plan) -> Made[TargetReport]:
+def _write_for(plan: Plan) -> StageResult[TargetReport]:
     assert plan.made_for
     return write_for(plan.made_for, plan.path(plan.role_for(plan.made_for)), plan.form)
 

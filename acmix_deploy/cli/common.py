@@ -59,7 +59,7 @@ def add_input_shape(parser: argparse.ArgumentParser) -> None:
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
-    """Options of the verbs that time models: fields of :class:`acmix_deploy.profile.subjects.Setup`."""
+    """Options of the verbs that time models: fields of :class:`acmix_deploy.profile.subjects.RunSettings`."""
     parser.add_argument("--threads", type=positive, metavar="N", help="threads within an operator (default: all cores)")
     add_provider(parser)
     parser.add_argument(

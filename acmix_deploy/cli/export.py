@@ -47,14 +47,14 @@ def _here(options: argparse.Namespace) -> ExportReport:
 
 def _there(options: argparse.Namespace) -> ExportReport:
     from acmix_deploy.device.bare import Bare
-    from acmix_deploy.device.stages import There
+    from acmix_deploy.device.stages import RemoteStages
 
     deploy = needs_torch("acmix_deploy.pipeline").deploy
     _plan(options, engine_target=None if options.no_engine else NEWEST)  # so that what is wrong is told at once
     with connected(options) as session:
         if options.no_engine:
             session.need_package()
-        place = There if session.runs_package else Bare
+        place = RemoteStages if session.runs_package else Bare
         there = place(session, _plan(options).out, fetch=options.fetch)
         plan = _plan(options, engine_target=None if options.no_engine else there.target)
         report: ExportReport = deploy(plan, session.progress, there)

@@ -13,7 +13,7 @@ from typing import Any
 
 from acmix_deploy.artifacts import sidecar
 from acmix_deploy.cli.common import print_step, progress, tell
-from acmix_deploy.device.session import WAIT_S, Session
+from acmix_deploy.device.session import WAIT_S, DeviceSession
 from acmix_deploy.document import D, write_document
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.files import kind_of, not_there
@@ -59,9 +59,9 @@ def check_on(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def connected(options: argparse.Namespace) -> Iterator[Session]:
+def connected(options: argparse.Namespace) -> Iterator[DeviceSession]:
     """The device that ``--on`` names. In the terminal while it connects: ssh may ask for a passphrase."""
-    session = Session(
+    session = DeviceSession(
         options.on,
         detach=options.detach,
         wait=options.wait,
@@ -73,18 +73,20 @@ def connected(options: argparse.Namespace) -> Iterator[Session]:
         tell(f"note: {note}")
 
 
-def run_on(options: argparse.Namespace, kind: type[D], session: Session | None = None, *, alone: bool = True) -> D:
+def run_on(
+    options: argparse.Namespace, kind: type[D], session: DeviceSession | None = None, *, alone: bool = True
+) -> D:
     """The document of a verb that ran on a device with the same options.
 
     Args:
         options: the verb's.
         kind: of its document.
         session: the device, where it is connected already.
-        alone: see :meth:`acmix_deploy.device.session.Session.run`.
+        alone: see :meth:`acmix_deploy.device.session.DeviceSession.run`.
 
     Raises:
         AcmixDeployError: what the verb ended with there, or kept it from being run, see
-            :meth:`acmix_deploy.device.session.Session.run`.
+            :meth:`acmix_deploy.device.session.DeviceSession.run`.
     """
     command = options.command
     words = command.prog.split()[1:]

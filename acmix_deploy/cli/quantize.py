@@ -23,7 +23,7 @@ from acmix_deploy.plan import Plan
 from acmix_deploy.targets import RUNTIMES
 
 if TYPE_CHECKING:
-    from acmix_deploy.artifacts import Made
+    from acmix_deploy.artifacts import StageResult
     from acmix_deploy.precision import Goal, Int8Report
 
 
@@ -141,7 +141,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _explained(made: Made[Int8Report], source: Path, images: Path, progress: Callable[[str], None]) -> Made[Int8Report]:
+def _explained(
+    made: StageResult[Int8Report], source: Path, images: Path, progress: Callable[[str], None]
+) -> StageResult[Int8Report]:
     """With a note of where the error begins, where an output is beyond what `verify` accepts."""
     from acmix_deploy.verify import compare_layers, inputs_for
     from acmix_deploy.verify.limits import FILE_TOLERANCES, tolerance_of

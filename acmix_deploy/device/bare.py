@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx
 
-from acmix_deploy.artifacts import Made, write_artifact
+from acmix_deploy.artifacts import StageResult, write_artifact
 from acmix_deploy.detection.metadata import ModelMetadata
-from acmix_deploy.device.stages import There
+from acmix_deploy.device.stages import RemoteStages
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.forms import to_form
@@ -30,8 +30,8 @@ _LIBRARY = f"build/{NAME}"
 _TIMES = "times.json"
 
 
-class Bare(There):
-    """See the module; methods as those of :class:`There`."""
+class Bare(RemoteStages):
+    """See the module; methods as those of :class:`RemoteStages`."""
 
     def _check(self) -> None:
         self._running: dict[str, list[str]] = {}  # options that an engine is run with, by its name
@@ -69,7 +69,7 @@ class Bare(There):
 
     def build(
         self, source: Path, target: Path, *, plugin: Path | None, fp16: bool, shapes: Shapes | None
-    ) -> Made[BuildReport | None]:
+    ) -> StageResult[BuildReport | None]:
         self._check_target(target)
         name, release, model = target.name, self.target, read(source)
         library = [release.load(str(plugin))] if plugin else []
@@ -98,7 +98,9 @@ class Bare(There):
         run = [self._trtexec, f"--loadEngine={self.files[name]}", *self._running[name]]
         self.commands.append(shlex.join(run))
         settings, digest = manifest.model_dump(mode="json"), done.digests[name]
-        return Made(write_artifact(target, KIND, parents=with_weights(source), settings=settings, digest=digest), None)
+        return StageResult(
+            write_artifact(target, KIND, parents=with_weights(source), settings=settings, digest=digest), None
+        )
 
     def profile(self, files: Sequence[Path], *, input_shape: Sequence[int], seconds: float) -> list[Profile]:
         found = []

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, computed_field
 
 from acmix_deploy.device.registry import Device
-from acmix_deploy.device.session import CLOCK_S, Session
+from acmix_deploy.device.session import CLOCK_S, DeviceSession
 from acmix_deploy.doctor.diagnosis import Component
 from acmix_deploy.document import Document
 from acmix_deploy.errors import MissingComponent
@@ -31,12 +31,12 @@ class DeviceDocument(Document):
 PACKAGE = "acmix-deploy there"
 
 
-def look(session: Session) -> DeviceDocument:
-    """Raises what :meth:`Session.run` raises."""
+def look(session: DeviceSession) -> DeviceDocument:
+    """Raises what :meth:`DeviceSession.run` raises."""
     return DeviceDocument(device=session.device, folder=session.facts.folder, components=tuple(components(session)))
 
 
-def components(session: Session) -> Iterator[Component]:
+def components(session: DeviceSession) -> Iterator[Component]:
     """What stands before anything that runs on a device."""
     facts = session.facts
     used = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in facts.used.items() if size)

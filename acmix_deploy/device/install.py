@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from acmix_deploy import __version__
-from acmix_deploy.device.session import Facts, Installed, Session
+from acmix_deploy.device.session import DeviceSession, Facts, Installed
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.process import run
 
@@ -24,7 +24,7 @@ _SCRIPT = Path(__file__).parent / "jetson" / "install.sh"
 _OLDEST_GLIBC = 17  # 2.17, of manylinux2014
 
 
-def install(session: Session, *, offline: bool = False) -> Installed:
+def install(session: DeviceSession, *, offline: bool = False) -> Installed:
     """Install the package on a device, or renew it.
 
     On a Jetson what JetPack leaves out is installed too, by its package manager, where it is not there yet.
@@ -35,7 +35,7 @@ def install(session: Session, *, offline: bool = False) -> Installed:
 
     Raises:
         MissingComponent: the device's Python is too old, pip is not here, or something cannot be installed there.
-        UserError: see :meth:`Session.run`.
+        UserError: see :meth:`DeviceSession.run`.
     """
     facts = session.facts
     if not session.runs_package:

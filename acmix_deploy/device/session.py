@@ -98,7 +98,7 @@ class Ended(NamedTuple):
         return next((line for line in reversed(self.said) if line.strip()), "nothing on stderr")
 
 
-class Session:
+class DeviceSession:
     """See the module. A context manager; the connection is open while it is entered.
 
     Args:
@@ -125,7 +125,7 @@ class Session:
         self._stack = ExitStack()
         self._taken: list[str] = []
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> DeviceSession:
         self.progress(f"connecting to {self.device.name}")
         with ExitStack() as stack:
             self._link = stack.enter_context(Link(self.device.host, self.device.folder, self.name))

@@ -13,8 +13,8 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import Artifact, Made, sidecar
-from acmix_deploy.device.session import Ended, Session
+from acmix_deploy.artifacts import Artifact, StageResult, sidecar
+from acmix_deploy.device.session import DeviceSession, Ended
 from acmix_deploy.engine.build import BuildReport, target_for
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.graph import with_weights
@@ -49,7 +49,7 @@ class DeviceReport(BaseModel):
     notes: tuple[str, ...] = Field(description="what to know of the device")
 
 
-class There:
+class RemoteStages:
     """A device as the place of the last stages.
 
     Args:
@@ -61,7 +61,7 @@ class There:
         MissingComponent: this package is not installed there.
     """
 
-    def __init__(self, session: Session, out: Path, *, fetch: bool = False) -> None:
+    def __init__(self, session: DeviceSession, out: Path, *, fetch: bool = False) -> None:
         self.session, self.out, self.fetch = session, out, fetch
         self.commands: list[str] = []
         """What runs the engines there, where this package does not."""
@@ -112,7 +112,7 @@ class There:
 
     def build(
         self, source: Path, target: Path, *, plugin: Path | None, fp16: bool, shapes: Shapes | None
-    ) -> Made[BuildReport | None]:
+    ) -> StageResult[BuildReport | None]:
         """``build`` there; here its manifest arrives, and the engine where it is asked
         for. An engine that an earlier command built there of the same file is taken."""
         self._check_target(target)
@@ -133,7 +133,7 @@ class There:
         self.sizes[name] = done.sizes[name]
         found = json.loads(done.stdout)
         artifact = Artifact.model_validate(found["artifact"]).model_copy(update={"path": target})
-        return Made(artifact, BuildReport.model_validate(found))
+        return StageResult(artifact, BuildReport.model_validate(found))
 
     def _check_target(self, target: Path) -> None:
         """Raise UserError where an engine that is here would lose its manifest to that of the one on the device."""
@@ -193,7 +193,7 @@ class There:
         return self._programs(what, [[*self.session.command, *arguments]], **options)
 
     def _programs(self, what: str, commands: Sequence[Sequence[str]], **options: Any) -> Ended:
-        """:meth:`Session.run`, which is noted with what it said. Raises what it ended with, too."""
+        """:meth:`DeviceSession.run`, which is noted with what it said. Raises what it ended with, too."""
         done = self.session.run(what, commands, **options)
         printed = [] if done.stdout.startswith("{") else done.stdout.splitlines()  # what is no document
         self._log += f"{what}: exit code {done.code}\n" + "".join(f"    {line}\n" for line in (*printed, *done.said))

@@ -30,7 +30,7 @@ _FOLDERS = re.compile(
 _LONG_LINE = re.compile(rf"[^\n]{{{_LONGEST_LINE}}}")
 
 
-class Found(BaseModel):
+class Explanation(BaseModel):
     """A known message that stands in a text."""
 
     model_config = ConfigDict(frozen=True)
@@ -50,11 +50,13 @@ class PastedDocument(Document):
     """Result of ``acmix-deploy doctor --error``."""
 
     document: Literal["doctor error"] = "doctor error"
-    messages: tuple[Found, ...] = Field(description="in the order of the text, each once; empty where none is known")
+    messages: tuple[Explanation, ...] = Field(
+        description="in the order of the text, each once; empty where none is known"
+    )
     cut: bool = Field(description="whether the text is longer than what is searched, so that its beginning is left out")
 
 
-def explain(text: str) -> tuple[Found, ...]:
+def explain(text: str) -> tuple[Explanation, ...]:
     """Which known messages of other programs stand in a text, and what they mean.
 
     A line is explained by one message, the first of the table that fits; escape sequences, times and folders do not
@@ -95,7 +97,7 @@ def _cleaned(text: str) -> str:
     return _LONG_LINE.sub(lambda match: f"{match[0]}\n", _FOLDERS.sub("", _PREFIX.sub("", text)))
 
 
-def _found(name: str, message: Message, matches: list[tuple[int, re.Match[str]]]) -> Found:
+def _found(name: str, message: Message, matches: list[tuple[int, re.Match[str]]]) -> Explanation:
     line, first = matches[0]
     named: dict[str, dict[str, None]] = {}
     for _, match in matches:
@@ -104,7 +106,7 @@ def _found(name: str, message: Message, matches: list[tuple[int, re.Match[str]]]
                 named.setdefault(group, {})[" ".join(value.split())] = None
     words = {group: ", ".join(values) for group, values in named.items()}
     quoted = " ".join(first[0].split())
-    return Found(
+    return Explanation(
         message=name,
         said_by=message.said_by,
         line=line + 1,

@@ -11,7 +11,7 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from acmix_deploy import onnx_file
-from acmix_deploy.artifacts import Artifact, Made, sha256, sidecar, write_artifact
+from acmix_deploy.artifacts import Artifact, StageResult, sha256, sidecar, write_artifact
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine.process import ask, find_backend
 from acmix_deploy.engine_file import EngineFile, read_engine_file
@@ -54,7 +54,7 @@ def adopt(
     metadata: Path | None = None,
     plugin: Path | None = None,
     progress: Callable[[str], None] = lambda step: None,
-) -> Made[AdoptReport]:
+) -> StageResult[AdoptReport]:
     """Write a manifest beside an engine of trtexec, polygraphy or Ultralytics. The engine stays as it is.
 
     TensorRT deserialises it in a process of its own, and it is asked for its inputs, outputs and profiles. Where there
@@ -115,7 +115,7 @@ def adopt(
         plugin_layers=tuple(answer["plugin_layers"]) if answer else (),
         notes=tuple(notes),
     )
-    return Made(write_artifact(engine, KIND, settings=manifest.model_dump(mode="json")), report)
+    return StageResult(write_artifact(engine, KIND, settings=manifest.model_dump(mode="json")), report)
 
 
 def _check_sidecar(engine: Path) -> None:

@@ -13,7 +13,7 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
 from acmix_deploy import onnx_file
-from acmix_deploy.artifacts import Made, check_output, replacing, sha256, write_artifact
+from acmix_deploy.artifacts import StageResult, check_output, replacing, sha256, write_artifact
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine.process import ask, find_backend
 from acmix_deploy.engine_file import header_bytes
@@ -58,7 +58,7 @@ def build(
     backend: Backend | None = None,
     ultralytics: bool = False,
     progress: Callable[[str], None] = lambda step: None,
-) -> Made[BuildReport]:
+) -> StageResult[BuildReport]:
     """Build an engine and write its manifest beside it.
 
     Args:
@@ -174,7 +174,7 @@ def build(
         inlined=refused(model) if plugin else {},
         notes=(*answer["notes"], *_notes(machine, plugin, wanted, timing_cache, ultralytics)),
     )
-    return Made(
+    return StageResult(
         write_artifact(target, KIND, parents=with_weights(source), settings=manifest.model_dump(mode="json")), report
     )
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
+from acmix_deploy.artifacts import StageResult, check_output, replacing, write_artifact
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.conv_branch import ConvBranch
@@ -90,7 +90,7 @@ def fuse(
     conv_branch: ConvBranchChoice = "auto",
     expect: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> Made[FusionReport]:
+) -> StageResult[FusionReport]:
     """Fuse the blocks of an ONNX file and write the result.
 
     A block is rewritten only after original and replacement agreed on random input, at two sizes where the axes are
@@ -162,7 +162,7 @@ def fuse(
     with replacing(target) as temporary:
         onnx.save(fused, temporary)
     settings = {"conv_branch": conv_branch}
-    return Made(write_artifact(target, "fused", parents=with_weights(source), settings=settings), report)
+    return StageResult(write_artifact(target, "fused", parents=with_weights(source), settings=settings), report)
 
 
 def _hidden(model: onnx.ModelProto, branch: ConvBranch, found: Fusion, progress: Callable[[str], None]) -> int:

@@ -54,7 +54,7 @@ class Drift(BaseModel):
     p: float = Field(description="how often the same runs in random order show as much")
 
 
-class History(BaseModel):
+class GateHistory(BaseModel):
     """One model over time."""
 
     model_config = ConfigDict(frozen=True)
@@ -64,7 +64,7 @@ class History(BaseModel):
     drift: Drift | None = Field(description="None where noise explains all")
 
 
-def read_history(folder: Path) -> tuple[list[History], list[str]]:
+def read_history(folder: Path) -> tuple[list[GateHistory], list[str]]:
     """The candidates of all measurements in a folder, with steps and trends of their latency.
 
     Args:
@@ -90,7 +90,7 @@ def read_history(folder: Path) -> tuple[list[History], list[str]]:
     return histories(named), notes
 
 
-def histories(named: Iterable[tuple[str, Measured]]) -> list[History]:
+def histories(named: Iterable[tuple[str, Measured]]) -> list[GateHistory]:
     """The same of measurements, each with the name of its file."""
     models: dict[str, list[tuple[str, Measured]]] = {}
     for file, measured in named:
@@ -99,7 +99,7 @@ def histories(named: Iterable[tuple[str, Measured]]) -> list[History]:
     return [_history(model, found) for model, found in models.items()]
 
 
-def _history(model: str, found: Sequence[tuple[str, Measured]]) -> History:
+def _history(model: str, found: Sequence[tuple[str, Measured]]) -> GateHistory:
     ordered = sorted(found, key=lambda entry: (entry[1].started or _LAST, entry[0]))
     medians = [_median(measured) for _, measured in ordered]
     runs = tuple(
@@ -112,7 +112,7 @@ def _history(model: str, found: Sequence[tuple[str, Measured]]) -> History:
         )
         for index, ((file, measured), value) in enumerate(zip(ordered, medians, strict=True))
     )
-    return History(model=model, runs=runs, drift=_drift([run.file for run in runs], medians))
+    return GateHistory(model=model, runs=runs, drift=_drift([run.file for run in runs], medians))
 
 
 def _median(measured: Measured) -> float:

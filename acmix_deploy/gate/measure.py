@@ -20,7 +20,7 @@ from acmix_deploy.gate.parity import parity_of
 from acmix_deploy.gate.samples import GateSamples, Measured, merged
 from acmix_deploy.gate.worker import Answer, Request
 from acmix_deploy.process import importing_here, run
-from acmix_deploy.profile.subjects import Setup
+from acmix_deploy.profile.subjects import RunSettings
 
 Progress = Callable[[str], None]
 
@@ -38,7 +38,7 @@ def measure(
     rounds: int = ROUNDS,
     samples: int | None = None,
     seconds: float = SECONDS,
-    setup: Setup | None = None,
+    setup: RunSettings | None = None,
     parity: Path | None = None,
     progress: Progress = lambda step: None,
 ) -> GateSamples:
@@ -72,7 +72,7 @@ def measure(
     }
     known["candidate"]["parity"] = parity_of(candidate, parity)
     requests = {
-        role: Request(file=file, setup=setup or Setup(), samples=samples, seconds=seconds)
+        role: Request(file=file, setup=setup or RunSettings(), samples=samples, seconds=seconds)
         for role, file in files.items()
     }
     kept: dict[str, list[Measured]] = {role: [] for role in files}

@@ -15,7 +15,7 @@ from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.gate.samples import Measured, Round, Turn
 from acmix_deploy.profile.monitor import Monitor
 from acmix_deploy.profile.run import take_turn
-from acmix_deploy.profile.subjects import Checkpoint, OnnxFile, Setup, Subject, open_subject
+from acmix_deploy.profile.subjects import Checkpoint, OnnxFile, RunSettings, Subject, open_subject
 
 FEWEST_SAMPLES = 100
 """That are counted by default: as many as the 99th percentile of a turn needs."""
@@ -25,7 +25,7 @@ class Request(BaseModel):
     """What to measure."""
 
     file: Path
-    setup: Setup
+    setup: RunSettings
     samples: int | None = Field(description="how many to count; by default as many as `profile` does, at least 100")
     seconds: float = Field(description="time for the turn, opening it not included")
     index: int = Field(default=0, description="number of the round")

@@ -11,7 +11,7 @@ from pathlib import Path
 from acmix_deploy import __version__
 from acmix_deploy.artifacts import replacing
 from acmix_deploy.errors import CheckFailed
-from acmix_deploy.plugin.library import Library, check, describe
+from acmix_deploy.plugin.library import PluginLibrary, check, describe
 from acmix_deploy.plugin.toolchain import check_architectures, find_cmake, find_cuda, find_tensorrt
 from acmix_deploy.process import run
 
@@ -29,7 +29,7 @@ def build(
     tensorrt: Path | None = None,
     architectures: Sequence[int] = (),
     progress: Callable[[str], None] = lambda step: None,
-) -> Library:
+) -> PluginLibrary:
     """Configure, compile and describe the plugin.
 
     Args:

@@ -52,7 +52,7 @@ class Entry(BaseModel):
     min_sm: int = Field(description="oldest architecture that it runs on: 80 stands for sm_80, 0 for any")
 
 
-class Library(BaseModel):
+class PluginLibrary(BaseModel):
     """A built plugin, as it describes itself."""
 
     path: Path = Field(description="the library")
@@ -65,7 +65,7 @@ class Library(BaseModel):
     entries: list[Entry] = Field(description="its kernels")
 
 
-def describe(path: Path) -> Library:
+def describe(path: Path) -> PluginLibrary:
     """Load a library and ask what it holds.
 
     Raises:
@@ -85,7 +85,7 @@ def describe(path: Path) -> Library:
         raise UserError(f"{path} is no plugin that loads here: {reason}", "Build it on this machine.")
     try:
         described, created = map(json.loads, done.stdout.splitlines())
-        return Library.model_validate({"path": path, **described, **created})
+        return PluginLibrary.model_validate({"path": path, **described, **created})
     except ValueError as error:
         raise CheckFailed(f"{path} describes itself in words that this version does not understand: {error}") from error
 
@@ -103,7 +103,7 @@ def installed_tensorrt() -> dict[str, int]:
     return found
 
 
-def check(path: Path) -> Library:
+def check(path: Path) -> PluginLibrary:
     """:func:`describe` a library and compare it with the TensorRT installed here, if any.
 
     Raises:

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper, shape_inference
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
+from acmix_deploy.artifacts import StageResult, check_output, replacing, write_artifact
 from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.forms import owner, to_form
 from acmix_deploy.graph import Feeds, fed, name_nodes, names_read, read, tidied, with_weights
@@ -54,7 +54,7 @@ def to_fp16(
     fp16_io: bool = False,
     float32: Sequence[str] = FLOAT32,
     samples: Iterable[Feeds] = (),
-) -> Made[Fp16Report]:
+) -> StageResult[Fp16Report]:
     """Write a float32 ONNX file as one whose weights and activations are float16, but for its sensitive parts.
 
     Args:
@@ -85,7 +85,7 @@ def to_fp16(
         if (refused := why_refused(temporary)) and not why_refused(source):
             raise CheckFailed(f"the file in half precision cannot be used: {refused}")
     settings = {"fp16_io": fp16_io, "float32": list(float32)}
-    return Made(write_artifact(target, "fp16", parents=with_weights(source), settings=settings), report)
+    return StageResult(write_artifact(target, "fp16", parents=with_weights(source), settings=settings), report)
 
 
 def halved(

@@ -15,7 +15,7 @@ from onnx import helper
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from pydantic import BaseModel, ConfigDict, Field
 
-from acmix_deploy.artifacts import Made, check_output, replacing, write_artifact
+from acmix_deploy.artifacts import StageResult, check_output, replacing, write_artifact
 from acmix_deploy.detection.boxes import no_detector, unlike_detector
 from acmix_deploy.detection.heads import unlike_told
 from acmix_deploy.detection.matching import NEAR
@@ -131,7 +131,7 @@ def quantize(
     limit: int = 256,
     goal: Goal | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> Made[Int8Report]:
+) -> StageResult[Int8Report]:
     """Write a float32 ONNX file as one whose convolutions and matrix products are INT8.
 
     Inputs of a layer are symmetric int8 per tensor, weights per output channel; biases and everything between the
@@ -272,7 +272,7 @@ def quantize(
         "images": report.images,
         "input_shape": list(shape),
     }
-    return Made(write_artifact(target, "int8", parents=with_weights(source), settings=settings), report)
+    return StageResult(write_artifact(target, "int8", parents=with_weights(source), settings=settings), report)
 
 
 def best_beside(target: Path) -> Path:

@@ -14,7 +14,7 @@ from acmix_deploy.errors import UserError
 from acmix_deploy.options import Provider
 from acmix_deploy.profile.layers import Layer, between_conversions, in_planes
 from acmix_deploy.profile.monitor import Conditions, Monitor, Power
-from acmix_deploy.profile.subjects import Engine, Sample, Setup, Subject, layers_of, open_subject
+from acmix_deploy.profile.subjects import Engine, RunSettings, Sample, Subject, layers_of, open_subject
 from acmix_deploy.profile.timing import Profile
 from acmix_deploy.profile.trtexec import read_times
 
@@ -49,7 +49,7 @@ def profile(
 
     Args:
         files: ONNX files, engines, checkpoints, and times that trtexec exported (.json), which are only read.
-        input_shape, threads, plugin, provider, arch, trust, code: see :class:`Setup`.
+        input_shape, threads, plugin, provider, arch, trust, code: see :class:`RunSettings`.
         samples: latencies to count for each file, over all rounds; fewer when the time is over, at least one a round.
             By default 1000 on a GPU, 50 on a CPU.
         rounds: how often each file has its turn.
@@ -65,7 +65,7 @@ def profile(
         MissingComponent: what an engine, a checkpoint or the provider needs is not there, or nothing tells power.
         CheckFailed: TensorRT does not run an engine.
     """
-    setup = Setup(
+    setup = RunSettings(
         input_shape=input_shape, threads=threads, plugin=plugin, provider=provider, arch=arch, trust=trust, code=code
     )
     exported = {index: read_times(file) for index, file in enumerate(files) if file.suffix == ".json"}
@@ -96,7 +96,7 @@ def profile(
 
 
 @contextmanager
-def keeping_engines(setup: Setup) -> Iterator[Setup]:
+def keeping_engines(setup: RunSettings) -> Iterator[RunSettings]:
     """The setup with a folder, for as long as the block lasts, in which provider tensorrt finds what it built before:
     by itself it builds anew for every session."""
     if setup.provider != "tensorrt":

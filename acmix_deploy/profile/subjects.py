@@ -52,7 +52,7 @@ class Sample(NamedTuple):
     with_transfers: float | None = None
 
 
-class Setup(BaseModel):
+class RunSettings(BaseModel):
     """How a model is run."""
 
     model_config = ConfigDict(frozen=True)
@@ -90,7 +90,7 @@ class OnnxFile:
         MissingComponent: the provider is not in this ONNX Runtime, or does not start here.
     """
 
-    def __init__(self, file: Path, setup: Setup) -> None:
+    def __init__(self, file: Path, setup: RunSettings) -> None:
         self._run_by: dict[str, Any] = {"provider": setup.provider, "plugin": setup.plugin}
         if setup.engines:  # in a folder for each file: ONNX Runtime tells what it kept by the names in a graph alone
             self._run_by["engines"] = setup.engines.joinpath(*file.resolve().parts[1:])
@@ -140,7 +140,7 @@ class Engine:
     samples, window = _ON_GPU
     on_gpu, threads, notes = True, None, ()
 
-    def __init__(self, file: Path, setup: Setup) -> None:
+    def __init__(self, file: Path, setup: RunSettings) -> None:
         opened = open_model(file, plugin=setup.plugin)
         self.file, self.precision = file, opened.precision
         self.feed = _feed(file, opened, setup)
@@ -207,7 +207,7 @@ class Checkpoint:
     on_gpu, provider, plugin_sha256 = False, "PyTorch", None
     precision: Precision = "float32"
 
-    def __init__(self, file: Path, setup: Setup) -> None:
+    def __init__(self, file: Path, setup: RunSettings) -> None:
         loaded = checkpoint.load(file, arch=setup.arch, trust=setup.trust, code=setup.code)
         from torch.export import ExportedProgram
 
@@ -249,7 +249,7 @@ class Checkpoint:
 Subject = OnnxFile | Engine | Checkpoint
 
 
-def open_subject(file: Path, setup: Setup) -> Subject:
+def open_subject(file: Path, setup: RunSettings) -> Subject:
     """What is timed of a file. Raises UserError where it is none of these, and what the constructors raise."""
     kind = expect(file, "onnx", "engine", "checkpoint", "program")
     if kind == "onnx":
@@ -276,7 +276,7 @@ def layers_of(subject: Subject) -> Callable[[], tuple[Layer, ...]]:
     return subject.layers
 
 
-def _feed(file: Path, opened: Model, setup: Setup) -> dict[str, Array]:
+def _feed(file: Path, opened: Model, setup: RunSettings) -> dict[str, Array]:
     feed: dict[str, Array] = {}
     for name, dims, dtype in opened.inputs:
         wanted = setup.input_shape or opened.usual_shape(name)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from acmix_deploy.artifacts import Artifact, Made
+from acmix_deploy.artifacts import Artifact, StageResult
 from acmix_deploy.doctor.diagnosis import Diagnosis
 from acmix_deploy.document import Document
 from acmix_deploy.engine.adopt import AdoptReport
 from acmix_deploy.engine.build import BuildReport
 from acmix_deploy.forms import TargetReport
 from acmix_deploy.fusion import FusionReport
-from acmix_deploy.gate.history import History
+from acmix_deploy.gate.history import GateHistory
 from acmix_deploy.gate.verdict import Verdict
-from acmix_deploy.plugin.library import Library
+from acmix_deploy.plugin.library import PluginLibrary
 from acmix_deploy.precision import Fp16Report, Int8Report
 from acmix_deploy.report.inspection import Inspection
 from acmix_deploy.verify import Verification
@@ -31,7 +31,7 @@ class StageDocument(Document):
     artifact: Artifact = Field(description="the file that was written, and what it was made from")
 
     @classmethod
-    def of(cls, made: Made[Any], **more: Any) -> Self:
+    def of(cls, made: StageResult[Any], **more: Any) -> Self:
         """What a stage returned, and the fields that are not its own."""
         return cls(**made.found.model_dump(), artifact=made.artifact, **more)
 
@@ -61,7 +61,7 @@ class VerifyDocument(Verification, Document):
     document: Literal["verify"] = "verify"
 
 
-class PluginDocument(Library, Document):
+class PluginDocument(PluginLibrary, Document):
     """Result of ``acmix-deploy plugin build`` and ``acmix-deploy plugin check``."""
 
     document: Literal["plugin"] = "plugin"
@@ -111,5 +111,5 @@ class HistoryDocument(Document):
     """Result of ``acmix-deploy gate history``."""
 
     document: Literal["gate history"] = "gate history"
-    histories: list[History] = Field(description="one for each model, by the name of its file")
+    histories: list[GateHistory] = Field(description="one for each model, by the name of its file")
     notes: list[str] = Field(default=[], description="the files that were left out, and why")

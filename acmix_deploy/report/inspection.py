@@ -17,7 +17,7 @@ from acmix_deploy.errors import CheckFailed, UserError
 from acmix_deploy.files import expect, kind_of
 from acmix_deploy.graph import read
 from acmix_deploy.manifest import TITLES, AnyManifest, manifest_of
-from acmix_deploy.plugin.library import Library, describe
+from acmix_deploy.plugin.library import PluginLibrary, describe
 from acmix_deploy.verify import read_verification
 
 State = Literal["unchanged", "changed", "not here"]
@@ -48,7 +48,7 @@ class Inspection(BaseModel):
     ancestors: tuple[Ancestor, ...] = Field(default=(), description="nearest first")
     onnx: onnx_file.OnnxFile | None = Field(default=None, description="of an ONNX file")
     manifest: AnyManifest | None = Field(default=None, description="of an engine")
-    plugin: Library | None = Field(default=None, description="of a plugin library")
+    plugin: PluginLibrary | None = Field(default=None, description="of a plugin library")
     told: dict[str, str] | None = Field(default=None, description="of a document: which one, and what it is about")
     notes: tuple[str, ...] = Field(default=(), description="what could not be told, and why")
 

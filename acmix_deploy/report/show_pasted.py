@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from acmix_deploy.doctor.pasted import Found, PastedDocument
+from acmix_deploy.doctor.pasted import Explanation, PastedDocument
 
 
 def show_pasted(document: PastedDocument, console: Console) -> None:
@@ -25,7 +25,7 @@ def show_pasted(document: PastedDocument, console: Console) -> None:
         )
 
 
-def _title(found: Found) -> str:
+def _title(found: Explanation) -> str:
     times = f", {found.times} times" if found.times > 1 else ""
     harmless = ", harmless" if found.harmless else ""
     return f"Line {found.line}{times}: {found.said_by}, {found.message}{harmless}"

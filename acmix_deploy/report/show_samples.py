@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from acmix_deploy.gate.history import Drift, History
+from acmix_deploy.gate.history import Drift, GateHistory
 from acmix_deploy.gate.samples import GateSamples
 from acmix_deploy.report.documents import HistoryDocument
 from acmix_deploy.report.tables import milliseconds, table
@@ -45,7 +45,7 @@ def show_histories(found: HistoryDocument, console: Console) -> None:
         console.print(f"Left out: {note}", style="yellow", soft_wrap=True)
 
 
-def runs(history: History) -> Table:
+def runs(history: GateHistory) -> Table:
     """The runs of one model."""
     rows = table("started", "file", "median ms", "to the first", "changed since the run before", numeric=(2, 3))
     for run in history.runs:

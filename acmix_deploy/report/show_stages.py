@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from acmix_deploy.artifacts import sidecar
-from acmix_deploy.plugin.library import Library
+from acmix_deploy.plugin.library import PluginLibrary
 from acmix_deploy.report.documents import (
     AdoptDocument,
     BuildDocument,
@@ -100,7 +100,7 @@ def show_adopted(found: AdoptDocument, console: Console) -> None:
         console.print(f"{found.layers} layers, {len(found.plugin_layers)} described as a plugin's: {beside}")
 
 
-def show_library(library: Library, console: Console) -> None:
+def show_library(library: PluginLibrary, console: Console) -> None:
     """Print what a plugin holds."""
     console.print(creators(library))
     console.print(kernels(library), "")

@@ -17,7 +17,7 @@ from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.manifest import AnyManifest, HeaderManifest
 from acmix_deploy.onnx_file import counted
-from acmix_deploy.plugin.library import Library
+from acmix_deploy.plugin.library import PluginLibrary
 from acmix_deploy.precision import Fp16Report, Int8Report, SearchReport
 from acmix_deploy.profile import Profile
 from acmix_deploy.verify import LayerErrors, Verification
@@ -355,7 +355,7 @@ def inlined(reasons: Mapping[str, str]) -> Table:
     return rows
 
 
-def creators(library: Library) -> Table:
+def creators(library: PluginLibrary) -> Table:
     """What a plugin brings to TensorRT."""
     rows = table("operator", "version", "namespace", "interface")
     for creator in library.creators:
@@ -363,7 +363,7 @@ def creators(library: Library) -> Table:
     return rows
 
 
-def kernels(library: Library) -> Table:
+def kernels(library: PluginLibrary) -> Table:
     """The kernels of a plugin, those that differ in head_dim alone in one row."""
     rows = table("operator", "kernel", "type", "layout", "head_dim up to", "runs from")
     sizes: dict[tuple[str, ...], list[int]] = {}

@@ -25,7 +25,7 @@ def test_a_device_from_python(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(acmix.Plan.model_fields["seconds"], "default", 0.1)
     names: dict[str, object] = {}
-    exec(shown("docs/devices.md", "DeviceSession", "There").replace("bench-1", "bench"), names)
+    exec(shown("docs/devices.md", "DeviceSession", "RemoteStages").replace("bench-1", "bench"), names)
     report = names["report"]
     assert isinstance(report, acmix.ExportReport)
     assert report.device

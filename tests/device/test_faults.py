@@ -1,6 +1,6 @@
 """What may go wrong between here and a device: one sentence, nothing half on either side, and the next call works.
 
-Programs are those of a shell, in :class:`acmix_deploy.device.session.Session`; the verbs' own are in test_verbs.py.
+Programs are those of a shell, in a :class:`acmix_deploy.DeviceSession`; the verbs' own are in test_verbs.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 from acmix_deploy.device import link, remote
 from acmix_deploy.device.link import LinkLost, Unavailable
-from acmix_deploy.device.session import Session
+from acmix_deploy.device.session import DeviceSession
 from acmix_deploy.errors import AcmixDeployError, MissingComponent, UserError
 from tests.device.loopback import Device, until
 
@@ -27,7 +27,7 @@ class Job:
     """A program on the device that runs for a while, in a thread of its own here."""
 
     bench: Device
-    session: Session
+    session: DeviceSession
     program: str = LONG
     keep: bool = False
     error: BaseException | None = None
@@ -66,7 +66,7 @@ class Job:
 @pytest.fixture(autouse=True)
 def _no_tensorrt(monkeypatch):
     """Nor the package, which would be asked for it."""
-    monkeypatch.setattr(Session, "machine", None)
+    monkeypatch.setattr(DeviceSession, "machine", None)
 
 
 def run(session, program, **options):
@@ -88,7 +88,7 @@ def raised(kind, do):
 
 def test_cut_while_a_file_is_sent(bench, tmp_path):
     (tmp_path / "model").write_bytes(os.urandom(6_000_000))
-    with Session("bench") as session:
+    with DeviceSession("bench") as session:
         bench.link.cut_after("sent", 2_000_000)
         said = raised(LinkLost, lambda: run(session, "cat model", files={"model": tmp_path / "model"}))
     assert said.startswith("the connection to bench was lost")
@@ -96,7 +96,7 @@ def test_cut_while_a_file_is_sent(bench, tmp_path):
     store = bench.home / "acmix-deploy/store"
     assert until(lambda: not bench.processes())
     assert [*store.iterdir()] == []
-    with Session("bench") as session:
+    with DeviceSession("bench") as session:
         assert run(session, "wc -c < model", files={"model": tmp_path / "model"}).stdout.strip() == "6000000"
     (kept,) = store.iterdir()
     assert kept.read_bytes() == (tmp_path / "model").read_bytes()
@@ -106,13 +106,13 @@ def test_cut_while_a_file_is_sent(bench, tmp_path):
 def test_cut_while_a_file_is_fetched(bench, tmp_path):
     out, program = tmp_path / "out", "echo run >> ../../../runs; head -c 6000000 /dev/urandom > out"
     for _ in range(2):  # the second finds what the first one left
-        with Session("bench", detach=True) as session:
+        with DeviceSession("bench", detach=True) as session:
             if not out.exists():
                 bench.link.cut_after("received", 2_000_000)
             with pytest.raises(LinkLost, match="the connection to bench was lost"):
                 run(session, program, writes={"out": out})
         assert [*tmp_path.iterdir()] == []
-    with Session("bench", detach=True) as session:
+    with DeviceSession("bench", detach=True) as session:
         assert run(session, program, writes={"out": out}).found
     assert out.stat().st_size == 6_000_000
     assert (bench.home / "acmix-deploy/runs").read_text() == "run\n"
@@ -120,7 +120,7 @@ def test_cut_while_a_file_is_fetched(bench, tmp_path):
 
 
 def test_cut_during_a_job_ends_it(bench):
-    with Session("bench") as session, Job(bench, session) as job:
+    with DeviceSession("bench") as session, Job(bench, session) as job:
         bench.link.cut()
         assert until(lambda: not bench.processes())
     assert isinstance(job.error, LinkLost)
@@ -130,26 +130,26 @@ def test_cut_during_a_job_ends_it(bench):
 
 
 def test_cut_during_a_detached_job(bench):
-    with Session("bench", detach=True) as session, Job(bench, session) as job:
+    with DeviceSession("bench", detach=True) as session, Job(bench, session) as job:
         bench.link.cut()
         assert until(lambda: job.error)
         assert job.error.message.endswith("; what ran there goes on")
-        with Session("bench", detach=True, progress=lambda step: job.end()) as second:
+        with DeviceSession("bench", detach=True, progress=lambda step: job.end()) as second:
             done = run(second, job.program.format(mark=job.mark))
     assert (done.code, done.stdout, done.found, job.runs) == (0, "done\n", True, 1)
     assert bench.left() == []
 
 
 def test_the_result_of_a_detached_job_waits(bench):
-    with Session("bench", detach=True) as session, Job(bench, session) as job:
+    with DeviceSession("bench", detach=True) as session, Job(bench, session) as job:
         bench.link.cut()
     assert until(lambda: not bench.processes())
     steps = []
-    with Session("bench", detach=True, progress=steps.append) as session:
+    with DeviceSession("bench", detach=True, progress=steps.append) as session:
         done = run(session, job.program.format(mark=job.mark))
     assert (done.stdout, done.found, job.runs) == ("done\n", True, 1)
     assert [step for step in steps if step.startswith("found on bench, begun ")]
-    with Session("bench", detach=True) as session:  # it was taken
+    with DeviceSession("bench", detach=True) as session:  # it was taken
         assert not run(session, "echo other").found
     assert bench.left() == []
 
@@ -165,7 +165,7 @@ def impatient(monkeypatch):
 
 
 def test_a_silent_connection_ends_a_job_on_both_sides(bench, impatient):
-    with Session("bench") as session, Job(bench, session) as job:
+    with DeviceSession("bench") as session, Job(bench, session) as job:
         bench.link.freeze()
         assert until(lambda: not any("sh\0-c" in text for text in running(bench)), 10)  # though nothing is cut
     assert isinstance(job.error, LinkLost)
@@ -184,7 +184,7 @@ def running(bench):
 
 
 def test_a_job_longer_than_the_beat_is_not_lost(bench, impatient):
-    with Session("bench") as session:
+    with DeviceSession("bench") as session:
         assert run(session, "sleep 2.5; echo there").stdout == "there\n"
 
 
@@ -195,7 +195,7 @@ def test_half_an_answer(bench, monkeypatch):
     )
     assert half != link._SCRIPT
     monkeypatch.setattr(link, "_SCRIPT", half)
-    said = raised(MissingComponent, lambda: Session("bench").__enter__())
+    said = raised(MissingComponent, lambda: DeviceSession("bench").__enter__())
     assert "python3 gave no answer on bench: exit code 0" in said
     assert bench.left() == []
 
@@ -208,7 +208,7 @@ def test_no_space_for_what_is_sent(bench, tmp_path):
     (tmp_path / "small").write_bytes(bytes(1000))
     (tmp_path / "large").write_bytes(os.urandom(3_000_000))
     files = {name: tmp_path / name for name in ("small", "large")}
-    with bench.small_disk(bench.home / "acmix-deploy", "1m") as disk, Session("bench") as session:
+    with bench.small_disk(bench.home / "acmix-deploy", "1m") as disk, DeviceSession("bench") as session:
         said = raised(UserError, lambda: run(session, "cat *", files=files))
         assert said.startswith("cannot write files on bench: No space left on device")
         assert [path.name for path in disk.glob("store/*")] == []
@@ -217,7 +217,7 @@ def test_no_space_for_what_is_sent(bench, tmp_path):
 
 @pytest.mark.parametrize("program", ["head -c 3000000 /dev/zero > out", "head -c 3000000 /dev/zero"])
 def test_no_space_for_what_a_job_writes(bench, tmp_path, program):
-    with bench.small_disk(bench.home / "acmix-deploy", "1m") as disk, Session("bench") as session:
+    with bench.small_disk(bench.home / "acmix-deploy", "1m") as disk, DeviceSession("bench") as session:
         said = raised(UserError, lambda: run(session, program, writes={"out": tmp_path / "out"}))
         assert said.startswith("cannot write files on bench: No space left on device")
         assert [*disk.glob("jobs/*")] == []
@@ -228,7 +228,7 @@ def test_no_space_for_what_a_job_writes(bench, tmp_path, program):
 def test_no_folder_can_be_made(bench):
     from acmix_deploy.device.registry import Device as Named
 
-    with Session(Named(name="bench", host="bench", folder="/dev/null/folder")) as session:
+    with DeviceSession(Named(name="bench", host="bench", folder="/dev/null/folder")) as session:
         said = raised(UserError, lambda: run(session, "true"))
     assert said.startswith("/dev/null/folder on bench cannot be used: Not a directory")
     assert "device add bench --folder DIR" in said
@@ -241,7 +241,7 @@ def test_no_folder_can_be_made(bench):
 
 def test_no_python(bench):
     bench.without("python*")
-    said = raised(MissingComponent, lambda: Session("bench").__enter__())
+    said = raised(MissingComponent, lambda: DeviceSession("bench").__enter__())
     assert said == "bench has no python3\nInstall it there: apt-get install python3"
     assert bench.left() == []
 
@@ -255,7 +255,7 @@ def test_no_python(bench):
 )
 def test_python_that_fails(bench, script, told):
     bench.program("python3", f"#!/bin/sh\n{script}\n")
-    said = raised(MissingComponent, lambda: Session("bench").__enter__())
+    said = raised(MissingComponent, lambda: DeviceSession("bench").__enter__())
     assert said.startswith("python3 gave no answer on bench: exit code ")
     assert told in said
     assert "has no python3" not in said
@@ -265,7 +265,7 @@ def test_python_that_fails(bench, script, told):
 def test_a_login_shell_that_prints(bench, tmp_path):
     bench.profile("echo Welcome; printf 'no newline'; echo 'stty: not a terminal' >&2")
     (tmp_path / "in").write_bytes(b"in\n")
-    with Session("bench") as session:
+    with DeviceSession("bench") as session:
         program = "cat in; echo said >&2; printf '\\001\\n\\036acmix' > out"
         done = run(session, program, files={"in": tmp_path / "in"}, writes={"out": tmp_path / "out"})
     assert (done.stdout, done.said) == ("in\n", ["said"])
@@ -273,11 +273,11 @@ def test_a_login_shell_that_prints(bench, tmp_path):
 
 
 def test_a_reboot_in_the_middle(bench):
-    with Session("bench", detach=True) as session, Job(bench, session, keep=True) as job:
+    with DeviceSession("bench", detach=True) as session, Job(bench, session, keep=True) as job:
         bench.reboot()
     assert isinstance(job.error, LinkLost)
     steps = []
-    with Session("bench", detach=True, progress=steps.append) as session:
+    with DeviceSession("bench", detach=True, progress=steps.append) as session:
         done = run(session, job.program.format(mark=job.mark), keep=True)
     assert (done.stdout, done.found, job.runs) == ("done\n", False, 2)
     assert "bench restarted when this ran there before; it runs again" in steps
@@ -285,7 +285,7 @@ def test_a_reboot_in_the_middle(bench):
 
 
 def test_killed_for_memory(bench):
-    with Session("bench") as session:
+    with DeviceSession("bench") as session:
         done = run(session, "echo asked for too much >&2; kill -9 $$")
         said = raised(MissingComponent, lambda: session.check(done))
     assert said.startswith("bench ended what ran there, as the system does when memory runs out\n")
@@ -294,7 +294,7 @@ def test_killed_for_memory(bench):
 
 def test_a_program_does_not_outlive_its_keeper(bench):
     """As where the system ends that one, for want of memory."""
-    with Session("bench") as session, Job(bench, session, "echo started > {mark}; exec sleep 60") as job:
+    with DeviceSession("bench") as session, Job(bench, session, "echo started > {mark}; exec sleep 60") as job:
         (program,) = (pid for pid in bench.processes() if "sleep" in Path(f"/proc/{pid}/cmdline").read_text())
         parent = Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[1]
         os.kill(int(parent), 9)
@@ -304,7 +304,7 @@ def test_a_program_does_not_outlive_its_keeper(bench):
 
 
 def test_no_such_program(bench):
-    with Session("bench") as session:
+    with DeviceSession("bench") as session:
         said = raised(MissingComponent, lambda: session.run("a test", [["/nowhere/trtexec"]]))
     assert said == "/nowhere/trtexec does not run on bench: No such file or directory"
     assert bench.left() == []
@@ -317,9 +317,11 @@ def test_no_such_program(bench):
 def test_held(bench):
     steps = []
     with (
-        Session("bench") as first,
-        Session("bench", wait=0) as second,
-        Session("bench", progress=lambda step: (steps.append(step), job.end() if "waiting" in step else None)) as third,
+        DeviceSession("bench") as first,
+        DeviceSession("bench", wait=0) as second,
+        DeviceSession(
+            "bench", progress=lambda step: (steps.append(step), job.end() if "waiting" in step else None)
+        ) as third,
         Job(bench, first) as job,
     ):
         said = raised(Unavailable, lambda: run(second, "echo second"))
@@ -334,7 +336,7 @@ def test_held(bench):
 
 
 def test_two_that_run_the_same_both_get_their_own(bench):
-    with Session("bench") as first, Session("bench") as second, Job(bench, first) as job:
+    with DeviceSession("bench") as first, DeviceSession("bench") as second, Job(bench, first) as job:
         second.progress = lambda step: job.end()
         done = run(second, job.program.format(mark=job.mark))
     assert (done.stdout, done.found, job.stdout, job.runs) == ("done\n", False, "done\n", 2)
@@ -342,7 +344,7 @@ def test_two_that_run_the_same_both_get_their_own(bench):
 
 
 def test_waiting_ends_with_the_connection(bench):
-    with Session("bench") as first, Session("bench") as second, Job(bench, first):
+    with DeviceSession("bench") as first, DeviceSession("bench") as second, Job(bench, first):
         waiting = threading.Thread(target=lambda: raised(LinkLost, lambda: run(second, "echo")))
         waiting.start()
         time.sleep(0.5)

@@ -18,7 +18,7 @@ from acmix_deploy import __version__
 from acmix_deploy.cli import main
 from acmix_deploy.device import install, remote
 from acmix_deploy.device.install import _lacking, _platform, download
-from acmix_deploy.device.session import Facts, Session
+from acmix_deploy.device.session import DeviceSession, Facts
 from acmix_deploy.device.wheel import NAME, write_wheel
 from acmix_deploy.errors import MissingComponent
 from acmix_deploy.process import Ended
@@ -221,7 +221,7 @@ def test_python_that_is_too_old(bench, tmp_path, capsys):
     assert "bench has Python 3.8." in error
     assert "3.10" in error
     (tmp_path / "in").write_text("there")
-    with Session("bench") as session:
+    with DeviceSession("bench") as session:
         done = session.run(
             "a test", [["cp", "in", "out"]], files={"in": tmp_path / "in"}, writes={"out": tmp_path / "out"}
         )

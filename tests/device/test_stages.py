@@ -10,7 +10,7 @@ import pytest
 
 from acmix_deploy import pipeline
 from acmix_deploy.device.link import LinkLost, Unavailable
-from acmix_deploy.device.stages import There
+from acmix_deploy.device.stages import RemoteStages
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
 from acmix_deploy.targets import NEWEST
 
@@ -51,4 +51,4 @@ def test_an_engine_that_is_here_keeps_its_manifest(tmp_path: Path) -> None:
     session = SimpleNamespace(need_package=lambda: None, name="bench")
     options = {"plugin": None, "fp16": False, "shapes": None}
     with pytest.raises(UserError, match="the engine on bench would have its manifest"):
-        There(session, tmp_path).build(tmp_path / "model.onnx", tmp_path / "model.engine", **options)  # type: ignore[arg-type]
+        RemoteStages(session, tmp_path).build(tmp_path / "model.onnx", tmp_path / "model.engine", **options)  # type: ignore[arg-type]

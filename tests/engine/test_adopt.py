@@ -31,7 +31,7 @@ from acmix_deploy.manifest import HeaderManifest, Manifest, check, read_any_mani
 from acmix_deploy.profile import profile
 from acmix_deploy.profile.monitor import Conditions, Monitor
 from acmix_deploy.profile.others import Processes
-from acmix_deploy.profile.subjects import Setup
+from acmix_deploy.profile.subjects import RunSettings
 from acmix_deploy.report.inspection import inspect
 from acmix_deploy.runtime.models import open_model
 from acmix_deploy.runtime.tensorrt import EngineRunner
@@ -187,7 +187,7 @@ def test_what_runs_engines_takes_it(here, plan, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Monitor, "processes", lambda self: Processes(time.monotonic(), {}))
     (timed,) = profile([plan], samples=3, seconds=600)
     assert (timed.precision, timed.samples_ms[:3]) == (None, (1.0,) * 3)
-    turn = worker.measure(worker.Request(file=plan, setup=Setup(), samples=3, seconds=5))
+    turn = worker.measure(worker.Request(file=plan, setup=RunSettings(), samples=3, seconds=5))
     assert (turn.kind, turn.precision, turn.provider) == ("engine", None, "TensorRT 8.6.0")
 
 

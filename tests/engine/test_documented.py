@@ -13,7 +13,7 @@ import pytest
 
 import acmix_deploy as acmix
 from acmix_deploy.plugin.build import NAME
-from acmix_deploy.plugin.library import Library
+from acmix_deploy.plugin.library import PluginLibrary
 from tests import ROOT
 from tests.engine.parts import make_plan
 from tests.test_library import unchanged
@@ -48,9 +48,9 @@ def compiler(empty_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if "-B" in command:
             shutil.copy(empty_library, Path(command[command.index("-B") + 1], NAME))
 
-    def describe(path: Path) -> Library:
+    def describe(path: Path) -> PluginLibrary:
         facts = {"version": acmix.__version__, "cuda": "13.0", "architectures": "sm_87", "tensorrt": "8.6.0"}
-        return Library(path=path, **facts, creators=[], entries=[])
+        return PluginLibrary(path=path, **facts, creators=[], entries=[])
 
     found = {"find_cuda": "CUDA", "find_tensorrt": "TensorRT", "find_cmake": "cmake"}
     for name, what in found.items():

@@ -25,7 +25,7 @@ from acmix_deploy.gate.parity import parity_of
 from acmix_deploy.gate.read import read_samples
 from acmix_deploy.gate.worker import Request
 from acmix_deploy.profile.monitor import Conditions
-from acmix_deploy.profile.subjects import Setup
+from acmix_deploy.profile.subjects import RunSettings
 from acmix_deploy.profile.timing import Machine
 from acmix_deploy.report.documents import VerifyDocument
 from acmix_deploy.verify import Verification, verification
@@ -176,7 +176,7 @@ def test_an_onnx_file_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     file = chain(tmp_path / "model.onnx")
     (tmp_path / "plugin.so").write_bytes(b"a plugin")
-    setup = Setup(threads=1, plugin=tmp_path / "plugin.so")
+    setup = RunSettings(threads=1, plugin=tmp_path / "plugin.so")
     on_cpu = worker.measure(Request(file=file, setup=setup, samples=3, seconds=5))
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_gpu)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
@@ -241,7 +241,7 @@ def test_an_engine_with_its_plugin(gpu, empty_library: Path, tmp_path: Path, mon
     monkeypatch.setattr(worker.Monitor, "read", lambda self: Conditions(gpu_mhz=900.0))
     model = onnx.load(chain(tmp_path / "model.onnx"))
     engine = make_engine(tmp_path / "model.engine", model, plugin=empty_library)
-    found = worker.measure(Request(file=engine, setup=Setup(), samples=20, seconds=30, index=3, position=2))
+    found = worker.measure(Request(file=engine, setup=RunSettings(), samples=20, seconds=30, index=3, position=2))
     ((one,), (turn,)) = found.rounds, found.turns
     assert (one.index, turn.position) == (3, 2)
     assert turn.samples_ms == (1.0,) * 20  # the stand-in's GPU takes a millisecond, without transfers
@@ -251,7 +251,7 @@ def test_an_engine_with_its_plugin(gpu, empty_library: Path, tmp_path: Path, mon
 
 def test_a_checkpoint(tmp_path: Path) -> None:
     torch.save(torch.nn.Conv2d(3, 4, 3), tmp_path / "model.pt")
-    setup = Setup(input_shape=(1, 3, 8, 8), threads=1)
+    setup = RunSettings(input_shape=(1, 3, 8, 8), threads=1)
     found = worker.measure(Request(file=tmp_path / "model.pt", setup=setup, samples=3, seconds=5))
     assert (found.kind, found.provider, found.sha256) == ("pytorch", "PyTorch", sha256(tmp_path / "model.pt"))
     assert len(next(found.turns).samples_ms) == 3
@@ -263,7 +263,7 @@ def test_what_a_model_prints_is_no_answer(tmp_path: Path, monkeypatch: pytest.Mo
         "from torch import nn\n\ndef make():\n    print('{}')\n    return nn.Conv2d(3, 4, 3)"
     )
     torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), "weights.pt")
-    setup = Setup(input_shape=(1, 3, 8, 8), threads=1, arch="talkative:make")
+    setup = RunSettings(input_shape=(1, 3, 8, 8), threads=1, arch="talkative:make")
     found = measure_module._ask(Request(file=Path("weights.pt"), setup=setup, samples=3, seconds=5))
     assert (found.model, found.kind) == ("weights.pt", "pytorch")
 
@@ -273,7 +273,7 @@ def test_the_input_may_come_from_images_and_its_type_does_not_matter(tmp_path: P
 
     def fed_with(folder: Path, elements: int) -> str | None:
         model = chain(tmp_path / "model.onnx", elements=elements)
-        return worker.measure(Request(file=model, setup=Setup(images=folder), samples=1, seconds=5)).fed_with
+        return worker.measure(Request(file=model, setup=RunSettings(images=folder), samples=1, seconds=5)).fed_with
 
     found = set()
     for name, grey in (("dark", 10), ("light", 200)):

@@ -26,7 +26,7 @@ from acmix_deploy.fusion import fuse
 from acmix_deploy.plan import Plan
 from acmix_deploy.processing import Processing, attach, detach
 from acmix_deploy.profile import profile
-from acmix_deploy.profile.subjects import Setup, open_subject
+from acmix_deploy.profile.subjects import RunSettings, open_subject
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.report.target import target_steps
 from acmix_deploy.runtime.inputs import as_pixels, random_images
@@ -161,7 +161,7 @@ def test_float16_is_looked_into(reports: Reports) -> None:
 
 def test_times_are_those_of_bytes(reports: Reports, photos: Path) -> None:
     path = file(reports, "uint8-bgr")
-    setup = Setup(input_shape=(2, 3, 32, 48), images=photos)
+    setup = RunSettings(input_shape=(2, 3, 32, 48), images=photos)
     (image,) = open_subject(path, setup).feed.values()
     letterbox = ModelMetadata().letterbox
     expected = next(batches(find(photos).paths, [(2, 3, 32, 48)], letterbox))

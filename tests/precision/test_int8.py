@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from torch import nn
 
-from acmix_deploy.artifacts import Made, read_artifact
+from acmix_deploy.artifacts import StageResult, read_artifact
 from acmix_deploy.cli import main
 from acmix_deploy.detection.images import batches, find
 from acmix_deploy.errors import UserError
@@ -184,7 +184,7 @@ def test_attention_in_float32_is_told(quantized):
 
     def shown(name):
         found = quantized[name]
-        made = Made(read_artifact(found.path), found.report)
+        made = StageResult(read_artifact(found.path), found.report)
         console = Console(width=400, record=True, file=io.StringIO())
         show_int8(QuantizeDocument.of(made), console)
         return console.export_text()

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from acmix_deploy.device import registry
     from acmix_deploy.device.check import look
     from acmix_deploy.device.install import install
-    from acmix_deploy.device.session import Session
+    from acmix_deploy.device.session import DeviceSession
     from acmix_deploy.report.show_device import show_device
 
     if options.offline and not options.install:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     given = {"host": options.host, "folder": options.folder}
     device = before.model_copy(update={name: value for name, value in given.items() if value is not None})
     registry.named(device.host)
-    session = Session(device, progress=print_step)
+    session = DeviceSession(device, progress=print_step)
     with session, progress() as session.progress:
         if options.install:
             install(session, offline=options.offline)

@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.device.check import look
-    from acmix_deploy.device.session import Session
+    from acmix_deploy.device.session import DeviceSession
     from acmix_deploy.report.show_device import show_device
 
-    with Session(options.device, progress=print_step) as session:
+    with DeviceSession(options.device, progress=print_step) as session:
         found = look(session)
     show(options, found, show_device)
     return 0 if found.ready else 3

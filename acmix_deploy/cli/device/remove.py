@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from acmix_deploy.device import registry
-    from acmix_deploy.device.session import Session
+    from acmix_deploy.device.session import DeviceSession
     from acmix_deploy.report.show_device import show_devices
 
     if options.files:
         known = next((device for device in registry.devices() if device.name == options.name), None)
         if known:
-            with Session(known, progress=print_step) as session:
+            with DeviceSession(known, progress=print_step) as session:
                 session.remove_files()
     registry.remove(options.name)
     show(options, registry.DevicesDocument(devices=registry.devices()), show_devices)

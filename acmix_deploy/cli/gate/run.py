@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> GateSamples:
     from acmix_deploy.gate.measure import measure
     from acmix_deploy.profile.run import keeping_engines
-    from acmix_deploy.profile.subjects import Setup
+    from acmix_deploy.profile.subjects import RunSettings
 
-    setup = Setup(**{name: value for name, value in vars(options).items() if name in Setup.model_fields})
+    setup = RunSettings(**{name: value for name, value in vars(options).items() if name in RunSettings.model_fields})
     with progress() as report_progress, keeping_engines(setup) as setup:
         return measure(
             options.candidate,
