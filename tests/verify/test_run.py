@@ -155,6 +155,20 @@ def test_the_eager_model_is_not_asked_where_all_is_within_the_limits() -> None:
     assert verify(runner("torch"), candidates, feeds(), eager={"float16": never, "float32": never}).passed
 
 
+@pytest.mark.parametrize("off", [1.0, 1.1])
+def test_an_eager_model_that_fails_is_noted_once_a_candidate_is_beyond_its_limit(off: float) -> None:
+    def fail(doubled: Tensor, summed: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("no float16 here")
+
+    candidate = Candidate(runner("typed", lambda doubled, summed: (doubled * off, summed)), "float16")
+    found = verify(runner("torch"), [candidate], feeds(), eager={"float16": lambda: runner("half", fail)})
+    noted = "half fails on the inputs: no float16 here; without it the limit for float16 is the smallest"
+    assert [note for note in found.notes if "float16 is the smallest" in note] == [noted] * (off > 1)
+    assert found.passed is (off == 1)
+    assert {one.eager_error for one in found.comparisons} == {None}
+    assert {one.limit for one in found.comparisons if one.channel is None} == {FLOAT16.floor}
+
+
 @pytest.mark.parametrize(("off", "passed"), [(0.0, True), (2e-4, False)])
 def test_a_small_output_that_float32_hardly_holds_may_be_off_by_as_much(off: float, passed: bool) -> None:
     """Whatever the other outputs are: none of them is far off."""
