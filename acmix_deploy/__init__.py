@@ -298,10 +298,9 @@ if not TYPE_CHECKING:  # a type checker takes a module with a __getattr__ to hav
         except ModuleNotFoundError as error:
             if str(error.name).partition(".")[0] != "torch":
                 raise
-            from acmix_deploy.runtime.hints import NO_TORCH
-
+            hints = import_module(f"{__name__}.runtime.hints")
             raise ModuleNotFoundError(
-                f"{__name__}.{name} needs PyTorch, which is not installed. {NO_TORCH}", name=error.name
+                f"{__name__}.{name} needs PyTorch, which is not installed. {hints.NO_TORCH}", name=error.name
             ) from None
         globals()[name] = value
         return value
