@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from acmix_deploy.checkpoint.source import Source, load_source
     from acmix_deploy.detection.boxes import Detections
     from acmix_deploy.detection.images import Letterbox
+    from acmix_deploy.detection.metadata import ModelMetadata
+    from acmix_deploy.detection.suppression import Suppression
     from acmix_deploy.device.session import DeviceSession
     from acmix_deploy.device.stages import RemoteStages
     from acmix_deploy.doctor.diagnosis import Examination
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from acmix_deploy.plugin.build import build as build_plugin
     from acmix_deploy.plugin.library import PluginLibrary
     from acmix_deploy.precision import Fp16Report, Goal, Int8Report, quantize, to_fp16
+    from acmix_deploy.processing import Processing
     from acmix_deploy.profile import Profile, profile
     from acmix_deploy.profile.subjects import RunSettings
     from acmix_deploy.report.documents import HtmlDocument
@@ -121,11 +124,13 @@ __all__ = [
     "LocalAttention",
     "MissingComponent",
     "Model",
+    "ModelMetadata",
     "OnnxRunner",
     "OutlookAttention",
     "PackageDocument",
     "Plan",
     "PluginLibrary",
+    "Processing",
     "Profile",
     "RemoteStages",
     "RunSettings",
@@ -133,6 +138,7 @@ __all__ = [
     "ShiftConv",
     "Source",
     "StageResult",
+    "Suppression",
     "SwinACmix",
     "Tolerance",
     "TorchRunner",
@@ -182,6 +188,8 @@ _WHERE = {
     "load_source": "checkpoint.source:load_source",
     "Detections": "detection.boxes:Detections",
     "Letterbox": "detection.images:Letterbox",
+    "ModelMetadata": "detection.metadata:ModelMetadata",
+    "Suppression": "detection.suppression:Suppression",
     "DeviceSession": "device.session:DeviceSession",
     "RemoteStages": "device.stages:RemoteStages",
     "Examination": "doctor.diagnosis:Examination",
@@ -228,6 +236,7 @@ _WHERE = {
     "Int8Report": "precision:Int8Report",
     "quantize": "precision:quantize",
     "to_fp16": "precision:to_fp16",
+    "Processing": "processing:Processing",
     "Profile": "profile:Profile",
     "profile": "profile:profile",
     "RunSettings": "profile.subjects:RunSettings",
@@ -284,7 +293,16 @@ if not TYPE_CHECKING:  # a type checker takes a module with a __getattr__ to hav
         if name not in _WHERE:
             raise AttributeError(f"module {__name__} has no attribute {name}")
         module, _, original = _WHERE[name].partition(":")
-        globals()[name] = value = getattr(import_module(f"{__name__}.{module}"), original)
+        try:
+            value = getattr(import_module(f"{__name__}.{module}"), original)
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] != "torch":
+                raise
+            hints = import_module(f"{__name__}.runtime.hints")
+            raise ModuleNotFoundError(
+                f"{__name__}.{name} needs PyTorch, which is not installed. {hints.NO_TORCH}", name=error.name
+            ) from None
+        globals()[name] = value
         return value
 
 

@@ -110,9 +110,10 @@ def export(
         opset: 17 to 21.
         dynamic: axes to leave free, out of ``batch``, ``height`` and ``width``.
         divisor: H and W must be multiples of it, the model's total stride.
-        metadata: goes into the file's ``metadata_props``, with what they tell of a file.
+        metadata: goes into the file's ``metadata_props``, with what they tell of a file; ``source.metadata`` of a
+            :class:`Source`.
         reference: what the file has to compute, where ``module`` was made of another; by default that is ``module``.
-        processing: what is put around the network, once its file is proven.
+        processing: what is put around the network, once its file is proven; nothing by default.
         progress: told what is about to be done.
 
     Returns:

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISDIR
 from typing import IO, Literal
 
 from acmix_deploy.artifacts import sha256, sidecar
@@ -57,13 +58,13 @@ def kind_of(path: Path) -> Kind:
     Raises:
         UserError: it does not exist or cannot be opened.
     """
-    if path.is_dir():
-        return "folder"
-    if not path.exists():
-        raise not_there(path)
     try:
+        if S_ISDIR(path.stat().st_mode):
+            return "folder"
         with path.open("rb") as file:
             head = file.read(_HEAD)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name that no file can have
+        raise not_there(path) from None
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror}", "Name a file that you may read.") from error
     if not head:
@@ -77,7 +78,10 @@ def not_there(path: Path) -> UserError:
     if re.match("https?:/", str(path)):
         address = re.sub("^(https?:/)/*", r"\1/", str(path))  # Path makes one of two slashes
         return UserError(f"{address} is an address, and nothing is downloaded here", "Download it, then name the file.")
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except (OSError, ValueError):  # no folder, or one that may not be listed
+        beside = []
     meant = did_you_mean(path.name, beside)
     return UserError(f"{path} does not exist", f"{meant} Name a file that is there.".lstrip())
 

@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 from acmix_deploy.artifacts import sidecar
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.engine_file import header_bytes, read_engine_file
-from acmix_deploy.errors import UserError
+from acmix_deploy.errors import AcmixDeployError, UserError
 from acmix_deploy.manifest import KIND, HeaderManifest, Manifest, read_any_manifest, read_fitting
 from acmix_deploy.yolo import register, ultralytics
 
@@ -144,7 +145,12 @@ def _told_task(model: Any) -> str | None:
     return metadata.task if metadata.detects else None
 
 
-_install()
-
-if __name__ == "__main__":
+if __name__ != "__main__":
+    _install()
+else:
+    try:
+        _install()
+    except AcmixDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     ultralytics("cfg").entrypoint()

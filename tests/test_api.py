@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
+import onnx
 import pytest
+import torch
 from pydantic import BaseModel
 
 import acmix_deploy
@@ -61,8 +65,11 @@ def described(section: str) -> list[str]:
     return [name for line in lines for name in line.split(", ")]
 
 
+BLOCKS = {family.recogniser.block.__name__ for family in FAMILIES}
+
+
 def test_blocks_of_all_families_are_public() -> None:
-    assert {family.recogniser.block.__name__ for family in FAMILIES} <= {*PUBLIC}
+    assert {*PUBLIC} >= BLOCKS
 
 
 FUNCTIONS = [name for name in PUBLIC if not inspect.isclass(getattr(acmix_deploy, name))]
@@ -127,6 +134,59 @@ def test_what_a_docstring_names_is_public(name: str) -> None:
         target = vars(sys.modules[found.__module__]).get(first, getattr(acmix_deploy, first, None))
         assert target in public, named
         assert not member or hasattr(target, member), named
+
+
+HINTS = {"onnx": onnx, "nn": torch.nn}
+"""What annotations name and their modules import only when it is used."""
+NOT_MADE_BY_CALLERS = {"Detector", "Source"}
+"""Whose `load` and `load_source` make them."""
+
+
+def of_ours(annotation: object) -> set[type]:
+    """The classes of this package in an annotation."""
+    if isinstance(annotation, list):  # arguments of a Callable
+        return {found for part in annotation for found in of_ours(part)}
+    if arguments := get_args(annotation):
+        return of_ours([get_origin(annotation), *arguments])
+    ours = isinstance(annotation, type) and annotation.__module__.startswith("acmix_deploy")
+    return {annotation} if ours and isinstance(annotation, type) else set()
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in NOT_MADE_BY_CALLERS])
+def test_what_arguments_take_and_functions_return_is_public(name: str) -> None:
+    found = getattr(acmix_deploy, name)
+    call = vars(found).get("__init__") if inspect.isclass(found) else inspect.unwrap(found)
+    if not inspect.isfunction(call):
+        return  # of a class that has none of its own
+    own = {cls.__name__ for hint in get_type_hints(call, localns=HINTS).values() for cls in of_ours(hint)}
+    assert own - {*PUBLIC} == ({"Device"} if name == "DeviceSession" else set())  # which also takes its name
+
+
+NEEDS_TORCH = {
+    "ExportReport", "ExportResult", "Source", "TorchRunner", "deploy", "export", "load_source", "write_report", *BLOCKS,
+}  # fmt: skip
+
+
+def test_what_needs_pytorch_says_so() -> None:
+    code = """
+import json, sys
+sys.modules["torch"] = None
+import acmix_deploy
+said = {}
+for name in acmix_deploy.__all__:
+    try:
+        getattr(acmix_deploy, name)
+    except ModuleNotFoundError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+    said = json.loads(python(code))
+    assert {*said} == NEEDS_TORCH
+    for name, message in said.items():
+        assert message.startswith(f"acmix_deploy.{name} needs PyTorch, which is not installed. Run: pip install ")
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"These\s+need it: (.+?) and the\s+\[blocks\]", page, re.S)
+    assert {*re.findall(r"`(\w+)`", sentence)} == NEEDS_TORCH - BLOCKS
 
 
 def test_unknown_name() -> None:
@@ -195,3 +255,13 @@ def test_functions_are_not_the_modules_of_their_names(imports: str) -> None:
     names = "export, profile, verify"
     code = f"{imports.format(names)}; print([f.__name__ for f in ({names}, acmix_deploy.profile)])"
     assert python(code) == "['export', 'profile', 'verify', 'profile']\n"
+
+
+def test_the_command_of_ultralytics_without_it() -> None:
+    play = "import runpy, sys; sys.modules['ultralytics'] = None"
+    code = f"{play}; runpy.run_module('acmix_deploy.ultralytics', None, '__main__')"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 3
+    found, to_do = done.stderr.splitlines()
+    assert found == "error: Ultralytics is needed here and is not installed"
+    assert to_do.startswith("Run: pip install ")

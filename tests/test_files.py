@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import struct
@@ -317,6 +318,33 @@ def test_a_pointer_with_the_sidecar_of_its_file_is_no_file(
         said = capsys.readouterr().err
         assert f"error: {name} is a pointer of Git LFS that begins with" in said
         assert said.endswith("Run: git lfs pull\n")
+
+
+def refuse(*_: object, **__: object) -> None:
+    """What the system does where permissions hold; for root they do not."""
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_folder_that_may_not_be_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UserError, match=r"model\.onnx cannot be opened: Permission denied"):
+        kind_of(tmp_path / "model.onnx")
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.onnx").touch()
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError) as error:
+        kind_of(tmp_path / "modle.onnx")
+    assert error.value.message.endswith("modle.onnx does not exist")
+    assert error.value.hint == "Name a file that is there."
+
+
+@pytest.mark.parametrize("name", ["none/model.onnx", "file/model.onnx", "model\0.onnx"])
+def test_nothing_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="does not exist"):
+        kind_of(tmp_path / name)
 
 
 def test_names_play_no_part(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from acmix_deploy.document import D
 from acmix_deploy.errors import MissingComponent, UserError
 from acmix_deploy.options import Provider, add_options, bchw, not_negative, positive, provider, share
 from acmix_deploy.plan import Plan
+from acmix_deploy.runtime import hints
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,6 +197,5 @@ def needs_torch(module: str) -> ModuleType:
             raise
         raise MissingComponent(
             f"{package} is needed here and is not installed",
-            "Run: pip install 'acmix-deploy[export]', or for checkpoints of Ultralytics: "
-            "pip install 'acmix-deploy[ultralytics]'",
+            hints.NO_TORCH,
         ) from error

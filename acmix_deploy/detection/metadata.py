@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, RootModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, RootModel, TypeAdapter, ValidationError
 
 from acmix_deploy.detection.suppression import MOST, Suppression
 from acmix_deploy.errors import UserError
@@ -52,7 +52,7 @@ class ModelMetadata(RootModel[dict[str, str]]):
 
     model_config = ConfigDict(frozen=True)
 
-    root: dict[str, str] = {}
+    root: dict[str, str] = Field(default={}, description="the entries as they are in the file")
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> ModelMetadata:

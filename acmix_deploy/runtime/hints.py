@@ -27,6 +27,10 @@ UNTRUSTED = (
 OTHER_RELEASE = "The class is older or newer than the checkpoint: install the release that saved it"
 
 # Packages
+NO_TORCH = (
+    "Run: pip install 'acmix-deploy[export]', or for checkpoints of Ultralytics: "
+    "pip install 'acmix-deploy[ultralytics]'"
+)
 NO_ULTRALYTICS = "Run: pip install 'acmix-deploy[ultralytics]' (the licence of Ultralytics is AGPL-3.0)"
 OTHER_ULTRALYTICS = "docs/checkpoints.md#ultralytics names releases that were tried."
 NO_TENSORRT = "On a Jetson make the environment with --system-site-packages; elsewhere: pip install tensorrt"

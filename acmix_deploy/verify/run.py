@@ -127,7 +127,7 @@ def verify(
         candidates: what is compared with it; all names differ.
         inputs: arrays by input name, float32, converted where a runner wants another type; or images, in which
             detections are compared too.
-        metadata: what the exporter left in the file; says what the outputs are.
+        metadata: what the exporter left in the file, such as :func:`open_model` reads; says what the outputs are.
         eager: makes PyTorch's own model in a reduced type, by the name of the type; of float32 in a wider one. It is
             run once a candidate of that type is beyond a limit, and its error on an input widens that candidate's
             limits on the same input. One that fails is noted and widens nothing.
