@@ -91,7 +91,7 @@ def test_export(checkpoint, folder, capsys):
 
 
 def test_model_that_cannot_run_in_half_precision(folder, capsys):
-    """A captured program keeps its types: its file in float16 passes without PyTorch's own error, which nobody asks for."""
+    """A captured program keeps its types; its file in float16 passes without PyTorch's own error."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), randomised(ACmix(8, 8, head=2))).eval()
     torch.export.save(torch.export.export(model, (torch.randn(1, 3, 10, 12),)), folder / "model.pt2")
     assert main(["export", "model.pt2", "--fp16", "--input-shape", "1,3,10,12", "--expect", "1", *FAST]) == 0
