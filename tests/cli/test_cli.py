@@ -313,8 +313,11 @@ print(json.dumps(found))
 """
 
 
-def test_without_torch(plain, folder):
-    """Everything but export works without PyTorch; export says what to install."""
+def test_without_torch(checkpoint, plain, folder):
+    """Everything but export works without PyTorch, also of what an export wrote; export says what to install."""
+    for name in ("jinja2", "matplotlib"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    assert main(["export", "model.pt", "--image-size", "16", "--out", "deploy", *FAST]) == 0
     (folder / "exported.json").write_text('{"document": "export", "files": {}}')
     shape = ["--input-shape", "1,3,12,16"]
     commands = [
@@ -324,6 +327,7 @@ def test_without_torch(plain, folder):
         ["verify", "plain.onnx", "fused.onnx", *shape],
         ["profile", "fused.onnx", "--samples", "3", *shape],
         ["inspect", "exported.json"],
+        ["report", "deploy"],
     ]
     program = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
     done = subprocess.run(program, check=True, cwd=folder, capture_output=True, text=True, timeout=120)
@@ -332,3 +336,10 @@ def test_without_torch(plain, folder):
     assert "torch is needed" in missing
     assert "pip install" in missing
     assert [code for code, _ in others] == [0] * len(others), others
+    assert "model.fused.onnx" in (folder / "deploy/report.html").read_text()
+
+
+def test_reports_are_read_in_python_without_torch(folder):
+    names = "ExportReport, ExportResult, write_report"
+    program = f"import sys\nsys.modules['torch'] = None\nfrom acmix_deploy import {names}"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=folder, timeout=120)
