@@ -405,6 +405,10 @@ def test_pixels_of_which_nothing_is_told(channels, fixed, tmp_path, capsys):
     shape = fixed.get("batch", 2), SHAPE[1], fixed.get("height", 12), fixed.get("width", 20)
     x = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     assert_same(plain, fused, torch.from_numpy(x.transpose(0, 2, 3, 1) if channels == 3 else x))
+    size = ",".join(map(str, (shape[0], 64, 96, SHAPE[1]) if channels == 3 else (shape[0], SHAPE[1], 64, 96)))
+    small = ["--input-shape", size] if fixed else []
+    assert main(["verify", str(plain), str(fused), *small]) == 0
+    assert main(["profile", str(fused), "--samples", "1", *small]) == 0
     for command in (["fp16", str(fused), "-o", str(tmp_path / "h.onnx")], ["doctor", str(plain)]):
         assert main(command) == (2 if command[0] == "fp16" else 0)
     said = " ".join("".join(capsys.readouterr()).split())
