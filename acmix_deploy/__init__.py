@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from acmix_deploy.engine.adopt import AdoptReport, adopt
     from acmix_deploy.engine.build import BuildReport, build
     from acmix_deploy.errors import AcmixDeployError, CheckFailed, Inconclusive, MissingComponent, UserError
-    from acmix_deploy.export import ExportResult, export
+    from acmix_deploy.export import export
+    from acmix_deploy.exported import ExportResult
     from acmix_deploy.families.acmix.module import ACmix
     from acmix_deploy.families.cafm.module import CAFM
     from acmix_deploy.families.carafe.module import Carafe
@@ -205,8 +206,8 @@ _WHERE = {
     "Inconclusive": "errors:Inconclusive",
     "MissingComponent": "errors:MissingComponent",
     "UserError": "errors:UserError",
-    "ExportResult": "export:ExportResult",
     "export": "export:export",
+    "ExportResult": "exported:ExportResult",
     "ACmix": "families.acmix.module:ACmix",
     "CAFM": "families.cafm.module:CAFM",
     "Carafe": "families.carafe.module:Carafe",

@@ -7,14 +7,12 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import numpy as np
 import onnx
 import onnx.version_converter
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
@@ -25,57 +23,21 @@ from acmix_deploy.detection.matching import NEAR
 from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.detection.parts import known_head
 from acmix_deploy.detection.rows import paired
-from acmix_deploy.detection.suppression import Suppression
 from acmix_deploy.errors import CheckFailed, UserError
+from acmix_deploy.exported import Exporter, ExportResult, TensorInfo
 from acmix_deploy.graph import sizes_of, tidied
 from acmix_deploy.network import NetworkRunner, check_suppression
 from acmix_deploy.operators.spec import TOLERANCES
 from acmix_deploy.processing import NOTHING, Processing, attach, suppressible
-from acmix_deploy.runtime.inputs import AXES, Shape, Shapes, checked_shapes, random_images
+from acmix_deploy.runtime.inputs import AXES, Shape, checked_shapes, random_images
 from acmix_deploy.runtime.metrics import Array, Deviation, deviation
 from acmix_deploy.runtime.onnxruntime import ir_version, open_session
 from acmix_deploy.runtime.reason import reason
 from acmix_deploy.runtime.torch import quiet
 from acmix_deploy.targets import check_opset
 
-Exporter = Literal["dynamo", "torchscript"]
-
 INPUT = "images"
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
-
-
-class TensorInfo(BaseModel):
-    """An input or output of an ONNX file."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str = Field(description="tensor name")
-    dtype: str = Field(default="float32", description="element type by NumPy's name")
-    shape: tuple[int | str, ...] = Field(description="sizes; names or expressions of names where dynamic")
-
-
-class ExportResult(BaseModel):
-    """What was exported and how."""
-
-    model_config = ConfigDict(frozen=True)
-
-    exporter: Exporter = Field(description="which of PyTorch's exporters wrote the file")
-    opset: int = Field(description="version of the standard operator set")
-    ir_version: int = Field(description="version of the ONNX file format")
-    inputs: tuple[TensorInfo, ...] = Field(description="inputs of the file")
-    outputs: tuple[TensorInfo, ...] = Field(description="outputs of the file")
-    checked_shapes: tuple[tuple[int, ...], ...] = Field(description="input shapes at which file and module agreed")
-    relative_l2: float = Field(description="largest relative L2 distance of the file from the module over all of them")
-    suppression: Suppression | None = Field(default=None, description="what the files suppress boxes by, where they do")
-    notes: tuple[str, ...] = Field(default=(), description="what did not go the usual way, and why")
-
-    @property
-    def shapes_to_build(self) -> Shapes | None:
-        """The range of the shapes that the file was checked at; None where no axis is free."""
-        if all(isinstance(size, int) for size in self.inputs[0].shape):
-            return None
-        sizes = list(zip(*self.checked_shapes, strict=True))
-        return tuple(map(min, sizes)), self.checked_shapes[0], tuple(map(max, sizes))
 
 
 def export(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -26,6 +26,15 @@ HeadChoice = Literal["anchors", "end-to-end"]
 
 AXES = {"batch": 0, "height": 2, "width": 3}
 """The axes of an image input [B, C, H, W] that may be free, by their names."""
+
+_CHANNELS = (1, 3, 4)  # of images
+
+
+def channels_last(shape: Sequence[object]) -> bool:
+    """Whether an image input of these sizes, free ones anything but numbers, is [B, H, W, C] and not [B, C, H, W]: its
+    last axis is as many channels as an image has, and its second is not."""
+    return len(shape) == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS
+
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """What ONNX Runtime runs a file on."""

@@ -26,7 +26,8 @@ from acmix_deploy.device.stages import RemoteStages
 from acmix_deploy.document import write_document
 from acmix_deploy.engine.build import BuildReport, build
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, UserError
-from acmix_deploy.export import INPUT, ExportResult, export
+from acmix_deploy.export import INPUT, export
+from acmix_deploy.exported import ExportResult
 from acmix_deploy.forms import TargetReport, takes_plugin, to_form, write_for
 from acmix_deploy.fusion import FusionReport, fuse
 from acmix_deploy.graph import Feeds

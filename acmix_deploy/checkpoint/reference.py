@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, computed_field
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -13,30 +12,11 @@ from acmix_deploy import yolo
 from acmix_deploy.checkpoint.load import LoadedModel
 from acmix_deploy.checkpoint.refusals import does_not_run
 from acmix_deploy.errors import AcmixDeployError, UserError
+from acmix_deploy.exported import ReferenceReport
 from acmix_deploy.faults import FaultId
 from acmix_deploy.runtime.inputs import Shape, random_images
 from acmix_deploy.runtime.metrics import Array
 from acmix_deploy.runtime.torch import OnCpu, quiet, tensors_of
-
-
-class ReferenceReport(BaseModel):
-    """What files were compared with: the model as it was loaded, unless something is listed here."""
-
-    model_config = ConfigDict(frozen=True)
-
-    repaired: tuple[FaultId, ...] = Field(default=(), description="what of the model was changed so that it runs here")
-    uncompared: tuple[str, ...] = Field(
-        default=(), description="blocks that were known by their parts alone: their own code was not there to run"
-    )
-
-    @computed_field(description="whether all that was loaded took part, unchanged")  # type: ignore[prop-decorator]
-    @property
-    def as_loaded(self) -> bool:
-        return not self.repaired and not self.uncompared
-
-    def __str__(self) -> str:
-        loaded = f"the model as it was {'repaired' if self.repaired else 'loaded'}"
-        return f"{loaded} (except {', '.join(self.uncompared)})" if self.uncompared else loaded
 
 
 class Reference(nn.Module):

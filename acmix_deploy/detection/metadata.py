@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, RootModel, TypeA
 
 from acmix_deploy.detection.suppression import MOST, Suppression
 from acmix_deploy.errors import UserError
+from acmix_deploy.options import channels_last
 
 if TYPE_CHECKING:
     import onnx
@@ -255,19 +256,20 @@ class ModelMetadata(RootModel[dict[str, str]]):
         return 1, self.channels, *self.imgsz
 
     def check_size(self, name: str, shape: Sequence[int]) -> None:
-        """Refuse images [B, C, H, W] that are smaller than those that the file is defined for: an engine takes them.
+        """Refuse images that are smaller than those that the file is defined for: an engine takes them.
 
         Args:
             name: of the file, and of what gives the shape where that is not plain.
-            shape: of its input.
+            shape: of its input, [B, C, H, W], or of a file from elsewhere [B, H, W, C].
 
         Raises:
             UserError: naming both sizes.
         """
         height, width = self.min_size
-        if len(shape) == 4 and (shape[2] < height or shape[3] < width):
+        rows, columns = (shape[1:3] if channels_last(shape) else shape[2:]) if len(shape) == 4 else self.min_size
+        if rows < height or columns < width:
             raise UserError(
-                f"{name}: images of {shape[2]}x{shape[3]} pixels are smaller than {height}x{width}, from which on its "
+                f"{name}: images of {rows}x{columns} pixels are smaller than {height}x{width}, from which on its "
                 "blocks are defined",
                 f"Give images of at least {height}x{width}; below, attention windows do not fit into the maps.",
             )

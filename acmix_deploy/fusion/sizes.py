@@ -28,6 +28,7 @@ from acmix_deploy.graph import (
     reads,
     upstream,
 )
+from acmix_deploy.options import channels_last
 from acmix_deploy.runtime.onnxruntime import folded, inputs_of, known_operators, open_session
 
 Size = tuple[int, int, int]
@@ -115,8 +116,8 @@ def free_sides(inputs: Iterable[Source]) -> tuple[bool, bool]:
 
 
 def _sides(shape: Sequence[int | str | None]) -> tuple[int, int]:
-    """The axes of an image's height and width: it is [B, C, H, W] unless only the last axis can be its channels."""
-    return (1, 2) if len(shape) == 4 and isinstance(shape[3], int) and not isinstance(shape[1], int) else (2, 3)
+    """The axes of an image's height and width."""
+    return (1, 2) if channels_last(shape) else (2, 3)
 
 
 class Need(NamedTuple):

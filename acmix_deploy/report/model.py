@@ -11,11 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from acmix_deploy import onnx_file
 from acmix_deploy.artifacts import Artifact
-from acmix_deploy.checkpoint.reference import ReferenceReport
 from acmix_deploy.device.stages import DeviceReport
 from acmix_deploy.document import Document
 from acmix_deploy.engine.build import BuildReport
-from acmix_deploy.export import ExportResult
+from acmix_deploy.exported import ExportResult, ReferenceReport
 from acmix_deploy.families import BlockReport
 from acmix_deploy.forms import TargetReport, takes_plugin
 from acmix_deploy.fusion import FusionReport

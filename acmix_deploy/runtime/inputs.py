@@ -113,10 +113,13 @@ def checked_shapes(input_shape: Sequence[int], dynamic: Collection[str] = (), di
     return trial_shapes([None if axis in free else size for axis, size in enumerate(shape)], shape, divisor)
 
 
-def noise(name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0) -> list[dict[str, Images]]:
-    """Random images for the input ``name``: all ``shapes`` in turn, at least ``count``; see :func:`random_images`."""
-    seeds = range(max(count, len(shapes)))
-    return [{name: random_images(shapes[index % len(shapes)], seed + index)} for index in seeds]
+def noise(
+    name: str, shapes: Sequence[Shape], seed: int = 0, count: int = 0, *, levels: bool = False
+) -> list[dict[str, Array]]:
+    """Random images for the input ``name``: all ``shapes`` in turn, at least ``count``; see :func:`random_images`. With
+    ``levels`` as k in uint8."""
+    images = (random_images(shapes[index % len(shapes)], seed + index) for index in range(max(count, len(shapes))))
+    return [{name: np.rint(image * 255).astype(np.uint8) if levels else image} for image in images]
 
 
 def random_images(shape: Shape, seed: int = 0) -> Images:

@@ -13,9 +13,9 @@ from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import UserError
 from acmix_deploy.files import expect
 from acmix_deploy.manifest import Shape, read_manifest
-from acmix_deploy.options import Provider
+from acmix_deploy.options import Provider, channels_last
 from acmix_deploy.runtime import tensorrt
-from acmix_deploy.runtime.inputs import Input, as_images, image_shape
+from acmix_deploy.runtime.inputs import Input, as_images, file_shape, image_shape
 from acmix_deploy.runtime.onnxruntime import inputs_of, metadata_of, onnx_runner, open_session, precision_of
 from acmix_deploy.runtime.tensorrt import EngineRunner
 from acmix_deploy.targets import Precision
@@ -39,8 +39,10 @@ class Model(NamedTuple):
     def usual_shape(self, name: str) -> Shape:
         """The shape to run an image input at where nobody says: what the engine is built for, else what the
         metadata tell. Only its free axes take their sizes from there."""
-        profile = self.profiles.get(name)
-        return profile[1] if profile else self.metadata.usual_shape
+        if profile := self.profiles.get(name):
+            return profile[1]
+        last = any(channels_last(node.dims) for node in self.inputs if node.name == name)
+        return file_shape(self.metadata.usual_shape, "rgb" if last else None)
 
 
 def open_model(

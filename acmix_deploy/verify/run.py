@@ -17,16 +17,16 @@ from acmix_deploy.detection.boxes import no_detector, suppressed, unlike_detecto
 from acmix_deploy.detection.heads import Head
 from acmix_deploy.detection.images import find
 from acmix_deploy.detection.matching import NEAR
-from acmix_deploy.detection.metadata import ModelMetadata
+from acmix_deploy.detection.metadata import ModelMetadata, Pixels
 from acmix_deploy.detection.parts import known_head, parts_of
 from acmix_deploy.detection.suppression import CONFIDENCE, Suppression
 from acmix_deploy.errors import AcmixDeployError, CheckFailed, MissingComponent, UserError
 from acmix_deploy.half import faithful
 from acmix_deploy.network import NetworkRunner
 from acmix_deploy.operators.spec import Tolerance
-from acmix_deploy.options import FLOAT32, Provider
+from acmix_deploy.options import FLOAT32, Provider, channels_last
 from acmix_deploy.process import polygraphy_unlogged
-from acmix_deploy.runtime.inputs import Input, Shape, Shapes, noise, trial_shapes
+from acmix_deploy.runtime.inputs import Input, Shape, Shapes, file_shape, image_shape, noise, trial_shapes
 from acmix_deploy.runtime.metrics import Array, Deviation
 from acmix_deploy.runtime.models import Model, open_model
 from acmix_deploy.runtime.onnxruntime import onnx_runner, precision_of
@@ -318,7 +318,7 @@ def compare_files(
     inputs = (
         Scenes.read(name, images, shapes, metadata, limit=_IMAGES, confidence=confidence)
         if images
-        else noise(name, shapes, seed, random)
+        else noise(name, shapes, seed, random, levels=_takes_levels(right))
     )
     result = verify(
         right.runner,
@@ -495,7 +495,7 @@ def inputs_for(file: Path, images: Path | None = None, input_shape: Sequence[int
         input_shape: sizes for the axes that are free, by default the file's own.
 
     Returns:
-        Arrays by the name of the input, float32.
+        Arrays by the name of the input, float32; uint8 where the file takes that and does not tell its pixels.
 
     Raises:
         UserError: the file cannot be used, a size does not fit it, or there is no readable image.
@@ -504,7 +504,7 @@ def inputs_for(file: Path, images: Path | None = None, input_shape: Sequence[int
     model = open_model(file)
     name, shapes = _tried(model, model, model.metadata, input_shape)
     if images is None:
-        return [*noise(name, shapes)]
+        return noise(name, shapes, levels=_takes_levels(model))
     return [*Scenes.read(name, images, shapes, model.metadata, limit=_IMAGES).feeds]
 
 
@@ -516,7 +516,9 @@ def _tried(
     wanted = input_shape or other.usual_shape(name)
     example = [dim if isinstance(dim, int) else size for dim, size in zip(dims, wanted, strict=True)]
     stride = metadata.stride
-    for dim, size in zip(dims[2:], example[2:], strict=True):
+    order: Pixels | None = "rgb" if channels_last(dims) else None
+    free, whole = image_shape(dims, order), image_shape(example, order)
+    for dim, size in zip(free[2:], whole[2:], strict=True):
         if size % stride and not isinstance(dim, int):
             raise UserError(
                 f"the input shape {example} has a side of {size}, and sides are multiples of the stride {stride}",
@@ -526,7 +528,13 @@ def _tried(
         model.metadata.check_size(model.runner.name, example)
     profiles = [model.profiles[name] for model in (right, other) if name in model.profiles]
     smallest = [max(pair) for pair in zip(right.metadata.min_size, other.metadata.min_size, strict=True)]
-    return name, _shapes(trial_shapes(dims, example, stride), dims, profiles, smallest)
+    trials = [file_shape(shape, order) for shape in trial_shapes(free, whole, stride)]
+    return name, _shapes(trials, dims, profiles, file_shape((1, 1, *smallest), order))
+
+
+def _takes_levels(model: Model) -> bool:
+    """Whether images are to be given in uint8."""
+    return model.inputs[0].dtype == np.uint8
 
 
 def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | str | None, ...]]:
@@ -549,8 +557,8 @@ def _common_input(reference: Model, candidate: Model) -> tuple[str, tuple[int | 
 def _shapes(
     trials: Sequence[Shape], dims: Sequence[int | str | None], profiles: Sequence[Shapes], smallest: Sequence[int]
 ) -> list[Shape]:
-    """The shapes that are tried: of engines those that their profiles name, and what lies within all of them; images of
-    at least ``smallest``, height and width.
+    """The shapes that are tried: of engines those that their profiles name, and what lies within all of them; none with
+    an axis below ``smallest``.
 
     Raises:
         UserError: there is none.
@@ -558,7 +566,7 @@ def _shapes(
 
     def fits(shape: Shape) -> bool:
         fixed = all(size == dim for size, dim in zip(shape, dims, strict=True) if isinstance(dim, int))
-        large = all(size >= least for size, least in zip(shape[2:], smallest, strict=True))
+        large = all(size >= least for size, least in zip(shape, smallest, strict=True))
         return (
             fixed
             and large

@@ -92,7 +92,7 @@ def test_export(checkpoint, folder, capsys):
 
 
 def test_model_that_cannot_run_in_half_precision(folder, capsys):
-    """A captured program keeps its types: its file in float16 passes without PyTorch's own error."""
+    """A captured program keeps its types; its file in float16 passes without PyTorch's own error."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), randomised(ACmix(8, 8, head=2))).eval()
     torch.export.save(torch.export.export(model, (torch.randn(1, 3, 10, 12),)), folder / "model.pt2")
     assert main(["export", "model.pt2", "--fp16", "--input-shape", "1,3,10,12", "--expect", "1", *FAST]) == 0
@@ -319,8 +319,11 @@ print(json.dumps(found))
 """
 
 
-def test_without_torch(plain, folder):
-    """Everything but export works without PyTorch; export says what to install."""
+def test_without_torch(checkpoint, plain, folder):
+    """Everything but export works without PyTorch, also of what an export wrote; export says what to install."""
+    for name in ("jinja2", "matplotlib"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    assert main(["export", "model.pt", "--image-size", "16", "--out", "deploy", *FAST]) == 0
     (folder / "exported.json").write_text('{"document": "export", "files": {}}')
     shape = ["--input-shape", "1,3,12,16"]
     commands = [
@@ -330,6 +333,7 @@ def test_without_torch(plain, folder):
         ["verify", "plain.onnx", "fused.onnx", *shape],
         ["profile", "fused.onnx", "--samples", "3", *shape],
         ["inspect", "exported.json"],
+        ["report", "deploy"],
     ]
     program = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
     done = subprocess.run(program, check=True, cwd=folder, capture_output=True, text=True, timeout=120)
@@ -338,3 +342,10 @@ def test_without_torch(plain, folder):
     assert "torch is needed" in missing
     assert "pip install" in missing
     assert [code for code, _ in others] == [0] * len(others), others
+    assert "model.fused.onnx" in (folder / "deploy/report.html").read_text()
+
+
+def test_reports_are_read_in_python_without_torch(folder):
+    names = "ExportReport, ExportResult, write_report"
+    program = f"import sys\nsys.modules['torch'] = None\nfrom acmix_deploy import {names}"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=folder, timeout=120)

@@ -13,15 +13,18 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from acmix_deploy.cli import main
+from acmix_deploy.detection.metadata import ModelMetadata
 from acmix_deploy.errors import CheckFailed
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
+from acmix_deploy.options import AXES
 from acmix_deploy.runtime.metrics import deviation
 from tests.families.parts import export, operators, outputs, randomised
 
 FLOAT32 = LOCAL_ATTENTION.tolerances["float32"].floor
 SHAPE = (1, 4, 9, 8)
+LEAST = 2  # rows and columns of a map that Net takes
 
 
 class Net(nn.Module):
@@ -372,14 +375,18 @@ def test_an_unknown_operator_hides_no_fault(exported, tmp_path, monkeypatch):
     assert not (tmp_path / "fused.onnx").exists()
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_of_which_nothing_is_told(channels, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("channels", "fixed"), [(1, {}), (3, {}), (1, {"height": 64}), (3, {"batch": 1, "height": 64})]
+)
+def test_pixels_of_which_nothing_is_told(channels, fixed, tmp_path, capsys):
     """Images in uint8, channels first or last, of any size: fused, and refused by what has to know the channels."""
     path = export(randomised(Net()), torch.randn(SHAPE), tmp_path / "net.onnx", dynamic=("batch", "height", "width"))
     model = onnx.load(path)
     (image,) = model.graph.input
     dims = [dim.dim_param or dim.dim_value for dim in image.type.tensor_type.shape.dim]
     assert [type(dim) for dim in dims] == [str, int, str, str]
+    for axis, size in fixed.items():
+        dims[AXES[axis]] = size
     dims.insert(channels, dims.pop(1))
     order = [0, 1, 2, 3] if channels == 1 else [0, 3, 1, 2]
     before = [
@@ -393,8 +400,15 @@ def test_pixels_of_which_nothing_is_told(channels, tmp_path, capsys):
     plain, fused = tmp_path / "plain.onnx", tmp_path / "fused.onnx"
     onnx.save(model, plain)
     fuse(plain, fused, expect=1)
-    x = np.random.default_rng(0).integers(0, 256, (2, 4, 12, 20)).astype(np.uint8)
+    smallest = ModelMetadata.of(onnx.load(fused)).min_size
+    assert smallest == tuple(fixed.get(side, LEAST) for side in ("height", "width"))
+    shape = fixed.get("batch", 2), SHAPE[1], fixed.get("height", 12), fixed.get("width", 20)
+    x = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     assert_same(plain, fused, torch.from_numpy(x.transpose(0, 2, 3, 1) if channels == 3 else x))
+    size = ",".join(map(str, (shape[0], 64, 96, SHAPE[1]) if channels == 3 else (shape[0], SHAPE[1], 64, 96)))
+    small = ["--input-shape", size] if fixed else []
+    assert main(["verify", str(plain), str(fused), *small]) == 0
+    assert main(["profile", str(fused), "--samples", "1", *small]) == 0
     for command in (["fp16", str(fused), "-o", str(tmp_path / "h.onnx")], ["doctor", str(plain)]):
         assert main(command) == (2 if command[0] == "fp16" else 0)
     said = " ".join("".join(capsys.readouterr()).split())

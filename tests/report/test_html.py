@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 from acmix_deploy.artifacts import Artifact, write_artifact
-from acmix_deploy.checkpoint.reference import ReferenceReport
 from acmix_deploy.cli import main
 from acmix_deploy.errors import UserError
-from acmix_deploy.export import ExportResult
+from acmix_deploy.exported import ExportResult, ReferenceReport
 from acmix_deploy.families import BlockReport
 from acmix_deploy.fusion import FusionReport
 from acmix_deploy.fusion.fuse import FusedBlock

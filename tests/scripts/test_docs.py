@@ -16,15 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from acmix_deploy import cli, gate_run
+from acmix_deploy import cli, gate_run, verify
 from acmix_deploy.errors import AcmixDeployError
 from acmix_deploy.export import export
 from acmix_deploy.families import FAMILIES
 from acmix_deploy.families.acmix.module import ACmix
 from acmix_deploy.fusion import fuse
+from acmix_deploy.operators.spec import Tolerance
 from acmix_deploy.plan import Plan
 from acmix_deploy.report.model import ExportReport
 from acmix_deploy.targets import TARGETS
+from acmix_deploy.verify.limits import TOLERANCES
 from scripts import docs, pictures, shapes, terminal
 from tests import ROOT
 from tests.gate import parts as gate_parts
@@ -116,7 +118,10 @@ def test_commands_and_code_run(
         if language == "python":
             if file := re.match(r"# (\w+\.py)\n", content):
                 Path(file[1]).write_text(content, encoding="utf-8")
-            exec(compile(content, name, "exec"), namespace)
+            with monkeypatch.context() as patched:
+                if "eager=" in content:  # all is beyond its limit, so that it is run
+                    patched.setitem(verify.__kwdefaults__, "tolerances", {**TOLERANCES, "float16": Tolerance(floor=0)})
+                exec(compile(content, name, "exec"), namespace)
             continue
         for session in re.split(r"^\$ ", content, flags=re.M)[1:]:
             command, _, shown = session.partition("\n")
@@ -139,6 +144,9 @@ def test_commands_and_code_run(
                     assert lines_without_figures(shown) <= lines_without_figures(printed_out)
                 else:
                     assert lines_without_figures(shown) <= lines_without_figures(printed.out)
+    if name == "docs/python.md":
+        verification = namespace["verification"]
+        assert all(one.eager_error for one in verification.comparisons if one.candidate == "half")
     if name == "README.md":
         written = json.loads(Path("deploy/report.json").read_text(encoding="utf-8"))
         schema = json.loads((ROOT / "docs/schemas/export.json").read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ import yaml
 
 from acmix_deploy import ACmix, cli
 from acmix_deploy.checkpoint import load
+from acmix_deploy.gate import worker
 from acmix_deploy.plan import Plan
 from scripts import tutorial
 from scripts.train_shapes import CHECKPOINT
@@ -26,8 +27,9 @@ if not shutil.which("curl"):
 
 PAGE = tutorial.PAGE.read_text(encoding="utf-8")
 FEW = {
-    "shapes.py shapes": "shapes.py shapes --train 16 --val 8",
-    "epochs=6": "epochs=1",
+    "shapes.py shapes": "shapes.py shapes --train 8 --val 4",
+    "imgsz=160 epochs=6": "imgsz=128 epochs=1 plots=False",
+    "best.pt --fp16": "best.pt --no-profile --image-size 128 --fp16",
     "gate run": "gate run --rounds 1 --seconds 0.1",
     " --rounds 6": "",
 }
@@ -46,7 +48,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Runs a command on few images, ours in this process; the trained detector replaces what was trained."""
+    """Runs a command on few images, ours and the turns of a gate in this process; the trained detector replaces what
+    was trained."""
+    monkeypatch.setattr("acmix_deploy.gate.measure._ask", worker.measure)
     monkeypatch.setattr(import_module("acmix_deploy.export"), "_dynamo", Mock(side_effect=NotImplementedError))
     monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.1)
 

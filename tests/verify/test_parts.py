@@ -279,3 +279,24 @@ def test_no_error_of_a_model_in_half_precision_excuses_everything() -> None:
 def test_what_the_metadata_tell_of_the_parts(metadata: dict[str, str], shapes: list, parts: list) -> None:
     outputs = {str(index): np.zeros(shape) for index, shape in enumerate(shapes)}
     assert [[*found] for found in parts_of(known_head(ModelMetadata(metadata), outputs), outputs).values()] == parts
+
+
+def test_scores_of_classes_exchanged_for_their_mean_fail_though_nobody_trained_them() -> None:
+    """All are near 1e-5 and alike to 1.5e-3, which is more than the rounding of a logistic function."""
+    torch.manual_seed(1)
+    model = tasks.DetectionModel("yolov8n.yaml", verbose=False)
+    with torch.no_grad():
+        for _ in range(2):
+            model.train()(torch.rand(2, 3, 128, 128))
+    model = yolo.prepare_for_export(model.eval())
+    metadata = yolo.detection_metadata(model)
+
+    def change(outputs: list[Tensor]) -> None:
+        outputs[0][:, 4:] = outputs[0][:, 4:].mean(1, keepdim=True)
+
+    candidate = Candidate(TorchRunner(Spoilt(model, change), "candidate"))
+    images = [{"images": random_images((1, 3, 128, 128), seed)} for seed in range(2)]
+    found = verify(TorchRunner(model, "right"), [candidate], images, metadata=metadata, tolerances=FILE_TOLERANCES)
+    scores = [one for one in found.comparisons if one.output == "scores" and one.channel is None]
+    assert [one.passed for one in scores] == [False, False]
+    assert all(one.relative_l2 < 1.6e-3 for one in scores)
