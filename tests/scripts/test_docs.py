@@ -112,6 +112,7 @@ def test_commands_and_code_run(
     for option, value in (("rounds", 1), ("seconds", 0.1)):
         monkeypatch.setitem(gate_run.__kwdefaults__, option, value)
     namespace: dict[str, object] = {}
+    done = set[str]()
     for language, content in blocks(page, "python", "console"):
         if language == "python":
             if file := re.match(r"# (\w+\.py)\n", content):
@@ -123,8 +124,9 @@ def test_commands_and_code_run(
             if command == terminal.COMMAND:
                 shown = terminal.block().partition("\n$ ")[2].partition("\n")[2].partition("```")[0]
             # Run by tests that have the compiler and TensorRT, or something in their place, or that take less time.
-            if not command.startswith("acmix-deploy "):
+            if not command.startswith("acmix-deploy ") or (command == terminal.COMMAND and command in done):
                 continue
+            done.add(command)
             verbs = "plugin", "build", "gate run", "serve", "device"
             elsewhere = tuple(f"acmix-deploy {verb} " for verb in verbs)
             if command.startswith(elsewhere) or re.search(r"\.engine| --on |--validation", command):
