@@ -225,7 +225,8 @@ def test_readme_with_only_an_onnx_file(program, plain, tmp_path):
     verbs = [line.split()[0] for line in lines]
     assert verbs[0] == "fuse"
     assert {"verify", "profile", "gate"} <= set(verbs)
-    shutil.copy(plain, tmp_path / "model.onnx")
+    for name in ("model.onnx", "new.fused.onnx"):
+        shutil.copy(plain, tmp_path / name)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/1.jpg").write_bytes(b"\xff\xd8\xff")
     quick = {"profile": ["--samples", "3"], "gate": ["--rounds", "1", "--samples", "3"]}
