@@ -32,7 +32,7 @@ IMAGES, SHOWN = 32, 3
 """In how many images detections are compared, which is what `verify` takes, and how many are drawn."""
 SEED, SHOWN_SEED = 12, 16
 """Of those in which detections are counted, and of those from which the drawn ones are chosen."""
-_SIDE, _GAP, _TITLE = 520, 20, 56  # pixels: of an image, between images, of the line above a row
+_SIDE, _GAP, _TITLE = 380, 16, 40  # pixels: of an image, between images, of the line above a row
 _GREY = 144, 133, 122, 255  # BGRA; can be read on white and on black
 
 
@@ -73,7 +73,7 @@ def draw(found: DetectionComparison, scenes: Sequence[shapes.Scene], target: Pat
     whole = np.zeros((2 * (_TITLE + _SIDE), SHOWN * (_SIDE + _GAP) - _GAP, 4), np.uint8)  # see-through between images
     for row, (title, side) in enumerate(zip(FILES, ("reference", "candidate"), strict=False)):
         top = row * (_TITLE + _SIDE) + _TITLE
-        cv2.putText(whole, title, (2, top - 18), cv2.FONT_HERSHEY_SIMPLEX, 1.1, _GREY, 2, cv2.LINE_AA)
+        cv2.putText(whole, title, (2, top - 13), cv2.FONT_HERSHEY_SIMPLEX, 0.8, _GREY, 2, cv2.LINE_AA)
         for column, image in enumerate(images):
             picture = cv2.resize(read(image.image), (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC)
             for pair in image.pairs:
@@ -82,7 +82,7 @@ def draw(found: DetectionComparison, scenes: Sequence[shapes.Scene], target: Pat
                     draw_box(picture, _corners(each), _text(each), colours[each.name])
             left = column * (_SIDE + _GAP)
             whole[top : top + _SIDE, left : left + _SIDE] = cv2.cvtColor(picture, cv2.COLOR_BGR2BGRA)
-    done, data = cv2.imencode(target.suffix, whole, [cv2.IMWRITE_WEBP_QUALITY, 65])
+    done, data = cv2.imencode(target.suffix, whole, [cv2.IMWRITE_WEBP_QUALITY, 80])
     assert done
     target.write_bytes(data.tobytes())
 

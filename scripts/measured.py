@@ -138,8 +138,8 @@ def _gain(found: Measured) -> str:
     return (
         "A YOLOv8n with three ACmix blocks, at 640x640 on two threads of a CPU, takes "
         f"{shown(exported, 'ms')} ms as PyTorch exports it and {shown(fused, 'ms')} ms fused: "
-        f"**{shown(fused, 'times faster')} times faster**, and it finds {'the same ' if boxes == same else ''}{same} of "
-        f"{boxes} boxes in drawn images. No GPU was at hand; [measured](#measured) has the rest."
+        f"**{shown(fused, 'times faster')} times faster**, and it finds {'the same ' if boxes == same else ''}{same} "
+        f"of {boxes} boxes in drawn images. No GPU was at hand; [measured](#measured) has the rest."
     )
 
 

@@ -2,8 +2,8 @@
 
 With ``--record`` the command runs in a terminal of its own first, and what that showed goes to
 docs/measured/terminal.json. The pictures are drawn from this file alone: the command is typed, steps take a fraction of
-their time, the output is scrolled through, and the tables from :data:`LAST` on stay. Where no motion is wanted these are
-all there is.
+their time, the output is scrolled through, and the tables from :data:`LAST` on stay. Where no motion is wanted these
+are all there is.
 """
 
 from __future__ import annotations

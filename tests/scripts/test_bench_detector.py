@@ -10,7 +10,7 @@ from acmix_deploy.verify.detections import DetectionComparison, DetectionPair, I
 from acmix_deploy.verify.limits import DETECTION_LIMITS
 from scripts import bench_detector, shapes
 
-SIDE, GAP, TITLE = 520, 20, 56
+SIDE, GAP, TITLE = 380, 16, 40
 
 
 def test_what_is_found_is_drawn_where_it_is(tmp_path):

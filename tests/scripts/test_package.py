@@ -211,13 +211,13 @@ def test_doctor(program, tmp_path):
 
 def test_readme_with_only_an_onnx_file(program, plain, tmp_path):
     """Its lines as they stand, measured for a moment; quantize reads images, and says what it lacks for them."""
-    lines = re.findall(
-        r"^\$ acmix-deploy ((?:fuse|quantize|verify|profile|gate run) .*)$", (CHECKOUT / "README.md").read_text(), re.M
-    )
+    section = (CHECKOUT / "README.md").read_text().partition("## I have only an ONNX file")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\$ acmix-deploy ((?:fuse|quantize|verify|profile|gate run) .*)$", section, re.M)
     verbs = [line.split()[0] for line in lines]
     assert verbs[0] == "fuse"
     assert {"verify", "profile", "gate"} <= set(verbs)
-    shutil.copy(plain, tmp_path / "model.onnx")
+    for name in ("model.onnx", "new.fused.onnx"):
+        shutil.copy(plain, tmp_path / name)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/1.jpg").write_bytes(b"\xff\xd8\xff")
     quick = {"profile": ["--samples", "3"], "gate": ["--rounds", "1", "--samples", "3"]}
