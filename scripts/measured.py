@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import platform
 import re
 import shlex
 import sys
@@ -92,7 +93,7 @@ def write(
     found = Measured(
         date=datetime.date.today(),
         command=shlex.join(["python", *_without_folder(sys.orig_argv[1:])]),
-        machine=f"{machine.cpu}, {cores}, {machine.system}",
+        machine=f"{machine.cpu}, {cores}, {platform.system()} {platform.machine()}",
         versions=installed or versions() | {package: metadata.version(package) for package in packages},
         cells=cells,
         columns=columns,
@@ -179,11 +180,10 @@ def table(*rows: Iterable[object]) -> str:
 
 
 def _without_folder(arguments: list[str]) -> list[str]:
-    """A command without ``--into`` and what follows it, since a figure does not depend on where it is kept."""
-    if "--into" not in arguments:
-        return arguments
-    at = arguments.index("--into")
-    return arguments[:at] + arguments[at + 2 :]
+    """A command without ``--into``, since a figure does not depend on where it is kept."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_folder(parser)
+    return parser.parse_known_args(arguments)[1]
 
 
 def _rounded(value: Value, digits: int | None) -> Value:
