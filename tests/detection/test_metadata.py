@@ -106,9 +106,14 @@ def test_what_is_wrong_is_told_with_what_is_expected(entry: str, told: str, expe
 
 def test_images_of_less_than_the_smallest_size_are_refused() -> None:
     told = ModelMetadata({"min_size": "[128, 96]"})
-    for metadata, shape in ((ModelMetadata(), (1, 3, 1, 1)), (told, (1, 3, 128, 96)), (told, (7, 5))):
+    for metadata, shape in (
+        (ModelMetadata(), (1, 3, 1, 1)),
+        (told, (1, 3, 128, 96)),
+        (told, (1, 128, 96, 3)),
+        (told, (7, 5)),
+    ):
         metadata.check_size("model", shape)
-    for shape in ((1, 3, 127, 96), (4, 3, 200, 95)):
+    for shape in ((1, 3, 127, 96), (4, 3, 200, 95), (1, 127, 96, 3), (4, 200, 95, 1)):
         with pytest.raises(UserError, match=r"model: images of .* are smaller than 128x96") as refusal:
             told.check_size("model", shape)
         assert "at least 128x96" in refusal.value.hint

@@ -20,6 +20,7 @@ from acmix_deploy.fusion import fuse
 from acmix_deploy.operators.local_attention import LOCAL_ATTENTION
 from acmix_deploy.options import AXES
 from acmix_deploy.runtime.metrics import deviation
+from acmix_deploy.verify import inputs_for
 from tests.families.parts import export, operators, outputs, randomised
 
 FLOAT32 = LOCAL_ATTENTION.tolerances["float32"].floor
@@ -407,6 +408,11 @@ def test_pixels_of_which_nothing_is_told(channels, fixed, tmp_path, capsys):
     assert_same(plain, fused, torch.from_numpy(x.transpose(0, 2, 3, 1) if channels == 3 else x))
     size = ",".join(map(str, (shape[0], 64, 96, SHAPE[1]) if channels == 3 else (shape[0], SHAPE[1], 64, 96)))
     small = ["--input-shape", size] if fixed else []
+    (first, *_) = (feed["pixels"] for feed in inputs_for(fused, input_shape=[*map(int, size.split(","))]))
+    assert (first.dtype, first.max()) == (np.uint8, 255)
+    if not fixed:
+        usual = (1, 640, 640, SHAPE[1]) if channels == 3 else (1, SHAPE[1], 640, 640)
+        assert inputs_for(fused)[0]["pixels"].shape == usual
     assert main(["verify", str(plain), str(fused), *small]) == 0
     assert main(["profile", str(fused), "--samples", "1", *small]) == 0
     for command in (["fp16", str(fused), "-o", str(tmp_path / "h.onnx")], ["doctor", str(plain)]):
