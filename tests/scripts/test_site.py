@@ -288,7 +288,7 @@ def test_what_is_copied_runs(browser: Any, address: str) -> None:
 
 def test_a_phone_shows_no_empty_titles_and_no_torn_option(browser: Any, address: str) -> None:
     with browser.new_page(viewport={"width": 390, "height": 844}) as page:
-        page.goto(f"{address}/overview.html")
+        page.goto(f"{address}/devices.html")
         shown = [head.is_visible() for head in page.locator("thead").all() if not head.inner_text().strip()]
         assert shown
         assert not any(shown)
