@@ -163,7 +163,7 @@ def test_what_arguments_take_and_functions_return_is_public(name: str) -> None:
 
 
 NEEDS_TORCH = {
-    "ExportReport", "ExportResult", "Source", "TorchRunner", "deploy", "export", "load_source", "write_report", *BLOCKS,
+    "Source", "TorchRunner", "deploy", "export", "load_source", *BLOCKS,
 }  # fmt: skip
 
 
