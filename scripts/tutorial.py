@@ -146,8 +146,7 @@ def write(into: Path, folder: Path, took: dict[str, tuple[float, float]]) -> Non
         if seconds[1] > 1
     ]
     columns = {"section": None, "CPU s": 0, "s": 0, "reached": None}
-    busy = "Each step run once, on a machine with much else to do"
-    cells = f"{busy}: CPU s is what a free core would take, s how long it took"
+    cells = "Each step run once; CPU s is what all cores did, s is how long it took"
     measured.write(into, "tutorial", cells, columns, rows, packages=("ultralytics-opencv-headless",))
 
 

@@ -280,14 +280,14 @@ def _device_lock(request: dict[str, Any], link: _Link) -> Any:
     deadline, told = time.monotonic() + request["wait"], None
     while not _locked(file):
         holder = _read(path) or {}
-        if link.lost or link.stop:
-            raise KeyboardInterrupt
         if time.monotonic() > deadline:
             raise _Refused("held", holder)
         if holder != told:
             answer({"waiting": holder})
             told = holder
         time.sleep(0.2)
+        if link.lost or link.stop:  # asked last, so that nothing begins of which nobody hears
+            raise KeyboardInterrupt
     with contextlib.suppress(OSError), os.fdopen(os.open(str(path), os.O_WRONLY | os.O_NOFOLLOW), "w") as holder_file:
         holder_file.truncate(0)
         json.dump({"who": request["who"], "what": request["what"], "since": time.time()}, holder_file)

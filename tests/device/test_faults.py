@@ -351,7 +351,7 @@ def test_waiting_ends_with_the_connection(bench):
         bench.link.cut()
         waiting.join(10)
         assert until(lambda: not bench.processes())
-    assert until(lambda: bench.left() == [])
+    assert until(lambda: not bench.left()), bench.left()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="another user's file: needs root")
