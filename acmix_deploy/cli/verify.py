@@ -4,7 +4,7 @@ example:
   acmix-deploy verify model.onnx model.fused.onnx --random 5
   acmix-deploy verify model.onnx model.fused.onnx --images photos -o verify.json
   acmix-deploy verify model.fused.onnx model.fp16.onnx --images photos --layers
-  acmix-deploy verify model.fused.onnx --images photos --pad 0
+  acmix-deploy verify detector.onnx --images photos --pad 0
   acmix-deploy verify --from verify.json --max-relative 0.02
   acmix-deploy verify model.fused.onnx model.engine --images photos --on jetson.local
 """

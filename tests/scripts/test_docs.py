@@ -108,6 +108,8 @@ def test_commands_and_code_run(
         page.read_text(encoding="utf-8"),
     ):
         shutil.copy(request.getfixturevalue("shapes_model"), tmp_path)
+    if " detector.onnx" in page.read_text(encoding="utf-8"):
+        shutil.copy(request.getfixturevalue("shapes_model"), tmp_path / "detector.onnx")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Plan.model_fields["seconds"], "default", 0.1)

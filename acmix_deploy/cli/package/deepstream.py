@@ -2,7 +2,7 @@
 
 example:
   acmix-deploy package deepstream model.engine -o deepstream
-  acmix-deploy package deepstream model.onnx -o deepstream --source rtsp://camera/stream
+  acmix-deploy package deepstream detector.onnx -o deepstream --source rtsp://camera/stream
 """
 
 from __future__ import annotations
