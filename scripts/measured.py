@@ -88,12 +88,10 @@ def write(
         installed: versions that count instead of these, where something else than this environment was measured.
         threads: of what was measured.
     """
-    machine = Machine.this()
-    cores = f"{threads} thread{'s' * (threads > 1)}" if threads else f"{machine.cores} cores"
     found = Measured(
         date=datetime.date.today(),
         command=shlex.join(["python", *_without_folder(sys.orig_argv[1:])]),
-        machine=f"{machine.cpu}, {cores}, {platform.system()} {platform.machine()}",
+        machine=machine(threads),
         versions=installed or versions() | {package: metadata.version(package) for package in packages},
         cells=cells,
         columns=columns,
@@ -102,6 +100,13 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(found.text(), encoding="utf-8")
     print(f"{found.table()}\n{found.about()}\n", flush=True)
+
+
+def machine(threads: int | None = None) -> str:
+    """The kind of this machine, with the threads that were used of its cores where that is told."""
+    this = Machine.this()
+    used = f"{this.cores} cores" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
+    return f"{this.cpu}, {used}, {platform.system()} {platform.machine()}"
 
 
 def read(name: str) -> Measured:

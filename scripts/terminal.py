@@ -32,7 +32,6 @@ from rich.style import Style
 from rich.text import Text
 
 from acmix_deploy.artifacts import versions
-from acmix_deploy.profile.timing import Machine
 from scripts import measured
 from scripts.train_shapes import CHECKPOINT
 
@@ -131,10 +130,9 @@ def record(command: str, folder: Path) -> Recording:
     lines = "\n".join(line.rstrip() for line in screen.lines).rstrip().splitlines()
     if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         raise SystemExit("\n".join([*lines, f"{command} ended with {code}"]))
-    machine = Machine.this()
     return Recording(
         date=datetime.date.today(),
-        machine=f"{machine.cpu}, {machine.cores} cores, {machine.system}",
+        machine=measured.machine(),
         versions=versions(),
         command=command,
         seconds=round(time.monotonic() - start, 1),

@@ -70,6 +70,7 @@ SAID = {
     "export m.pt --for-target x --format onnx": "ONNX files are always written",
     "export --weights m.pt": "Files are named without an option.",
     "export m.pt --target jetpack-6.2": "Did you mean --for jetpack-6.2?",
+    "export m.pt --target tensorrt": "Did you mean --for tensorrt-",
     "detect m.onnx a.png --save out": "Drawn pictures go to -o OUT.",
     "verify a.onnx b.onnx .": "unrecognized arguments: .. Did you mean --images .?",
     "plugin build arch=87": "Write: acmix-deploy plugin build --arch 87",
@@ -91,6 +92,11 @@ def test_a_file_may_be_called_so(tmp_path, monkeypatch, capsys) -> None:
     assert main(["inspect", "a=b.onnx"]) == 2
     assert main(["fuse", "a=b.onnx", "-o", "x=y.onnx"]) == 2
     assert "key=value" not in capsys.readouterr().err
+
+
+def test_a_long_message_in_the_place_of_a_file(capsys) -> None:
+    assert main(["doctor", "Error Code 9: " + "x" * 300]) == 2
+    assert "run: acmix-deploy doctor --error TEXT" in capsys.readouterr().err
 
 
 def test_targets_that_are_nearly_right(tmp_path, capsys) -> None:

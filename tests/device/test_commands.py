@@ -202,7 +202,12 @@ def test_what_is_there_is_not_sent_again(bench, here, this_wheel, capsys):
 def started(bench: Device, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "acmix_deploy.cli", "profile", "model.onnx", "--on", "bench", *options]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  a script's background ignores it
     )
     assert until(lambda: (bench.home / "mark").exists() or process.poll() is not None, 60)
     assert process.poll() is None, process.communicate()
